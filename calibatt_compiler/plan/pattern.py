@@ -1,0 +1,243 @@
+"""A block pattern: which key blocks each query block of each head attends.
+
+The stored form is a bit per block. Intervals, indices and boolean masks are derived from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from calibatt_compiler.errors import PlanError
+
+MAX_LENGTH = 1 << 24
+"""Longest sequence a pattern may describe, in tokens: above it a size is taken for damage."""
+
+MAX_HEADS = 1 << 12
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """Runs of kept key blocks, row by row, as in a compressed sparse row matrix.
+
+    Row `head * query_blocks + query_block` owns the runs `offsets[row]` to `offsets[row + 1]`;
+    run `i` covers the key blocks `starts[i]` to `ends[i]` (exclusive). Runs of a row are sorted
+    and neither touch nor overlap. All arrays are int32.
+    """
+
+    offsets: npt.NDArray[np.int32]
+    starts: npt.NDArray[np.int32]
+    ends: npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, eq=False)
+class BlockPattern:
+    """Kept blocks of one attention call; what a kernel is generated from.
+
+    Query block `r` holds the tokens `r * block_m` to `min((r + 1) * block_m, query_length)`, key
+    block `c` likewise with `block_n` and `key_length`; the two lengths are independent. The last
+    block of either may be ragged.
+
+    Attributes:
+        heads: number of heads.
+        query_length: tokens on the query side.
+        key_length: tokens on the key side.
+        block_m: tokens a query block.
+        block_n: tokens a key block.
+        bits: uint8 (heads, query_blocks, ceil(key_blocks / 8)), little-endian bit order,
+            read-only; padding bits are zero.
+
+    Raises:
+        PlanError: sizes out of range, bits of another shape, or a query block with no kept key
+            block (its softmax would be empty).
+    """
+
+    heads: int
+    query_length: int
+    key_length: int
+    block_m: int
+    block_n: int
+    bits: npt.NDArray[np.uint8]
+
+    def __post_init__(self) -> None:
+        check_sizes(self.heads, self.query_length, self.key_length, self.block_m, self.block_n)
+        shape = (self.heads, self.query_blocks, (self.key_blocks + 7) // 8)
+        if self.bits.dtype != np.uint8 or self.bits.shape != shape:
+            raise PlanError(
+                "the bits of a pattern have the wrong shape",
+                expected=f"uint8 {shape}",
+                got=f"{self.bits.dtype} {self.bits.shape}",
+                remedy="build patterns with BlockPattern.from_mask",
+            )
+        tail = self.key_blocks % 8
+        if tail and (self.bits[..., -1] >> tail).any():
+            raise PlanError(
+                "a pattern keeps key blocks past the end of the keys",
+                expected=f"at most {self.key_blocks} key blocks",
+                got="bits set in the padding",
+                remedy="calibrate again; the plan was written by something else or is damaged",
+            )
+        empty = ~self.bits.any(axis=-1)
+        if empty.any():
+            head, row = (int(i) for i in np.argwhere(empty)[0])
+            raise PlanError(
+                "a query block has no kept key block, so its attention is undefined",
+                expected="at least one kept key block in each row",
+                got=f"{int(empty.sum())} empty rows, first: head {head}, query block {row}",
+                remedy="keep the diagonal block of each row, or lower the agreement threshold",
+            )
+        self.bits.setflags(write=False)
+
+    @classmethod
+    def from_mask(
+        cls,
+        mask: Tensor,
+        *,
+        query_length: int | None = None,
+        key_length: int | None = None,
+        block: tuple[int, int] = (128, 128),
+    ) -> BlockPattern:
+        """Pack a boolean block mask.
+
+        Args:
+            mask: bool (heads, query_blocks, key_blocks), on any device.
+            query_length: tokens on the query side; default `query_blocks * block[0]`.
+            key_length: tokens on the key side; default `key_blocks * block[1]`.
+            block: tokens a query block, tokens a key block.
+
+        Raises:
+            PlanError: not a boolean 3-D tensor, lengths that don't fit, an empty row.
+        """
+        if mask.dtype != torch.bool or mask.dim() != 3:
+            raise PlanError(
+                "a block mask must be a boolean tensor of three dimensions",
+                expected="bool (heads, query_blocks, key_blocks)",
+                got=f"{mask.dtype} {tuple(mask.shape)}",
+                remedy="pass mask.bool() with one row a query block",
+            )
+        heads, rows, columns = mask.shape
+        query_length = rows * block[0] if query_length is None else query_length
+        key_length = columns * block[1] if key_length is None else key_length
+        check_sizes(heads, query_length, key_length, *block)
+        expected = (math.ceil(query_length / block[0]), math.ceil(key_length / block[1]))
+        if (rows, columns) != expected:
+            raise PlanError(
+                "the mask does not cover the sequence",
+                expected=f"{expected} (query_blocks, key_blocks) for {query_length} queries and "
+                f"{key_length} keys in blocks of {block}",
+                got=f"{(rows, columns)}",
+                remedy="check the block size and the number of tokens",
+            )
+        bits = np.packbits(mask.cpu().numpy(), axis=-1, bitorder="little")
+        return cls(heads, query_length, key_length, block[0], block[1], bits)
+
+    @classmethod
+    def dense(
+        cls, heads: int, query_length: int, key_length: int, block: tuple[int, int] = (128, 128)
+    ) -> BlockPattern:
+        """Return the pattern that keeps every block."""
+        rows, columns = math.ceil(query_length / block[0]), math.ceil(key_length / block[1])
+        mask = torch.ones(heads, rows, columns, dtype=torch.bool)
+        return cls.from_mask(mask, query_length=query_length, key_length=key_length, block=block)
+
+    @property
+    def query_blocks(self) -> int:
+        """Number of query blocks, the ragged last one included."""
+        return -(-self.query_length // self.block_m)
+
+    @property
+    def key_blocks(self) -> int:
+        """Number of key blocks, the ragged last one included."""
+        return -(-self.key_length // self.block_n)
+
+    @cached_property
+    def kept(self) -> int:
+        """Number of kept blocks over all heads."""
+        return int(np.bitwise_count(self.bits).sum()) if hasattr(np, "bitwise_count") else int(
+            self.numpy_mask().sum()
+        )
+
+    @property
+    def density(self) -> float:
+        """Kept blocks / all blocks, in (0, 1]."""
+        return self.kept / (self.heads * self.query_blocks * self.key_blocks)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) over sizes and bits: equal patterns share kernels."""
+        sizes = (self.heads, self.query_length, self.key_length, self.block_m, self.block_n)
+        h = hashlib.sha256(repr(sizes).encode())
+        h.update(np.ascontiguousarray(self.bits).tobytes())
+        return h.hexdigest()
+
+    def numpy_mask(self) -> npt.NDArray[np.bool_]:
+        """Boolean (heads, query_blocks, key_blocks) in host memory."""
+        bits = np.unpackbits(self.bits, axis=-1, count=self.key_blocks, bitorder="little")
+        return bits.astype(np.bool_)
+
+    def mask(self) -> Tensor:
+        """Boolean tensor (heads, query_blocks, key_blocks) on the CPU; True is kept."""
+        return torch.from_numpy(self.numpy_mask())
+
+    def token_mask(self) -> Tensor:
+        """Boolean tensor (heads, query_length, key_length): the mask expanded to tokens.
+
+        Quadratic in the sequence length: for tests and references only.
+        """
+        mask = self.mask().repeat_interleave(self.block_m, 1).repeat_interleave(self.block_n, 2)
+        return mask[:, : self.query_length, : self.key_length]
+
+    def intervals(self) -> Intervals:
+        """Kept key blocks as sorted runs, row by row."""
+        mask = self.numpy_mask().reshape(-1, self.key_blocks).astype(np.int8)
+        step = np.diff(mask, axis=1, prepend=0, append=0)
+        row, start = np.nonzero(step == 1)
+        _, end = np.nonzero(step == -1)
+        counts = np.bincount(row, minlength=mask.shape[0])
+        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+        return Intervals(offsets, start.astype(np.int32), end.astype(np.int32))
+
+    def kv_blocks(self) -> tuple[Tensor, Tensor]:
+        """`kv_num_blocks` int32 (heads, query_blocks) and `kv_indices` int32 (heads,
+        query_blocks, key_blocks), with the meaning they have in PyTorch's `BlockMask`.
+        """
+        mask = self.mask()
+        count = mask.sum(-1, dtype=torch.int32)
+        indices = torch.argsort((~mask).to(torch.uint8), dim=-1, stable=True).to(torch.int32)
+        return count, indices
+
+
+def check_sizes(
+    heads: int, query_length: int, key_length: int, block_m: int, block_n: int
+) -> None:
+    """Raise `PlanError` unless all sizes are integers in a sensible range."""
+    limits = (
+        ("heads", heads, MAX_HEADS),
+        ("query_length", query_length, MAX_LENGTH),
+        ("key_length", key_length, MAX_LENGTH),
+        ("block_m", block_m, 1024),
+        ("block_n", block_n, 1024),
+    )
+    for name, value, limit in limits:
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
+            raise PlanError(
+                f"{name} of a pattern is out of range",
+                expected=f"an integer from 1 to {limit}",
+                got=repr(value),
+                remedy="check the plan's sizes, or calibrate again",
+            )
+    for name, value in (("block_m", block_m), ("block_n", block_n)):
+        if value % 16:
+            raise PlanError(
+                f"{name} of a pattern can't be tiled",
+                expected="a multiple of 16",
+                got=value,
+                remedy="use blocks of 32, 64 or 128 tokens",
+            )
