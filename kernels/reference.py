@@ -1,0 +1,88 @@
+"""The definition of block-sparse attention, in plain torch: what every other kernel must equal.
+
+For head `h` and query block `r` of a pattern, with `J` the tokens of all key blocks kept there:
+
+    out[i] = softmax_{j in J}(scale * q[i] . k[j]) @ v[j]        for each token i of block r
+
+Dropped keys take no part: a NaN or an infinity in a dropped block changes nothing, one in a kept
+block does what it does in dense attention.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from calibatt_compiler.kernels.operands import check_operands, empty_output
+from calibatt_compiler.plan.pattern import BlockPattern
+
+
+class ReferenceAttention:
+    """Block-sparse attention by definition, one row of blocks at a time.
+
+    Computes in float32, or in float64 if the operands are float64, on any device; never holds more
+    scores than one query block against its kept keys.
+
+    Attributes:
+        kind: "reference".
+        density: the pattern's own density: nothing else is computed.
+    """
+
+    kind = "reference"
+
+    def __init__(self, pattern: BlockPattern) -> None:
+        self.pattern = pattern
+        self.density = pattern.density
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+        """Return the attention output, (B, H, Sq, D) laid out as contiguous (B, Sq, H, D).
+
+        Args:
+            q: (B, H, Sq, D), any float dtype, any strides.
+            k: (B, H, Sk, D).
+            v: (B, H, Sk, D).
+            scale: factor on the scores; default 1 / sqrt(D).
+
+        Raises:
+            KernelError: the operands don't fit the pattern or one another.
+        """
+        pattern = self.pattern
+        check_operands(pattern, q, k, v)
+        exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+        scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+        out = empty_output(q)
+        mask = pattern.mask()
+        key_block = torch.arange(pattern.key_length) // pattern.block_n
+        for head, row in product(range(pattern.heads), range(pattern.query_blocks)):
+            rows = slice(row * pattern.block_m, (row + 1) * pattern.block_m)
+            kept = mask[head, row, key_block].nonzero().squeeze(1).to(q.device)
+            keys, values = k[:, head, kept].to(exact), v[:, head, kept].to(exact)
+            scores = q[:, head, rows].to(exact) @ keys.mT * scale
+            out[:, head, rows] = (scores.softmax(-1) @ values).to(q.dtype)
+        return out
+
+
+def masked_dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, *, scale: float | None = None
+) -> Tensor:
+    """Dense SDPA under the pattern expanded to tokens, in the operands' own dtype: tests' oracle.
+
+    Quadratic in memory. With float64 operands it is the exact answer; with low-precision ones its
+    error against float64 is the yardstick for the error that a kernel may make.
+
+    Args:
+        q: (B, H, Sq, D).
+        k: (B, H, Sk, D).
+        v: (B, H, Sk, D).
+        pattern: which blocks are kept.
+        scale: factor on the scores; default 1 / sqrt(D).
+
+    Returns:
+        (B, H, Sq, D), contiguous.
+    """
+    mask = pattern.token_mask().to(q.device)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)

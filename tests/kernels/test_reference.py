@@ -1,0 +1,90 @@
+"""The reference kernel against dense attention in float64."""
+
+import math
+
+import pytest
+import torch
+
+from calibatt_compiler.errors import KernelError
+from calibatt_compiler.kernels.reference import ReferenceAttention, masked_dense_attention
+from calibatt_compiler.plan.pattern import BlockPattern
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("query_length", "key_length"), [(256, 256), (200, 333), (65, 17)])
+def test_equals_dense_attention_under_the_mask(
+    operands, random_pattern, assert_attention, dtype, query_length, key_length
+):
+    q, k, v = operands(
+        batch=2, heads=3, query_length=query_length, key_length=key_length, head_dim=32, dtype=dtype
+    )
+    pattern = random_pattern(
+        heads=3, query_length=query_length, key_length=key_length, block=(32, 64)
+    )
+    assert_attention(ReferenceAttention(pattern)(q, k, v), q, k, v, pattern)
+
+
+def test_scale_is_applied(operands, random_pattern, assert_attention):
+    q, k, v = operands()
+    pattern = random_pattern()
+    out = ReferenceAttention(pattern)(q, k, v, scale=0.7)
+    assert_attention(out, q, k, v, pattern, scale=0.7)
+    assert not torch.allclose(out, ReferenceAttention(pattern)(q, k, v), atol=1e-3)
+
+
+def test_density_is_the_patterns(random_pattern):
+    pattern = random_pattern(density=0.3)
+    assert ReferenceAttention(pattern).density == pattern.density < 1
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(("operand", "token"), [(0, 3), (1, 70), (2, 130)])
+def test_kept_nonfinite_values_act_as_in_dense_attention(
+    operands, random_pattern, value, operand, token
+):
+    broken = [x.clone() for x in operands(query_length=200)]
+    broken[operand][0, 1, token] = value
+    q, k, v = broken
+    pattern = random_pattern(density=0.5)
+    kept = pattern.token_mask()
+    out = ReferenceAttention(pattern)(q, k, v)
+    assert not out.isfinite().all()
+    for head in range(2):
+        for row in range(3, 200, 50):
+            keys = kept[head, row]
+            scores = q[0, head, row] @ k[0, head, keys].T / 8
+            expected = scores.softmax(-1) @ v[0, head, keys]
+            torch.testing.assert_close(out[0, head, row], expected, equal_nan=True)
+
+
+def test_dropped_blocks_take_no_part(operands):
+    q, k, v = operands(heads=1, query_length=128)
+    pattern = BlockPattern.from_mask(torch.tensor([[[True, False], [True, False]]]), block=(64, 64))
+    clean = ReferenceAttention(pattern)(q, k, v)
+    k, v = k.clone(), v.clone()
+    k[:, :, 64:] = math.nan
+    v[:, :, 64:] = math.inf
+    assert torch.equal(ReferenceAttention(pattern)(q, k, v), clean)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda q, k, v: (q[0], k, v), "four dimensions"),
+        (lambda q, k, v: (q[:, :1], k, v), r"q \(1, 2, 200, 64\)"),
+        (lambda q, k, v: (q, k[:, :, 1:], v[:, :, 1:]), "plan of this size"),
+        (lambda q, k, v: (q, k.double(), v), "torch.float64"),
+        (lambda q, k, v: (q.int(), k.int(), v.int()), "floating-point"),
+        (lambda q, k, v: (q, k.to("meta"), v), "meta"),
+    ],
+)
+def test_operands_that_do_not_fit_are_refused(operands, random_pattern, change, named):
+    with pytest.raises(KernelError, match=named):
+        ReferenceAttention(random_pattern())(*change(*operands()))
+
+
+def test_oracle_is_dense_attention_for_a_full_pattern(operands):
+    q, k, v = operands(dtype=torch.float64)
+    expected = torch.softmax(q @ k.mT / 8, -1) @ v
+    got = masked_dense_attention(q, k, v, BlockPattern.dense(2, 200, 200))
+    torch.testing.assert_close(got, expected)
