@@ -1,0 +1,1 @@
+"""calibatt: calibrated block-sparse attention for video diffusion transformers."""

@@ -1,0 +1,72 @@
+"""What the backend learns of a model when Dynamo hands it a graph: plain values, no graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from calibatt_compiler.plan.schema import ModelIdentity
+
+
+@dataclass(frozen=True)
+class SiteInfo:
+    """One attention call of a captured model.
+
+    Attributes:
+        name: module of the call, such as `blocks.3.attn1`; a second call of the same module
+            ends in `:1`, a third in `:2`.
+        heads: number of query heads.
+        query_length: tokens on the query side.
+        key_length: tokens on the key side.
+        head_dim: channels a head.
+        skip: why the site can't be sparse (`cross-attention`, `masked`, ...), or None.
+    """
+
+    name: str
+    heads: int
+    query_length: int
+    key_length: int
+    head_dim: int
+    skip: str | None = None
+
+
+@dataclass(frozen=True)
+class CaptureInfo:
+    """One captured graph.
+
+    Attributes:
+        model: identity of the module, if it could be seen.
+        grid: latent tokens (frames, height, width), if the model's family is known.
+        sites: all attention calls in the order of execution.
+    """
+
+    model: ModelIdentity | None
+    grid: tuple[int, int, int] | None
+    sites: tuple[SiteInfo, ...]
+
+
+class Recorder(Protocol):
+    """What a model compiled in recording mode reports to."""
+
+    def on_capture(self, capture: CaptureInfo) -> None:
+        """Take note of a newly captured graph; called before its first run."""
+
+    def attend(
+        self, site: str, q: Tensor, k: Tensor, v: Tensor, timestep: float, scale: float
+    ) -> Tensor:
+        """Compute dense attention for a site and observe it.
+
+        Args:
+            site: name of the site, as in `SiteInfo`.
+            q: (batch, heads, query_length, head_dim), any strides.
+            k: (batch, heads, key_length, head_dim), any strides.
+            v: like `k`.
+            timestep: what the model was given; NaN where samples of the batch differ.
+            scale: factor of the scores.
+
+        Returns:
+            (batch, heads, query_length, head_dim), laid out as (batch, query_length, heads,
+            head_dim) contiguous.
+        """

@@ -1,0 +1,23 @@
+"""The artefact: what calibration writes and every later stage reads."""
+
+from calibatt_compiler.plan.pattern import BlockPattern, Intervals
+from calibatt_compiler.plan.plan import Plan, SitePatterns
+from calibatt_compiler.plan.schema import (
+    CalibrationInputs,
+    ModelIdentity,
+    PlanMetadata,
+    Sampler,
+    SiteRecord,
+)
+
+__all__ = [
+    "BlockPattern",
+    "CalibrationInputs",
+    "Intervals",
+    "ModelIdentity",
+    "Plan",
+    "PlanMetadata",
+    "Sampler",
+    "SitePatterns",
+    "SiteRecord",
+]

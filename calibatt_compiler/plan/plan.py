@@ -1,0 +1,374 @@
+"""`Plan`: for each step, site and head, the key blocks that matter; immutable."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from types import MappingProxyType
+
+import numpy as np
+import numpy.typing as npt
+import pydantic
+import torch
+from torch import Tensor
+
+from calibatt_compiler.errors import PlanError
+from calibatt_compiler.plan import file
+from calibatt_compiler.plan.pattern import BlockPattern
+from calibatt_compiler.plan.schema import (
+    CalibrationInputs,
+    CfgMode,
+    ModelIdentity,
+    PlanMetadata,
+    Sampler,
+    SiteRecord,
+    TextPolicy,
+)
+from calibatt_compiler.version import PRODUCER
+
+TIMESTEP_TOLERANCE = 2.0**-8
+"""Relative rounding of a timestep that passed through bfloat16, as some pipelines do."""
+
+
+@dataclass(frozen=True)
+class SitePatterns:
+    """The patterns of one site.
+
+    Attributes:
+        patterns: the distinct ones; all of one size.
+        steps: for each diffusion step, the index of its pattern.
+        head_dim: channels a head, if known.
+    """
+
+    patterns: tuple[BlockPattern, ...]
+    steps: tuple[int, ...]
+    head_dim: int | None = None
+
+    def at(self, step: int) -> BlockPattern:
+        """Return the pattern of a diffusion step."""
+        return self.patterns[self.steps[step]]
+
+    @property
+    def heads(self) -> int:
+        """Number of heads."""
+        return self.patterns[0].heads
+
+    @property
+    def query_length(self) -> int:
+        """Tokens on the query side."""
+        return self.patterns[0].query_length
+
+    @property
+    def key_length(self) -> int:
+        """Tokens on the key side."""
+        return self.patterns[0].key_length
+
+    @classmethod
+    def share(
+        cls, by_step: Sequence[BlockPattern], head_dim: int | None = None
+    ) -> SitePatterns:
+        """Store equal patterns of several steps once."""
+        index: dict[str, int] = {}
+        distinct: list[BlockPattern] = []
+        steps = []
+        for pattern in by_step:
+            if pattern.digest not in index:
+                index[pattern.digest] = len(distinct)
+                distinct.append(pattern)
+            steps.append(index[pattern.digest])
+        return cls(tuple(distinct), tuple(steps), head_dim)
+
+
+class Plan:
+    """Calibrated block patterns of a model, for one size of video and one sampler.
+
+    Made by `calibatt_compiler.calibrate`, by `Plan.from_masks`, or read by `Plan.load`.
+    """
+
+    __slots__ = ("__dict__", "_metadata", "_sites")
+
+    def __init__(self, metadata: PlanMetadata, sites: Mapping[str, SitePatterns]) -> None:
+        self._metadata = metadata
+        self._sites = MappingProxyType(dict(sites))
+
+    @classmethod
+    def create(
+        cls,
+        sites: Mapping[str, SitePatterns],
+        *,
+        grid: tuple[int, int, int],
+        sampler: Sampler,
+        model: ModelIdentity | None = None,
+        text_policy: TextPolicy = "none",
+        cfg: CfgMode = "none",
+        thresholds: Mapping[str, float] | None = None,
+        inputs: CalibrationInputs | None = None,
+        quality: Mapping[str, float] | None = None,
+    ) -> Plan:
+        """Build a plan from patterns; the long form of `from_masks`.
+
+        Raises:
+            PlanError: sizes, steps or names that don't fit together.
+        """
+        records = tuple(
+            SiteRecord(
+                name=name,
+                heads=site.heads,
+                head_dim=site.head_dim,
+                query_length=site.query_length,
+                key_length=site.key_length,
+                block_m=site.patterns[0].block_m,
+                block_n=site.patterns[0].block_n,
+                patterns=len(site.patterns),
+                steps=site.steps,
+                density=tuple(site.at(step).density for step in range(len(site.steps))),
+            )
+            for name, site in sites.items()
+        )
+        try:
+            metadata = PlanMetadata(
+                producer=PRODUCER,
+                model=model,
+                grid=grid,
+                text_policy=text_policy,
+                cfg=cfg,
+                sampler=sampler,
+                thresholds=dict(thresholds or {}),
+                inputs=inputs or CalibrationInputs(count=0, digest=""),
+                quality=dict(quality or {}),
+                sites=records,
+            )
+        except pydantic.ValidationError as error:
+            raise PlanError(
+                "these patterns make no valid plan",
+                got=file.describe(error),
+                remedy="check grid, timesteps and the number of steps of each site",
+            ) from error
+        return cls(metadata, sites)
+
+    @classmethod
+    def from_masks(
+        cls,
+        masks: Mapping[str, Tensor],
+        grid: tuple[int, int, int],
+        timesteps: Sequence[float],
+        block: tuple[int, int] = (128, 128),
+        *,
+        lengths: Mapping[str, tuple[int, int]] | None = None,
+    ) -> Plan:
+        """Build a plan from boolean masks of your own.
+
+        Args:
+            masks: for each site, bool (steps, heads, query_blocks, key_blocks); True is kept.
+            grid: latent tokens (frames, height, width) after patching.
+            timesteps: what the model is given at each step, in sampling order.
+            block: tokens a query block, tokens a key block.
+            lengths: for sites whose tokens are not just the grid's (text in the same sequence,
+                queries and keys of different length): tokens on the query and key side.
+
+        Raises:
+            PlanError: shapes, dtypes or lengths that don't fit, or a query block that keeps none.
+        """
+        sampler = _sampler(timesteps)
+        tokens = math.prod(grid)
+        sites = {}
+        in_text = False
+        for name, mask in masks.items():
+            if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[0] != len(timesteps):
+                raise PlanError(
+                    f"the mask of site {name!r} has the wrong form",
+                    expected=f"bool (steps = {len(timesteps)}, heads, query_blocks, key_blocks)",
+                    got=f"{mask.dtype} {tuple(mask.shape)}",
+                    remedy="give one mask a timestep, in the order of `timesteps`",
+                )
+            query_length, key_length = (lengths or {}).get(name, (tokens, tokens))
+            in_text |= max(query_length, key_length) > tokens
+            try:
+                by_step = [
+                    BlockPattern.from_mask(
+                        step, query_length=query_length, key_length=key_length, block=block
+                    )
+                    for step in mask
+                ]
+            except PlanError as error:
+                raise PlanError(
+                    f"site {name!r}: {error.problem}",
+                    expected=error.expected,
+                    got=error.got,
+                    remedy=f"{error.remedy}; a sequence that is not just the grid's "
+                    f"{tokens} tokens needs lengths={{{name!r}: (queries, keys)}}",
+                ) from error
+            sites[name] = SitePatterns.share(by_step)
+        if unknown := set(lengths or {}) - set(masks):
+            raise PlanError(
+                "lengths name sites that have no mask",
+                expected=sorted(masks),
+                got=sorted(unknown),
+                remedy="give both or neither",
+            )
+        policy: TextPolicy = "in_mask" if in_text else "none"
+        return cls.create(sites, grid=grid, sampler=sampler, text_policy=policy)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan file and check every byte of it.
+
+        Raises:
+            PlanFormatError: not a plan, cut short, changed, or of another schema.
+            PlanError: sizes or patterns out of range.
+        """
+        metadata, tensors = file.read(path)
+        sites = {}
+        for record in metadata.sites:
+            bits = tensors[record.name]
+            patterns = tuple(
+                BlockPattern(
+                    record.heads,
+                    record.query_length,
+                    record.key_length,
+                    record.block_m,
+                    record.block_n,
+                    bits[index],
+                )
+                for index in range(record.patterns)
+            )
+            sites[record.name] = SitePatterns(patterns, record.steps, record.head_dim)
+        return cls(metadata, sites)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan to `path`: whole or not at all.
+
+        Raises:
+            OSError: the folder can't be written.
+        """
+        file.write(path, self._metadata, self._tensors())
+
+    def _tensors(self) -> dict[str, npt.NDArray[np.uint8]]:
+        return {
+            name: np.stack([pattern.bits for pattern in site.patterns])
+            for name, site in self._sites.items()
+        }
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) over everything in the plan; part of every cache key."""
+        return file.digest(file.to_json(self._metadata), self._tensors())
+
+    @property
+    def metadata(self) -> PlanMetadata:
+        """What the plan records about its origin."""
+        return self._metadata
+
+    @property
+    def sites(self) -> Mapping[str, SitePatterns]:
+        """Patterns by site name; iterating gives the names."""
+        return self._sites
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Latent tokens (frames, height, width)."""
+        return self._metadata.grid
+
+    @property
+    def timesteps(self) -> tuple[float, ...]:
+        """What the model is given at each step, in sampling order."""
+        return self._metadata.sampler.timesteps
+
+    @property
+    def steps(self) -> int:
+        """Number of diffusion steps."""
+        return len(self.timesteps)
+
+    @cached_property
+    def _sorted_steps(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+        values = np.asarray(self.timesteps, dtype=np.float64)
+        order = np.argsort(values)
+        return values[order], order
+
+    def step_of(self, timestep: float) -> int | None:
+        """Return the step nearest to a timestep, or None outside the plan's range.
+
+        The range ends half a step beyond the first and the last timestep, plus what bfloat16
+        rounds away.
+        """
+        values, order = self._sorted_steps
+        if not math.isfinite(timestep):
+            return None
+        margin = abs(timestep) * TIMESTEP_TOLERANCE
+        low = high = 0.0
+        if len(values) > 1:
+            low, high = (values[1] - values[0]) / 2, (values[-1] - values[-2]) / 2
+        if not values[0] - low - margin <= timestep <= values[-1] + high + margin:
+            return None
+        return int(order[np.abs(values - timestep).argmin()])
+
+    def density(self, site: str | None = None, step: int | None = None) -> float:
+        """Kept blocks / all blocks of one site or all, at one step or over all.
+
+        Raises:
+            PlanError: no such site or step.
+        """
+        sites = self._sites.values() if site is None else [self._site(site)]
+        steps = range(self.steps) if step is None else [self._step(step)]
+        kept = total = 0
+        for patterns in sites:
+            for index in steps:
+                pattern = patterns.at(index)
+                kept += pattern.kept
+                total += pattern.heads * pattern.query_blocks * pattern.key_blocks
+        return kept / total
+
+    def block_mask(self, site: str, step: int) -> Tensor:
+        """Boolean (heads, query_blocks, key_blocks) of a site at a step; True is kept.
+
+        Raises:
+            PlanError: no such site or step.
+        """
+        return self._site(site).at(self._step(step)).mask()
+
+    def _site(self, name: str) -> SitePatterns:
+        if name not in self._sites:
+            raise PlanError(
+                "the plan has no such site",
+                expected=f"one of {', '.join(self._sites)}",
+                got=repr(name),
+                remedy="`calibatt inspect` lists the sites of a plan",
+            )
+        return self._sites[name]
+
+    def _step(self, step: int) -> int:
+        if not -self.steps <= step < self.steps:
+            raise PlanError(
+                "the plan has no such step",
+                expected=f"0 to {self.steps - 1}",
+                got=step,
+                remedy="steps count from 0, the noisiest",
+            )
+        return step % self.steps
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plan) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __repr__(self) -> str:
+        return (
+            f"Plan({len(self._sites)} sites, {self.steps} steps, grid {self.grid}, "
+            f"density {self.density():.3f}, digest {self.digest[:12]})"
+        )
+
+
+def _sampler(timesteps: Sequence[float]) -> Sampler:
+    try:
+        return Sampler(timesteps=tuple(float(value) for value in timesteps))
+    except (pydantic.ValidationError, TypeError, ValueError) as error:
+        raise PlanError(
+            "the timesteps make no sampler",
+            expected="finite numbers, strictly falling or strictly rising",
+            got=list(timesteps)[:8],
+            remedy="pass scheduler.timesteps.tolist() after scheduler.set_timesteps(...)",
+        ) from error
