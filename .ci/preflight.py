@@ -1,0 +1,45 @@
+"""Say what this machine lacks before anything is downloaded.
+
+Run by the Makefile with whatever Python it found, so the syntax is kept old.
+"""
+
+import os
+import shutil
+import sys
+import sysconfig
+
+NEEDED = (3, 11)
+
+
+def problems():
+    """Return one line for each thing that is missing."""
+    if sys.version_info < NEEDED:
+        found = "%d.%d (%s)" % (sys.version_info[0], sys.version_info[1], sys.executable)
+        yield "Python 3.11 or newer is needed, found %s: name another one with" % found + (
+            " `make PYTHON=/path/to/python3.11 ...`"
+        )
+        return
+    try:
+        import ensurepip  # noqa: F401
+        import venv  # noqa: F401
+    except ImportError:
+        yield "this Python can't make virtual environments (Debian: apt-get install python3-venv)"
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(compiler) is None:
+        yield (
+            "torch.compile needs a C++ compiler on the CPU and %s was not found "
+            "(Debian: apt-get install g++; or set CXX)" % compiler
+        )
+    header = os.path.join(sysconfig.get_path("include"), "Python.h")
+    if not os.path.exists(header):
+        yield (
+            "torch.compile needs the headers of Python and %s was not found "
+            "(Debian: apt-get install python3-dev)" % header
+        )
+
+
+if __name__ == "__main__":
+    found = list(problems())
+    for problem in found:
+        sys.stderr.write("calibatt: %s\n" % problem)
+    sys.exit(1 if found else 0)

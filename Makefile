@@ -1,0 +1,64 @@
+# Everything that sets calibatt up and runs it from a checkout. `make help` lists the targets.
+#
+#   PYTHON    Python to make the environment with (3.11 or newer)
+#   VENV      where the environment goes
+#   PIP_ARGS  more arguments for pip, such as another index for a build of torch that fits the GPU
+#   TESTS     what `make test` runs, with any options of pytest
+#   DEMO_ARGS options of `calibatt demo`
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+PIP_ARGS ?=
+TESTS ?= tests
+DEMO_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
+PINS := pyproject.toml constraints.txt
+TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
+CHECKED := calibatt_compiler tests benchmarks examples .ci
+
+.PHONY: help demo test lint format clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    set up, then run the main job: calibrate, compile and compare the small video model"
+	@echo "make test    set up, then check the code and run all tests"
+	@echo "make lint    ruff and mypy only"
+	@echo "make format  let ruff rewrite the files"
+	@echo "make clean   remove the environment, caches and results"
+
+demo: $(VENV)/.demo
+	$(BIN)/calibatt demo $(DEMO_ARGS)
+
+# Two workers of one thread each use two cores better than one worker of two threads.
+test: lint
+	$(BIN)/python -m pytest $(TESTS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis calibatt-demo
+
+# torch first and by itself: a range that it satisfies then downloads no second build.
+$(VENV)/.torch: constraints.txt
+	@$(if $(PYTHON),$(PYTHON) .ci/preflight.py,echo "calibatt: no python3 was found" >&2; exit 1)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) $(TORCH) setuptools
+	@touch $@
+
+# setuptools comes with torch, pinned: the package is built with that one, not with a fresh download.
+$(VENV)/.demo: $(VENV)/.torch $(PINS)
+	$(PIP_INSTALL) --no-build-isolation -e '.[report,pipelines]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch $(PINS)
+	$(PIP_INSTALL) --no-build-isolation -e '.[dev]'
+	@touch $@ $(VENV)/.demo
