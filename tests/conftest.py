@@ -68,7 +68,19 @@ def _tokenizer() -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = "<pad> </s> <unk> a the big small rabbit bird bunny tree runs sleeps flies".split()
+    words = [
+        "<pad>",
+        "</s>",
+        "<unk>",
+        "a",
+        "the",
+        "big",
+        "small",
+        "rabbit",
+        "bird",
+        "runs",
+        "flies",
+    ]
     model = models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>")
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
