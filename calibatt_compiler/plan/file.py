@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,36 +74,43 @@ def read(path: str | os.PathLike[str]) -> tuple[PlanMetadata, dict[str, Bits]]:
             got=path,
             remedy="check the path, or calibrate the model first",
         )
-    try:
-        with safe_open(path, framework="numpy") as opened:
-            header: dict[str, str] = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise _damaged(path, f"safetensors can't read it: {error}") from error
-    if header.get("format") != FORMAT or set(header) != _KEYS:
-        raise PlanFormatError(
-            f"{path} is not a plan",
-            expected=f"a safetensors file with metadata {sorted(_KEYS)}, format {FORMAT!r}",
-            got=f"metadata {sorted(header)}, format {header.get('format')!r}",
-            remedy="give the file that `calibatt calibrate` wrote",
-        )
-    # Schema before checksum: a plan of another schema may well be whole.
-    metadata = _parse(path, header["plan"], intact=header["digest"] == digest(header["plan"], tensors))
+    # The header is judged before any tensor is read: weights of a model may be given by mistake.
+    with _opened(path) as opened:
+        header: dict[str, str] = opened.metadata() or {}
+        if header.get("format") != FORMAT or set(header) != _KEYS:
+            raise PlanFormatError(
+                f"{path} is not a plan",
+                expected=f"a safetensors file with metadata {sorted(_KEYS)}, format {FORMAT!r}",
+                got=f"metadata {sorted(header)}, format {header.get('format')!r}",
+                remedy="give the file that `calibatt calibrate` wrote",
+            )
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    text = header["plan"]
+    metadata = _parse(path, text, intact=header["digest"] == digest(text, tensors))
     _check_tensors(path, metadata, tensors)
     return metadata, tensors
 
 
-def _parse(path: Path, text: str, *, intact: bool) -> PlanMetadata:
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
-        raw: Any = json.loads(text)
-        version = raw["schema_version"]
-        requires = set(raw["requires"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(path, f"its JSON header does not parse: {error}") from error
+        with safe_open(path, framework="numpy") as opened:
+            yield opened
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise _damaged(path, f"safetensors can't read it: {error}") from error
+
+
+def _parse(path: Path, text: str, *, intact: bool) -> PlanMetadata:
     if not intact:
         raise _damaged(path, "the checksum does not match the content")
+    try:
+        raw: Any = json.loads(text)
+        version, requires = raw["schema_version"], frozenset(raw["requires"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _damaged(path, f"its JSON header does not parse: {error!r}") from error
+    # The schema comes before the fields: one of another version may have others.
     if version != SCHEMA_VERSION or not requires <= KNOWN_FEATURES:
-        unknown = sorted(requires - KNOWN_FEATURES)
+        unknown = sorted(map(str, requires - KNOWN_FEATURES))
         raise PlanFormatError(
             f"{path} has a schema that this version can't read",
             expected=f"schema_version {SCHEMA_VERSION}, features {sorted(KNOWN_FEATURES)}",

@@ -143,6 +143,7 @@ class BlockPattern:
         cls, heads: int, query_length: int, key_length: int, block: tuple[int, int] = (128, 128)
     ) -> BlockPattern:
         """Return the pattern that keeps every block."""
+        check_sizes(heads, query_length, key_length, *block)
         rows, columns = math.ceil(query_length / block[0]), math.ceil(key_length / block[1])
         mask = torch.ones(heads, rows, columns, dtype=torch.bool)
         return cls.from_mask(mask, query_length=query_length, key_length=key_length, block=block)
@@ -160,8 +161,10 @@ class BlockPattern:
     @cached_property
     def kept(self) -> int:
         """Number of kept blocks over all heads."""
-        return int(np.bitwise_count(self.bits).sum()) if hasattr(np, "bitwise_count") else int(
-            self.numpy_mask().sum()
+        return (
+            int(np.bitwise_count(self.bits).sum())
+            if hasattr(np, "bitwise_count")
+            else int(self.numpy_mask().sum())
         )
 
     @property
@@ -214,9 +217,7 @@ class BlockPattern:
         return count, indices
 
 
-def check_sizes(
-    heads: int, query_length: int, key_length: int, block_m: int, block_n: int
-) -> None:
+def check_sizes(heads: int, query_length: int, key_length: int, block_m: int, block_n: int) -> None:
     """Raise `PlanError` unless all sizes are integers in a sensible range."""
     limits = (
         ("heads", heads, MAX_HEADS),

@@ -41,11 +41,33 @@ class SitePatterns:
         patterns: the distinct ones; all of one size.
         steps: for each diffusion step, the index of its pattern.
         head_dim: channels a head, if known.
+
+    Raises:
+        PlanError: no pattern, patterns of different sizes, or a step without a pattern.
     """
 
     patterns: tuple[BlockPattern, ...]
     steps: tuple[int, ...]
     head_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        sizes = {
+            (p.heads, p.query_length, p.key_length, p.block_m, p.block_n) for p in self.patterns
+        }
+        if len(sizes) != 1:
+            raise PlanError(
+                "the patterns of a site must be of one size",
+                expected="one (heads, query_length, key_length, block_m, block_n)",
+                got=sorted(sizes),
+                remedy="make all steps of a site with the same lengths and blocks",
+            )
+        if any(not 0 <= index < len(self.patterns) for index in self.steps):
+            raise PlanError(
+                "a step of a site has no pattern",
+                expected=f"indices from 0 to {len(self.patterns) - 1}",
+                got=self.steps,
+                remedy="build sites with SitePatterns.share, one pattern a step",
+            )
 
     def at(self, step: int) -> BlockPattern:
         """Return the pattern of a diffusion step."""
@@ -67,9 +89,7 @@ class SitePatterns:
         return self.patterns[0].key_length
 
     @classmethod
-    def share(
-        cls, by_step: Sequence[BlockPattern], head_dim: int | None = None
-    ) -> SitePatterns:
+    def share(cls, by_step: Sequence[BlockPattern], head_dim: int | None = None) -> SitePatterns:
         """Store equal patterns of several steps once."""
         index: dict[str, int] = {}
         distinct: list[BlockPattern] = []
@@ -113,22 +133,22 @@ class Plan:
         Raises:
             PlanError: sizes, steps or names that don't fit together.
         """
-        records = tuple(
-            SiteRecord(
-                name=name,
-                heads=site.heads,
-                head_dim=site.head_dim,
-                query_length=site.query_length,
-                key_length=site.key_length,
-                block_m=site.patterns[0].block_m,
-                block_n=site.patterns[0].block_n,
-                patterns=len(site.patterns),
-                steps=site.steps,
-                density=tuple(site.at(step).density for step in range(len(site.steps))),
-            )
-            for name, site in sites.items()
-        )
         try:
+            records = tuple(
+                SiteRecord(
+                    name=name,
+                    heads=site.heads,
+                    head_dim=site.head_dim,
+                    query_length=site.query_length,
+                    key_length=site.key_length,
+                    block_m=site.patterns[0].block_m,
+                    block_n=site.patterns[0].block_n,
+                    patterns=len(site.patterns),
+                    steps=site.steps,
+                    density=tuple(site.at(step).density for step in range(len(site.steps))),
+                )
+                for name, site in sites.items()
+            )
             metadata = PlanMetadata(
                 producer=PRODUCER,
                 model=model,

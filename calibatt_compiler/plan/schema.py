@@ -8,17 +8,33 @@ tensor of the site named by a feature.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    model_validator,
+)
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Literal[1] = 1
 KNOWN_FEATURES: frozenset[str] = frozenset()
 """Values of `PlanMetadata.requires` that this version can serve."""
 
 Size = Annotated[int, Field(ge=1, le=1 << 24)]
+Density = Annotated[float, Field(gt=0, le=1)]
+Figures = Annotated[
+    Mapping[str, float],
+    AfterValidator(lambda figures: MappingProxyType(dict(figures))),
+    PlainSerializer(dict),
+]
+"""Named numbers, read-only."""
 TextPolicy = Literal["none", "in_mask"]
-CfgMode = Literal["none", "conditional", "batched", "embedded"]
+CfgMode = Literal["none", "separate", "batched", "embedded"]
 
 
 class _Record(BaseModel):
@@ -98,12 +114,14 @@ class SiteRecord(_Record):
     head_forms: Literal["blocks"] = "blocks"
     patterns: Annotated[int, Field(ge=1)]
     steps: tuple[int, ...]
-    density: tuple[float, ...]
+    density: tuple[Density, ...]
 
     @model_validator(mode="after")
     def _check(self) -> SiteRecord:
         if any(not 0 <= index < self.patterns for index in self.steps):
             raise ValueError(f"steps must index the {self.patterns} patterns of the site")
+        if self.name == "__metadata__":
+            raise ValueError("the file format keeps this name for itself")
         if len(self.density) != len(self.steps):
             raise ValueError("density must have one entry a step")
         return self
@@ -121,8 +139,8 @@ class PlanMetadata(_Record):
         token_order: how the grid's tokens are laid out in the sequence.
         text_policy: `none`: video tokens only; `in_mask`: text tokens are part of the sequence
             and of its blocks.
-        cfg: how the sampler runs classifier-free guidance; patterns come from the conditional
-            branch.
+        cfg: how classifier-free guidance is run: in two calls, in one batched call, embedded in
+            the model, or not at all. Patterns come from the conditional branch.
         sampler: the diffusion steps.
         thresholds: numbers that the selection used, such as `A`, `C`, `k`, `rho`.
         inputs: what it was calibrated on.
@@ -139,9 +157,9 @@ class PlanMetadata(_Record):
     text_policy: TextPolicy = "none"
     cfg: CfgMode = "none"
     sampler: Sampler
-    thresholds: dict[str, float] = Field(default_factory=dict)
+    thresholds: Figures = MappingProxyType({})
     inputs: CalibrationInputs = CalibrationInputs(count=0, digest="")
-    quality: dict[str, float] = Field(default_factory=dict)
+    quality: Figures = MappingProxyType({})
     sites: tuple[SiteRecord, ...]
 
     @model_validator(mode="after")

@@ -1,0 +1,159 @@
+"""The Dynamo backend: a graph and its example inputs in, a compiled callable out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch.fx import GraphModule
+
+from calibatt_compiler import models
+from calibatt_compiler.binders import PlanBinder, RecordingBinder
+from calibatt_compiler.capture import CaptureInfo, Recorder
+from calibatt_compiler.dynamo import FrameInputs, frame_inputs
+from calibatt_compiler.errors import CalibattError, PlanMismatchError
+from calibatt_compiler.options import CompileOptions
+from calibatt_compiler.passes.pipeline import run_passes
+from calibatt_compiler.passes.rewrite import Rewrite, SdpaCall, Skip
+from calibatt_compiler.report.summary import GraphReport, keep_report
+
+log = logging.getLogger("calibatt")
+Compiled = Callable[..., Any]
+
+
+def calibatt(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Compiled:
+    """Compile a captured graph: sparse attention from the plan, the rest by Inductor.
+
+    Registered as the `torch.compile` backend `calibatt`; not called by hand.
+
+    Args:
+        gm: the graph that Dynamo captured.
+        example_inputs: its inputs.
+        mode: refused; Inductor settings go into `options["inductor"]`.
+        options: see `CompileOptions`.
+
+    Returns:
+        The compiled callable. An error of ours is raised by its first call, in the user's own
+        frame: raised from here, Dynamo would wrap it in an error of another class.
+    """
+    try:
+        checked = CompileOptions.parse(options, mode)
+        inputs = frame_inputs(gm)
+        binder = PlanBinder(checked, inputs)
+        rewrite = run_passes(gm, inputs, binder)
+        _check(rewrite, binder, checked)
+        report = GraphReport.of(rewrite, binder, options)
+        keep_report(inputs.module, report)
+    except CalibattError as error:
+        return _raising(error)
+    return _Owner(_inductor(gm, example_inputs, checked.inductor), rewrite)
+
+
+def recording_backend(recorder: Recorder, *, inductor: bool) -> Compiled:
+    """Return a backend that runs the model densely and shows each attention call to a recorder.
+
+    Args:
+        recorder: told of each captured graph, then of each call.
+        inductor: compile what is around attention; otherwise it runs as captured.
+    """
+
+    def record(gm: GraphModule, example_inputs: Sequence[Any], **_: object) -> Compiled:
+        inputs = frame_inputs(gm)
+        try:
+            rewrite = run_passes(gm, inputs, RecordingBinder(recorder))
+            recorder.on_capture(_capture(rewrite))
+        except CalibattError as error:
+            return _raising(error)
+        return _Owner(_inductor(gm, example_inputs, {}) if inductor else gm.forward, rewrite)
+
+    return record
+
+
+class _Owner:
+    """A compiled graph together with the sites that its operators refer to by key."""
+
+    def __init__(self, compiled: Compiled, rewrite: Rewrite) -> None:
+        self._compiled = compiled
+        self._sites = rewrite.decisions
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self._compiled(*inputs)
+
+
+def _inductor(
+    gm: GraphModule, example_inputs: Sequence[Any], settings: Mapping[str, Any]
+) -> Compiled:
+    from torch._inductor.compile_fx import compile_fx
+
+    compiled: Compiled = compile_fx(gm, example_inputs, config_patches=dict(settings))
+    return compiled
+
+
+def _raising(error: CalibattError) -> Compiled:
+    def fail(*_: Any) -> Any:
+        raise error.with_traceback(None)
+
+    return fail
+
+
+def _capture(rewrite: Rewrite) -> CaptureInfo:
+    module = rewrite.inputs.module
+    return CaptureInfo(
+        model=None if module is None else models.identify(module),
+        grid=_grid(rewrite.inputs),
+        sites=tuple(
+            replace(call.info, skip=decision.reason) if isinstance(decision, Skip) else call.info
+            for call, decision in zip(rewrite.calls, rewrite.decisions, strict=True)
+        ),
+    )
+
+
+def _grid(inputs: FrameInputs) -> tuple[int, int, int] | None:
+    if inputs.module is None:
+        return None
+    grid = models.latent_grid(inputs.module, inputs.values)
+    return None if grid is None else (int(grid[0]), int(grid[1]), int(grid[2]))
+
+
+def _check(rewrite: Rewrite, binder: PlanBinder, options: CompileOptions) -> None:
+    """Refuse a plan of another model, and with `on_mismatch="error"` any call it does not fit."""
+    wrong = [
+        (call.info.name, decision.reason)
+        for call, decision in zip(rewrite.calls, rewrite.decisions, strict=True)
+        if isinstance(decision, Skip) and decision.mismatch
+    ]
+    for name, reason in wrong:
+        log.warning("%s runs dense: %s", name, reason)
+    if wrong and options.on_mismatch == "error":
+        name, reason = wrong[0]
+        raise PlanMismatchError(
+            f"the plan does not fit {len(wrong)} of {len(rewrite.calls)} attention calls",
+            expected=binder.expectation,
+            got=f"{name}: {reason}",
+            remedy='calibrate for this size, or pass on_mismatch="dense" to run it dense',
+        )
+    names = {call.info.name for call in rewrite.calls}
+    plan = options.plan
+    lengths = {site.query_length for site in plan.sites.values()}
+    alike = [c.info.name for c in rewrite.calls if c.info.skip is None and _same(c, lengths)]
+    if alike and not names & set(plan.sites):
+        raise PlanMismatchError(
+            "none of the plan's sites is in this model",
+            expected=f"sites such as {next(iter(plan.sites))!r}",
+            got=f"attention calls such as {alike[0]!r}",
+            remedy="compile the model that the plan was made for, or calibrate this one",
+        )
+
+
+def _same(call: SdpaCall, lengths: set[int]) -> bool:
+    # Not for symbolic sizes: a set look-up would specialise them.
+    return isinstance(call.info.query_length, int) and call.info.query_length in lengths
+

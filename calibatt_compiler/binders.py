@@ -1,0 +1,127 @@
+"""What serves a site: a plan's kernels at inference, a recorder in calibration."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from calibatt_compiler import models
+from calibatt_compiler.capture import Recorder
+from calibatt_compiler.dynamo import FrameInputs
+from calibatt_compiler.errors import PlanMismatchError
+from calibatt_compiler.options import CompileOptions
+from calibatt_compiler.passes.graph import example
+from calibatt_compiler.passes.rewrite import SdpaCall, Skip
+from calibatt_compiler.plan import Plan
+from calibatt_compiler.runtime.registry import Site
+from calibatt_compiler.runtime.sites import RecordingSite, SparseSite
+from calibatt_compiler.version import PRODUCER
+
+
+class PlanBinder:
+    """Binds the sites of a plan, where plan and call agree.
+
+    Attributes:
+        expectation: what the plan was made for, in words.
+        prefix: of registry keys; a digest of plan and options.
+
+    Raises:
+        PlanMismatchError: the plan was calibrated on another model.
+    """
+
+    def __init__(self, options: CompileOptions, inputs: FrameInputs) -> None:
+        self._options = options
+        self._plan = options.plan
+        _check_model(self._plan, inputs)
+        self._size = _check_size(self._plan, inputs)
+        frames, height, width = self._plan.grid
+        self.expectation = f"{frames} x {height} x {width} latent tokens"
+        content = f"{PRODUCER}|{self._plan.digest}|{options.lowering}"
+        self.prefix = hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that is bound."""
+        return self._plan
+
+    def bind(self, call: SdpaCall) -> Site | Skip:
+        """Return the site that serves a call, or why it stays dense."""
+        info = call.info
+        planned = self._plan.sites.get(info.name)
+        if planned is None:
+            return Skip(info.skip or "not in the plan")
+        if info.skip not in (None, "cross-attention"):
+            return Skip(str(info.skip), mismatch=True)
+        if self._size is not None:
+            return Skip(self._size, mismatch=True)
+        for what, expected, got in (
+            ("heads", planned.heads, info.heads),
+            ("query tokens", planned.query_length, info.query_length),
+            ("key tokens", planned.key_length, info.key_length),
+            ("channels a head", planned.head_dim or info.head_dim, info.head_dim),
+        ):
+            # A symbolic size is compared here, which makes Dynamo guard on the answer.
+            if got != expected:
+                return Skip(f"{got} {what} instead of {expected}", mismatch=True)
+        query = example(call.query)
+        assert query is not None
+        return SparseSite(
+            self._plan,
+            info.name,
+            lowering=self._options.lowering,
+            device=query.device,
+            dtype=query.dtype,
+            head_dim=info.head_dim,
+        )
+
+
+class RecordingBinder:
+    """Binds every site that could be sparse to a recorder."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self.prefix = f"recording-{id(recorder):x}"
+
+    def bind(self, call: SdpaCall) -> Site | Skip:
+        """Return a recording site, or why the call is not recorded."""
+        if call.info.skip is not None:
+            return Skip(call.info.skip)
+        return RecordingSite(self._recorder, call.info.name)
+
+
+def _check_model(plan: Plan, inputs: FrameInputs) -> None:
+    expected = plan.metadata.model
+    module = inputs.module
+    if expected is None or module is None:
+        return
+    whole = bool(models.config_of(module)) or type(module).__name__ == expected.class_name
+    if not whole:  # a frame inside the model, after a graph break
+        return
+    got = models.identify(module)
+    if got.class_name != expected.class_name:
+        raise PlanMismatchError(
+            "the plan was calibrated on a model of another class",
+            expected=expected.class_name,
+            got=got.class_name,
+            remedy="compile the transformer itself, with the plan made for it",
+        )
+    if got.config_digest != expected.config_digest:
+        raise PlanMismatchError(
+            f"the plan was calibrated on a {expected.class_name} of another configuration",
+            expected=f"configuration digest {expected.config_digest[:16]}",
+            got=got.config_digest[:16],
+            remedy="use the plan of this model, or calibrate it with `calibatt calibrate`",
+        )
+
+
+def _check_size(plan: Plan, inputs: FrameInputs) -> str | None:
+    """Return why the latent grid of this call is not the plan's, or None."""
+    if inputs.module is None:
+        return None
+    grid: tuple[Any, ...] | None = models.latent_grid(inputs.module, inputs.values)
+    if grid is None or all(
+        got == expected for got, expected in zip(grid, plan.grid, strict=True)
+    ):
+        return None
+    got = " x ".join(str(size) for size in grid)
+    return f"another size: {got} latent tokens instead of {' x '.join(map(str, plan.grid))}"

@@ -1,0 +1,121 @@
+"""Compile options and environment variables: all switches of the package, in one place."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from calibatt_compiler.errors import OptionError
+from calibatt_compiler.plan import Plan
+
+Lowering = Literal["baked", "table", "reference"]
+OnMismatch = Literal["dense", "error"]
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """What `torch.compile(..., backend="calibatt", options={...})` takes.
+
+    Attributes:
+        plan: a `Plan`, or the path of a plan file. Required.
+        lowering: `baked`: block indices as literals in a generated kernel; `table`: one kernel
+            that reads them; `reference`: the plain definition, slow.
+        on_mismatch: what to do where the plan does not fit a call (another size of video, another
+            number of heads): run `dense`, counted in the summary, or raise an `error`.
+        inductor: settings handed on to Inductor, such as `{"max_autotune": True}`.
+
+    Raises:
+        OptionError: from `parse`, for an unknown key or a value out of range.
+    """
+
+    plan: Plan
+    lowering: Lowering = "baked"
+    on_mismatch: OnMismatch = "dense"
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> CompileOptions:
+        """Check the options of a compile call and load the plan."""
+        if mode is not None:
+            raise OptionError(
+                "the calibatt backend takes no mode",
+                expected='options={"plan": ...}',
+                got=f"mode={mode!r}",
+                remedy='hand Inductor settings on with options={"inductor": {...}}',
+            )
+        given = dict(options or {})
+        known = [option.name for option in fields(cls)]
+        for key in given:
+            if key not in known:
+                close = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"did you mean {close[0]!r}? " if close else ""
+                raise OptionError(
+                    f"unknown option {key!r}",
+                    expected=f"one of {', '.join(known)}",
+                    got=repr(key),
+                    remedy=f'{hint}Inductor settings go into options={{"inductor": {{...}}}}',
+                )
+        _check_choice("lowering", given.get("lowering", "baked"), get_args(Lowering))
+        _check_choice("on_mismatch", given.get("on_mismatch", "dense"), get_args(OnMismatch))
+        inductor = given.get("inductor", {})
+        if not isinstance(inductor, Mapping) or not all(isinstance(key, str) for key in inductor):
+            raise OptionError(
+                "option 'inductor' must be a mapping of Inductor settings",
+                expected='a dict such as {"max_autotune": True}',
+                got=repr(inductor),
+                remedy="see torch._inductor.list_options() for the names",
+            )
+        return cls(**{**given, "plan": _load_plan(given.get("plan")), "inductor": dict(inductor)})
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise OptionError(
+            f"option {name!r} has an unknown value",
+            expected=f"one of {', '.join(choices)}",
+            got=repr(value),
+            remedy="leave it out for the default",
+        )
+
+
+_loaded: dict[Path, tuple[tuple[int, int], Plan]] = {}
+
+
+def _load_plan(plan: object) -> Plan:
+    """Load a plan, once for a file that has not changed: every recompile asks again."""
+    if isinstance(plan, Plan):
+        return plan
+    if not isinstance(plan, (str, os.PathLike)):
+        raise OptionError(
+            "the calibatt backend needs a plan",
+            expected='options={"plan": path or Plan}',
+            got=repr(plan),
+            remedy="calibrate the model once with `calibatt calibrate` or calibatt_compiler"
+            ".calibrate, then pass the file",
+        )
+    path = Path(plan).expanduser().resolve()
+    if path.is_file():
+        stat = path.stat()
+        stamp = (stat.st_mtime_ns, stat.st_size)
+        if path not in _loaded or _loaded[path][0] != stamp:
+            _loaded[path] = (stamp, Plan.load(path))
+        return _loaded[path][1]
+    return Plan.load(path)
+
+
+def cache_dir() -> Path:
+    """Where generated kernels are kept: `CALIBATT_CACHE_DIR`, or `calibatt` in the user's cache."""
+    if chosen := os.environ.get("CALIBATT_CACHE_DIR"):
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "calibatt"
+
+
+def debug_dir() -> Path | None:
+    """Where graphs are dumped before and after each pass: `CALIBATT_DEBUG_DIR`, off by default."""
+    chosen = os.environ.get("CALIBATT_DEBUG_DIR")
+    return Path(chosen).expanduser() if chosen else None

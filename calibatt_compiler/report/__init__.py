@@ -1,0 +1,1 @@
+"""What a person looks at: summaries, pictures, pages, measures of quality."""

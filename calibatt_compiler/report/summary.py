@@ -1,0 +1,222 @@
+"""What was matched, lowered and skipped, and what served each call since."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from calibatt_compiler.errors import CaptureError
+from calibatt_compiler.passes.rewrite import Lowered, Rewrite
+from calibatt_compiler.runtime.sites import SparseSite
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from calibatt_compiler.binders import PlanBinder
+
+
+@dataclass(frozen=True)
+class SiteRow:
+    """One site of one compiled graph.
+
+    Attributes:
+        name: of the site.
+        status: `sparse`, or why it is not.
+        density: kept blocks / all blocks, mean over steps; None where skipped.
+        computed_density: the same for what the kernels compute; above `density` where a pattern
+            was covered by a larger one.
+        kernel: kinds of kernel that serve it now.
+        sparse_calls: calls served by a sparse kernel.
+        dense_calls: calls of a sparse site served dense, by reason.
+    """
+
+    name: str
+    status: str
+    density: float | None
+    computed_density: float | None
+    kernel: str
+    sparse_calls: int
+    dense_calls: Mapping[str, int]
+
+
+@dataclass(frozen=True, eq=False)
+class GraphReport:
+    """One compiled graph: live counters of its sites."""
+
+    plan_digest: str
+    tokens: str
+    options: object
+    entries: tuple[tuple[str, SparseSite | str, float | None], ...]
+
+    @classmethod
+    def of(cls, rewrite: Rewrite, binder: PlanBinder, options: object) -> GraphReport:
+        """Report on a graph that went through the passes."""
+        entries: list[tuple[str, SparseSite | str, float | None]] = []
+        for call, decision in zip(rewrite.calls, rewrite.decisions, strict=True):
+            name = call.info.name
+            if isinstance(decision, Lowered):
+                assert isinstance(decision.site, SparseSite)
+                entries.append((name, decision.site, binder.plan.density(site=name)))
+            else:
+                entries.append((name, decision.reason, None))
+        return cls(binder.plan.digest, binder.expectation, options, tuple(entries))
+
+    def rows(self) -> list[SiteRow]:
+        """Rows of this graph as they stand now."""
+        rows = []
+        for name, served, density in self.entries:
+            if isinstance(served, str):
+                rows.append(SiteRow(name, served, None, None, "", 0, {}))
+                continue
+            dense = {kind: n for kind, n in served.calls.items() if kind.startswith("dense: ")}
+            sparse = sum(served.calls.values()) - sum(dense.values())
+            kernel = ", ".join(served.kinds)
+            rows.append(
+                SiteRow(name, "sparse", density, served.computed_density, kernel, sparse, dense)
+            )
+        return rows
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All graphs that were compiled for one model; `str()` or `rich` shows it as a table.
+
+    Attributes:
+        rows: one a site and graph.
+        graphs: how many graphs were compiled: one for each size of video.
+        plan_digest: digest of the plan.
+    """
+
+    rows: tuple[SiteRow, ...]
+    graphs: int
+    plan_digest: str
+
+    @property
+    def sparse_calls(self) -> int:
+        """Attention calls served by sparse kernels."""
+        return sum(row.sparse_calls for row in self.rows)
+
+    @property
+    def dense_calls(self) -> Counter[str]:
+        """Attention calls of planned sites served dense, by reason."""
+        total: Counter[str] = Counter()
+        for row in self.rows:
+            total.update(row.dense_calls)
+        return total
+
+    @property
+    def skipped(self) -> Counter[str]:
+        """Sites that were not lowered, by reason."""
+        return Counter(row.status for row in self.rows if row.status != "sparse")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, for JSON."""
+        return {
+            "plan_digest": self.plan_digest,
+            "graphs": self.graphs,
+            "sparse_calls": self.sparse_calls,
+            "dense_calls": dict(self.dense_calls),
+            "skipped": dict(self.skipped),
+            "sites": [
+                {
+                    "name": row.name,
+                    "status": row.status,
+                    "density": row.density,
+                    "computed_density": row.computed_density,
+                    "kernel": row.kernel,
+                    "sparse_calls": row.sparse_calls,
+                    "dense_calls": dict(row.dense_calls),
+                }
+                for row in self.rows
+            ],
+        }
+
+    def __rich__(self) -> Table:
+        from rich.table import Table
+
+        lowered = sum(row.status == "sparse" for row in self.rows)
+        table = Table(
+            title=f"calibatt: {lowered} of {len(self.rows)} attention sites sparse, "
+            f"{self.graphs} graph(s), plan {self.plan_digest[:12]}",
+            title_justify="left",
+        )
+        for heading in ("site", "status", "kernel"):
+            table.add_column(heading)
+        for heading in ("density", "computed", "sparse calls", "dense calls"):
+            table.add_column(heading, justify="right")
+        for row in self.rows:
+            dense = "; ".join(f"{n} ({why[7:]})" for why, n in row.dense_calls.items())
+            table.add_row(
+                row.name,
+                row.status,
+                row.kernel,
+                "" if row.density is None else f"{row.density:.3f}",
+                "" if row.computed_density is None else f"{row.computed_density:.3f}",
+                str(row.sparse_calls) if row.status == "sparse" else "",
+                dense,
+            )
+        return table
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        out = io.StringIO()
+        Console(file=out, width=140).print(self)
+        return out.getvalue()
+
+
+_reports: WeakKeyDictionary[torch.nn.Module, list[GraphReport]] = WeakKeyDictionary()
+
+
+def keep_report(module: torch.nn.Module | None, report: GraphReport) -> None:
+    """Remember what was compiled for a module, for as long as the module lives."""
+    if module is not None:
+        _reports.setdefault(module, []).append(report)
+
+
+def summary(compiled: object) -> Summary:
+    """Return what the calibatt backend did with a model, and what served its calls since.
+
+    Args:
+        compiled: what `torch.compile` returned, a module compiled in place, or a pipeline.
+
+    Raises:
+        CaptureError: nothing was compiled yet: the first call of the model compiles it.
+    """
+    compiled = getattr(compiled, "transformer", compiled)
+    module = getattr(compiled, "_orig_mod", compiled)
+    reports = _reports.get(module, []) if isinstance(module, torch.nn.Module) else []
+    options = _options_of(compiled)
+    if options is not None:
+        reports = [report for report in reports if report.options is options]
+    if not reports:
+        raise CaptureError(
+            "there is nothing to summarise",
+            expected="a model compiled with backend='calibatt' that has run at least once",
+            got=type(compiled).__name__,
+            remedy="call the model or its pipeline first; compilation happens in the first call",
+        )
+    rows = tuple(row for report in reports for row in report.rows())
+    return Summary(rows, len(reports), reports[-1].plan_digest)
+
+
+def _options_of(compiled: object) -> object:
+    """Return the very `options` dict that a compiled module was given, if it can be seen.
+
+    It tells apart several `torch.compile` calls over one module.
+    """
+    backend = getattr(getattr(compiled, "dynamo_ctx", None), "callback", None)
+    for _ in range(8):
+        if backend is None:
+            return None
+        keywords = getattr(backend, "kwargs", None)
+        if isinstance(keywords, dict) and "options" in keywords:
+            return keywords["options"]
+        backend = getattr(backend, "_torchdynamo_orig_backend", None)
+    return None

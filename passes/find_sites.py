@@ -1,0 +1,120 @@
+"""Finds every attention call of a graph, subgraphs included, and names it by its module."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from calibatt_compiler.capture import SiteInfo
+from calibatt_compiler.passes.graph import example, module_name, subgraphs
+from calibatt_compiler.passes.rewrite import OPERANDS, Rewrite, SdpaCall
+
+SDPA = (
+    torch.nn.functional.scaled_dot_product_attention,
+    torch.ops.aten.scaled_dot_product_attention.default,
+)
+
+THREADABLE = ("tag_activation_checkpoint", "wrap")
+"""Higher-order operators whose operands map one to one to the inputs of their subgraph."""
+
+
+def find_sites(rewrite: Rewrite) -> Rewrite:
+    """List the attention calls in the order of execution."""
+    seen: Counter[str] = Counter()
+    video = _dependents(rewrite.inputs.placeholders.get("hidden_states"))
+    calls = tuple(
+        _describe(node, gm, path, seen, video) for node, gm, path in _walk(rewrite.gm, ())
+    )
+    return replace(rewrite, calls=calls)
+
+
+def _walk(
+    gm: GraphModule, path: tuple[Node, ...]
+) -> Iterator[tuple[Node, GraphModule, tuple[Node, ...]]]:
+    for node in gm.graph.nodes:
+        if node.op != "call_function":
+            continue
+        if node.target in SDPA:
+            yield node, gm, path
+        for body in subgraphs(node):
+            yield from _walk(body, (*path, node))
+
+
+def _dependents(source: Node | None) -> frozenset[Node]:
+    """Return all nodes of a graph that depend on `source`; none without one."""
+    if source is None:
+        return frozenset()
+    reached = {source}
+    for node in source.graph.nodes:
+        if any(argument in reached for argument in node.all_input_nodes):
+            reached.add(node)
+    return frozenset(reached)
+
+
+def _describe(
+    node: Node,
+    gm: GraphModule,
+    path: tuple[Node, ...],
+    seen: Counter[str],
+    video: frozenset[Node],
+) -> SdpaCall:
+    operands: dict[str, Any] = dict(zip(OPERANDS, node.args, strict=False)) | dict(node.kwargs)
+    base = module_name(node)
+    name = f"{base}:{seen[base]}" if seen[base] else base
+    seen[base] += 1
+    query, key, value = (example(operands[part]) for part in OPERANDS[:3])
+    if query is None or key is None or value is None or query.dim() != 4:
+        info = SiteInfo(name, 0, 0, 0, 0, skip="operands are not (batch, heads, length, head_dim)")
+        return SdpaCall(node, gm, path, operands, info)
+    reason = _refusal(operands, query, key, value, path)
+    crossing = bool(video) and operands["query"] in video and operands["key"] not in video
+    if reason is None and not base:
+        reason = "unnamed: the graph carries no module path"
+    if reason is None and (crossing or query.shape[2] != key.shape[2]):
+        # Rectangular self-attention looks the same from here; a plan that names the site wins.
+        reason = "cross-attention"
+    info = SiteInfo(
+        name=name or f"unnamed:{seen[base] - 1}",
+        heads=int(query.shape[1]),
+        query_length=query.shape[2],
+        key_length=key.shape[2],
+        head_dim=int(query.shape[3]),
+        skip=reason,
+    )
+    return SdpaCall(node, gm, path, operands, info)
+
+
+def _refusal(
+    operands: dict[str, Any],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    path: tuple[Node, ...],
+) -> str | None:
+    if operands.get("attn_mask") is not None:
+        return "masked"
+    if operands.get("is_causal"):
+        return "causal"
+    if operands.get("dropout_p"):
+        return "dropout"
+    if isinstance(operands.get("scale"), Node):
+        return "scale is computed at run time"
+    if query.shape[1] != key.shape[1] or query.shape[0] != key.shape[0]:
+        return "batch or heads of queries and keys differ"
+    if query.shape[3] != value.shape[3] or key.shape != value.shape:
+        return "keys and values differ in shape"
+    for call in path:
+        if getattr(call.target, "_name", str(call.target)) not in THREADABLE:
+            return f"inside {getattr(call.target, '_name', call.target)}"
+        if sum(body is other for body in subgraphs(call) for other in _bodies(call)) > 1:
+            return "in a subgraph that several layers share"
+    return None
+
+
+def _bodies(call: Node) -> list[GraphModule]:
+    return [body for node in call.graph.nodes for body in subgraphs(node)]

@@ -1,0 +1,35 @@
+"""The passes, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch.fx import GraphModule
+
+import calibatt_compiler.runtime.ops  # noqa: F401  (registers the operators that passes insert)
+from calibatt_compiler.debug import dump_graph
+from calibatt_compiler.dynamo import FrameInputs
+from calibatt_compiler.passes.bind_sites import bind_sites
+from calibatt_compiler.passes.find_sites import find_sites
+from calibatt_compiler.passes.find_timestep import find_timestep
+from calibatt_compiler.passes.lower_attention import lower_attention
+from calibatt_compiler.passes.rewrite import Binder, Rewrite
+
+Pass = Callable[[Rewrite], Rewrite]
+
+PASSES: tuple[Pass, ...] = (
+    find_sites,  # names first: all that follows speaks of sites
+    find_timestep,  # before binding: a site that can't know its step stays dense
+    bind_sites,  # all decisions at once, so that a mismatch leaves the graph untouched
+    lower_attention,  # last: the only pass that replaces nodes, and it ends with clean-up
+)
+
+
+def run_passes(gm: GraphModule, inputs: FrameInputs, binder: Binder) -> Rewrite:
+    """Run all passes over a Dynamo graph, in place."""
+    dump_graph(gm, "captured")
+    rewrite = Rewrite(gm, inputs, binder)
+    for each in PASSES:
+        rewrite = each(rewrite)
+        dump_graph(gm, each.__name__)
+    return rewrite

@@ -1,0 +1,105 @@
+"""What passes hand to one another: a graph and what is known of it so far."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch.fx import GraphModule, Node
+
+from calibatt_compiler.capture import SiteInfo
+from calibatt_compiler.dynamo import FrameInputs
+from calibatt_compiler.runtime.registry import Site
+
+OPERANDS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+"""Parameters of `scaled_dot_product_attention`, in order."""
+
+
+@dataclass(frozen=True)
+class SdpaCall:
+    """One `scaled_dot_product_attention` node.
+
+    Attributes:
+        node: the node.
+        gm: the graph module that holds it.
+        path: calls of higher-order operators that lead from the outer graph to `gm`.
+        operands: its arguments by parameter name, whatever the call style; absent ones left out.
+        info: name, sizes, and why it can't be sparse, if so.
+    """
+
+    node: Node
+    gm: GraphModule
+    path: tuple[Node, ...]
+    operands: Mapping[str, object]
+    info: SiteInfo
+
+    @property
+    def query(self) -> Node:
+        """Node of the query operand."""
+        query = self.operands["query"]
+        assert isinstance(query, Node)
+        return query
+
+    @property
+    def scale(self) -> float:
+        """Factor of the scores; the default is 1 / sqrt(head_dim)."""
+        scale = self.operands.get("scale")
+        return float(scale) if isinstance(scale, (int, float)) else self.info.head_dim**-0.5
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A site that stays stock attention, and why.
+
+    Attributes:
+        reason: in the words of the summary.
+        mismatch: the plan was meant for this site but does not fit the call.
+    """
+
+    reason: str
+    mismatch: bool = False
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A site that is served by our operator.
+
+    Attributes:
+        site: what serves it.
+        key: its key in the registry.
+    """
+
+    site: Site
+    key: str
+
+
+class Binder(Protocol):
+    """Decides what serves the sites of a graph."""
+
+    prefix: str
+    """Prefix of registry keys: a digest of all that changes the output."""
+
+    def bind(self, call: SdpaCall) -> Site | Skip:
+        """Return what serves a call, or why it stays dense."""
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """State between passes.
+
+    Attributes:
+        gm: the outer graph, rewritten in place.
+        inputs: arguments of the captured call.
+        binder: decides what serves a site.
+        calls: all attention calls, in order of execution.
+        timestep: the host timestep, once resolved.
+        decisions: for each call, what became of it.
+    """
+
+    gm: GraphModule
+    inputs: FrameInputs
+    binder: Binder
+    calls: tuple[SdpaCall, ...] = ()
+    timestep: Node | None = None
+    decisions: tuple[Lowered | Skip, ...] = field(default=())
