@@ -1,0 +1,75 @@
+"""Compile a Triton kernel for a GPU that this process does not have, by the launch path itself.
+
+Triton's own `warmup` derives signature, alignment attributes and options exactly as a launch does,
+so that the launch later finds the entry in Triton's disk cache. It asks a driver which GPU is
+current: a stand-in answers. Only for processes that never launch: the driver is process-wide.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from calibatt_compiler.kernels.triton_launch import STRIDES, LaunchConfig
+
+
+class _StandInDriver:
+    """Answers the three questions that `JITFunction.run` asks before it compiles."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        # Triton keeps compiled kernels by device number: one number an architecture.
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_offline(
+    kernel: Any, *, arch: int, dtype: torch.dtype, config: LaunchConfig, extra: dict[str, Any]
+) -> Any:
+    """Compile `kernel` for `arch` into Triton's disk cache.
+
+    Args:
+        kernel: a jit function whose first arguments are q, k, v and o pointers.
+        arch: compute capability as one number.
+        dtype: of the operands.
+        config: compile-time arguments and options.
+        extra: the other run-time arguments by name: a torch dtype for a pointer, or a number.
+
+    Returns:
+        Triton's compiled kernel: `asm`, `metadata`, `hash`.
+    """
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import MockTensor
+
+    driver.set_active(_StandInDriver(arch))
+    # Batch and head strides are 64-bit by annotation; any small value stands for a token stride.
+    strides = dict.fromkeys(STRIDES, 16)
+    return kernel.warmup(
+        dtype,
+        dtype,
+        dtype,
+        dtype,
+        grid=(1, 1),
+        **strides,
+        scale_log2=1.0,
+        **{name: MockTensor.wrap_dtype(value) for name, value in extra.items()},
+        **config.constexprs,
+        **config.options,
+    )
+
+
+def table_arguments(entry: torch.dtype = torch.int16) -> dict[str, Any]:
+    """The table kernel's own run-time arguments, for `compile_offline`."""
+    pointers = {"offsets_ptr": torch.int32, "ends_ptr": entry, "shifts_ptr": entry}
+    sizes = dict.fromkeys(("heads", "query_blocks", "length_q", "length_k"), 16)
+    return pointers | sizes

@@ -1,0 +1,135 @@
+"""Tile sizes, warps and pipeline stages of the portable kernels: one small table per architecture.
+
+A kernel tile divides a pattern's block, so that a kept block is a whole number of tiles. The table
+holds upper limits; the tile is the largest power of two that divides the block and stays below.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from calibatt_compiler.errors import KernelError
+
+if TYPE_CHECKING:
+    import torch
+
+    from calibatt_compiler.plan.pattern import BlockPattern
+
+MAX_HEAD_DIM = 256
+
+
+@dataclass(frozen=True)
+class TileSettings:
+    """How one kernel is tiled and launched.
+
+    Attributes:
+        m: queries a program.
+        n: keys an iteration.
+        warps: warps a program.
+        stages: software pipeline stages of the key and value loads.
+    """
+
+    m: int
+    n: int
+    warps: int
+    stages: int
+
+
+# (largest head dim, limits), smallest first; chosen so that nothing spills and shared memory fits.
+_HALF_PRECISION: dict[str, tuple[tuple[int, TileSettings], ...]] = {
+    # 164 KB of shared memory, mma.sync.
+    "sm_80": (
+        (64, TileSettings(128, 64, 4, 3)),
+        (128, TileSettings(128, 64, 8, 3)),
+        (256, TileSettings(64, 32, 4, 2)),
+    ),
+    # 100 KB of shared memory: sm_86, sm_89, sm_120.
+    "small": (
+        (64, TileSettings(128, 64, 4, 2)),
+        (128, TileSettings(128, 32, 8, 2)),
+        (256, TileSettings(64, 32, 4, 2)),
+    ),
+    # 228 KB, wgmma; 64 keys an iteration keep scores and probabilities in registers.
+    "sm_90": (
+        (64, TileSettings(128, 64, 4, 3)),
+        (128, TileSettings(128, 64, 4, 3)),
+        (256, TileSettings(64, 32, 4, 2)),
+    ),
+    # 228 KB, tcgen05 with accumulators in tensor memory.
+    "sm_100": (
+        (64, TileSettings(128, 64, 4, 3)),
+        (128, TileSettings(128, 64, 4, 3)),
+        (256, TileSettings(64, 32, 4, 2)),
+    ),
+}
+# Exact fp32 products take no tensor core: small tiles, or the accumulators spill.
+_SINGLE_PRECISION = ((64, TileSettings(32, 32, 4, 2)), (256, TileSettings(16, 32, 4, 2)))
+
+
+def architecture(device: torch.device) -> int:
+    """Compute capability of `device` as one number (90 for sm_90); 80 for a CPU (interpreter)."""
+    if device.type != "cuda":
+        return 80
+    import torch
+
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
+
+
+def parse_architecture(arch: str) -> int:
+    """Read `sm_90` as 90.
+
+    Raises:
+        KernelError: not of that form, or older than sm_80.
+    """
+    digits = arch.removeprefix("sm_").rstrip("a")
+    if not arch.startswith("sm_") or not digits.isdigit() or int(digits) < 80:
+        raise KernelError(
+            "unknown GPU architecture",
+            expected="sm_80 or newer, such as sm_80, sm_89, sm_90, sm_100, sm_120",
+            got=repr(arch),
+            remedy="pass the compute capability of the GPU that will run the plan",
+        )
+    return int(digits)
+
+
+def _family(arch: int) -> str:
+    if arch == 80:
+        return "sm_80"
+    if 90 <= arch < 100:
+        return "sm_90"
+    if 100 <= arch < 120:
+        return "sm_100"
+    return "small"
+
+
+def tile_settings(
+    pattern: BlockPattern, *, arch: int, dtype: torch.dtype, head_dim: int
+) -> TileSettings:
+    """Choose tiles for a pattern.
+
+    Args:
+        pattern: whose blocks the tiles must divide.
+        arch: compute capability as one number, such as 90.
+        dtype: of queries, keys and values.
+        head_dim: elements a head; padded to a power of two inside the kernel.
+
+    Raises:
+        KernelError: head_dim out of range.
+    """
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise KernelError(
+            "no kernel for this head dimension",
+            expected=f"1 to {MAX_HEAD_DIM}",
+            got=head_dim,
+            remedy="leave this site out of the plan, so that it runs dense",
+        )
+    table = _HALF_PRECISION[_family(arch)] if dtype.itemsize == 2 else _SINGLE_PRECISION
+    limits = next(settings for largest, settings in table if head_dim <= largest)
+    return TileSettings(
+        m=min(limits.m, pattern.block_m & -pattern.block_m),
+        n=min(limits.n, pattern.block_n & -pattern.block_n),
+        warps=limits.warps,
+        stages=limits.stages,
+    )

@@ -1,0 +1,144 @@
+"""What every portable kernel shares: loads, the online softmax, one key tile, the final division.
+
+The table kernel and the generated kernels call these and differ only in how they find the next key
+tile, so they give the same bits for the same pattern. Shapes: M queries a program, N keys a tile, D
+elements a head padded to a power of two.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def head_pointer(ptr, stride_b, stride_h, batch, head, ALIGN: tl.constexpr):
+    """Pointer to token 0 of one head; the strides count units of ALIGN elements.
+
+    The multiplication by a literal is what tells the compiler that 16-byte loads are aligned: a
+    hint on an argument gets lost when functions are inlined.
+    """
+    return ptr + (batch * stride_b + head * stride_h) * ALIGN
+
+
+@triton.jit
+def load_rows(
+    ptr,
+    stride,
+    first,
+    length,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    RAGGED: tl.constexpr,
+):
+    """Load the tokens `first` to `first + ROWS` of one head as (ROWS, PADDED_DIM).
+
+    `ptr` points at token 0, `stride` is the distance of two tokens in elements. With RAGGED, tokens
+    from `length` on read as zero; so do the elements from HEAD_DIM on.
+    """
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, PADDED_DIM)
+    # The tile's start in 64 bits: tokens times stride may pass 2^31 elements.
+    start = ptr + tl.cast(first, tl.int64) * stride
+    pointers = start + row[:, None] * stride + column[None, :]
+    if RAGGED:
+        inside = (first + row < length)[:, None]
+        if HEAD_DIM != PADDED_DIM:
+            inside = inside & (column < HEAD_DIM)[None, :]
+        return tl.load(pointers, mask=inside, other=0.0)
+    if HEAD_DIM != PADDED_DIM:
+        return tl.load(pointers, mask=(column < HEAD_DIM)[None, :], other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def online_softmax_update(scores, maximum, total, scale_log2):
+    """Fold a tile of raw scores (M, N) into the running row maximum (M,) and row sum (M,).
+
+    The maximum is kept in units of log2, scaled; `scale_log2` = softmax scale * log2(e) > 0.
+
+    Returns:
+        Probabilities (M, N) relative to the new maximum; the factor (M,) by which earlier sums
+        shrink; the new maximum; the new sum.
+    """
+    higher = tl.maximum(maximum, tl.max(scores, 1) * scale_log2)
+    # A row that has seen only -inf so far: subtract 0, not -inf, which would give NaN.
+    reference = tl.where(higher == -float("inf"), 0.0, higher)
+    probability = tl.math.exp2(scores * scale_log2 - reference[:, None])
+    shrink = tl.math.exp2(maximum - reference)
+    return probability, shrink, higher, total * shrink + tl.sum(probability, 1)
+
+
+@triton.jit
+def attend_tile(
+    q,
+    k_ptr,
+    v_ptr,
+    stride_ks,
+    stride_vs,
+    first,
+    length_k,
+    acc,
+    maximum,
+    total,
+    scale_log2,
+    TILE_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    RAGGED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Attend the keys `first` to `first + TILE_N`; q is (M, D), acc (M, D) float32.
+
+    Returns the new acc, maximum and total. Only a RAGGED tile is masked.
+    """
+    k = load_rows(k_ptr, stride_ks, first, length_k, TILE_N, HEAD_DIM, PADDED_DIM, RAGGED)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if RAGGED:
+        inside = first + tl.arange(0, TILE_N) < length_k
+        scores = tl.where(inside[None, :], scores, -float("inf"))
+    probability, shrink, maximum, total = online_softmax_update(scores, maximum, total, scale_log2)
+    v = load_rows(v_ptr, stride_vs, first, length_k, TILE_N, HEAD_DIM, PADDED_DIM, RAGGED)
+    acc = acc * shrink[:, None]
+    acc = tl.dot(probability.to(v.dtype), v, acc, input_precision=PRECISION)
+    return acc, maximum, total
+
+
+@triton.jit
+def split_tiles(blocks, end_block, length_k, TILES: tl.constexpr, TILE_N: tl.constexpr):
+    """Turn a row's kept blocks into whole tiles and, perhaps, one ragged tile at the end.
+
+    `blocks` is the number of kept key blocks of the row and `end_block` the end of its last
+    interval; a block holds TILES tiles. The tiles past the end of the keys are left out.
+
+    Returns:
+        Number of whole tiles; whether the ragged tile `length_k // TILE_N` follows them.
+    """
+    whole = length_k // TILE_N
+    beyond = tl.maximum(end_block * TILES - whole, 0)
+    return blocks * TILES - beyond, beyond > 0
+
+
+@triton.jit
+def store_rows(
+    o_ptr,
+    stride_os,
+    first,
+    length_q,
+    acc,
+    total,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+):
+    """Divide acc (M, D) by the row sums (M,) and store the rows below `length_q`."""
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, PADDED_DIM)
+    start = o_ptr + tl.cast(first, tl.int64) * stride_os
+    inside = (first + row < length_q)[:, None]
+    if HEAD_DIM != PADDED_DIM:
+        inside = inside & (column < HEAD_DIM)[None, :]
+    result = acc / total[:, None]
+    pointers = start + row[:, None] * stride_os + column[None, :]
+    tl.store(pointers, result.to(o_ptr.dtype.element_ty), mask=inside)

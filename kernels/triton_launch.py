@@ -1,0 +1,162 @@
+"""How the portable kernels are called: operands, strides, constexprs. One place, so that a kernel
+compiled ahead of time has exactly the signature that the launch asks for.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calibatt_compiler.errors import KernelError
+from calibatt_compiler.kernels.tiles import TileSettings, architecture, tile_settings
+from calibatt_compiler.plan.pattern import BlockPattern
+
+STRIDES = tuple(f"stride_{tensor}{axis}" for tensor in "qkvo" for axis in "bhs")
+"""Names of the stride arguments of every portable kernel: tensor q, k, v, o by batch, head, token."""
+
+ALIGNMENT = 16
+"""Bytes to which pointers and strides are aligned, so that every load moves 16 bytes at once."""
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """What a portable kernel is specialised on, besides its source.
+
+    Attributes:
+        constexprs: the kernel's compile-time arguments by name.
+        options: Triton's own launch options.
+        settings: the tiles they are made from.
+    """
+
+    constexprs: dict[str, int | str | bool]
+    options: dict[str, int]
+    settings: TileSettings
+
+
+def launch_config(
+    pattern: BlockPattern,
+    *,
+    arch: int,
+    dtype: torch.dtype,
+    head_dim: int,
+    settings: TileSettings | None = None,
+) -> LaunchConfig:
+    """Derive the compile-time arguments for a pattern.
+
+    Args:
+        pattern: whose blocks are walked.
+        arch: compute capability as one number.
+        dtype: float16, bfloat16 or float32.
+        head_dim: elements a head.
+        settings: tiles to use instead of the table's, which must divide the blocks.
+
+    Raises:
+        KernelError: dtype or head_dim that no portable kernel takes.
+    """
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise KernelError(
+            "no Triton kernel for this dtype",
+            expected="float16, bfloat16 or float32",
+            got=dtype,
+            remedy="run the model under bfloat16 autocast, or take lowering='reference'",
+        )
+    tiles = settings or tile_settings(pattern, arch=arch, dtype=dtype, head_dim=head_dim)
+    elements = ALIGNMENT // dtype.itemsize
+    constexprs: dict[str, int | str | bool] = {
+        "TILE_M": tiles.m,
+        "TILE_N": tiles.n,
+        "ROW_TILES": pattern.block_m // tiles.m,
+        "KEY_TILES": pattern.block_n // tiles.n,
+        "HEAD_DIM": head_dim,
+        "PADDED_DIM": max(16, 1 << (head_dim - 1).bit_length()),
+        "ALIGN": elements if head_dim % elements == 0 else 1,
+        "RAGGED_K": pattern.key_length % tiles.n != 0,
+        # float32 operands mean that the caller wants float32 results: no TF32.
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+    }
+    options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    return LaunchConfig(constexprs, options, tiles)
+
+
+def grid(pattern: BlockPattern, config: LaunchConfig, batch: int) -> tuple[int, int]:
+    """Programs: tiles of queries by (batch, head)."""
+    return -(-pattern.query_length // config.settings.m), batch * pattern.heads
+
+
+def aligned(tensor: Tensor, config: LaunchConfig) -> Tensor:
+    """`tensor` (B, H, S, D) itself if the kernel can read it, else a contiguous copy.
+
+    Readable is unit stride along D and, where D allows it, pointer and strides aligned to 16 bytes:
+    permuted views of (B, S, H, D) are.
+    """
+    align = config.constexprs["ALIGN"]
+    assert isinstance(align, int)
+    strides_fit = tensor.stride(3) == 1 and all(
+        stride % align == 0 for stride in tensor.stride()[:3]
+    )
+    if strides_fit and (tensor.data_ptr() % ALIGNMENT == 0):
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+def call_arguments(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, scale: float | None, config: LaunchConfig
+) -> tuple[Tensor, dict[str, Any]]:
+    """Strides (in units of ALIGN elements) and scale by argument name, and the queries to pass (negated if scale is negative).
+
+    The kernels scale the row maximum instead of every score, which asks for a positive scale.
+    """
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if scale < 0:
+        q, scale = -q, -scale
+    align = config.constexprs["ALIGN"]
+    assert isinstance(align, int)
+    values = [tensor.stride(axis) // align for tensor in (q, k, v, o) for axis in (0, 1, 2)]
+    return q, dict(zip(STRIDES, values, strict=True), scale_log2=scale * math.log2(math.e))
+
+
+class DeviceKernel:
+    """What table and baked kernels have in common: pattern, configuration, device.
+
+    Args:
+        pattern: which blocks to attend.
+        device: where the operands are: "cuda", or "cpu" under the Triton interpreter.
+        dtype: of q, k and v.
+        head_dim: elements a head.
+        settings: tiles to use instead of the architecture's own.
+    """
+
+    def __init__(
+        self,
+        pattern: BlockPattern,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        head_dim: int,
+        settings: TileSettings | None = None,
+    ) -> None:
+        self.pattern = pattern
+        self.device = device
+        self.dtype = dtype
+        self.head_dim = head_dim
+        self.arch = architecture(device)
+        self.config = launch_config(
+            pattern, arch=self.arch, dtype=dtype, head_dim=head_dim, settings=settings
+        )
+
+    def check_specialisation(self, q: Tensor) -> None:
+        """Raise `KernelError` unless q has the dtype, head dim and device of this kernel."""
+        device_fits = q.device.type == self.device.type and (
+            self.device.index is None or q.device.index == self.device.index
+        )
+        if q.dtype != self.dtype or q.shape[-1] != self.head_dim or not device_fits:
+            raise KernelError(
+                "attention operands don't fit the kernel made for this site",
+                expected=f"{self.dtype}, head_dim {self.head_dim}, on {self.device}",
+                got=f"{q.dtype}, head_dim {q.shape[-1]}, on {q.device}",
+                remedy="compile the model again after moving or casting it",
+            )

@@ -1,0 +1,241 @@
+"""One kernel for every pattern: it reads the kept key blocks from interval tables on the device.
+
+It never compiles per plan: lengths, heads and tables are run-time arguments. It also serves a site
+until that site's baked kernel is compiled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from weakref import WeakValueDictionary
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from calibatt_compiler.kernels.operands import check_operands, empty_output
+from calibatt_compiler.kernels.tiles import TileSettings
+from calibatt_compiler.kernels.triton_body import (
+    attend_tile,
+    head_pointer,
+    load_rows,
+    split_tiles,
+    store_rows,
+)
+from calibatt_compiler.kernels.triton_launch import (
+    STRIDES,
+    DeviceKernel,
+    aligned,
+    call_arguments,
+    grid,
+)
+from calibatt_compiler.plan.pattern import BlockPattern
+
+
+# Integers are not specialised: a stride or a length that happens to be 1 or a multiple of 16 must
+# not compile another kernel.
+@triton.jit(do_not_specialize=[*STRIDES, "heads", "query_blocks", "length_q", "length_k"])
+def table_attention(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    o_ptr,
+    offsets_ptr,
+    ends_ptr,
+    shifts_ptr,
+    stride_qb: tl.int64,
+    stride_qh: tl.int64,
+    stride_qs,
+    stride_kb: tl.int64,
+    stride_kh: tl.int64,
+    stride_ks,
+    stride_vb: tl.int64,
+    stride_vh: tl.int64,
+    stride_vs,
+    stride_ob: tl.int64,
+    stride_oh: tl.int64,
+    stride_os,
+    scale_log2,
+    heads,
+    query_blocks,
+    length_q,
+    length_k,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    ROW_TILES: tl.constexpr,
+    KEY_TILES: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    ALIGN: tl.constexpr,
+    RAGGED_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Attention of TILE_M queries of one head over the intervals of their row of blocks.
+
+    q, o: (B, H, Sq, D) and k, v: (B, H, Sk, D) by strides in units of ALIGN elements. Row `r = head * query_blocks + block`
+    owns the entries offsets[r] to offsets[r + 1] of `ends` (kept blocks up to the end of each
+    interval) and `shifts` (key block minus its position among the kept ones).
+    """
+    tile = tl.program_id(0)
+    batch = tl.program_id(1) // heads
+    head = tl.program_id(1) % heads
+    first = tile * TILE_M
+    q_head = head_pointer(q_ptr, stride_qb, stride_qh, batch, head, ALIGN)
+    k_head = head_pointer(k_ptr, stride_kb, stride_kh, batch, head, ALIGN)
+    v_head = head_pointer(v_ptr, stride_vb, stride_vh, batch, head, ALIGN)
+    o_head = head_pointer(o_ptr, stride_ob, stride_oh, batch, head, ALIGN)
+    stride_qs = stride_qs * ALIGN
+    stride_ks = stride_ks * ALIGN
+    stride_vs = stride_vs * ALIGN
+    stride_os = stride_os * ALIGN
+    q = load_rows(q_head, stride_qs, first, length_q, TILE_M, HEAD_DIM, PADDED_DIM, True)
+    acc = tl.zeros([TILE_M, PADDED_DIM], tl.float32)
+    maximum = tl.full([TILE_M], -float("inf"), tl.float32)
+    total = tl.zeros([TILE_M], tl.float32)
+
+    row = head * query_blocks + tile // ROW_TILES
+    cursor = tl.load(offsets_ptr + row)
+    last = tl.load(offsets_ptr + row + 1) - 1
+    blocks = tl.load(ends_ptr + last).to(tl.int32)
+    end_block = blocks + tl.load(shifts_ptr + last).to(tl.int32)
+    tiles, ragged = split_tiles(blocks, end_block, length_k, KEY_TILES, TILE_N)
+    end = tl.load(ends_ptr + cursor).to(tl.int32) * KEY_TILES
+    shift = tl.load(shifts_ptr + cursor).to(tl.int32) * KEY_TILES
+    # One flat loop over all intervals, so that the pipeline never drains between two of them.
+    for position in tl.range(0, tiles):
+        cursor += (position >= end).to(tl.int32)
+        end = tl.load(ends_ptr + cursor).to(tl.int32) * KEY_TILES
+        shift = tl.load(shifts_ptr + cursor).to(tl.int32) * KEY_TILES
+        acc, maximum, total = attend_tile(
+            q, k_head, v_head, stride_ks, stride_vs, (position + shift) * TILE_N, length_k,
+            acc, maximum, total, scale_log2, TILE_N, HEAD_DIM, PADDED_DIM, False, PRECISION,
+        )  # fmt: skip
+    if RAGGED_K:
+        if ragged:
+            acc, maximum, total = attend_tile(
+                q, k_head, v_head, stride_ks, stride_vs, length_k // TILE_N * TILE_N, length_k,
+                acc, maximum, total, scale_log2, TILE_N, HEAD_DIM, PADDED_DIM, True, PRECISION,
+            )  # fmt: skip
+    store_rows(o_head, stride_os, first, length_q, acc, total, TILE_M, HEAD_DIM, PADDED_DIM)
+
+
+@dataclass(frozen=True, eq=False)
+class IntervalTables:
+    """A pattern's intervals on a device, packed row after row.
+
+    Attributes:
+        offsets: int32 (heads * query_blocks + 1), first entry of each row.
+        ends: int16 or int32 (entries), kept blocks of the row up to the end of each interval.
+        shifts: likewise, key block minus its position among the kept blocks of its row.
+    """
+
+    offsets: Tensor
+    ends: Tensor
+    shifts: Tensor
+
+    @classmethod
+    def upload(cls, pattern: BlockPattern, device: torch.device) -> IntervalTables:
+        """Make the tables of `pattern`; 16-bit entries where they suffice."""
+        runs = pattern.intervals()
+        lengths = runs.ends - runs.starts
+        ends = np.cumsum(lengths, dtype=np.int64)
+        row_start = np.concatenate([[0], ends])[runs.offsets[:-1]]
+        ends -= np.repeat(row_start, np.diff(runs.offsets))
+        shifts = runs.ends - ends
+        entry = np.int16 if pattern.key_blocks < 2**15 else np.int32
+
+        def put(array: np.ndarray[tuple[int], np.dtype[np.integer]]) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+        return cls(put(runs.offsets), put(ends.astype(entry)), put(shifts.astype(entry)))
+
+
+_tables: WeakValueDictionary[tuple[str, str], IntervalTables] = WeakValueDictionary()
+
+
+def interval_tables(pattern: BlockPattern, device: torch.device) -> IntervalTables:
+    """Tables of `pattern` on `device`, shared by all kernels of an equal pattern while one lives."""
+    key = (pattern.digest, str(device))
+    tables = _tables.get(key)
+    if tables is None:
+        tables = _tables[key] = IntervalTables.upload(pattern, device)
+    return tables
+
+
+class TableAttention(DeviceKernel):
+    """Block-sparse attention by the table kernel.
+
+    Attributes:
+        kind: "triton-table".
+        density: the pattern's own density: nothing else is computed.
+
+    Raises:
+        KernelError: dtype or head dim that no portable kernel takes.
+    """
+
+    kind = "triton-table"
+
+    def __init__(
+        self,
+        pattern: BlockPattern,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        head_dim: int,
+        settings: TileSettings | None = None,
+    ) -> None:
+        super().__init__(
+            pattern, device=device, dtype=dtype, head_dim=head_dim, settings=settings
+        )
+        self.density = pattern.density
+        self.tables = interval_tables(pattern, device)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+        """Attend; see `ReferenceAttention` for the meaning.
+
+        Args:
+            q: (B, H, Sq, D); strides other than unit along D, or not 16-byte aligned, cost a copy.
+            k: (B, H, Sk, D).
+            v: (B, H, Sk, D).
+            scale: factor on the scores; default 1 / sqrt(D).
+
+        Returns:
+            (B, H, Sq, D), laid out as contiguous (B, Sq, H, D).
+
+        Raises:
+            KernelError: the operands don't fit the pattern or this kernel.
+        """
+        pattern, config, tables = self.pattern, self.config, self.tables
+        check_operands(pattern, q, k, v)
+        self.check_specialisation(q)
+        q, k, v = (aligned(tensor, config) for tensor in (q, k, v))
+        out = empty_output(q)
+        q, arguments = call_arguments(q, k, v, out, scale, config)
+        with on_device(q):
+            table_attention[grid(pattern, config, q.shape[0])](
+                q,
+                k,
+                v,
+                out,
+                tables.offsets,
+                tables.ends,
+                tables.shifts,
+                **arguments,
+                heads=pattern.heads,
+                query_blocks=pattern.query_blocks,
+                length_q=pattern.query_length,
+                length_k=pattern.key_length,
+                **config.constexprs,
+                **config.options,
+            )
+        return out
+
+
+def on_device(q: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Make the GPU of `q` current: Triton launches on the current one."""
+    if q.device.type != "cuda" or q.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(q.device)
