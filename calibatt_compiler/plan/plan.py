@@ -15,7 +15,7 @@ import pydantic
 import torch
 from torch import Tensor
 
-from calibatt_compiler.errors import PlanError
+from calibatt_compiler.errors import PlanError, PlanFormatError
 from calibatt_compiler.plan import file
 from calibatt_compiler.plan.pattern import BlockPattern
 from calibatt_compiler.plan.schema import (
@@ -255,7 +255,16 @@ class Plan:
                 )
                 for index in range(record.patterns)
             )
-            sites[record.name] = SitePatterns(patterns, record.steps, record.head_dim)
+            site = SitePatterns(patterns, record.steps, record.head_dim)
+            density = tuple(site.at(step).density for step in range(len(site.steps)))
+            if not np.allclose(density, record.density, rtol=0, atol=1e-6):
+                raise PlanFormatError(
+                    f"{os.fspath(path)} records a density that its bits don't have",
+                    expected=f"{density[:8]} for site {record.name!r}",
+                    got=record.density[:8],
+                    remedy="calibrate again, or ask whoever wrote the plan",
+                )
+            sites[record.name] = site
         return cls(metadata, sites)
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -1,0 +1,76 @@
+"""Small plans and raw plan files that all plan tests share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+from torch import Tensor
+
+from calibatt_compiler.plan import Plan, file
+
+
+def random_mask(*shape: int, seed: int = 0) -> Tensor:
+    """Seeded bool mask with no empty row."""
+    draw = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+    return (draw < 0.4).scatter(-1, draw.argmin(-1, keepdim=True), True)
+
+
+@pytest.fixture
+def make_plan() -> Callable[..., Plan]:
+    """Make a plan of one frame group: `make_plan(sites=2, steps=3, seed=0, ...)`."""
+
+    def make(
+        *,
+        sites: int = 2,
+        steps: int = 3,
+        heads: int = 2,
+        grid: tuple[int, int, int] = (3, 5, 10),
+        block: tuple[int, int] = (32, 16),
+        seed: int = 0,
+    ) -> Plan:
+        tokens = grid[0] * grid[1] * grid[2]
+        shape = (steps, heads, -(-tokens // block[0]), -(-tokens // block[1]))
+        masks = {
+            f"blocks.{index}.attn1": random_mask(*shape, seed=seed + index)
+            for index in range(sites)
+        }
+        timesteps = [1000.0 - 300.0 * step for step in range(steps)]
+        return Plan.from_masks(masks, grid=grid, timesteps=timesteps, block=block)
+
+    return make
+
+
+@pytest.fixture
+def forge(tmp_path: Path, make_plan: Callable[..., Plan]) -> Callable[..., Path]:
+    """Write a plan file with changed content and a checksum that fits it.
+
+    `forge(edit)`: `edit(document, tensors)` changes the parsed JSON and the tensors by name in
+    place, or returns another JSON text.
+    """
+
+    def write(edit: Callable[[Any, dict[str, Any]], str | None]) -> Path:
+        plan = make_plan()
+        metadata, tensors = plan.metadata, dict(stored_bits(plan))
+        document = json.loads(file.to_json(metadata))
+        text = edit(document, tensors) or json.dumps(document)
+        path = tmp_path / "forged.safetensors"
+        header = {"format": file.FORMAT, "digest": file.digest(text, tensors), "plan": text}
+        save_file(tensors, path, metadata=header)
+        return path
+
+    return write
+
+
+def stored_bits(plan: Plan) -> Mapping[str, file.Bits]:
+    """Return the tensors of a plan's file."""
+    return {
+        name: np.stack([pattern.bits for pattern in site.patterns])
+        for name, site in plan.sites.items()
+    }

@@ -1,0 +1,421 @@
+"""The plan file: what is written comes back, and nothing else is ever accepted."""
+
+from __future__ import annotations
+
+import os
+import signal
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_torch
+
+from calibatt_compiler.errors import PlanError, PlanFormatError
+from calibatt_compiler.plan import (
+    BlockPattern,
+    CalibrationInputs,
+    ModelIdentity,
+    Plan,
+    Sampler,
+    SitePatterns,
+    file,
+)
+
+
+def small_plan() -> Plan:
+    mask = torch.eye(3, dtype=torch.bool).expand(2, 1, 3, 3).clone()
+    mask[1, 0, 0, 2] = True
+    return Plan.from_masks({"a": mask}, (1, 3, 16), [2.0, 1.0], (16, 16))
+
+
+def test_what_is_saved_comes_back(make_plan: Callable[..., Plan], tmp_path: Path):
+    plan = make_plan(sites=3, steps=4)
+    path = tmp_path / "new" / "folder" / "p.safetensors"
+    plan.save(path)
+    loaded = Plan.load(path)
+    assert loaded == plan
+    assert loaded.digest == plan.digest
+    assert loaded.metadata == plan.metadata
+    for site in plan.sites:
+        for step in range(plan.steps):
+            assert torch.equal(loaded.block_mask(site, step), plan.block_mask(site, step))
+    loaded.save(tmp_path / "again")
+    assert Plan.load(tmp_path / "again") == plan
+
+
+def test_everything_a_plan_records_comes_back(tmp_path: Path):
+    site = SitePatterns.share([BlockPattern.dense(1, 100, 200, (32, 64))] * 2, head_dim=64)
+    plan = Plan.create(
+        {"up.8x8.attn é": site},
+        grid=(2, 5, 10),
+        sampler=Sampler(name="Euler", timesteps=(1000.0, 0.1), sigmas=(1.0, 1e-4)),
+        model=ModelIdentity(class_name="Net", config_digest="ab"),
+        text_policy="in_mask",
+        cfg="batched",
+        thresholds={"A": 0.84, "k": 16},
+        inputs=CalibrationInputs(count=64, digest="cd"),
+        quality={"psnr": 31.25},
+    )
+    plan.save(tmp_path / "p")
+    loaded = Plan.load(tmp_path / "p")
+    assert loaded.metadata == plan.metadata
+    assert loaded.digest == plan.digest
+    assert loaded.sites["up.8x8.attn é"].head_dim == 64
+    assert loaded.metadata.thresholds == {"A": 0.84, "k": 16.0}
+
+
+def test_digest_of_a_known_plan_stays():
+    """Plans that people hold must keep their digest, for caches are keyed by it."""
+    assert small_plan().metadata.schema_version == 1
+    text = file.to_json(small_plan().metadata.model_copy(update={"producer": "calibatt test"}))
+    bits = np.array([[[[1], [2], [4]]], [[[5], [2], [4]]]], np.uint8)
+    assert file.digest(text, {"a": bits}) == (
+        "c13f57aa16838a9c857c5b4b62f615ee03f4117ddcd834cc674e6e32ce62d3ed"
+    )
+
+
+def test_every_flipped_bit_is_noticed(tmp_path: Path):
+    path = tmp_path / "p.safetensors"
+    small_plan().save(path)
+    whole = path.read_bytes()
+    assert len(whole) < 2000
+    accepted = []
+    for bit in range(8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        try:
+            Plan.load(path)
+        except PlanFormatError:
+            continue
+        accepted.append(bit)
+    assert accepted == []
+
+
+def test_every_truncation_is_noticed(tmp_path: Path):
+    path = tmp_path / "p.safetensors"
+    small_plan().save(path)
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(PlanFormatError):
+            Plan.load(path)
+
+
+@pytest.mark.parametrize("extra", [b"\0", b" ", b"\n", b"more" * 100])
+def test_trailing_bytes_are_noticed(tmp_path: Path, extra: bytes):
+    path = tmp_path / "p.safetensors"
+    small_plan().save(path)
+    path.write_bytes(path.read_bytes() + extra)
+    with pytest.raises(PlanFormatError, match="damaged or not a plan"):
+        Plan.load(path)
+
+
+def test_what_is_no_file_is_refused(tmp_path: Path):
+    for path in (tmp_path, tmp_path / "missing", tmp_path / "missing" / "p"):
+        with pytest.raises(PlanFormatError, match="there is no plan file"):
+            Plan.load(path)
+
+
+PICKLE = b"cos\nsystem\n(S'touch %s'\ntR."  # protocol 0: calls os.system when loaded
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{}",
+        b"\x80\x04\x95",
+        b"PK\x03\x04" + bytes(100),
+        struct.pack("<Q", 2) + b"[]",
+        struct.pack("<Q", 2**63) + b"{}",
+        struct.pack("<Q", 99_000_000) + b"{}",
+    ],
+)
+def test_other_files_are_refused(tmp_path: Path, content: bytes):
+    path = tmp_path / "p"
+    path.write_bytes(content)
+    with pytest.raises(PlanFormatError, match="damaged or not a plan"):
+        Plan.load(path)
+
+
+def test_code_in_a_file_is_never_run(tmp_path: Path):
+    path, trace = tmp_path / "p", tmp_path / "trace"
+    path.write_bytes(PICKLE % os.fsencode(trace))
+    with pytest.raises(PlanFormatError, match="damaged or not a plan"):
+        Plan.load(path)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        None,
+        {"format": "pt"},
+        {"format": "calibatt-plan"},
+        {"format": "calibatt-plan", "digest": "", "plan": "", "more": ""},
+        {"format": "other", "digest": "", "plan": ""},
+    ],
+)
+def test_weights_of_a_model_are_not_a_plan(tmp_path: Path, metadata: dict[str, str] | None):
+    path = tmp_path / "p"
+    save_file({"weight": np.zeros((4, 4), np.float32)}, path, metadata=metadata)
+    with pytest.raises(PlanFormatError, match="is not a plan"):
+        Plan.load(path)
+
+
+def test_forging_is_faithful(forge: Callable[..., Path], make_plan: Callable[..., Plan]):
+    """Without an edit the forged file is a good one: the refusals below are for the edit."""
+    assert Plan.load(forge(lambda document, tensors: None)).density() == make_plan().density()
+
+
+def put(*steps: Any) -> Callable[[Any, Any], None]:
+    """Return an edit: `put("sites", 0, "heads", 3)` sets document["sites"][0]["heads"] = 3."""
+    *way, key, value = steps
+
+    def edit(document: Any, tensors: Any) -> None:
+        for part in way:
+            document = document[part]
+        document[key] = value
+
+    return edit
+
+
+def drop(key: str) -> Callable[[Any, Any], None]:
+    """Return an edit that removes a field."""
+
+    def edit(document: Any, tensors: Any) -> None:
+        del document[key]
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "problem"),
+    [
+        (put("schema_version", 2), "schema_version 2"),
+        (put("schema_version", "1"), "schema_version '1'"),
+        (put("schema_version", None), "schema_version None"),
+        (put("requires", ["weights"]), r"features \['weights'\]"),
+        (put("requires", ["weights", 7]), r"features \['7', 'weights'\]"),
+        (put("requires", 7), "does not parse"),
+        (put("requires", [{}]), "does not parse"),
+        (drop("schema_version"), "does not parse"),
+        (drop("requires"), "does not parse"),
+        (lambda document, tensors: "[1, 2]", "does not parse"),
+        (lambda document, tensors: "{", "does not parse"),
+        (lambda document, tensors: "[" * 100_000, "does not parse"),
+        (lambda document, tensors: '{"schema_version": ' + "9" * 5000 + "}", "does not parse"),
+    ],
+)
+def test_another_schema_is_refused(
+    forge: Callable[..., Path], edit: Callable[[Any, Any], str | None], problem: str
+):
+    with pytest.raises(PlanFormatError, match=problem):
+        Plan.load(forge(edit))
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        put("sampler", "timesteps", 1, float("nan")),
+        put("sampler", "timesteps", 0, float("inf")),
+        put("sampler", "timesteps", 1, "700"),
+        put("sampler", "timesteps", 1, 1000.0),
+        put("sampler", "timesteps", []),
+        put("sampler", "sigmas", [1.0]),
+        put("sampler", "sigmas", [1.0, float("nan"), 0.0]),
+        put("sites", 0, "density", 0, float("nan")),
+        put("sites", 0, "density", 0, -0.25),
+        put("sites", 0, "density", 0, 1.5),
+        put("sites", 0, "density", []),
+        put("thresholds", {"A": float("nan")}),
+        put("thresholds", {"A": "0.8"}),
+        put("quality", {"psnr": float("-inf")}),
+        put("inputs", "count", -1),
+        put("grid", [3, 5]),
+        put("grid", [3, 5, 0]),
+        put("grid", [3, 5, 10.5]),
+        put("grid", [3, 5, 1 << 60]),
+        put("grid", [3, 5, 10**30]),
+        put("token_order", "spiral"),
+        put("cfg", "unheard-of"),
+        put("model", {}),
+        put("sites", []),
+        put("sites", {}),
+        put("sites", 1, "name", "blocks.0.attn1"),
+        put("sites", 0, "name", ""),
+        put("sites", 0, "name", 3),
+        put("sites", 0, "steps", [0, 1]),
+        put("sites", 0, "steps", [0, 1, 3]),
+        put("sites", 0, "steps", [0, 1, -1]),
+        put("sites", 0, "head_forms", "rows"),
+        put("sites", 0, "weights", []),
+        put("unheard_of", 1),
+        drop("sampler"),
+        *(
+            put("sites", 0, field, value)
+            for field in (
+                "heads",
+                "head_dim",
+                "query_length",
+                "key_length",
+                "block_m",
+                "block_n",
+                "patterns",
+            )
+            for value in (0, -1, -(2**31), float("nan"), "2")
+        ),
+        *(
+            put("sites", 0, field, 1 << 62)
+            for field in ("heads", "head_dim", "query_length", "key_length", "block_m", "block_n")
+        ),
+        put("sites", 0, "block_m", 24),
+    ],
+)
+def test_values_out_of_range_are_refused(
+    forge: Callable[..., Path], edit: Callable[[Any, Any], str | None]
+):
+    with pytest.raises(PlanFormatError, match="holds values out of range") as caught:
+        Plan.load(forge(edit))
+    assert caught.value.remedy
+
+
+def tensor(name: str, change: Callable[[Any], Any]) -> Callable[[Any, dict[str, Any]], None]:
+    """Return an edit of one tensor."""
+
+    def edit(document: Any, tensors: dict[str, Any]) -> None:
+        tensors[name] = np.ascontiguousarray(change(tensors[name]))
+
+    return edit
+
+
+SITE = "blocks.0.attn1"
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        # sizes that are in range, but not those of the bits
+        put("sites", 0, "heads", 3),
+        put("sites", 0, "query_length", 161),
+        put("sites", 0, "key_length", 1000),
+        put("sites", 0, "key_length", 1 << 24),
+        put("sites", 0, "block_m", 16),
+        put("sites", 0, "patterns", 1 << 62),
+        put("sites", 0, "name", "elsewhere"),
+        # bits that are not those of the sites
+        tensor(SITE, lambda bits: bits.astype(np.int8)),
+        tensor(SITE, lambda bits: bits.astype(np.float32)),
+        tensor(SITE, lambda bits: bits.astype(np.int64)),
+        tensor(SITE, lambda bits: bits[:-1]),
+        tensor(SITE, lambda bits: bits[..., :-1]),
+        tensor(SITE, lambda bits: bits.ravel()),
+        tensor(SITE, lambda bits: bits[:0]),
+        lambda document, tensors: tensors.update(extra=np.zeros(3, np.uint8)),
+        lambda document, tensors: tensors.clear(),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(
+    forge: Callable[..., Path], edit: Callable[[Any, Any], str | None]
+):
+    with pytest.raises(PlanFormatError, match="tensors that don't fit its sites"):
+        Plan.load(forge(edit))
+
+
+def test_empty_rows_and_padding_are_refused(forge: Callable[..., Path]):
+    def empty(document: Any, tensors: dict[str, Any]) -> None:
+        tensors[SITE][0, 0, 1] = 0
+
+    def past_the_end(document: Any, tensors: dict[str, Any]) -> None:
+        tensors[SITE][0, 0, 1] |= 0x80
+
+    with pytest.raises(PlanError, match="no kept key block"):
+        Plan.load(forge(empty))
+    with pytest.raises(PlanError, match="past the end"):
+        Plan.load(forge(past_the_end))
+
+
+def test_dtypes_that_numpy_lacks_are_refused(tmp_path: Path):
+    plan = small_plan()
+    text, bits = file.to_json(plan.metadata), torch.ones(2, 1, 3, 1, dtype=torch.bfloat16)
+    header = {"format": file.FORMAT, "digest": "0" * 64, "plan": text}
+    save_torch({"a": bits}, tmp_path / "p", metadata=header)
+    with pytest.raises(PlanFormatError, match="damaged"):
+        Plan.load(tmp_path / "p")
+
+
+def test_density_on_file_must_be_that_of_the_bits(forge: Callable[..., Path]):
+    with pytest.raises(PlanFormatError, match="density"):
+        Plan.load(forge(put("sites", 0, "density", 1, 0.125)))
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+def test_a_failed_save_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+):
+    path = tmp_path / "p"
+    small_plan().save(path)
+    before = path.read_bytes()
+
+    def half_written(tensors: Any, target: Path, metadata: Any) -> None:
+        target.write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(file, "save_file", half_written)
+    with pytest.raises(type(error)):
+        plan_of_another_size().save(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def plan_of_another_size() -> Plan:
+    return Plan.from_masks(
+        {"b": torch.ones(1, 4, 8, 8, dtype=torch.bool)}, (2, 8, 8), [5], (16, 16)
+    )
+
+
+SAVER = """
+import sys
+from calibatt_compiler.plan import Plan
+plans = [Plan.load(name) for name in sys.argv[2:]]
+print("ready", flush=True)
+while True:
+    for plan in plans:
+        plan.save(sys.argv[1])
+"""
+
+
+def test_readers_and_a_kill_meet_whole_files_only(tmp_path: Path):
+    plans = [small_plan(), plan_of_another_size()]
+    names = [tmp_path / "one", tmp_path / "two"]
+    for plan, name in zip(plans, names, strict=True):
+        plan.save(name)
+    path = tmp_path / "p"
+    plans[0].save(path)
+    saver = subprocess.Popen(
+        [sys.executable, "-c", SAVER, path, *names], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert saver.stdout is not None
+        assert saver.stdout.readline() == "ready\n"
+        seen = {Plan.load(path).digest for _ in range(200)}
+    finally:
+        saver.send_signal(signal.SIGKILL)
+        saver.wait()
+    assert seen == {plan.digest for plan in plans}
+    assert Plan.load(path) in plans
+
+
+def test_a_saved_plan_has_ordinary_permissions(tmp_path: Path):
+    path, other = tmp_path / "p", tmp_path / "other"
+    small_plan().save(path)
+    other.write_bytes(b"")
+    assert path.stat().st_mode == other.stat().st_mode
