@@ -1,0 +1,50 @@
+"""Calibration: run a model on example inputs, observe its attention, write the plan.
+
+`calibrate` does it for a diffusers pipeline, `calibration` for any module:
+
+    with calibatt_compiler.calibration(module, config) as run:
+        for example in examples:
+            with run.input():
+                module(example)
+        plan = run.plan()
+
+The package itself is callable, because `calibatt_compiler.calibration` is both its name and the
+name of that function.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from calibatt_compiler.calibration.config import CalibrationConfig
+from calibatt_compiler.calibration.schedule import Thresholds
+
+if TYPE_CHECKING:
+    from calibatt_compiler.calibration.pipeline import calibrate
+    from calibatt_compiler.calibration.run import CalibrationRun, calibration
+
+__all__ = ["CalibrationConfig", "CalibrationRun", "Thresholds", "calibrate", "calibration"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "calibrate":
+        from calibatt_compiler.calibration.pipeline import calibrate
+
+        return calibrate
+    if name in ("CalibrationRun", "calibration"):
+        from calibatt_compiler.calibration import run
+
+        return getattr(run, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class _CallablePackage(ModuleType):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        from calibatt_compiler.calibration.run import calibration
+
+        return calibration(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallablePackage

@@ -1,0 +1,129 @@
+"""Settings of a calibration, checked where they are given."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Literal, TypeGuard
+
+from calibatt_compiler.calibration.schedule import Thresholds, default_thresholds
+from calibatt_compiler.errors import OptionError
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """How a model is calibrated.
+
+    Attributes:
+        block: tokens a query block, tokens a key block; multiples of 16.
+        A: share of attention mass to keep at late steps, in (0, 1]. Lower is sparser.
+        C: share to keep at the first, noisiest step, in (0, 1].
+        k: how fast the threshold falls from C to A over the steps. `A`, `C` and `k` left None are
+            0.84, 0.99 and 16 (the paper's for Wan at 50 steps), or 0.763, 0.863 and 5.64 (its
+            4-step models) if the sampler takes 8 steps or fewer.
+        rho: a block is kept if this share of the inputs, or more, keeps it; in [0, 1].
+        cfg: which branch of classifier-free guidance is observed: `conditional` or `both`. The
+            plan serves both in any case.
+        num_steps: T of the threshold formula. Default: the number of distinct timesteps of the
+            pipeline's scheduler, or of the first input for a bare module.
+        grid: latent tokens (frames, height, width) after patching, for models whose family is
+            not known.
+        text: where text tokens stand in the sequence of such a model: `first`, `last` or None.
+        component: which module of the pipeline is calibrated; `transformer_2` is the low-noise
+            model of Wan 2.2.
+        inductor: compile the model with Inductor while recording. Default: on a GPU yes, else no.
+        run_folder: where finished inputs are kept; default `<out>.calibration` beside the plan,
+            without `out` a temporary folder.
+        keep_energies: keep block energies of finished inputs too (float32, 32 times the size of
+            the masks), so that `run.plan(A=..., C=..., k=...)` can select again.
+        keep_run: leave that folder when the plan is written, so that `rho` can be changed, or
+            inputs be added at the end, without running the first ones again.
+        restart: throw away what an earlier run left there.
+        progress: show progress bars. Default: if the error stream is a terminal.
+
+    Raises:
+        OptionError: a value of the wrong type or out of range.
+    """
+
+    block: tuple[int, int] = (128, 128)
+    A: float | None = None
+    C: float | None = None
+    k: float | None = None
+    rho: float = 0.5
+    cfg: Literal["conditional", "both"] = "conditional"
+    num_steps: int | None = None
+    grid: tuple[int, int, int] | None = None
+    text: Literal["first", "last"] | None = None
+    component: str = "transformer"
+    inductor: bool | None = None
+    run_folder: str | os.PathLike[str] | None = None
+    keep_energies: bool = False
+    keep_run: bool = True
+    restart: bool = False
+    progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "block", _sizes("block", self.block, 2))
+        if any(size % 16 or size > 1024 for size in self.block):
+            raise _error("block", "multiples of 16, up to 1024", self.block)
+        if self.grid is not None:
+            object.__setattr__(self, "grid", _sizes("grid", self.grid, 3))
+        for name in ("A", "C"):
+            value = getattr(self, name)
+            if value is not None and not (_number(value) and 0 < value <= 1):
+                raise _error(name, "a share of attention mass in (0, 1]", value)
+        if self.k is not None and not (_number(self.k) and self.k >= 0):
+            raise _error("k", "a number of at least 0", self.k)
+        check_rho(self.rho)
+        if self.num_steps is not None and not (_integer(self.num_steps) and self.num_steps >= 1):
+            raise _error("num_steps", "an integer of at least 1", self.num_steps)
+        for name, choices in (("cfg", ("conditional", "both")), ("text", (None, "first", "last"))):
+            if getattr(self, name) not in choices:
+                raise _error(name, f"one of {choices}", getattr(self, name))
+        for name in ("inductor", "progress", "keep_energies", "keep_run", "restart"):
+            optional = name in ("inductor", "progress")
+            value = getattr(self, name)
+            if not (isinstance(value, bool) or (optional and value is None)):
+                raise _error(name, "True, False or None" if optional else "True or False", value)
+        if not (isinstance(self.component, str) and self.component.isidentifier()):
+            raise _error("component", "the name of a pipeline's module", self.component)
+
+    def thresholds(self, steps: int) -> Thresholds:
+        """Return A, C and k for a sampler of `steps` steps, the defaults filled in."""
+        default = default_thresholds(steps)
+        return Thresholds(
+            default.A if self.A is None else self.A,
+            default.C if self.C is None else self.C,
+            default.k if self.k is None else self.k,
+        )
+
+
+def check_rho(rho: object) -> None:
+    """Raise `OptionError` unless `rho` is a share in [0, 1]."""
+    if not (_number(rho) and 0 <= rho <= 1):
+        raise _error("rho", "a share of the inputs in [0, 1]", rho)
+
+
+def _number(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _sizes(name: str, value: object, length: int) -> tuple[int, ...]:
+    sizes = tuple(value) if isinstance(value, (tuple, list)) else ()
+    if len(sizes) != length or not all(_integer(size) and size >= 1 for size in sizes):
+        raise _error(name, f"{length} positive integers", value)
+    return sizes
+
+
+def _error(name: str, expected: str, got: object) -> OptionError:
+    return OptionError(
+        f"calibration setting {name!r} is out of range",
+        expected=expected,
+        got=repr(got),
+        remedy="leave it out for the default; CalibrationConfig describes each setting",
+    )

@@ -1,0 +1,196 @@
+"""From the masks of all inputs to a plan, one site and step at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from calibatt_compiler.calibration.config import check_rho
+from calibatt_compiler.calibration.records import InputRecord, SiteSize
+from calibatt_compiler.calibration.schedule import Thresholds
+from calibatt_compiler.calibration.selection import agreement, count_votes, pack, select
+from calibatt_compiler.calibration.store import RunStore
+from calibatt_compiler.errors import CalibrationError
+from calibatt_compiler.plan import (
+    BlockPattern,
+    CalibrationInputs,
+    Plan,
+    Sampler,
+    SitePatterns,
+)
+from calibatt_compiler.plan.schema import CfgMode
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How blocks are chosen from what a run has stored.
+
+    Attributes:
+        rho: share of the inputs that a block needs.
+        thresholds: A, C and k to select with again, from stored energies; None: the masks as they
+            were selected while recording.
+    """
+
+    rho: float
+    thresholds: Thresholds | None = None
+
+
+def derive_plan(
+    store: RunStore,
+    names: Sequence[str],
+    selection: Selection,
+    *,
+    cfg: CfgMode = "none",
+    arguments: object = None,
+) -> Plan:
+    """Build the plan of a run from its finished inputs.
+
+    Depends on nothing but what is stored, so that a run killed and resumed gives the same plan.
+
+    Args:
+        store: the run's folder.
+        names: the inputs that count, in order.
+        selection: how blocks are chosen.
+        cfg: how the sampler runs guidance, to be recorded.
+        arguments: JSON values common to all inputs, part of the inputs' digest.
+
+    Raises:
+        CalibrationError: no inputs, inputs that don't fit together, energies needed but not kept.
+    """
+    check_rho(selection.rho)
+    if not names:
+        raise CalibrationError(
+            "there is nothing to make a plan from",
+            expected="at least one finished input",
+            got="none",
+            remedy="run the module within `with run.input():` first",
+        )
+    records = [store.record(name) for name in names]
+    first = records[0]
+    for record in records[1:]:
+        _check_alike(first, record)
+    sites = {}
+    for size in first.sites:
+        by_step = [
+            _pattern(store, records, size, step, selection) for step in range(len(first.timesteps))
+        ]
+        sites[size.name] = SitePatterns.share(by_step, size.head_dim)
+    video = math.prod(first.grid)
+    has_text = first.text is not None and any(size.query_length > video for size in first.sites)
+    used = selection.thresholds or Thresholds(**first.thresholds)
+    return Plan.create(
+        sites,
+        grid=first.grid,
+        sampler=_sampler(first),
+        model=first.model,
+        text_policy="in_mask" if has_text else "none",
+        cfg="none" if cfg in ("separate", "batched") and _unguided(records) else cfg,
+        thresholds={"A": used.A, "C": used.C, "k": used.k, "rho": float(selection.rho)},
+        inputs=CalibrationInputs(count=len(records), digest=_inputs_digest(records, arguments)),
+        quality=_quality(records, selection),
+    )
+
+
+def _pattern(
+    store: RunStore,
+    records: Sequence[InputRecord],
+    size: SiteSize,
+    step: int,
+    selection: Selection,
+) -> BlockPattern:
+    block = records[0].block
+    rows, columns = -(-size.query_length // block[0]), -(-size.key_length // block[1])
+    counts = np.zeros((size.heads, rows, columns), np.int32)
+    votes = 0
+    for record in records:
+        if selection.thresholds is None:
+            bits = store.tensor(record.name, f"{size.name}@{step}")
+        else:
+            bits = _select_again(store, record, size, step, selection.thresholds)
+        count_votes(counts, bits)
+        votes += len(bits)
+    mask = torch.from_numpy(agreement(counts, votes, selection.rho))
+    return BlockPattern.from_mask(
+        mask, query_length=size.query_length, key_length=size.key_length, block=block
+    )
+
+
+def _select_again(
+    store: RunStore, record: InputRecord, size: SiteSize, step: int, thresholds: Thresholds
+) -> npt.NDArray[np.uint8]:
+    key = f"{size.name}@{step}/energy"
+    if key not in record.tensors:
+        raise CalibrationError(
+            "other thresholds need the energies of the run, which were not kept",
+            expected="a run with CalibrationConfig(keep_energies=True)",
+            got=f"masks only, for A, C, k = {record.thresholds}",
+            remedy="change rho alone, or calibrate again with keep_energies=True",
+        )
+    energy = torch.from_numpy(store.tensor(record.name, key))
+    threshold = thresholds.at(record.positions[step], record.schedule_steps)
+    video = math.prod(record.grid)
+    mask, _ = select(
+        energy, threshold, (size.query_length, size.key_length), video, record.block, record.text
+    )
+    return pack(mask)
+
+
+def _check_alike(first: InputRecord, other: InputRecord) -> None:
+    for field in ("model", "grid", "text", "block", "timesteps", "positions", "schedule_steps"):
+        expected, got = getattr(first, field), getattr(other, field)
+        if expected != got:
+            raise _unlike(first, other, f"{field} {expected}", f"{field} {got}")
+    sizes = {size.name: size for size in first.sites}, {size.name: size for size in other.sites}
+    for name in sorted(sizes[0].keys() | sizes[1].keys()):
+        if sizes[0].get(name) != sizes[1].get(name):
+            raise _unlike(first, other, sizes[0].get(name), sizes[1].get(name))
+
+
+def _unlike(first: InputRecord, other: InputRecord, expected: object, got: object) -> Exception:
+    return CalibrationError(
+        f"inputs {first.name} and {other.name} don't make one plan",
+        expected=expected,
+        got=got,
+        remedy="run all inputs with one size of video, sampler and number of steps; restart the "
+        "run after a change",
+    )
+
+
+def _sampler(record: InputRecord) -> Sampler:
+    pairs = list(zip(record.timesteps, record.timesteps[1:], strict=False))
+    if not (all(a > b for a, b in pairs) or all(a < b for a, b in pairs)):
+        raise CalibrationError(
+            "the timesteps of the inputs neither fall nor rise throughout",
+            expected="a sampler that goes from noise to video, or back",
+            got=record.timesteps[:8],
+            remedy="call the module in the order of its sampler, one input a `run.input()`",
+        )
+    return Sampler(name=record.scheduler, timesteps=record.timesteps, sigmas=record.sigmas)
+
+
+def _unguided(records: Sequence[InputRecord]) -> bool:
+    return all(record.unguided_only for record in records)
+
+
+def _inputs_digest(records: Sequence[InputRecord], arguments: object) -> str:
+    content = {"inputs": [record.about for record in records], "arguments": arguments}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _quality(records: Sequence[InputRecord], selection: Selection) -> dict[str, float]:
+    def mean(by_site: Sequence[dict[str, tuple[float, ...]]]) -> float:
+        values = [value for sites in by_site for steps in sites.values() for value in steps]
+        return math.fsum(values) / len(values)
+
+    quality = {"best_20_percent_share": mean([record.best_share for record in records])}
+    if selection.thresholds is None:
+        quality["input_kept_mass"] = mean([record.kept_mass for record in records])
+    return quality

@@ -1,0 +1,60 @@
+"""Progress of a calibration: inputs, steps within the input, time left."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class CalibrationProgress:
+    """Two bars on the error stream: all inputs with the time left, and the steps of one.
+
+    Args:
+        inputs: how many there are in all.
+        done: how many are finished already.
+        shown: show bars; None: if the error stream is a terminal.
+    """
+
+    def __init__(self, inputs: int, done: int, shown: bool | None) -> None:
+        console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=console,
+            disable=not (console.is_terminal if shown is None else shown),
+            transient=False,
+        )
+        self._done = done
+        self._inputs = self._progress.add_task("inputs", total=inputs, completed=done)
+        self._steps = self._progress.add_task("steps", total=None)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def step(self, step: int, steps: int | None) -> None:
+        """Note that a step of the current input begins."""
+        if step == 0:
+            self._progress.reset(self._steps, total=steps)
+        self._progress.update(self._steps, completed=step, total=steps)
+
+    def finished(self) -> None:
+        """Note that an input is finished."""
+        self._done += 1
+        self._progress.update(self._inputs, completed=self._done)
+        task = self._progress.tasks[self._steps]
+        self._progress.update(self._steps, completed=task.total or task.completed)

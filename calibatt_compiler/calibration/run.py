@@ -1,0 +1,289 @@
+"""Calibration of any module: `with calibration(module, config) as run`."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calibatt_compiler.calibration import identity
+from calibatt_compiler.calibration.config import CalibrationConfig
+from calibatt_compiler.calibration.derive import Selection, derive_plan
+from calibatt_compiler.calibration.recorder import AttentionRecorder, Branch, Schedule
+from calibatt_compiler.calibration.schedule import Thresholds
+from calibatt_compiler.calibration.spool import Spool
+from calibatt_compiler.calibration.store import RunStore
+from calibatt_compiler.errors import CalibrationError
+from calibatt_compiler.plan import Plan
+from calibatt_compiler.plan.schema import CfgMode
+
+log = logging.getLogger("calibatt")
+
+
+class CalibrationRun:
+    """A calibration under way; made by `calibration`, not by hand.
+
+    Attributes:
+        config: its settings.
+        folder: where finished inputs are kept.
+    """
+
+    def __init__(
+        self,
+        config: CalibrationConfig,
+        store: RunStore,
+        recorder: AttentionRecorder,
+        *,
+        cfg: CfgMode = "none",
+        arguments: object = None,
+    ) -> None:
+        self.config = config
+        self.folder = store.folder
+        self._store = store
+        self._recorder = recorder
+        self._cfg: CfgMode = cfg
+        self._arguments = arguments
+        self._inside = False
+        self._unnamed = 0
+        if names := store.names():
+            recorder.reference = store.record(names[0])
+
+    @property
+    def finished(self) -> tuple[str, ...]:
+        """Names of the inputs that are stored, of earlier processes too."""
+        return tuple(self._store.names())
+
+    def has(self, name: str) -> bool:
+        """Whether an input of this name is stored: its model calls can be left out."""
+        return self._store.has(name)
+
+    @contextmanager
+    def input(
+        self,
+        name: str | None = None,
+        *,
+        about: Mapping[str, Any] | None = None,
+        samples: int | None = None,
+    ) -> Iterator[None]:
+        """Observe one input: run the module over all its steps within this context.
+
+        The input is stored when the context ends; if it ends by an exception, nothing is. An
+        input that is stored already is not observed again.
+
+        Args:
+            name: of the input; default a running number.
+            about: JSON values that say what it is, part of the plan's digest of inputs.
+            samples: videos generated at once; a call with twice as many is taken for both
+                branches of guidance where the branch says so. Each sample votes on its own.
+
+        Raises:
+            CalibrationError: within another input; nothing or not all was observed; sizes or
+                timesteps other than those of the inputs before.
+        """
+        if self._inside:
+            raise CalibrationError(
+                "an input can't begin within another",
+                expected="one `with run.input():` after the other",
+                got="nested ones",
+                remedy="end the first before the second",
+            )
+        if name is None:
+            name, self._unnamed = f"{self._unnamed:05d}", self._unnamed + 1
+        about = {"name": name} if about is None else identity.describe(about)
+        self._inside = True
+        try:
+            if self._already(name, about):
+                yield
+                return
+            self._recorder.begin(name, about, samples)
+            with torch.no_grad():
+                yield
+            record, arrays = self._recorder.finish()
+            self._store.write(record, arrays)
+            if self._recorder.reference is None:
+                self._recorder.reference = record
+        finally:
+            self._recorder.abandon()
+            self._inside = False
+
+    def _already(self, name: str, about: Mapping[str, Any]) -> bool:
+        if not self._store.has(name):
+            return False
+        stored = self._store.record(name).about
+        if stored != about:
+            raise CalibrationError(
+                f"input {name} of this run was something else",
+                expected=stored,
+                got=dict(about),
+                remedy="keep prompts, seeds and their order when a run goes on; restart the run "
+                "(--restart, CalibrationConfig(restart=True)) to change them",
+            )
+        return True
+
+    @contextmanager
+    def branch(self, branch: Branch) -> Iterator[None]:
+        """Say which branch of classifier-free guidance the calls within are.
+
+        Args:
+            branch: `conditional`, `unconditional`, or `batched` (unconditional samples first,
+                conditional ones second). Outside of this context every sample counts.
+        """
+        previous, self._recorder.branch = self._recorder.branch, branch
+        try:
+            yield
+        finally:
+            self._recorder.branch = previous
+
+    def discard(self) -> None:
+        """Delete the run folder: nothing can be resumed or selected again."""
+        self._store.remove()
+
+    def plan(
+        self,
+        *,
+        rho: float | None = None,
+        A: float | None = None,
+        C: float | None = None,
+        k: float | None = None,
+        names: tuple[str, ...] | None = None,
+    ) -> Plan:
+        """Make the plan from the stored inputs; may be called several times.
+
+        Args:
+            rho: agreement other than the configured one.
+            A: as in `CalibrationConfig`, to select again; this and the next two need
+                `keep_energies=True`.
+            C: likewise.
+            k: likewise.
+            names: the inputs that count; default all.
+
+        Raises:
+            CalibrationError: nothing stored, or energies were not kept.
+            OptionError: a value out of range.
+        """
+        names = self.finished if names is None else names
+        config = self.config
+        thresholds: Thresholds | None = None
+        if names and not A is C is k is None:
+            given = CalibrationConfig(
+                A=config.A if A is None else A,
+                C=config.C if C is None else C,
+                k=config.k if k is None else k,
+            )
+            thresholds = given.thresholds(self._store.record(names[0]).schedule_steps)
+        selection = Selection(config.rho if rho is None else rho, thresholds)
+        return derive_plan(self._store, names, selection, cfg=self._cfg, arguments=self._arguments)
+
+
+@contextmanager
+def calibration(
+    module: torch.nn.Module, config: CalibrationConfig | None = None
+) -> Iterator[CalibrationRun]:
+    """Calibrate any module whose attention is `scaled_dot_product_attention`.
+
+    The module is compiled in recording mode while the context lasts and is left as it was.
+    Without `config.run_folder`, what was recorded is lost with the context; with it, a killed run
+    goes on: inputs that `run.has(name)` need not be run again.
+
+    Args:
+        module: takes a `timestep`, as diffusers' transformers do.
+        config: settings; default `CalibrationConfig()`.
+
+    Yields:
+        The run: call the module within `run.input()`, then ask for `run.plan()`.
+
+    Raises:
+        CalibrationError: the run folder is in use or belongs to another calibration.
+    """
+    config = config or CalibrationConfig()
+    from calibatt_compiler.models import unwrap
+
+    module = unwrap(module)
+    about = {"kind": "module", "weights": identity.weights_fingerprint(module)}
+    with recording(module, config, about) as run:
+        yield run
+
+
+@contextmanager
+def recording(
+    module: torch.nn.Module,
+    config: CalibrationConfig,
+    about: Mapping[str, Any],
+    *,
+    cfg: CfgMode = "none",
+    arguments: object = None,
+    schedule: Callable[[], Schedule | None] = lambda: None,
+    on_step: Callable[[int, int | None], None] = lambda step, steps: None,
+) -> Iterator[CalibrationRun]:
+    """Open the run folder, compile `module` in recording mode, undo both at the end.
+
+    Args:
+        module: what is observed.
+        config: settings.
+        about: JSON values that the run depends on beside model and settings.
+        cfg: how the sampler runs guidance.
+        arguments: JSON values common to all inputs.
+        schedule: asked at the first call of each input for the sampler's steps.
+        on_step: told of each new step.
+    """
+    from calibatt_compiler import models
+
+    model = models.identify(module)
+    whole = {
+        "format": 1,
+        "model": model.model_dump(mode="json"),
+        "settings": identity.settings(config),
+        "arguments": arguments,
+        **about,
+    }
+    temporary = None
+    if config.run_folder is None:
+        temporary = tempfile.TemporaryDirectory(prefix="calibatt-")
+        folder = Path(temporary.name) / "run"
+    else:
+        folder = Path(config.run_folder)
+    store = RunStore(folder).open(whole, restart=config.restart)
+    try:
+        recorder = AttentionRecorder(
+            config,
+            model,
+            models.text_position(model.class_name),
+            Spool(folder / "spool"),
+            schedule=schedule,
+            on_step=on_step,
+        )
+        with _compiled(module, recorder, config):
+            yield CalibrationRun(config, store, recorder, cfg=cfg, arguments=arguments)
+    finally:
+        store.close()
+        if temporary is not None:
+            temporary.cleanup()
+
+
+@contextmanager
+def _compiled(
+    module: torch.nn.Module, recorder: AttentionRecorder, config: CalibrationConfig
+) -> Iterator[None]:
+    from calibatt_compiler.backend import recording_backend
+
+    inductor = config.inductor
+    if inductor is None:
+        inductor = any(p.device.type == "cuda" for p in module.parameters())
+    # Graphs of a recording must neither use up nor invalidate those of the user's own compile.
+    isolated = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    extra: dict[str, Any] = {"isolate_recompiles": True} if isolated else {}
+    previous = module.__dict__.get("_compiled_call_impl")
+    module.compile(backend=recording_backend(recorder, inductor=inductor), **extra)
+    try:
+        yield
+    finally:
+        if previous is None:
+            module.__dict__.pop("_compiled_call_impl", None)
+        else:
+            module._compiled_call_impl = previous

@@ -1,0 +1,253 @@
+"""The run folder: one file for each finished input, so that a killed run goes on from there.
+
+    run.json                      what the run is: model, weights, settings, arguments
+    input-00000.safetensors       masks of one input, packed, with its record in the header
+    lock                          held while a process works in the folder
+
+A file is written under a temporary name and renamed, so a kill at any moment loses the input in
+progress and nothing else.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import pydantic
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from calibatt_compiler.calibration.records import InputRecord
+from calibatt_compiler.errors import CalibrationError
+from calibatt_compiler.files import replacing, write_text
+
+log = logging.getLogger("calibatt")
+
+FORMAT = "calibatt-calibration-input"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+class RunStore:
+    """Finished inputs of one calibration run, on disk.
+
+    Args:
+        folder: made if it does not exist.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        self._lock: IO[str] | None = None
+        self._records: dict[str, InputRecord] = {}
+
+    def open(self, identity: Mapping[str, Any], *, restart: bool = False) -> Self:
+        """Take the folder for this process and check that it belongs to this run.
+
+        Args:
+            identity: JSON values that must equal those the run was begun with.
+            restart: throw away what is there first.
+
+        Raises:
+            CalibrationError: another process works in it, or it belongs to another run.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
+        try:
+            if restart:
+                self._clear()
+            for leftover in self.folder.glob(".*.tmp*"):
+                leftover.unlink(missing_ok=True)
+            self._check_identity(identity)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def close(self) -> None:
+        """Let other processes have the folder."""
+        if self._lock is not None:
+            (self.folder / "lock").unlink(missing_ok=True)
+            self._lock.close()
+            self._lock = None
+
+    def remove(self) -> None:
+        """Delete the folder and all in it."""
+        self.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def names(self) -> list[str]:
+        """Names of the finished inputs, sorted."""
+        found = self.folder.glob("input-*.safetensors")
+        return sorted(path.name[len("input-") : -len(".safetensors")] for path in found)
+
+    def has(self, name: str) -> bool:
+        """Whether an input is finished."""
+        return self._path(name).is_file()
+
+    def record(self, name: str) -> InputRecord:
+        """Return what is known of a finished input beside its masks.
+
+        Raises:
+            CalibrationError: its file is damaged.
+        """
+        if name not in self._records:
+            with self._opened(name) as opened:
+                header: dict[str, str] = opened.metadata() or {}
+            text = header.get("record", "")
+            intact = header.get("digest") == hashlib.sha256(text.encode()).hexdigest()
+            if header.get("format") != FORMAT or not intact:
+                raise self._damaged(name, "its header was changed or is of another format")
+            try:
+                self._records[name] = InputRecord.model_validate_json(text)
+            except pydantic.ValidationError as error:
+                raise self._damaged(name, f"{error.error_count()} values out of range") from error
+        return self._records[name]
+
+    def write(self, record: InputRecord, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Add a finished input; `record.tensors` is filled in here.
+
+        Args:
+            record: what is known of it.
+            tensors: its arrays by name.
+        """
+        hashes = {name: _sha256(array) for name, array in tensors.items()}
+        record = record.model_copy(update={"tensors": hashes})
+        text = json.dumps(record.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        header = {
+            "format": FORMAT,
+            "digest": hashlib.sha256(text.encode()).hexdigest(),
+            "record": text,
+        }
+        with replacing(self._path(record.name)) as temporary:
+            save_file(dict(tensors), temporary, metadata=header)
+        self._records[record.name] = record
+
+    def tensor(self, name: str, key: str) -> npt.NDArray[Any]:
+        """Read one array of a finished input and check it.
+
+        Raises:
+            CalibrationError: the file is damaged.
+        """
+        record = self.record(name)
+        with self._opened(name) as opened:
+            array: npt.NDArray[Any] = opened.get_tensor(key)
+        if _sha256(array) != record.tensors.get(key):
+            raise self._damaged(name, f"tensor {key} was changed")
+        return array
+
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[Any]:
+        try:
+            with safe_open(self._path(name), framework="numpy") as opened:
+                yield opened
+        except (SafetensorError, OSError, ValueError) as error:
+            raise self._damaged(name, str(error)) from error
+
+    def _path(self, name: str) -> Path:
+        if not _NAME.fullmatch(name):
+            raise CalibrationError(
+                "the name of an input can't be a file name",
+                expected="up to 100 letters, digits, dots, dashes or underscores",
+                got=repr(name),
+                remedy="name it otherwise, or leave the name out",
+            )
+        return self.folder / f"input-{name}.safetensors"
+
+    def _damaged(self, name: str, what: str) -> CalibrationError:
+        return CalibrationError(
+            f"the record of calibration input {name} is damaged",
+            expected=f"{self._path(name)} as it was written",
+            got=what,
+            remedy="delete that file and run the same command again: only this input is repeated",
+        )
+
+    def _take_lock(self) -> None:
+        # The kernel drops the lock with its process, however it ends: a lock is never stale.
+        path = self.folder / "lock"
+        while True:
+            file = path.open("a+", encoding="utf-8")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
+                file.close()
+                raise CalibrationError(
+                    "another calibration works in the same folder",
+                    expected=f"{self.folder} for this process alone",
+                    got=f"it is held by process {holder}",
+                    remedy="wait for it, end it, or choose another output path",
+                ) from error
+            # Whoever held it may have removed the file between our open and our lock.
+            if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                break
+            file.close()
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {os.uname().nodename}\n")
+        file.flush()
+        self._lock = file
+
+    def _clear(self) -> None:
+        for path in self.folder.iterdir():
+            if path.name == "run.json" or path.name.startswith(("input-", ".input-", ".run-")):
+                path.unlink()
+            elif path.name == "spool":
+                shutil.rmtree(path)
+
+    def _check_identity(self, identity: Mapping[str, Any]) -> None:
+        path = self.folder / "run.json"
+        wanted = json.loads(json.dumps(identity))
+        if not path.exists():
+            if self.names():
+                raise self._foreign("no run.json beside finished inputs", "a whole run folder")
+            write_text(path, json.dumps(wanted, indent=2, sort_keys=True) + "\n")
+            return
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise self._foreign(
+                f"run.json does not parse: {error}", "a whole run folder"
+            ) from error
+        differing = _differences(found, wanted)
+        if differing:
+            was = {key: values[0] for key, values in differing.items()}
+            now = {key: values[1] for key, values in differing.items()}
+            raise self._foreign(f"now {now}", f"as the run was begun: {was}")
+        done = len(self.names())
+        if done:
+            log.info("going on with the run in %s: %d inputs are finished", self.folder, done)
+
+    def _foreign(self, got: str, expected: str) -> CalibrationError:
+        return CalibrationError(
+            f"{self.folder} holds the calibration of something else",
+            expected=expected,
+            got=got,
+            remedy="restart the run (--restart, CalibrationConfig(restart=True)), delete the "
+            "folder, or choose another output path",
+        )
+
+
+def _differences(found: Any, wanted: Any, at: str = "") -> dict[str, tuple[Any, Any]]:
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        result: dict[str, tuple[Any, Any]] = {}
+        for key in sorted({*found, *wanted}):
+            path = f"{at}.{key}" if at else key
+            result |= _differences(found.get(key), wanted.get(key), path)
+        return result
+    return {} if found == wanted else {at or "run": (found, wanted)}
+
+
+def _sha256(array: npt.NDArray[Any]) -> str:
+    h = hashlib.sha256(f"{array.dtype.str}{array.shape}".encode())
+    h.update(np.ascontiguousarray(array).data)
+    return h.hexdigest()
