@@ -137,7 +137,12 @@ def _select_again(
     threshold = thresholds.at(record.positions[step], record.schedule_steps)
     video = math.prod(record.grid)
     mask, _ = select(
-        energy, threshold, (size.query_length, size.key_length), video, record.block, record.text
+        energy,
+        threshold,
+        lengths=(size.query_length, size.key_length),
+        video=video,
+        block=record.block,
+        text=record.text,
     )
     return pack(mask)
 

@@ -48,17 +48,21 @@ def settings(config: CalibrationConfig) -> dict[str, Any]:
 def describe(value: object) -> Any:
     """Return JSON values that tell an argument from any other of its kind.
 
-    Tensors and pictures are told by a hash of their content, other objects by their class and
-    public attributes only.
+    Tensors, arrays and pictures are told by a hash of their content, other objects by their class
+    only.
     """
     if value is None or isinstance(value, (bool, int, str)):
         return value
-    if isinstance(value, float):
-        return repr(value)
+    if isinstance(value, (float, torch.dtype, torch.device)):
+        return str(value)
     if isinstance(value, Mapping):
         return {str(key): describe(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
         return [describe(item) for item in value]
+    return _describe_object(value)
+
+
+def _describe_object(value: object) -> Any:
     name = f"{type(value).__module__}.{type(value).__qualname__}"
     if isinstance(value, Tensor):
         content = _bytes(value, max(1, value.numel()))
@@ -66,7 +70,5 @@ def describe(value: object) -> Any:
     if hasattr(value, "tobytes"):  # numpy arrays and PIL images
         size = getattr(value, "shape", None) or getattr(value, "size", None)
         return [name, describe(size), hashlib.sha256(value.tobytes()).hexdigest()]
-    if isinstance(value, (torch.dtype, torch.device)):
-        return str(value)
-    qualified = getattr(value, "__qualname__", None)
+    qualified = getattr(value, "__qualname__", None)  # functions and classes
     return f"{getattr(value, '__module__', '')}.{qualified}" if qualified else name

@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -192,12 +191,10 @@ def _schedule(scheduler: Any) -> Schedule | None:
     values = [float(value) for value in timesteps]
     distinct = tuple(dict.fromkeys(values))
     sigmas = getattr(scheduler, "sigmas", None)
-    known = sigmas is not None and len(sigmas) in (len(values), len(values) + 1)
-    return Schedule(
-        timesteps=distinct,
-        sigmas=tuple(float(sigmas[values.index(value)]) for value in distinct) if known else None,
-        name=type(scheduler).__name__,
-    )
+    levels: tuple[float, ...] | None = None
+    if sigmas is not None and len(sigmas) in (len(values), len(values) + 1):
+        levels = tuple(float(sigmas[values.index(value)]) for value in distinct)
+    return Schedule(timesteps=distinct, sigmas=levels, name=type(scheduler).__name__)
 
 
 def _samples(arguments: Mapping[str, Any]) -> int:

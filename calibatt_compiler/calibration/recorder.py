@@ -131,7 +131,7 @@ class AttentionRecorder:
             if site.skip is not None:
                 self._skips[site.name] = site.skip
 
-    def attend(
+    def attend(  # noqa: PLR0917 - the protocol's order
         self, site: str, q: Tensor, k: Tensor, v: Tensor, timestep: float, scale: float
     ) -> Tensor:
         """Compute dense attention and, where the call counts, select its blocks.
@@ -148,7 +148,7 @@ class AttentionRecorder:
         run = self._input
         if run is None:
             return dense_attention(q, k, v, scale)
-        if self.branch in ("unconditional", "batched"):
+        if self.branch == "unconditional":
             run.unguided_only = False
         step = self._step(run, site, timestep)
         size = self._size(run, site, q, k)
@@ -319,12 +319,12 @@ class AttentionRecorder:
             return None
         if self.branch == "unknown" and run.votes[site, step]:
             return None
+        # An unknown branch: only a known number of samples tells two branches from two videos.
+        may_double = self.branch == "batched" or run.samples is not None
         doubled = batch == 2 * run.samples if run.samples else batch % 2 == 0
-        if self.branch in ("batched", "unknown") and doubled:
-            # For `unknown` only a known number of samples can tell two branches from two videos.
-            if self.branch == "batched" or run.samples:
-                run.unguided_only = False
-                return slice(batch // 2, None)
+        if self.branch in ("batched", "unknown") and may_double and doubled:
+            run.unguided_only = False
+            return slice(batch // 2, None)
         return slice(0, None)
 
     def _observe(self, run: _Input, size: SiteSize, step: int, energy: Tensor) -> None:
@@ -345,8 +345,14 @@ class AttentionRecorder:
     def _select(self, run: _Input, size: SiteSize, step: int, energy: Tensor, steps: int) -> None:
         threshold = self.config.thresholds(steps).at(run.positions[step], steps)
         video = math.prod(self._grid(size.query_length))
-        lengths = (size.query_length, size.key_length)
-        mask, kept = select(energy, threshold, lengths, video, self.config.block, self.text)
+        mask, kept = select(
+            energy,
+            threshold,
+            lengths=(size.query_length, size.key_length),
+            video=video,
+            block=self.config.block,
+            text=self.text,
+        )
         run.bits.setdefault((size.name, step), []).append(pack(mask))
         if self.config.keep_energies:
             stored = energy.float().cpu().numpy()

@@ -63,6 +63,7 @@ def covering_mask(
 def select(
     energy: Tensor,
     threshold: float,
+    *,
     lengths: tuple[int, int],
     video: int,
     block: tuple[int, int],
@@ -120,7 +121,7 @@ def pack(mask: Tensor) -> npt.NDArray[np.uint8]:
     """
     padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.shape[-1] % 8))
     weights = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=mask.device)
-    grouped = padded.unflatten(-1, (-1, 8)) * weights
+    grouped = padded.reshape(*padded.shape[:-1], -1, 8) * weights
     bits: npt.NDArray[np.uint8] = grouped.sum(-1, dtype=torch.uint8).cpu().numpy()
     return bits
 

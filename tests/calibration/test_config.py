@@ -1,0 +1,86 @@
+"""Settings and the threshold formula."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import calibatt_compiler.calibration
+from calibatt_compiler.calibration import CalibrationConfig, Thresholds
+from calibatt_compiler.errors import OptionError
+
+
+def test_thresholds_follow_the_formula() -> None:
+    thresholds = Thresholds(A=0.84, C=0.99, k=16.0)
+    assert thresholds.at(0, 50) == pytest.approx(0.99)
+    assert thresholds.at(7, 50) == pytest.approx(0.84 + 0.15 * math.exp(-16 * 7 / 50))
+    assert thresholds.at(49, 50) == pytest.approx(0.84, abs=1e-6)
+
+
+def test_defaults_depend_on_the_number_of_steps() -> None:
+    config = CalibrationConfig()
+    assert config.thresholds(50) == Thresholds(0.84, 0.99, 16.0)
+    assert config.thresholds(9) == Thresholds(0.84, 0.99, 16.0)
+    assert config.thresholds(8) == Thresholds(0.763, 0.863, 5.64)
+    assert CalibrationConfig(A=0.5).thresholds(4) == Thresholds(0.5, 0.863, 5.64)
+    assert CalibrationConfig(C=0.9, k=0).thresholds(50) == Thresholds(0.84, 0.9, 0)
+
+
+@given(a=st.floats(0.01, 1), c=st.floats(0.01, 1), k=st.floats(0, 100), steps=st.integers(1, 60))
+def test_thresholds_stay_between_their_ends(a: float, c: float, k: float, steps: int) -> None:
+    values = [Thresholds(a, c, k).at(step, steps) for step in range(steps)]
+    assert all(min(a, c) - 1e-12 <= value <= max(a, c) + 1e-12 for value in values)
+    assert values == sorted(values, reverse=c >= a)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"block": (100, 128)},
+        {"block": (128,)},
+        {"block": (2048, 128)},
+        {"block": (0, 128)},
+        {"block": 128},
+        {"A": 0},
+        {"A": 1.5},
+        {"C": math.nan},
+        {"A": "0.8"},
+        {"k": -1},
+        {"k": math.inf},
+        {"rho": 2},
+        {"rho": None},
+        {"num_steps": 0},
+        {"num_steps": 2.5},
+        {"num_steps": True},
+        {"grid": (1, 2)},
+        {"grid": (1, 2, -3)},
+        {"cfg": "uncond"},
+        {"text": "middle"},
+        {"component": ""},
+        {"inductor": "yes"},
+        {"keep_run": None},
+    ],
+    ids=str,
+)
+def test_a_setting_out_of_range_is_named(wrong: dict[str, object]) -> None:
+    with pytest.raises(OptionError, match=next(iter(wrong))) as caught:
+        CalibrationConfig(**wrong)  # type: ignore[arg-type]
+    assert caught.value.expected
+    assert caught.value.remedy
+
+
+def test_lists_are_taken_for_tuples() -> None:
+    config = CalibrationConfig(block=[64, 32], grid=[3, 4, 5])  # type: ignore[arg-type]
+    assert (config.block, config.grid) == ((64, 32), (3, 4, 5))
+
+
+def test_the_package_is_the_function_of_its_name() -> None:
+    import torch
+
+    assert callable(calibatt_compiler.calibration)
+    context = calibatt_compiler.calibration(torch.nn.Linear(2, 2))
+    assert hasattr(context, "__enter__")
+    assert callable(calibatt_compiler.calibration.calibrate)
