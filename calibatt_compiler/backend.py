@@ -18,6 +18,8 @@ from calibatt_compiler.options import CompileOptions
 from calibatt_compiler.passes.pipeline import run_passes
 from calibatt_compiler.passes.rewrite import Rewrite, SdpaCall, Skip
 from calibatt_compiler.report.summary import GraphReport, keep_report
+from calibatt_compiler.runtime.graph import CompiledGraph
+from calibatt_compiler.runtime.registry import Site
 
 log = logging.getLogger("calibatt")
 Compiled = Callable[..., Any]
@@ -50,11 +52,11 @@ def calibatt(
         binder = PlanBinder(checked, inputs)
         rewrite = run_passes(gm, inputs, binder)
         _check(rewrite, binder, checked)
-        report = GraphReport.of(rewrite, binder, options)
-        keep_report(inputs.module, report)
     except CalibattError as error:
         return _raising(error)
-    return _Owner(_inductor(gm, example_inputs, checked.inductor), rewrite)
+    compiled = CompiledGraph(_inductor(gm, example_inputs, checked.inductor), _entries(rewrite))
+    keep_report(inputs.module, GraphReport(compiled, binder, options))
+    return compiled
 
 
 def recording_backend(recorder: Recorder, *, inductor: bool) -> Compiled:
@@ -72,20 +74,18 @@ def recording_backend(recorder: Recorder, *, inductor: bool) -> Compiled:
             recorder.on_capture(_capture(rewrite))
         except CalibattError as error:
             return _raising(error)
-        return _Owner(_inductor(gm, example_inputs, {}) if inductor else gm.forward, rewrite)
+        compiled = _inductor(gm, example_inputs, {}) if inductor else gm.forward
+        return CompiledGraph(compiled, _entries(rewrite))
 
     return record
 
 
-class _Owner:
-    """A compiled graph together with the sites that its operators refer to by key."""
-
-    def __init__(self, compiled: Compiled, rewrite: Rewrite) -> None:
-        self._compiled = compiled
-        self._sites = rewrite.decisions
-
-    def __call__(self, *inputs: Any) -> Any:
-        return self._compiled(*inputs)
+def _entries(rewrite: Rewrite) -> dict[str, Site | str]:
+    """Return what serves each site, or why nothing of ours does."""
+    return {
+        call.info.name: decision.reason if isinstance(decision, Skip) else decision.site
+        for call, decision in zip(rewrite.calls, rewrite.decisions, strict=True)
+    }
 
 
 def _inductor(

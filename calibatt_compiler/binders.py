@@ -62,7 +62,7 @@ class PlanBinder:
         ):
             # A symbolic size is compared here, which makes Dynamo guard on the answer.
             if got != expected:
-                return Skip(f"{got} {what} instead of {expected}", mismatch=True)
+                return Skip(f"{_hint(got)} {what} instead of {expected}", mismatch=True)
         query = example(call.query)
         assert query is not None
         return SparseSite(
@@ -114,6 +114,12 @@ def _check_model(plan: Plan, inputs: FrameInputs) -> None:
         )
 
 
+def _hint(size: Any) -> Any:
+    """Return the value that a symbolic size was captured with."""
+    node = getattr(size, "node", None)
+    return size if node is None else getattr(node, "hint", size)
+
+
 def _check_size(plan: Plan, inputs: FrameInputs) -> str | None:
     """Return why the latent grid of this call is not the plan's, or None."""
     if inputs.module is None:
@@ -123,5 +129,5 @@ def _check_size(plan: Plan, inputs: FrameInputs) -> str | None:
         got == expected for got, expected in zip(grid, plan.grid, strict=True)
     ):
         return None
-    got = " x ".join(str(size) for size in grid)
+    got = " x ".join(str(_hint(size)) for size in grid)
     return f"another size: {got} latent tokens instead of {' x '.join(map(str, plan.grid))}"

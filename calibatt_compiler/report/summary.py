@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from calibatt_compiler.errors import CaptureError
-from calibatt_compiler.passes.rewrite import Lowered, Rewrite
+from calibatt_compiler.runtime.graph import CompiledGraph
 from calibatt_compiler.runtime.sites import SparseSite
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class SiteRow:
             was covered by a larger one.
         kernel: kinds of kernel that serve it now.
         sparse_calls: calls served by a sparse kernel.
-        dense_calls: calls of a sparse site served dense, by reason.
+        dense_calls: calls served dense, by reason.
     """
 
     name: str
@@ -45,40 +45,39 @@ class SiteRow:
     dense_calls: Mapping[str, int]
 
 
-@dataclass(frozen=True, eq=False)
 class GraphReport:
-    """One compiled graph: live counters of its sites."""
+    """One compiled graph: live counters of its sites.
 
-    plan_digest: str
-    tokens: str
-    options: object
-    entries: tuple[tuple[str, SparseSite | str, float | None], ...]
+    Attributes:
+        options: the very dict that `torch.compile` was given.
+        plan_digest: digest of the plan.
+    """
 
-    @classmethod
-    def of(cls, rewrite: Rewrite, binder: PlanBinder, options: object) -> GraphReport:
-        """Report on a graph that went through the passes."""
-        entries: list[tuple[str, SparseSite | str, float | None]] = []
-        for call, decision in zip(rewrite.calls, rewrite.decisions, strict=True):
-            name = call.info.name
-            if isinstance(decision, Lowered):
-                assert isinstance(decision.site, SparseSite)
-                entries.append((name, decision.site, binder.plan.density(site=name)))
-            else:
-                entries.append((name, decision.reason, None))
-        return cls(binder.plan.digest, binder.expectation, options, tuple(entries))
+    def __init__(self, graph: CompiledGraph, binder: PlanBinder, options: object) -> None:
+        self.options = options
+        self.plan_digest = binder.plan.digest
+        self._graph = graph
+        self._plan = binder.plan
 
     def rows(self) -> list[SiteRow]:
         """Rows of this graph as they stand now."""
         rows = []
-        for name, served, density in self.entries:
-            if isinstance(served, str):
-                rows.append(SiteRow(name, served, None, None, "", 0, {}))
+        for name, served in self._graph.entries.items():
+            if not isinstance(served, SparseSite):
+                dense = {f"dense: {served}": self._graph.calls}
+                rows.append(SiteRow(name, str(served), None, None, "sdpa", 0, dense))
                 continue
             dense = {kind: n for kind, n in served.calls.items() if kind.startswith("dense: ")}
-            sparse = sum(served.calls.values()) - sum(dense.values())
-            kernel = ", ".join(served.kinds)
             rows.append(
-                SiteRow(name, "sparse", density, served.computed_density, kernel, sparse, dense)
+                SiteRow(
+                    name=name,
+                    status="sparse",
+                    density=self._plan.density(site=name),
+                    computed_density=served.computed_density,
+                    kernel=", ".join(served.kinds),
+                    sparse_calls=sum(served.calls.values()) - sum(dense.values()),
+                    dense_calls=dense,
+                )
             )
         return rows
 
@@ -104,7 +103,7 @@ class Summary:
 
     @property
     def dense_calls(self) -> Counter[str]:
-        """Attention calls of planned sites served dense, by reason."""
+        """Attention calls served dense, by reason."""
         total: Counter[str] = Counter()
         for row in self.rows:
             total.update(row.dense_calls)
@@ -151,15 +150,16 @@ class Summary:
         for heading in ("density", "computed", "sparse calls", "dense calls"):
             table.add_column(heading, justify="right")
         for row in self.rows:
-            dense = "; ".join(f"{n} ({why[7:]})" for why, n in row.dense_calls.items())
+            reasons = row.dense_calls.items() if row.status == "sparse" else ()
+            dense = "; ".join(f"{n} ({why.removeprefix('dense: ')})" for why, n in reasons)
             table.add_row(
                 row.name,
                 row.status,
                 row.kernel,
                 "" if row.density is None else f"{row.density:.3f}",
                 "" if row.computed_density is None else f"{row.computed_density:.3f}",
-                str(row.sparse_calls) if row.status == "sparse" else "",
-                dense,
+                str(row.sparse_calls),
+                dense or str(sum(row.dense_calls.values())),
             )
         return table
 
