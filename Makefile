@@ -13,10 +13,9 @@ TESTS ?= tests
 DEMO_ARGS ?=
 
 BIN := $(VENV)/bin
-PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
+PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 PINS := pyproject.toml constraints.txt
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
-CHECKED := calibatt_compiler tests benchmarks examples .ci
 
 .PHONY: help demo test lint format clean
 .DEFAULT_GOAL := help
