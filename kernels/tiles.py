@@ -46,20 +46,20 @@ _HALF_PRECISION: dict[str, tuple[tuple[int, TileSettings], ...]] = {
     ),
     # 100 KB of shared memory: sm_86, sm_89, sm_120.
     "small": (
-        (64, TileSettings(128, 64, 4, 2)),
+        (64, TileSettings(128, 32, 4, 2)),
         (128, TileSettings(128, 32, 8, 2)),
         (256, TileSettings(64, 32, 4, 2)),
     ),
-    # 228 KB, wgmma; 64 keys an iteration keep scores and probabilities in registers.
+    # 228 KB, wgmma: two warpgroups for D = 128, where one would spill.
     "sm_90": (
         (64, TileSettings(128, 64, 4, 3)),
-        (128, TileSettings(128, 64, 4, 3)),
+        (128, TileSettings(128, 64, 8, 3)),
         (256, TileSettings(64, 32, 4, 2)),
     ),
     # 228 KB, tcgen05 with accumulators in tensor memory.
     "sm_100": (
         (64, TileSettings(128, 64, 4, 3)),
-        (128, TileSettings(128, 64, 4, 3)),
+        (128, TileSettings(128, 64, 8, 3)),
         (256, TileSettings(64, 32, 4, 2)),
     ),
 }
