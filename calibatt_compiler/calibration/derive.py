@@ -84,6 +84,7 @@ def derive_plan(
         sites[size.name] = SitePatterns.share(by_step, size.head_dim)
     video = math.prod(first.grid)
     has_text = first.text is not None and any(size.query_length > video for size in first.sites)
+    guided = any(record.guided for record in records)
     used = selection.thresholds or Thresholds(**first.thresholds)
     return Plan.create(
         sites,
@@ -91,7 +92,7 @@ def derive_plan(
         sampler=_sampler(first),
         model=first.model,
         text_policy="in_mask" if has_text else "none",
-        cfg="none" if cfg in ("separate", "batched") and _unguided(records) else cfg,
+        cfg="none" if cfg in ("separate", "batched") and not guided else cfg,
         thresholds={"A": used.A, "C": used.C, "k": used.k, "rho": float(selection.rho)},
         inputs=CalibrationInputs(count=len(records), digest=_inputs_digest(records, arguments)),
         quality=_quality(records, selection),
@@ -180,10 +181,6 @@ def _sampler(record: InputRecord) -> Sampler:
     return Sampler(name=record.scheduler, timesteps=record.timesteps, sigmas=record.sigmas)
 
 
-def _unguided(records: Sequence[InputRecord]) -> bool:
-    return all(record.unguided_only for record in records)
-
-
 def _inputs_digest(records: Sequence[InputRecord], arguments: object) -> str:
     content = {"inputs": [record.about for record in records], "arguments": arguments}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
@@ -193,7 +190,7 @@ def _inputs_digest(records: Sequence[InputRecord], arguments: object) -> str:
 def _quality(records: Sequence[InputRecord], selection: Selection) -> dict[str, float]:
     def mean(by_site: Sequence[dict[str, tuple[float, ...]]]) -> float:
         values = [value for sites in by_site for steps in sites.values() for value in steps]
-        return math.fsum(values) / len(values)
+        return round(math.fsum(values) / len(values), 6)
 
     quality = {"best_20_percent_share": mean([record.best_share for record in records])}
     if selection.thresholds is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ def weights_fingerprint(module: torch.nn.Module) -> str:
     """SHA-256 (hex) over the names, shapes, dtypes and some values of all weights.
 
     It tells a model from the same model trained on, or with a LoRA, at the price of a few hundred
-    values a tensor; weights on the meta device count by name and shape.
+    values a tensor. Weights on the meta device count by name and shape.
     """
     h = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
@@ -27,12 +28,16 @@ def weights_fingerprint(module: torch.nn.Module) -> str:
             continue
         h.update(f"\0{name}\0{tuple(tensor.shape)}{tensor.dtype}\0".encode())
         if tensor.device.type != "meta" and tensor.numel():
-            h.update(_bytes(tensor, _SAMPLES))
+            # Quantised tensor subclasses may refuse such views: they count by name and shape.
+            with suppress(RuntimeError, NotImplementedError, TypeError):
+                h.update(_bytes(tensor, _SAMPLES))
     return h.hexdigest()
 
 
 def _bytes(tensor: Tensor, limit: int) -> bytes:
     flat = tensor.detach().reshape(-1)
+    if flat.is_complex():
+        flat = torch.view_as_real(flat).reshape(-1)
     taken = flat[:: max(1, flat.numel() // limit)].contiguous().cpu()
     raw: bytes = taken.view(torch.uint8).numpy().tobytes()
     return raw

@@ -14,8 +14,8 @@ import torch
 
 from calibatt_compiler.calibration import identity
 from calibatt_compiler.calibration.config import CalibrationConfig
+from calibatt_compiler.calibration.observation import Branch, Schedule
 from calibatt_compiler.calibration.progress import CalibrationProgress
-from calibatt_compiler.calibration.recorder import Branch, Schedule
 from calibatt_compiler.calibration.run import CalibrationRun, recording
 from calibatt_compiler.errors import CalibrationError, OptionError
 from calibatt_compiler.plan import Plan

@@ -8,6 +8,9 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+_MEMORY = 6 * 3600.0
+"""Seconds of the past that the time left is estimated from: one step may take minutes."""
+
 
 class CalibrationProgress:
     """Two bars on the error stream: all inputs with the time left, and the steps of one.
@@ -28,7 +31,7 @@ class CalibrationProgress:
             TextColumn("left"),
             console=console,
             disable=not (console.is_terminal if shown is None else shown),
-            transient=False,
+            speed_estimate_period=_MEMORY,
         )
         self._done = done
         self._inputs = self._progress.add_task("inputs", total=inputs, completed=done)
@@ -51,10 +54,14 @@ class CalibrationProgress:
         if step == 0:
             self._progress.reset(self._steps, total=steps)
         self._progress.update(self._steps, completed=step, total=steps)
+        if steps:
+            # A part of an input: the time left is known before the first one is finished.
+            self._progress.update(self._inputs, completed=self._done + min(step / steps, 1.0))
 
     def finished(self) -> None:
         """Note that an input is finished."""
         self._done += 1
         self._progress.update(self._inputs, completed=self._done)
-        task = self._progress.tasks[self._steps]
-        self._progress.update(self._steps, completed=task.total or task.completed)
+        total = self._progress.tasks[self._steps].total
+        if total is not None:
+            self._progress.update(self._steps, completed=total)

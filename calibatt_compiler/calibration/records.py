@@ -39,7 +39,7 @@ class InputRecord(_Record):
         positions: place of each step in the sampler's whole schedule, the t of eps(t).
         schedule_steps: T of eps(t).
         thresholds: A, C and k that the masks were selected with.
-        unguided_only: True if no call of an unconditional branch was seen.
+        guided: whether a call of an unconditional branch was seen.
         sites: the observed attention calls.
         votes: for each site, how many masks each step has: one a sample, or more if both
             branches are observed or the sampler calls the model twice a step.
@@ -64,7 +64,7 @@ class InputRecord(_Record):
     positions: tuple[int, ...]
     schedule_steps: int
     thresholds: dict[str, float]
-    unguided_only: bool
+    guided: bool
     sites: tuple[SiteSize, ...]
     votes: dict[str, tuple[int, ...]]
     kept_mass: dict[str, tuple[float, ...]]

@@ -15,7 +15,8 @@ import torch
 from calibatt_compiler.calibration import identity
 from calibatt_compiler.calibration.config import CalibrationConfig
 from calibatt_compiler.calibration.derive import Selection, derive_plan
-from calibatt_compiler.calibration.recorder import AttentionRecorder, Branch, Schedule
+from calibatt_compiler.calibration.observation import Branch, Schedule
+from calibatt_compiler.calibration.recorder import AttentionRecorder
 from calibatt_compiler.calibration.schedule import Thresholds
 from calibatt_compiler.calibration.spool import Spool
 from calibatt_compiler.calibration.store import RunStore
@@ -279,9 +280,13 @@ def _compiled(
     isolated = "isolate_recompiles" in inspect.signature(torch.compile).parameters
     extra: dict[str, Any] = {"isolate_recompiles": True} if isolated else {}
     previous = module.__dict__.get("_compiled_call_impl")
-    module.compile(backend=recording_backend(recorder, inductor=inductor), **extra)
+    # Static shapes: with dynamic ones the code that serves an input would depend on the inputs
+    # before it, and a resumed run could differ from an undisturbed one in the last bit.
+    backend = recording_backend(recorder, inductor=inductor)
+    module.compile(backend=backend, dynamic=False, **extra)
     try:
-        yield
+        with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
+            yield
     finally:
         if previous is None:
             module.__dict__.pop("_compiled_call_impl", None)
