@@ -114,7 +114,7 @@ def terminal(plan: Plan) -> RenderableType:
     return Group(header, "", sites)
 
 
-def sparkline(values: list[float], *, width: int = 9) -> str:
+def sparkline(values: list[float], *, width: int = 8) -> str:
     """Draw values in [0, 1] as bars of text, averaged down to at most `width` of them."""
     groups = np.array_split(np.asarray(values), min(width, len(values)))
     means = [float(group.mean()) for group in groups]
@@ -274,7 +274,7 @@ def _pair(a: int, b: int) -> str:
 _TEXT = {"none": "not part of the sequence", "in_mask": "part of the sequence and its blocks"}
 _CFG = {
     "none": "none",
-    "conditional": "calibrated on the conditional branch, used for both",
+    "separate": "calibrated on the conditional branch, used for both",
     "batched": "both branches in one batch",
     "embedded": "embedded in the model",
 }

@@ -1,0 +1,132 @@
+"""`calibatt calibrate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from calibatt_compiler.cli import options
+
+_HOW = "How sparse"
+
+
+def calibrate(
+    model: options.Model,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Plan file to write.", show_default=False)
+    ],
+    prompts: options.Prompts = None,
+    prompt: options.Prompt = None,
+    seed: options.Seed = 0,
+    height: options.Height = None,
+    width: options.Width = None,
+    frames: options.Frames = None,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    negative_prompt: options.NegativePrompt = None,
+    settings: options.Settings = None,
+    block: Annotated[
+        int,
+        typer.Option(
+            help="Tokens a block, for queries and keys. Smaller blocks fit the attention more "
+            "closely, larger ones run faster on a GPU.",
+            rich_help_panel=_HOW,
+        ),
+    ] = 128,
+    a: Annotated[
+        float | None,
+        typer.Option(
+            "--A",
+            help="Share of attention to keep at late steps, 0 to 1. The one to turn: lower is "
+            "sparser and faster. Default 0.84, or 0.763 up to 8 steps.",
+            rich_help_panel=_HOW,
+            show_default=False,
+        ),
+    ] = None,
+    c: Annotated[
+        float | None,
+        typer.Option(
+            "--C",
+            help="Share to keep at the first, noisiest step. Default 0.99, or 0.863 up to 8 steps.",
+            rich_help_panel=_HOW,
+            show_default=False,
+        ),
+    ] = None,
+    k: Annotated[
+        float | None,
+        typer.Option(
+            "--k",
+            help="How fast the share falls from C to A. Default 16, or 5.64 up to 8 steps.",
+            rich_help_panel=_HOW,
+            show_default=False,
+        ),
+    ] = None,
+    rho: Annotated[
+        float,
+        typer.Option(
+            help="A block is kept if this share of the prompts needs it.", rich_help_panel=_HOW
+        ),
+    ] = 0.5,
+    component: Annotated[
+        str, typer.Option(help="Which transformer of the pipeline.", rich_help_panel=_HOW)
+    ] = "transformer",
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    restart: Annotated[
+        bool,
+        typer.Option(
+            "--restart", help="Forget what an interrupted run has done, and start again."
+        ),
+    ] = False,
+) -> None:
+    """Observe a model on sample prompts and write a plan of what its attention needs.
+
+    Takes about as long as generating a video for each prompt. 16 varied prompts do for a large
+    model. The plan serves one size of video and one number of steps. An interrupted run goes on
+    where it stopped if the same command is given again.
+
+    Example: calibatt calibrate Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompts prompts.txt
+    --height 480 --width 832 --frames 81 --steps 50 --out wan-480p.calibatt
+    """
+    from rich.console import Console
+
+    from calibatt_compiler.calibration import CalibrationConfig
+    from calibatt_compiler.calibration import calibrate as run
+    from calibatt_compiler.cli import pipelines
+
+    config = CalibrationConfig(
+        block=(block, block), A=a, C=c, k=k, rho=rho, component=component, restart=restart
+    )
+    cases = pipelines.read_cases(prompts, prompt, seed)
+    place = pipelines.device_of(device)
+    pipe = pipelines.load_pipeline(model, place, pipelines.dtype_of(dtype, place))
+    arguments = pipelines.pipeline_arguments(
+        pipe,
+        {
+            "height": height,
+            "width": width,
+            "num_frames": frames,
+            "num_inference_steps": steps,
+            "guidance_scale": guidance,
+            "negative_prompt": negative_prompt,
+        },
+        settings,
+    )
+    plan = run(
+        pipe,
+        prompts=[case.prompt for case in cases],
+        seeds=[case.seed for case in cases],
+        out=out,
+        config=config,
+        **arguments,
+    )
+    density = plan.density()
+    Console().print(
+        f"{out}: {len(plan.sites)} sites, {plan.steps} steps, sparsity {1 - density:.1%}\n"
+        f"see it:     calibatt inspect {out} --html plan.html\n"
+        f"measure it: calibatt compare {model} {out} --prompts HELD_OUT.txt",
+        highlight=False,
+        soft_wrap=True,
+    )

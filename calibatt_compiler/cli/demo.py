@@ -1,0 +1,217 @@
+"""`calibatt demo`: the whole of it on the small model of this repository."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from calibatt_compiler.cli import options
+from calibatt_compiler.errors import PipelineError
+from calibatt_compiler.report.cases import Case
+
+if TYPE_CHECKING:
+    from calibatt_compiler.plan import Plan
+
+EXAMPLE = Path("examples") / "tiny_wan"
+BLOCK = 64
+A, C, K, RHO = 0.84, 0.99, 16.0, 0.5
+CURVE = (0.95, 0.75)
+"""Other values of A, selected from the same recording, for the curve."""
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What the demo runs.
+
+    Attributes:
+        arguments: of the pipeline, common to all videos.
+        calibration: prompts and seeds that the plan is made from.
+        held_out: others, that it is measured on.
+    """
+
+    arguments: Mapping[str, Any]
+    calibration: Sequence[Case]
+    held_out: Sequence[Case]
+
+    def quick(self) -> DemoSettings:
+        """Return the smallest settings that still do everything: a check, not a measurement."""
+        arguments = {**self.arguments, "num_inference_steps": 4}
+        return replace(
+            self,
+            arguments=arguments,
+            calibration=self.calibration[:2],
+            held_out=self.held_out[:1],
+        )
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the results.")] = Path(
+        "calibatt-demo"
+    ),
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            help="Another pipeline than the repository's examples/tiny_wan/model.",
+            show_default=False,
+        ),
+    ] = None,
+    settings: Annotated[
+        Path | None,
+        typer.Option(
+            help="Another file of prompts and sizes than examples/tiny_wan/demo.json.",
+            show_default=False,
+        ),
+    ] = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick", help="Few steps and prompts: shows that all works, measures nothing."
+        ),
+    ] = False,
+) -> None:
+    """Show the whole product on a small trained model: calibrate, compile, compare.
+
+    Calibrates the model on a few prompts, writes the plan and a page about it, compiles the model
+    with the plan, generates videos from other prompts with and without it, and measures quality
+    and time. Then open index.html in the results folder. Needs a checkout of the repository, for
+    the model; a GPU is used if there is one, else a CPU of two cores does in a few minutes.
+
+    Example: calibatt demo --out results
+    """
+    from calibatt_compiler.cli import pipelines
+    from calibatt_compiler.cli.compare import show
+    from calibatt_compiler.cli.progress import TerminalProgress
+    from calibatt_compiler.report import compare as comparing
+    from calibatt_compiler.report.inspect import write_page
+    from calibatt_compiler.report.results import Results
+
+    started = time.perf_counter()
+    chosen = read_settings(settings or find("demo.json"))
+    if quick:
+        chosen = chosen.quick()
+    place = pipelines.device_of(device)
+    pipe = pipelines.load_pipeline(
+        str(model or find("model")), place, pipelines.dtype_of(dtype, place)
+    )
+    arguments = pipelines.pipeline_arguments(pipe, chosen.arguments, None)
+    with TerminalProgress() as progress:
+        progress.start(f"calibrating on {len(chosen.calibration)} prompts", None)
+    plans = calibrate_plans(pipe, chosen.calibration, arguments, out / "plan.calibatt")
+    main = next(iter(plans.values()))
+    write_page(main, out / "inspect.html", title="The demo's plan")
+    config = comparing.ComparisonConfig(
+        arguments=arguments, further_cases=1, timed_steps=2 if quick else 4
+    )
+    results = Results(out, fps=12)
+    with TerminalProgress() as progress:
+        comparison = comparing.compare(
+            pipe, chosen.held_out, plans, config, progress=progress, on_video=results.add_video
+        )
+    links = [
+        ("inspect.html", "what the plan keeps, layer by layer"),
+        ("plan.calibatt", "the plan"),
+    ]
+    index = results.write(comparison, title="calibatt demo", links=links)
+    show(comparison, index)
+    typer.echo(f"the demo took {(time.perf_counter() - started) / 60:.1f} minutes")
+
+
+def calibrate_plans(
+    pipe: Any, cases: Sequence[Case], arguments: Mapping[str, Any], out: Path
+) -> dict[str, Plan]:
+    """Calibrate once, and select blocks for each threshold of the curve from one recording.
+
+    Args:
+        pipe: the pipeline.
+        cases: prompts and seeds.
+        arguments: of the pipeline.
+        out: where the main plan goes.
+
+    Returns:
+        Plans by label, the main one first.
+    """
+    from calibatt_compiler.calibration import CalibrationConfig, calibrate, identity
+    from calibatt_compiler.calibration.derive import Selection, derive_plan
+    from calibatt_compiler.calibration.schedule import Thresholds
+    from calibatt_compiler.calibration.store import RunStore
+
+    config = CalibrationConfig(
+        block=(BLOCK, BLOCK), A=A, C=C, k=K, rho=RHO, keep_energies=True
+    )
+    main = calibrate(
+        pipe,
+        prompts=[case.prompt for case in cases],
+        seeds=[case.seed for case in cases],
+        out=out,
+        config=config,
+        **arguments,
+    )
+    plans = {f"A = {A:g}": main}
+    store = RunStore(f"{out}.calibration")
+    for other in CURVE:
+        plans[f"A = {other:g}"] = derive_plan(
+            store,
+            store.names(),
+            Selection(RHO, Thresholds(other, C, K)),
+            cfg=main.metadata.cfg,
+            arguments=identity.describe(arguments),
+        )
+    return plans
+
+
+def find(name: str) -> Path:
+    """Return a file or folder of the example, in the checkout or below the current folder.
+
+    Raises:
+        PipelineError: it is in neither.
+    """
+    roots = (Path(__file__).resolve().parents[2], Path.cwd())
+    for root in roots:
+        path = root / EXAMPLE / name
+        if path.exists():
+            return path
+    raise PipelineError(
+        f"the demo's {name} is not there",
+        expected=" or ".join(str(root / EXAMPLE / name) for root in roots),
+        got="no such file",
+        remedy="run the demo in a checkout of the repository, which holds the model; or give "
+        "--model and --settings",
+    )
+
+
+def read_settings(path: Path) -> DemoSettings:
+    """Read prompts and sizes.
+
+    Raises:
+        PipelineError: the file can't be read, or lacks prompts.
+    """
+
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        calibration = [Case(case["prompt"], case["seed"]) for case in content.pop("calibration")]
+        held_out = [Case(case["prompt"], case["seed"]) for case in content.pop("held_out")]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PipelineError(
+            "the demo's settings can't be read",
+            expected="JSON with pipeline arguments, and `calibration` and `held_out` as lists of "
+            '{"prompt": ..., "seed": ...}',
+            got=f"{path}: {error!r}",
+            remedy="restore the file from the repository",
+        ) from error
+    both = set(calibration) & set(held_out)
+    if both or not calibration or not held_out:
+        raise PipelineError(
+            "the demo's prompts can't show anything",
+            expected="prompts and seeds for calibration, and others to measure on",
+            got=f"{len(calibration)} and {len(held_out)} prompts, {len(both)} in both",
+            remedy="restore the file from the repository",
+        )
+    return DemoSettings(content, calibration, held_out)

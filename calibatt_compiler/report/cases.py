@@ -1,0 +1,13 @@
+"""What videos to generate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Case:
+    """One video to generate."""
+
+    prompt: str
+    seed: int

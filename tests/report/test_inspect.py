@@ -1,0 +1,152 @@
+"""The table and the page of a plan."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from calibatt_compiler.plan import Plan
+from calibatt_compiler.report import inspect
+
+
+def random_plan(
+    *, layers: int = 2, steps: int = 3, heads: int = 2, blocks: int = 5, name: str = "blocks"
+) -> Plan:
+    """A plan of random masks with the diagonal kept; two steps share one mask."""
+    generator = torch.Generator().manual_seed(0)
+    masks = {}
+    for layer in range(layers):
+        mask = torch.rand(steps, heads, blocks, blocks, generator=generator) < 0.3
+        mask |= torch.eye(blocks, dtype=torch.bool)
+        mask[-1] = mask[-2]
+        masks[f"{name}.{layer}.attn1"] = mask
+    timesteps = [1000.0 - 100 * step / steps for step in range(steps)]
+    return Plan.from_masks(masks, (1, blocks, 16), timesteps, (16, 16))
+
+
+class Page(HTMLParser):
+    """Checks that elements close in order, and collects addresses and the masks."""
+
+    VOID = frozenset({"meta", "img", "input", "br", "link", "rect"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.cells: list[dict[str, str | None]] = []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in self.VOID:
+            self.open.append(tag)
+        values = dict(attrs)
+        self.addresses += [str(values[key]) for key in ("src", "href") if key in values]
+        if values.get("class") == "cell":
+            self.cells.append(values)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+def masks_of(text: str) -> dict:
+    """What the page's script draws from."""
+    found = re.search(r'<script type="application/json" id="masks">(.*?)</script>', text, re.S)
+    assert found
+    return json.loads(found[1])
+
+
+def test_terminal_table_fits_a_terminal():
+    console = Console(width=80, file=io.StringIO())
+    plan = random_plan()
+    console.print(inspect.terminal(plan))
+    text = console.file.getvalue()
+    assert "blocks.0.attn1" in text
+    assert "blocks.1.attn1" in text
+    assert f"{plan.density():.3f}" in text
+    assert f"{plan.density('blocks.1.attn1'):.3f}" in text
+    assert plan.digest[:12] in text
+    assert max(len(line) for line in text.splitlines()) <= 80
+
+
+def test_page_shows_every_mask_of_every_step(tmp_path: Path):
+    plan = random_plan()
+    path = inspect.write_page(plan, tmp_path / "new" / "plan.html")
+    text = path.read_text("utf-8")
+    Page(text)
+    data = masks_of(text)
+    assert data["steps"] == [0, 1, 2]
+    for name in plan.sites:
+        site = data["sites"][name]
+        assert len(site["sets"]) == 2, "the shared mask is stored once"
+        for step in range(plan.steps):
+            drawn = site["sets"][site["set"][step]]
+            expected = plan.block_mask(name, step).numpy()
+            for head, png in enumerate(drawn["png"]):
+                image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGBA")
+                assert ((np.asarray(image)[..., 3] > 0) == expected[head]).all()
+                assert drawn["density"][head] == pytest.approx(expected[head].mean(), abs=1e-4)
+
+
+def test_page_loads_nothing(tmp_path: Path):
+    text = inspect.write_page(random_plan(), tmp_path / "plan.html").read_text("utf-8")
+    assert not [a for a in Page(text).addresses if not a.startswith("data:")]
+    assert "http" not in text
+    assert "@import" not in text
+
+
+def test_heat_map_has_a_cell_for_each_layer_and_step(tmp_path: Path):
+    plan = random_plan(layers=3, steps=4)
+    page = Page(inspect.write_page(plan, tmp_path / "plan.html").read_text("utf-8"))
+    by_place = {
+        (cell["data-row"], int(cell["data-column"] or 0)): float(cell["fill-opacity"] or 0)
+        for cell in page.cells[: 3 * 4]
+    }
+    assert by_place == {
+        (name, step): pytest.approx(plan.density(name, step), abs=6e-4)
+        for name in plan.sites
+        for step in range(4)
+    }
+
+
+def test_names_are_escaped(tmp_path: Path):
+    plan = random_plan(name="</script><b>&")
+    text = inspect.write_page(plan, tmp_path / "plan.html", title="<i>").read_text("utf-8")
+    Page(text)
+    assert "<b>&" not in text
+    assert "</script><b>&.0.attn1" in masks_of(text)["sites"]
+
+
+def test_large_plans_show_fewer_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    plan = random_plan(layers=2, steps=10, heads=2, blocks=7)
+    monkeypatch.setattr(inspect, "PIXEL_BUDGET", 4 * 2 * 2 * 7 * 7)
+    assert inspect.shown_steps(plan) == [0, 3, 6, 9]
+    text = inspect.write_page(plan, tmp_path / "plan.html").read_text("utf-8")
+    assert "Shown at 4 of 10 steps" in text
+    monkeypatch.setattr(inspect, "PIXEL_BUDGET", 1)
+    assert inspect.shown_steps(plan) == [5]
+
+
+def test_head_density():
+    pattern = random_plan().sites["blocks.0.attn1"].at(0)
+    expected = pattern.numpy_mask().mean((1, 2))
+    assert inspect.head_density(pattern) == pytest.approx(expected)
+
+
+def test_sparkline():
+    assert inspect.sparkline([0.0, 0.5, 1.0]) == "▁▅█"
+    assert len(inspect.sparkline([0.3] * 50)) == 8

@@ -1,0 +1,188 @@
+"""The `calibatt` command: help, exit codes, messages, what is left on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from calibatt_compiler.cli.app import run
+from calibatt_compiler.errors import OptionError, PipelineError
+from calibatt_compiler.plan import Plan
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = ("demo", "calibrate", "inspect", "compare", "build")
+
+
+@pytest.fixture
+def plan_file(tmp_path: Path) -> Path:
+    """A small plan on disk."""
+    masks = {"blocks.0.attn1": torch.eye(4, dtype=torch.bool).expand(2, 2, 4, 4).clone()}
+    path = tmp_path / "small.calibatt"
+    Plan.from_masks(masks, (1, 8, 8), [900.0, 100.0], (16, 16)).save(path)
+    return path
+
+
+def command(*arguments: object) -> list[str]:
+    """The command line of a process of its own."""
+    code = "from calibatt_compiler.cli import main; main()"
+    return [sys.executable, "-c", code, *map(str, arguments)]
+
+
+def test_help_names_every_command_and_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom calibatt_compiler.cli.app import run\ncode = run(['--help'])\n"
+        "print([m for m in ('torch', 'triton', 'diffusers', 'matplotlib') if m in sys.modules])\n"
+        "sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0
+    *text, loaded = done.stdout.splitlines()
+    assert loaded == "[]"
+    assert all(any(f" {name} " in line for line in text) for name in COMMANDS)
+    assert "Exit codes" in done.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_each_command_has_an_example(name: str, capsys: pytest.CaptureFixture[str]):
+    assert run([name, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert f"Example: calibatt {name}" in text
+
+
+def test_version(capsys: pytest.CaptureFixture[str]):
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("calibatt 0.")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["frobnicate"], ["inspect"], ["inspect", "x", "--frobnicate"], ["compare", "m", "p", "--rounds", "2"]],
+    ids=["command", "missing argument", "option", "range"],
+)
+def test_wrong_usage_is_2(arguments: list[str], capsys: pytest.CaptureFixture[str]):
+    assert run(arguments) == 2
+    assert capsys.readouterr().err
+
+
+def test_inspect(plan_file: Path, capsys: pytest.CaptureFixture[str]):
+    page = plan_file.parent / "page.html"
+    assert run(["inspect", str(plan_file), "--html", str(page)]) == 0
+    captured = capsys.readouterr()
+    assert "blocks.0.attn1" in captured.out
+    assert "0.250" in captured.out
+    assert page.read_text("utf-8").startswith("<!DOCTYPE html>")
+
+
+def test_inspect_json(plan_file: Path, capsys: pytest.CaptureFixture[str]):
+    assert run(["inspect", str(plan_file), "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["density"] == 0.25
+    assert data["digest"] == Plan.load(plan_file).digest
+    assert data["sites"][0]["density"] == [0.25, 0.25]
+
+
+def test_our_errors_are_messages_and_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    damaged = tmp_path / "x.calibatt"
+    damaged.write_bytes(b"no plan [red]at all")
+    assert run(["inspect", str(damaged)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "calibatt: " in captured.err
+    assert "expected:" in captured.err
+    assert "remedy:" in captured.err
+    assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["calibrate", "nowhere", "--out", "p"], "no prompts"),
+        (["calibrate", "nowhere", "--out", "p", "--prompt", "a"], "can't be loaded"),
+        (["calibrate", "m", "--out", "p", "--prompt", "a", "--A", "1.5"], "'A' is out of range"),
+        (["calibrate", "m", "--out", "p", "--prompt", "a", "--device", "abacus"], "--device"),
+        (["calibrate", "m", "--out", "p", "--prompt", "a", "--dtype", "int8"], "--dtype"),
+        (["calibrate", "m", "--out", "p", "--prompts", "none.txt"], "can't be read"),
+        (["demo", "--model", "nowhere", "--settings", "none.json"], "settings can't be read"),
+        (["compare", "m", "none.calibatt", "--prompt", "a"], "no plan file"),
+        (["compare", "m", "PLAN", "--prompt", "a", "--dense", "perhaps"], "--dense"),
+        (["compare", "m", "PLAN", "--prompt", "a", "--lowering", "perhaps"], "lowering"),
+    ],
+)
+def test_unusable_input_is_2_and_explained(
+    arguments: list[str],
+    said: str,
+    plan_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.chdir(plan_file.parent)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert run([str(plan_file) if a == "PLAN" else a for a in arguments]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert "remedy:" in error
+    assert sorted(p.name for p in plan_file.parent.iterdir()) == [plan_file.name]
+
+
+def test_interrupted_page_is_130_and_leaves_nothing(
+    plan_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    page = plan_file.parent / "page.html"
+    page.write_text("old")
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    assert run(["inspect", str(plan_file), "--html", str(page)]) == 130
+    assert page.read_text() == "old"
+    assert sorted(p.name for p in plan_file.parent.iterdir()) == ["page.html", plan_file.name]
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_prompt_files(tmp_path: Path):
+    from calibatt_compiler.cli.pipelines import read_cases
+
+    text, listed = tmp_path / "p.txt", tmp_path / "p.json"
+    text.write_text("a fox\n\n  a bird  \n", encoding="utf-8")
+    listed.write_text(json.dumps(["a fox", {"prompt": "a bird", "seed": 77}]), encoding="utf-8")
+    assert [(c.prompt, c.seed) for c in read_cases(text, ["a cat"], 5)] == [
+        ("a fox", 5),
+        ("a bird", 6),
+        ("a cat", 7),
+    ]
+    assert [(c.prompt, c.seed) for c in read_cases(listed, None, 5)] == [("a fox", 5), ("a bird", 77)]
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[1]", '[{"seed": 1}]', '[{"prompt": "a", "x": 1}]'])
+def test_wrong_prompt_files(tmp_path: Path, content: str):
+    from calibatt_compiler.cli.pipelines import read_cases
+
+    path = tmp_path / "p.json"
+    path.write_text(content)
+    with pytest.raises(PipelineError):
+        read_cases(path, None, 0)
+
+
+def test_pipeline_arguments():
+    from calibatt_compiler.cli.pipelines import pipeline_arguments
+
+    class Pipe:
+        def __call__(self, prompt, height=1, width=1, negative_prompt=None, flag=False):
+            """Take what a pipeline takes."""
+
+    got = pipeline_arguments(
+        Pipe(), {"height": 64, "width": None}, ["flag=true", "negative_prompt=a=b", "width=3"]
+    )
+    assert got == {"height": 64, "width": 3, "flag": True, "negative_prompt": "a=b"}
+    for wrong in (["flag"], ["=1"], ["depth=3"]):
+        with pytest.raises(OptionError):
+            pipeline_arguments(Pipe(), {}, wrong)
