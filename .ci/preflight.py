@@ -1,6 +1,6 @@
 """Say what this machine lacks before anything is downloaded.
 
-Run by the Makefile with whatever Python it found, so the syntax is kept old.
+Run by the Makefile with whatever Python 3 it found, so the syntax is kept old.
 """
 
 import os
@@ -14,9 +14,9 @@ NEEDED = (3, 11)
 def problems():
     """Return one line for each thing that is missing."""
     if sys.version_info < NEEDED:
-        found = "%d.%d (%s)" % (sys.version_info[0], sys.version_info[1], sys.executable)
-        yield "Python 3.11 or newer is needed, found %s: name another one with" % found + (
-            " `make PYTHON=/path/to/python3.11 ...`"
+        yield (
+            f"Python 3.11 or newer is needed, {sys.executable} is {sys.version.split()[0]}: "
+            "name another one with `make PYTHON=/path/to/python3.11 ...`"
         )
         return
     try:
@@ -27,19 +27,19 @@ def problems():
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     if shutil.which(compiler) is None:
         yield (
-            "torch.compile needs a C++ compiler on the CPU and %s was not found "
-            "(Debian: apt-get install g++; or set CXX)" % compiler
+            f"torch.compile needs a C++ compiler on the CPU and {compiler} was not found "
+            "(Debian: apt-get install g++; or set CXX)"
         )
     header = os.path.join(sysconfig.get_path("include"), "Python.h")
     if not os.path.exists(header):
         yield (
-            "torch.compile needs the headers of Python and %s was not found "
-            "(Debian: apt-get install python3-dev)" % header
+            f"torch.compile needs the headers of Python and {header} was not found "
+            "(Debian: apt-get install python3-dev)"
         )
 
 
 if __name__ == "__main__":
     found = list(problems())
     for problem in found:
-        sys.stderr.write("calibatt: %s\n" % problem)
+        sys.stderr.write(f"calibatt: {problem}\n")
     sys.exit(1 if found else 0)
