@@ -15,6 +15,7 @@ name of that function.
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -22,22 +23,31 @@ from calibatt_compiler.calibration.config import CalibrationConfig
 from calibatt_compiler.calibration.schedule import Thresholds
 
 if TYPE_CHECKING:
+    from calibatt_compiler.calibration.derive import plan_from_run
     from calibatt_compiler.calibration.pipeline import calibrate
     from calibatt_compiler.calibration.run import CalibrationRun, calibration
 
-__all__ = ["CalibrationConfig", "CalibrationRun", "Thresholds", "calibrate", "calibration"]
+__all__ = [
+    "CalibrationConfig",
+    "CalibrationRun",
+    "Thresholds",
+    "calibrate",
+    "calibration",
+    "plan_from_run",
+]
+
+_HOMES = {
+    "CalibrationRun": "run",
+    "calibrate": "pipeline",
+    "calibration": "run",
+    "plan_from_run": "derive",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "calibrate":
-        from calibatt_compiler.calibration.pipeline import calibrate
-
-        return calibrate
-    if name in ("CalibrationRun", "calibration"):
-        from calibatt_compiler.calibration import run
-
-        return getattr(run, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
 class _CallablePackage(ModuleType):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from calibatt_compiler.calibration.config import check_rho
+from calibatt_compiler.calibration.config import CalibrationConfig, check_rho
 from calibatt_compiler.calibration.records import InputRecord, SiteSize
 from calibatt_compiler.calibration.schedule import Thresholds
 from calibatt_compiler.calibration.selection import agreement, count_votes, pack, select
@@ -40,6 +41,55 @@ class Selection:
 
     rho: float
     thresholds: Thresholds | None = None
+
+
+def plan_from_run(
+    folder: str | os.PathLike[str],
+    *,
+    rho: float = 0.5,
+    A: float | None = None,
+    C: float | None = None,
+    k: float | None = None,
+) -> Plan:
+    """Make another plan from the folder that a calibration left, without running the model.
+
+    Args:
+        folder: `<plan>.calibration`.
+        rho: share of the inputs that a block needs.
+        A: other threshold than the run was recorded with, as in `CalibrationConfig`; this and the
+            next two need a run with `keep_energies=True`.
+        C: likewise.
+        k: likewise.
+
+    Raises:
+        CalibrationError: no run there, a damaged one, or energies needed but not kept.
+        OptionError: a value out of range.
+    """
+    store = RunStore(folder)
+    identity = store.identity()
+    names = store.names()
+    selection = select_by(store, names, rho=rho, A=A, C=C, k=k)
+    return derive_plan(
+        store, names, selection, cfg=identity["cfg"], arguments=identity["arguments"]
+    )
+
+
+def select_by(
+    store: RunStore,
+    names: Sequence[str],
+    *,
+    rho: float,
+    A: float | None,
+    C: float | None,
+    k: float | None,
+) -> Selection:
+    """Return a selection; thresholds left None are those that the run was recorded with."""
+    if not names or A is C is k is None:
+        return Selection(rho)
+    recorded = store.record(names[0]).thresholds
+    given = {name: value for name, value in (("A", A), ("C", C), ("k", k)) if value is not None}
+    CalibrationConfig(**given)  # type: ignore[arg-type] # checks their ranges
+    return Selection(rho, Thresholds(**{**recorded, **given}))
 
 
 def derive_plan(

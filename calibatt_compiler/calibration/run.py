@@ -14,10 +14,9 @@ import torch
 
 from calibatt_compiler.calibration import identity
 from calibatt_compiler.calibration.config import CalibrationConfig
-from calibatt_compiler.calibration.derive import Selection, derive_plan
+from calibatt_compiler.calibration.derive import derive_plan, select_by
 from calibatt_compiler.calibration.observation import Branch, Schedule
 from calibatt_compiler.calibration.recorder import AttentionRecorder
-from calibatt_compiler.calibration.schedule import Thresholds
 from calibatt_compiler.calibration.spool import Spool
 from calibatt_compiler.calibration.store import RunStore
 from calibatt_compiler.errors import CalibrationError
@@ -158,8 +157,8 @@ class CalibrationRun:
 
         Args:
             rho: agreement other than the configured one.
-            A: as in `CalibrationConfig`, to select again; this and the next two need
-                `keep_energies=True`.
+            A: other threshold than was recorded with, as in `CalibrationConfig`; this and the
+                next two need `keep_energies=True`.
             C: likewise.
             k: likewise.
             names: the inputs that count; default all.
@@ -169,16 +168,8 @@ class CalibrationRun:
             OptionError: a value out of range.
         """
         names = self.finished if names is None else names
-        config = self.config
-        thresholds: Thresholds | None = None
-        if names and not A is C is k is None:
-            given = CalibrationConfig(
-                A=config.A if A is None else A,
-                C=config.C if C is None else C,
-                k=config.k if k is None else k,
-            )
-            thresholds = given.thresholds(self._store.record(names[0]).schedule_steps)
-        selection = Selection(config.rho if rho is None else rho, thresholds)
+        rho = self.config.rho if rho is None else rho
+        selection = select_by(self._store, names, rho=rho, A=A, C=C, k=k)
         return derive_plan(self._store, names, selection, cfg=self._cfg, arguments=self._arguments)
 
 
@@ -241,6 +232,7 @@ def recording(
         "model": model.model_dump(mode="json"),
         "settings": identity.settings(config),
         "arguments": arguments,
+        "cfg": cfg,
         **about,
     }
     temporary = None

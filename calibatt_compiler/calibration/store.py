@@ -85,6 +85,24 @@ class RunStore:
         self.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def identity(self) -> dict[str, Any]:
+        """Return the JSON values that the run was begun with.
+
+        Raises:
+            CalibrationError: there is no run in the folder.
+        """
+        path = self.folder / "run.json"
+        try:
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CalibrationError(
+                f"{self.folder} holds no calibration run",
+                expected="a folder `<plan>.calibration` that a calibration left",
+                got=str(error),
+                remedy="calibrate first, with CalibrationConfig(keep_run=True)",
+            ) from error
+        return found
+
     def names(self) -> list[str]:
         """Names of the finished inputs, sorted."""
         found = self.folder.glob("input-*.safetensors")
