@@ -76,9 +76,7 @@ def calibrate(
     dtype: options.Dtype = "auto",
     restart: Annotated[
         bool,
-        typer.Option(
-            "--restart", help="Forget what an interrupted run has done, and start again."
-        ),
+        typer.Option("--restart", help="Forget what an interrupted run has done, and start again."),
     ] = False,
 ) -> None:
     """Observe a model on sample prompts and write a plan of what its attention needs.

@@ -10,7 +10,7 @@ import typer
 from calibatt_compiler.cli import options
 
 if TYPE_CHECKING:
-    from calibatt_compiler.report.compare import Comparison, DenseKind
+    from calibatt_compiler.report.comparison import Comparison, DenseKind
 
 
 def compare(
@@ -26,9 +26,9 @@ def compare(
     prompts: options.Prompts = None,
     prompt: options.Prompt = None,
     seed: options.Seed = 1000,
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder of the results.")
-    ] = Path("calibatt-comparison"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the results.")] = Path(
+        "calibatt-comparison"
+    ),
     height: options.Height = None,
     width: options.Width = None,
     frames: options.Frames = None,
@@ -40,9 +40,7 @@ def compare(
         str,
         typer.Option(help="What to measure against: inductor (stock torch.compile) or eager."),
     ] = "inductor",
-    rounds: Annotated[
-        int, typer.Option(min=5, help="How often each denoising step is timed.")
-    ] = 5,
+    rounds: Annotated[int, typer.Option(min=5, help="How often each denoising step is timed.")] = 5,
     fps: Annotated[int, typer.Option(min=1, help="Frames a second of the videos.")] = 16,
     min_psnr: Annotated[
         float | None,
@@ -70,7 +68,8 @@ def compare(
     from calibatt_compiler.errors import OptionError
     from calibatt_compiler.options import CompileOptions
     from calibatt_compiler.plan import Plan
-    from calibatt_compiler.report import compare as comparing
+    from calibatt_compiler.report.compare import compare as run_comparison
+    from calibatt_compiler.report.comparison import ComparisonConfig
     from calibatt_compiler.report.results import Results
 
     if dense not in ("inductor", "eager"):
@@ -96,7 +95,7 @@ def compare(
     }
     arguments = pipelines.arguments_of_plan(pipe, first)
     arguments |= pipelines.pipeline_arguments(pipe, named, settings)
-    config = comparing.ComparisonConfig(
+    config = ComparisonConfig(
         arguments=arguments,
         dense=cast("DenseKind", dense),
         lowering=checked.lowering,
@@ -104,7 +103,7 @@ def compare(
     )
     results = Results(out, fps=fps)
     with TerminalProgress() as progress:
-        comparison = comparing.compare(
+        comparison = run_comparison(
             pipe, cases, plans, config, progress=progress, on_video=results.add_video
         )
         progress.start("writing results", None)

@@ -89,8 +89,9 @@ def demo(
     from calibatt_compiler.cli import pipelines
     from calibatt_compiler.cli.compare import show
     from calibatt_compiler.cli.progress import TerminalProgress
-    from calibatt_compiler.report import compare as comparing
-    from calibatt_compiler.report.inspect import write_page
+    from calibatt_compiler.report.compare import compare as run_comparison
+    from calibatt_compiler.report.comparison import ComparisonConfig
+    from calibatt_compiler.report.plan_page import write_page
     from calibatt_compiler.report.results import Results
 
     started = time.perf_counter()
@@ -107,12 +108,10 @@ def demo(
     plans = calibrate_plans(pipe, chosen.calibration, arguments, out / "plan.calibatt")
     main = next(iter(plans.values()))
     write_page(main, out / "inspect.html", title="The demo's plan")
-    config = comparing.ComparisonConfig(
-        arguments=arguments, further_cases=1, timed_steps=2 if quick else 4
-    )
+    config = ComparisonConfig(arguments=arguments, further_cases=1, timed_steps=2 if quick else 4)
     results = Results(out, fps=12)
     with TerminalProgress() as progress:
-        comparison = comparing.compare(
+        comparison = run_comparison(
             pipe, chosen.held_out, plans, config, progress=progress, on_video=results.add_video
         )
     links = [
@@ -143,9 +142,7 @@ def calibrate_plans(
     from calibatt_compiler.calibration.schedule import Thresholds
     from calibatt_compiler.calibration.store import RunStore
 
-    config = CalibrationConfig(
-        block=(BLOCK, BLOCK), A=A, C=C, k=K, rho=RHO, keep_energies=True
-    )
+    config = CalibrationConfig(block=(BLOCK, BLOCK), A=A, C=C, k=K, rho=RHO, keep_energies=True)
     main = calibrate(
         pipe,
         prompts=[case.prompt for case in cases],

@@ -21,9 +21,7 @@ def inspect(
             show_default=False,
         ),
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON instead of a table.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show what is in a plan: what it was made for, and how much each layer computes.
 
@@ -35,6 +33,7 @@ def inspect(
 
     from calibatt_compiler.plan import Plan
     from calibatt_compiler.report import inspect as report
+    from calibatt_compiler.report.plan_page import write_page
 
     loaded = Plan.load(plan)
     console = Console()
@@ -43,5 +42,5 @@ def inspect(
     else:
         console.print(report.terminal(loaded))
     if html is not None:
-        report.write_page(loaded, html, title=plan.name)
+        write_page(loaded, html, title=plan.name)
         Console(stderr=True).print(f"page written to {html}", highlight=False)

@@ -51,8 +51,9 @@ Width = Annotated[
 ]
 Frames = Annotated[
     int | None,
-    typer.Option("--frames", help="Frames of the video.", rich_help_panel=_VIDEO,
-                 show_default=False),
+    typer.Option(
+        "--frames", help="Frames of the video.", rich_help_panel=_VIDEO, show_default=False
+    ),
 ]
 Steps = Annotated[
     int | None,
@@ -60,13 +61,21 @@ Steps = Annotated[
 ]
 Guidance = Annotated[
     float | None,
-    typer.Option("--guidance", help="Scale of classifier-free guidance; 1 switches it off.",
-                 rich_help_panel=_VIDEO, show_default=False),
+    typer.Option(
+        "--guidance",
+        help="Scale of classifier-free guidance; 1 switches it off.",
+        rich_help_panel=_VIDEO,
+        show_default=False,
+    ),
 ]
 NegativePrompt = Annotated[
     str | None,
-    typer.Option("--negative-prompt", help="What the video should not be.",
-                 rich_help_panel=_VIDEO, show_default=False),
+    typer.Option(
+        "--negative-prompt",
+        help="What the video should not be.",
+        rich_help_panel=_VIDEO,
+        show_default=False,
+    ),
 ]
 Settings = Annotated[
     list[str] | None,
@@ -81,16 +90,26 @@ Settings = Annotated[
 ]
 Device = Annotated[
     str,
-    typer.Option("--device", help="cpu, cuda or cuda:N; auto takes a GPU if there is one.",
-                 rich_help_panel=_WHERE),
+    typer.Option(
+        "--device",
+        help="cpu, cuda or cuda:N; auto takes a GPU if there is one.",
+        rich_help_panel=_WHERE,
+    ),
 ]
 Dtype = Annotated[
     str,
-    typer.Option("--dtype", help="float32, bfloat16 or float16; auto is bfloat16 on a GPU, "
-                 "float32 on a CPU.", rich_help_panel=_WHERE),
+    typer.Option(
+        "--dtype",
+        help="float32, bfloat16 or float16; auto is bfloat16 on a GPU, float32 on a CPU.",
+        rich_help_panel=_WHERE,
+    ),
 ]
 Lowering = Annotated[
     str,
-    typer.Option("--lowering", help="baked: blocks written into generated kernels; table: one "
-                 "kernel that reads them; reference: slow and plain.", rich_help_panel=_WHERE),
+    typer.Option(
+        "--lowering",
+        help="baked: blocks written into generated kernels; table: one "
+        "kernel that reads them; reference: slow and plain.",
+        rich_help_panel=_WHERE,
+    ),
 ]

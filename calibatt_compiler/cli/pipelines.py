@@ -44,7 +44,7 @@ def device_of(name: str) -> torch.device:
 
 
 def dtype_of(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of `--dtype`.
+    """Return the dtype of `--dtype`; `auto` goes by the device.
 
     Raises:
         OptionError: another name.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from calibatt_compiler.errors import PipelineError
 from calibatt_compiler.files import replacing
-from calibatt_compiler.report.compare import Comparison
+from calibatt_compiler.report.comparison import Comparison
 
 GOAL_DB = 30
 _INK, _SOFT, _ACCENT, _SECOND = "#27272a", "#a1a1aa", "#4f46e5", "#d97706"

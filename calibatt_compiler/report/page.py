@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from html import escape
 
 ACCENT = (79, 70, 229)
@@ -38,7 +39,8 @@ video, .panel > img { width: 100%; border-radius: 6px; display: block; }
 figure { margin: 0 0 20px; }
 figcaption { color: var(--soft); font-size: 13px; margin-top: 6px; }
 svg text { fill: var(--soft); font: 11px system-ui, "DejaVu Sans", sans-serif; }
-svg .cell { fill: rgb(var(--accent)); cursor: pointer; }
+svg .cell, svg .scale { fill: rgb(var(--accent)); }
+svg .cell { cursor: pointer; }
 svg .value { fill: var(--ink); opacity: 0.75; pointer-events: none; }
 svg .ground { fill: var(--track); }
 svg .cell:hover { stroke: var(--ink); stroke-width: 1.5; }
@@ -106,77 +108,86 @@ def heat_map(
     row_labels: Sequence[str],
     *,
     column_name: str,
-    attributes: Sequence[str] = (),
     width: int = 1060,
 ) -> str:
     """Return a heat map as SVG: opacity 0 to 1 for values 0 to 1, one row a label.
 
+    Each cell carries its row's label and its column in `data-row` and `data-column`.
+
     Args:
-        values: rows of numbers in [0, 1]; a NaN leaves the cell empty.
+        values: rows of numbers in [0, 1].
         row_labels: one a row.
         column_name: what a column is, for tool tips and the axis.
-        attributes: for each row, the value of its cells' `data-row` attribute.
         width: of the picture, in CSS pixels.
     """
     columns = max((len(row) for row in values), default=0)
     margin = 8 + 6.4 * max((len(label) for label in row_labels), default=0)
-    cell_width = max(3.0, min(40.0, (width - margin) / max(columns, 1)))
-    cell_height = max(10.0, min(26.0, 640 / max(len(values), 1)))
-    gap = 1 if cell_width > 6 else 0
-    bottom = len(values) * cell_height
-    size = (margin + columns * cell_width + 8, bottom + 36)
+    cell = _Cell(
+        left=margin,
+        width=max(3.0, min(40.0, (width - margin) / max(columns, 1))),
+        height=max(10.0, min(26.0, 640 / max(len(values), 1))),
+    )
+    bottom = len(values) * cell.height
+    wide, high = margin + columns * cell.width + 8, bottom + 36
     parts = [
-        f'<svg viewBox="0 0 {size[0]:.0f} {size[1]:.0f}" width="{size[0]:.0f}" '
-        f'style="display:block;max-width:100%;height:auto" role="img">'
+        f'<svg viewBox="0 0 {wide:.0f} {high:.0f}" width="{wide:.0f}" role="img" '
+        'style="display:block;max-width:100%;height:auto">'
     ]
-    label_every = max(1, round(11 / cell_height))
+    label_every = max(1, round(11 / cell.height))
     for index, (label, row) in enumerate(zip(row_labels, values, strict=True)):
-        top = index * cell_height
+        middle = (index + 0.5) * cell.height + 4
         if index % label_every == 0:
-            parts.append(
-                f'<text x="{margin - 8:.1f}" y="{top + cell_height / 2 + 4:.1f}" '
-                f'text-anchor="end">{escape(label)}</text>'
-            )
-        parts.append(
-            f'<rect class="ground" x="{margin:.1f}" y="{top:.1f}" '
-            f'width="{len(row) * cell_width:.1f}" height="{cell_height - gap:.1f}"/>'
-        )
-        data = f' data-row="{escape(attributes[index])}"' if attributes else ""
+            parts.append(_text(margin - 8, middle, label, anchor="end"))
         for column, value in enumerate(row):
-            if value != value:  # noqa: PLR0124 - NaN
-                continue
-            parts.append(
-                f'<rect class="cell"{data} data-column="{column}" '
-                f'x="{margin + column * cell_width:.1f}" y="{top:.1f}" '
-                f'width="{cell_width - gap:.1f}" height="{cell_height - gap:.1f}" '
-                f'fill-opacity="{value:.3f}">'
-                f"<title>{escape(label)}, {escape(column_name)} {column}: {value:.3f}</title></rect>"
-            )
-            if cell_width >= 24 and cell_height >= 16:
-                parts.append(
-                    f'<text class="value" x="{margin + (column + 0.5) * cell_width:.1f}" '
-                    f'y="{top + cell_height / 2 + 4:.1f}" text-anchor="middle">'
-                    f"{100 * value:.0f}</text>"
-                )
+            tip = f"{label}, {column_name} {column}: {value:.3f}"
+            parts.append(cell.draw(index, column, value, label, tip))
     every = max(1, -(-columns // max(1, int((width - margin) / 34))))
     parts += [
-        f'<text x="{margin + (column + 0.5) * cell_width:.1f}" y="{bottom + 14:.1f}" '
-        f'text-anchor="middle">{column}</text>'
-        for column in range(0, columns, every)
+        _text(cell.middle(column), bottom + 14, str(column)) for column in range(0, columns, every)
     ]
-    parts.append(
-        f'<text x="{margin:.1f}" y="{bottom + 30:.1f}">{escape(column_name)}</text></svg>'
-    )
+    parts.append(_text(margin, bottom + 30, column_name, anchor="start") + "</svg>")
     return "".join(parts) + _legend()
+
+
+@dataclass(frozen=True)
+class _Cell:
+    left: float
+    width: float
+    height: float
+
+    def middle(self, column: int) -> float:
+        return self.left + (column + 0.5) * self.width
+
+    def draw(self, row: int, column: int, value: float, label: str, tip: str) -> str:
+        gap = 1 if self.width > 6 else 0
+        x, y = self.left + column * self.width, row * self.height
+        place = (
+            f'x="{x:.1f}" y="{y:.1f}" width="{self.width - gap:.1f}" '
+            f'height="{self.height - gap:.1f}"'
+        )
+        drawn = (
+            f'<rect class="ground" {place}/>'
+            f'<rect class="cell" data-row="{escape(label)}" data-column="{column}" {place} '
+            f'fill-opacity="{value:.3f}"><title>{escape(tip)}</title></rect>'
+        )
+        if self.width >= 24 and self.height >= 16:
+            middle = y + self.height / 2 + 4
+            drawn += _text(self.middle(column), middle, f"{100 * value:.0f}", kind="value")
+        return drawn
+
+
+def _text(x: float, y: float, text: str, *, anchor: str = "middle", kind: str = "axis") -> str:
+    return (
+        f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+    )
 
 
 def _legend() -> str:
     cells = "".join(
-        f'<rect class="cell" style="cursor:default" x="{30 + 20 * index}" y="0" width="19" '
-        f'height="11" fill-opacity="{index / 10:.1f}"/>'
+        f'<rect class="ground" x="{30 + 20 * index}" y="0" width="19" height="11"/>'
+        f'<rect class="scale" x="{30 + 20 * index}" y="0" width="19" height="11" '
+        f'fill-opacity="{index / 10:.1f}"/>'
         for index in range(11)
     )
-    return (
-        '<svg width="300" height="16" role="img" style="display:block"><rect class="ground" x="30" y="0" width="219" '
-        f'height="11"/>{cells}<text x="0" y="10">0 %</text><text x="256" y="10">100 %</text></svg>'
-    )
+    ends = _text(0, 10, "0 %", anchor="start") + _text(256, 10, "100 %", anchor="start")
+    return f'<svg width="300" height="16" role="img" style="display:block">{cells}{ends}</svg>'

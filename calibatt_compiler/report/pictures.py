@@ -34,7 +34,7 @@ def mask_png(mask: npt.NDArray[np.bool_], *, limit: int, colour: tuple[int, int,
     levels = np.rint(reduced(mask, limit) * (SHADES - 1)).astype(np.uint8)
     height, width = levels.shape
     padded = np.pad(levels, ((0, 0), (0, width % 2)))
-    rows = (padded[:, ::2] << 4) | padded[:, 1::2]
+    rows = np.bitwise_or(padded[:, ::2] << 4, padded[:, 1::2], dtype=np.uint8)
     palette = bytes(colour) * SHADES
     opacity = bytes(255 * level // (SHADES - 1) for level in range(SHADES))
     chunks = _chunk(b"PLTE", palette) + _chunk(b"tRNS", opacity)

@@ -70,8 +70,7 @@ def ssim(dense: Frames, other: Frames) -> float:
     only where the window lies inside the frame. Each colour channel on its own.
     """
     values = [
-        _ssim_map(_planes(a), _planes(b)).mean().item()
-        for a, b in zip(dense, other, strict=True)
+        _ssim_map(_planes(a), _planes(b)).mean().item() for a, b in zip(dense, other, strict=True)
     ]
     return math.fsum(values) / len(values)
 

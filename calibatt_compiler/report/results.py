@@ -15,7 +15,7 @@ from rich.table import Table
 from calibatt_compiler.files import replacing, write_text
 from calibatt_compiler.report import page
 from calibatt_compiler.report.cases import Case
-from calibatt_compiler.report.compare import DENSE, Comparison, PlanResult
+from calibatt_compiler.report.comparison import DENSE, Comparison, PlanResult
 from calibatt_compiler.report.curve import write_curve
 from calibatt_compiler.report.pictures import rgb_png
 from calibatt_compiler.report.quality import Frames, Quality
@@ -42,7 +42,9 @@ class Results:
         stem = f"video-{index:02d}"
         label = f"sparse, {_decibel(quality.psnr)}"
         video = write_video(
-            self.folder / f"{stem}.mp4", side_by_side([("dense", dense), (label, sparse)]), self._fps
+            self.folder / f"{stem}.mp4",
+            side_by_side([("dense", dense), (label, sparse)]),
+            self._fps,
         )
         sheet = self.folder / f"{stem}.png"
         with replacing(sheet) as temporary:
@@ -88,8 +90,8 @@ class Results:
         against = "stock torch.compile" if config.dense == "inductor" else "eager PyTorch"
         body = [
             f"<h1>{escape(title)}</h1>",
-            f'<p class="soft">Main plan: {escape(main.label)}. Device: {escape(comparison.device)}. '
-            f"Dense is {against}, in the same process.</p>",
+            f'<p class="soft">Main plan: {escape(main.label)}. '
+            f"Device: {escape(comparison.device)}. Dense is {against}, in the same process.</p>",
             page.tiles(
                 [
                     (f"{main.sparsity:.1%}", "sparsity: attention blocks left out"),
@@ -153,8 +155,17 @@ class Results:
         return page.table(["step", "density", "dense", "sparse", "speed-up"], rows)
 
 
-HEADER = ["plan", "sparsity", "computed", "PSNR", "SSIM", "flicker", "dense step", "sparse step",
-          "speed-up"]
+HEADER = [
+    "plan",
+    "sparsity",
+    "computed",
+    "PSNR",
+    "SSIM",
+    "flicker",
+    "dense step",
+    "sparse step",
+    "speed-up",
+]
 
 
 def terminal(comparison: Comparison) -> Table:

@@ -16,7 +16,7 @@ from PIL import Image
 from rich.console import Console
 
 from calibatt_compiler.plan import Plan
-from calibatt_compiler.report import inspect
+from calibatt_compiler.report import inspect, plan_page
 
 
 def random_plan(
@@ -85,7 +85,7 @@ def test_terminal_table_fits_a_terminal():
 
 def test_page_shows_every_mask_of_every_step(tmp_path: Path):
     plan = random_plan()
-    path = inspect.write_page(plan, tmp_path / "new" / "plan.html")
+    path = plan_page.write_page(plan, tmp_path / "new" / "plan.html")
     text = path.read_text("utf-8")
     Page(text)
     data = masks_of(text)
@@ -103,7 +103,7 @@ def test_page_shows_every_mask_of_every_step(tmp_path: Path):
 
 
 def test_page_loads_nothing(tmp_path: Path):
-    text = inspect.write_page(random_plan(), tmp_path / "plan.html").read_text("utf-8")
+    text = plan_page.write_page(random_plan(), tmp_path / "plan.html").read_text("utf-8")
     assert not [a for a in Page(text).addresses if not a.startswith("data:")]
     assert "http" not in text
     assert "@import" not in text
@@ -111,7 +111,7 @@ def test_page_loads_nothing(tmp_path: Path):
 
 def test_heat_map_has_a_cell_for_each_layer_and_step(tmp_path: Path):
     plan = random_plan(layers=3, steps=4)
-    page = Page(inspect.write_page(plan, tmp_path / "plan.html").read_text("utf-8"))
+    page = Page(plan_page.write_page(plan, tmp_path / "plan.html").read_text("utf-8"))
     by_place = {
         (cell["data-row"], int(cell["data-column"] or 0)): float(cell["fill-opacity"] or 0)
         for cell in page.cells[: 3 * 4]
@@ -125,7 +125,7 @@ def test_heat_map_has_a_cell_for_each_layer_and_step(tmp_path: Path):
 
 def test_names_are_escaped(tmp_path: Path):
     plan = random_plan(name="</script><b>&")
-    text = inspect.write_page(plan, tmp_path / "plan.html", title="<i>").read_text("utf-8")
+    text = plan_page.write_page(plan, tmp_path / "plan.html", title="<i>").read_text("utf-8")
     Page(text)
     assert "<b>&" not in text
     assert "</script><b>&.0.attn1" in masks_of(text)["sites"]
@@ -133,12 +133,12 @@ def test_names_are_escaped(tmp_path: Path):
 
 def test_large_plans_show_fewer_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     plan = random_plan(layers=2, steps=10, heads=2, blocks=7)
-    monkeypatch.setattr(inspect, "PIXEL_BUDGET", 4 * 2 * 2 * 7 * 7)
-    assert inspect.shown_steps(plan) == [0, 3, 6, 9]
-    text = inspect.write_page(plan, tmp_path / "plan.html").read_text("utf-8")
+    monkeypatch.setattr(plan_page, "PIXEL_BUDGET", 4 * 2 * 2 * 7 * 7)
+    assert plan_page.shown_steps(plan) == [0, 3, 6, 9]
+    text = plan_page.write_page(plan, tmp_path / "plan.html").read_text("utf-8")
     assert "Shown at 4 of 10 steps" in text
-    monkeypatch.setattr(inspect, "PIXEL_BUDGET", 1)
-    assert inspect.shown_steps(plan) == [5]
+    monkeypatch.setattr(plan_page, "PIXEL_BUDGET", 1)
+    assert plan_page.shown_steps(plan) == [5]
 
 
 def test_head_density():
