@@ -40,9 +40,7 @@ def run_shares(shares: Sequence[Callable[[], None]]) -> None:
             raise error
 
 
-def balanced(
-    items: Sequence[Item], cost: Callable[[Item], float], shares: int
-) -> list[list[Item]]:
+def balanced(items: Sequence[Item], cost: Callable[[Item], float], shares: int) -> list[list[Item]]:
     """Deal items out so that shares cost about the same; each keeps the order of `items`.
 
     Greedy: the dearest item goes first, to the share that is cheapest so far. No share is empty.

@@ -115,9 +115,7 @@ def tiles(pattern: BlockPattern) -> Iterator[Tile]:
             yield Tile(head, first * pattern.block_m, stop, *known[bits])
 
 
-def attend(
-    share: list[Tile], q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor
-) -> None:
+def attend(share: list[Tile], q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor) -> None:
     """Compute some tiles of one batch item, single-threaded.
 
     Args:

@@ -1,0 +1,162 @@
+"""Which kernel serves a pattern: chosen here, by capability, and nowhere else.
+
+| device | dtype | lowering | kernel |
+|---|---|---|---|
+| any | any float | reference | `ReferenceAttention` |
+| CPU | float32, float64 | any other | `GemmCpuAttention` |
+| CPU | bfloat16, float16 | any other | `FlexCpuAttention`; without AVX2, `GemmCpuAttention` |
+| CUDA, sm_80 and newer | float32, bfloat16, float16 | table | `TableAttention` (Triton) |
+| CUDA, sm_80 and newer | float32, bfloat16, float16 | baked | `BakedAttention` (Triton) |
+
+A kernel for one architecture, such as Hopper, is one more line in `_cuda_kernel`.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from calibatt_compiler.errors import KernelError
+from calibatt_compiler.kernels.operands import token_major
+from calibatt_compiler.options import Lowering
+from calibatt_compiler.plan.pattern import BlockPattern
+
+CUDA_HEAD_DIMS = (64, 128)
+CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class AttentionKernel(Protocol):
+    """Block-sparse attention by one pattern.
+
+    Attributes:
+        kind: what serves right now, such as "reference", "gemm-cpu", "flex-cpu", "triton-table" or
+            "triton-baked".
+        density: blocks really computed / all blocks; above the pattern's own density where a
+            superset covers the pattern.
+    """
+
+    @property
+    def kind(self) -> str:
+        """What serves right now."""
+
+    @property
+    def density(self) -> float:
+        """Blocks really computed / all blocks."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+        """Return the attention output.
+
+        Args:
+            q: (B, H, Sq, D), any strides.
+            k: (B, H, Sk, D).
+            v: (B, H, Sk, D).
+            scale: factor on the scores; default 1 / sqrt(D).
+
+        Returns:
+            (B, H, Sq, D), always laid out as contiguous (B, Sq, H, D).
+
+        Raises:
+            KernelError: the operands don't fit the pattern or one another.
+        """
+
+
+def make_attention(
+    pattern: BlockPattern,
+    *,
+    lowering: Lowering,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+) -> AttentionKernel:
+    """Return the kernel that serves a pattern.
+
+    Args:
+        pattern: which blocks are kept.
+        lowering: "baked", "table" or "reference"; on a CPU the first two mean the same.
+        device: of the operands.
+        dtype: of the operands.
+        head_dim: of the operands.
+
+    Raises:
+        KernelError: there is no kernel for this device, dtype and head dim.
+    """
+    if not dtype.is_floating_point:
+        raise KernelError(
+            "attention needs a floating-point dtype",
+            expected="float64, float32, bfloat16 or float16",
+            got=dtype,
+            remedy="cast the model",
+        )
+    if lowering == "reference":
+        from calibatt_compiler.kernels.reference import ReferenceAttention
+
+        return ReferenceAttention(pattern)
+    if device.type == "cpu":
+        return _cpu_kernel(pattern, dtype)
+    if device.type == "cuda":
+        return _cuda_kernel(pattern, lowering, device, dtype, head_dim)
+    raise KernelError(
+        "there is no block-sparse kernel for this device",
+        expected="cpu or cuda",
+        got=device.type,
+        remedy="use the option lowering='reference', which runs everywhere, slowly",
+    )
+
+
+def _cpu_kernel(pattern: BlockPattern, dtype: torch.dtype) -> AttentionKernel:
+    from calibatt_compiler.kernels.flex_cpu import FlexCpuAttention, flex_cpu_available
+    from calibatt_compiler.kernels.gemm_cpu import GemmCpuAttention
+
+    # By measurement: see the two modules.
+    if dtype in (torch.bfloat16, torch.float16) and flex_cpu_available():
+        return FlexCpuAttention(pattern)
+    return GemmCpuAttention(pattern)
+
+
+def _cuda_kernel(
+    pattern: BlockPattern,
+    lowering: Lowering,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+) -> AttentionKernel:
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
+        raise KernelError(
+            "the Triton kernels need a newer GPU",
+            expected="an NVIDIA GPU of compute capability 8.0 (Ampere) or newer",
+            got=torch.cuda.get_device_name(device),
+            remedy="use the option lowering='reference'",
+        )
+    if head_dim not in CUDA_HEAD_DIMS or dtype not in CUDA_DTYPES:
+        raise KernelError(
+            "there is no Triton kernel for this head dim and dtype: tiles are sized for two head "
+            "dims, and float64 has no fast matrix product",
+            expected=f"head dim {CUDA_HEAD_DIMS}, float32, bfloat16 or float16",
+            got=f"head dim {head_dim}, {dtype}",
+            remedy="use the option lowering='reference'",
+        )
+    if lowering == "table":
+        from calibatt_compiler.kernels.triton_table import TableAttention
+
+        return TableAttention(pattern, device=device, dtype=dtype, head_dim=head_dim)
+    from calibatt_compiler.kernels.baked import BakedAttention
+
+    return BakedAttention(pattern, device=device, dtype=dtype, head_dim=head_dim)
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """Stock SDPA in the layout that block-sparse kernels return.
+
+    Args:
+        q: (B, H, Sq, D).
+        k: (B, H, Sk, D).
+        v: (B, H, Sk, D).
+        scale: factor on the scores; default 1 / sqrt(D).
+
+    Returns:
+        (B, H, Sq, D), laid out as contiguous (B, Sq, H, D).
+    """
+    return token_major(F.scaled_dot_product_attention(q, k, v, scale=scale))

@@ -1,0 +1,175 @@
+"""Block energy: how much attention each query block pays to each key block.
+
+    E[r, c] = 1 / |I_r| * sum_{i in I_r, j in J_c} softmax_j(scale * q[i] . k[j])
+
+with I_r the tokens of query block r and J_c those of key block c (CalibAtt, arXiv 2603.05503; the
+last blocks may be ragged, and a ragged query block divides by its own size). Rows of E sum to 1.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from calibatt_compiler.errors import KernelError
+from calibatt_compiler.kernels.attention import CUDA_DTYPES, CUDA_HEAD_DIMS, dense_attention
+
+
+def block_energy(
+    q: Tensor,
+    k: Tensor,
+    *,
+    block: tuple[int, int] = (128, 128),
+    scale: float | None = None,
+    lse: Tensor | None = None,
+) -> Tensor:
+    """Return the block energies of dense attention, never holding a full attention matrix.
+
+    Deterministic: equal operands on one device give equal bits.
+
+    Args:
+        q: (B, H, Sq, D), any strides.
+        k: (B, H, Sk, D), same dtype and device.
+        block: tokens a query block, tokens a key block.
+        scale: factor on the scores; default 1 / sqrt(D).
+        lse: float (B, H, Sq), natural log-sum-exp of the scaled scores, if a dense kernel has
+            returned it already.
+
+    Returns:
+        float32 (B, H, query_blocks, key_blocks), contiguous.
+
+    Raises:
+        KernelError: the operands don't fit one another.
+    """
+    _check(q, k, block, lse)
+    factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if q.device.type == "cpu":
+        from calibatt_compiler.kernels.energy_cpu import cpu_energy
+
+        return cpu_energy(q, k, None, block, factor, lse)[1]
+    if _triton_serves(q):
+        from calibatt_compiler.kernels.energy_triton import triton_energy
+
+        return triton_energy(q, k, block, factor, lse)
+    return _chunked_energy(q, k, block, factor, lse)
+
+
+def attention_with_energy(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block: tuple[int, int] = (128, 128),
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return dense attention's output and its block energies.
+
+    On a CPU one pass serves both; elsewhere stock SDPA gives the output.
+
+    Args:
+        q: (B, H, Sq, D), any strides.
+        k: (B, H, Sk, D), same dtype and device.
+        v: (B, H, Sk, D), same dtype and device.
+        block: tokens a query block, tokens a key block.
+        scale: factor on the scores; default 1 / sqrt(D).
+
+    Returns:
+        The output (B, H, Sq, D), laid out as contiguous (B, Sq, H, D), in the dtype of q; the
+        energies as from `block_energy`.
+
+    Raises:
+        KernelError: the operands don't fit one another.
+    """
+    _check(q, k, block, None)
+    if v.shape != k.shape or v.dtype != k.dtype or v.device != k.device:
+        raise KernelError(
+            "attention values don't fit the keys",
+            expected=f"{tuple(k.shape)} {k.dtype} on {k.device}",
+            got=f"{tuple(v.shape)} {v.dtype} on {v.device}",
+            remedy="pass k and v of one attention call",
+        )
+    factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if q.device.type == "cpu":
+        from calibatt_compiler.kernels.energy_cpu import cpu_energy
+
+        out, energy = cpu_energy(q, k, v, block, factor, None)
+        assert out is not None
+        return out, energy
+    return dense_attention(q, k, v, factor), block_energy(q, k, block=block, scale=factor)
+
+
+def _triton_serves(q: Tensor) -> bool:
+    return (
+        q.device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+        and q.dtype in CUDA_DTYPES
+        and q.shape[-1] in CUDA_HEAD_DIMS
+    )
+
+
+CHUNK = 1 << 26
+"""Scores of all heads that the plain path holds at once."""
+
+
+def _chunked_energy(
+    q: Tensor, k: Tensor, block: tuple[int, int], scale: float, lse: Tensor | None
+) -> Tensor:
+    """Plain torch, for devices and head dims without a kernel of their own."""
+    batch, heads, length_q, _ = q.shape
+    length_k = k.shape[2]
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    keys = k.to(dtype).mT
+    key_blocks = -(-length_k // block[1])
+    pad = key_blocks * block[1] - length_k
+    rows = max(1, CHUNK // (batch * heads * length_k))
+    energy = []
+    for first in range(0, length_q, block[0]):
+        last = min(first + block[0], length_q)
+        total = torch.zeros(batch, heads, length_k + pad, dtype=dtype, device=q.device)
+        for start in range(first, last, rows):
+            part = slice(start, min(start + rows, last))
+            scores = q[:, :, part].to(dtype) @ keys * scale
+            if lse is None:
+                p = scores.softmax(-1)
+            else:
+                p = scores.sub_(lse[:, :, part, None].to(dtype)).exp_()
+            total[..., :length_k] += p.sum(2)
+        blocks = total.view(batch, heads, key_blocks, block[1]).sum(-1)
+        energy.append(blocks / (last - first))
+    return torch.stack(energy, 2).float()
+
+
+def _check(q: Tensor, k: Tensor, block: tuple[int, int], lse: Tensor | None) -> None:
+    fits = (
+        q.dim() == 4
+        and k.dim() == 4
+        and min(q.numel(), k.numel()) > 0
+        and (*q.shape[:2], q.shape[3]) == (*k.shape[:2], k.shape[3])
+        and q.dtype == k.dtype
+        and q.dtype.is_floating_point
+        and q.device == k.device
+    )
+    if not fits:
+        raise KernelError(
+            "queries and keys don't fit one another",
+            expected="float q (B, H, Sq, D) and k (B, H, Sk, D), one dtype, one device, not empty",
+            got=f"q {tuple(q.shape)} {q.dtype} {q.device}, k {tuple(k.shape)} {k.dtype} {k.device}",
+            remedy="pass q and k of one attention call",
+        )
+    if len(block) != 2 or any(size < 16 or size > 1024 or size % 16 for size in block):
+        raise KernelError(
+            "the block size of the energies is out of range",
+            expected="two multiples of 16, up to 1024",
+            got=block,
+            remedy="use blocks of 32, 64 or 128 tokens",
+        )
+    if lse is not None and (lse.shape != q.shape[:3] or lse.device != q.device):
+        raise KernelError(
+            "the log-sum-exp doesn't fit the queries",
+            expected=f"{tuple(q.shape[:3])} on {q.device}",
+            got=f"{tuple(lse.shape)} on {lse.device}",
+            remedy="pass the natural log-sum-exp of the scaled scores, one a query token",
+        )
