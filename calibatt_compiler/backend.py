@@ -156,4 +156,3 @@ def _check(rewrite: Rewrite, binder: PlanBinder, options: CompileOptions) -> Non
 def _same(call: SdpaCall, lengths: set[int]) -> bool:
     # Not for symbolic sizes: a set look-up would specialise them.
     return isinstance(call.info.query_length, int) and call.info.query_length in lengths
-

@@ -63,7 +63,7 @@ class PlanBinder:
             # A symbolic size is compared here, which makes Dynamo guard on the answer.
             if got != expected:
                 return Skip(f"{_hint(got)} {what} instead of {expected}", mismatch=True)
-        query = example(call.query)
+        query = example(call.operands["query"])
         assert query is not None
         return SparseSite(
             self._plan,
@@ -125,9 +125,7 @@ def _check_size(plan: Plan, inputs: FrameInputs) -> str | None:
     if inputs.module is None:
         return None
     grid: tuple[Any, ...] | None = models.latent_grid(inputs.module, inputs.values)
-    if grid is None or all(
-        got == expected for got, expected in zip(grid, plan.grid, strict=True)
-    ):
+    if grid is None or all(got == expected for got, expected in zip(grid, plan.grid, strict=True)):
         return None
     got = " x ".join(str(_hint(size)) for size in grid)
     return f"another size: {got} latent tokens instead of {' x '.join(map(str, plan.grid))}"

@@ -11,8 +11,14 @@ import torch
 from torch.fx import GraphModule, Node
 
 from calibatt_compiler.capture import SiteInfo
-from calibatt_compiler.passes.graph import example, module_name, subgraphs
-from calibatt_compiler.passes.rewrite import OPERANDS, Rewrite, SdpaCall
+from calibatt_compiler.passes.graph import (
+    OPERANDS,
+    example,
+    module_name,
+    sdpa_operands,
+    subgraphs,
+)
+from calibatt_compiler.passes.rewrite import Rewrite, SdpaCall
 
 SDPA = (
     torch.nn.functional.scaled_dot_product_attention,
@@ -63,14 +69,14 @@ def _describe(
     seen: Counter[str],
     video: frozenset[Node],
 ) -> SdpaCall:
-    operands: dict[str, Any] = dict(zip(OPERANDS, node.args, strict=False)) | dict(node.kwargs)
+    operands = sdpa_operands(node)
     base = module_name(node)
     name = f"{base}:{seen[base]}" if seen[base] else base
     seen[base] += 1
     query, key, value = (example(operands[part]) for part in OPERANDS[:3])
     if query is None or key is None or value is None or query.dim() != 4:
         info = SiteInfo(name, 0, 0, 0, 0, skip="operands are not (batch, heads, length, head_dim)")
-        return SdpaCall(node, gm, path, operands, info)
+        return SdpaCall(node, gm, path, info)
     reason = _refusal(operands, query, key, value, path)
     crossing = bool(video) and operands["query"] in video and operands["key"] not in video
     if reason is None and not base:
@@ -86,7 +92,7 @@ def _describe(
         head_dim=int(query.shape[3]),
         skip=reason,
     )
-    return SdpaCall(node, gm, path, operands, info)
+    return SdpaCall(node, gm, path, info)
 
 
 def _refusal(

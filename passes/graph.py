@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+
+OPERANDS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+"""Parameters of `scaled_dot_product_attention`, in order."""
+
+
+def sdpa_operands(node: Node) -> dict[str, Any]:
+    """Return the arguments of an attention node by parameter, whatever its call style."""
+    return dict(zip(OPERANDS, node.args, strict=False)) | dict(node.kwargs)
 
 
 def subgraphs(node: Node) -> list[GraphModule]:

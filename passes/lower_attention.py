@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch.fx import GraphModule, Node
 
@@ -30,7 +32,7 @@ def lower_attention(rewrite: Rewrite) -> Rewrite:
 
 
 def _replace(call: SdpaCall, timestep: Node, key: str) -> None:
-    operands = [call.operands[name] for name in ("query", "key", "value")]
+    operands = [cast("Node", call.operands[name]) for name in ("query", "key", "value")]
     with call.gm.graph.inserting_before(call.node):
         lowered = call.gm.graph.call_function(
             torch.ops.calibatt.attention.default, (*operands, timestep, key, call.scale)

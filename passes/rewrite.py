@@ -10,10 +10,8 @@ from torch.fx import GraphModule, Node
 
 from calibatt_compiler.capture import SiteInfo
 from calibatt_compiler.dynamo import FrameInputs
+from calibatt_compiler.passes.graph import sdpa_operands
 from calibatt_compiler.runtime.registry import Site
-
-OPERANDS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-"""Parameters of `scaled_dot_product_attention`, in order."""
 
 
 @dataclass(frozen=True)
@@ -24,22 +22,18 @@ class SdpaCall:
         node: the node.
         gm: the graph module that holds it.
         path: calls of higher-order operators that lead from the outer graph to `gm`.
-        operands: its arguments by parameter name, whatever the call style; absent ones left out.
         info: name, sizes, and why it can't be sparse, if so.
     """
 
     node: Node
     gm: GraphModule
     path: tuple[Node, ...]
-    operands: Mapping[str, object]
     info: SiteInfo
 
     @property
-    def query(self) -> Node:
-        """Node of the query operand."""
-        query = self.operands["query"]
-        assert isinstance(query, Node)
-        return query
+    def operands(self) -> Mapping[str, object]:
+        """Arguments of the node as they are now: an operand may itself have been replaced."""
+        return sdpa_operands(self.node)
 
     @property
     def scale(self) -> float:

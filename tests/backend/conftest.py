@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+
 from calibatt_compiler.plan import Plan
 
 BLOCK = (32, 32)

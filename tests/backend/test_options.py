@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import calibatt_compiler
 import pytest
 import torch
+
+import calibatt_compiler
 from calibatt_compiler.errors import (
     CalibattError,
     CaptureError,
@@ -97,8 +98,9 @@ def test_plan_whose_sites_are_not_in_the_model(wan):
 
 def test_other_number_of_heads_is_skipped_with_its_reason(wan):
     masks = {
-        name: torch.ones(3, 4, 6, 6, dtype=torch.bool) if name.startswith("blocks.0") else
-        torch.eye(6, dtype=torch.bool).expand(3, 2, 6, 6)
+        name: torch.ones(3, 4, 6, 6, dtype=torch.bool)
+        if name.startswith("blocks.0")
+        else torch.eye(6, dtype=torch.bool).expand(3, 2, 6, 6)
         for name in wan.sites
     }
     plan = Plan.from_masks(masks, wan.plan.grid, wan.plan.timesteps, (32, 32))

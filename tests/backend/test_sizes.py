@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import calibatt_compiler
 import pytest
 import torch
+
+import calibatt_compiler
 from calibatt_compiler.errors import PlanMismatchError
 
 

@@ -1,0 +1,90 @@
+"""The operators, the registry behind them, and the counters of a site."""
+
+from __future__ import annotations
+
+import gc
+import math
+
+import pytest
+import torch
+
+from calibatt_compiler.errors import KernelError
+from calibatt_compiler.plan import Plan
+from calibatt_compiler.runtime import ops, registry, sites
+
+
+@pytest.mark.parametrize(
+    ("timestep", "expected"),
+    [
+        (torch.tensor(5), 5.0),
+        (torch.tensor([999]), 999.0),
+        (torch.tensor([7.5]).expand(3), 7.5),
+        (torch.tensor([[0.0, 0.0, 250.0], [0.0, 250.0, 250.0]]), 250.0),
+        (torch.tensor([933.98], dtype=torch.bfloat16), 932.0),
+        (torch.tensor([1.0, 2.0]), math.nan),
+    ],
+)
+def test_host_timestep(timestep, expected):
+    got = ops.host_timestep(timestep)
+    assert got.dtype == torch.float64
+    assert got.shape == ()
+    assert got.item() == expected or (math.isnan(got.item()) and math.isnan(expected))
+
+
+def test_host_timestep_is_a_sound_operator():
+    torch.library.opcheck(ops.host_timestep, (torch.tensor([5.0, 5.0]),))
+
+
+def test_attention_is_a_sound_operator():
+    site = make_site(torch.eye(3, dtype=torch.bool).expand(1, 2, 3, 3))
+    (key,) = registry.register("sound", {"a": site}).values()
+    q, k, v = (torch.randn(1, 40, 2, 8).transpose(1, 2) for _ in range(3))
+    timestep = torch.tensor(5.0, dtype=torch.float64)
+    torch.library.opcheck(ops.attention, (q, k, v, timestep, key, 0.5))
+
+
+def make_site(masks: torch.Tensor) -> sites.SparseSite:
+    timesteps = [5.0 - i for i in range(len(masks))]
+    plan = Plan.from_masks({"a": masks}, (1, 5, 8), timesteps, (16, 16))
+    options = {"device": torch.device("cpu"), "dtype": torch.float32, "head_dim": 8}
+    return sites.SparseSite(plan, "a", lowering="reference", **options)
+
+
+def test_a_graph_that_is_gone_takes_its_sites_along():
+    site = make_site(torch.eye(3, dtype=torch.bool).expand(1, 2, 3, 3))
+    (key,) = registry.register("gone", {"a": site}).values()
+    assert registry.lookup(key) is site
+    del site
+    gc.collect()
+    with pytest.raises(KernelError, match="not loaded"):
+        registry.lookup(key)
+
+
+def test_keys_do_not_depend_on_what_was_compiled_before():
+    first = make_site(torch.eye(3, dtype=torch.bool).expand(1, 2, 3, 3))
+    second = make_site(torch.eye(3, dtype=torch.bool).expand(1, 2, 3, 3))
+    one, two = registry.register("same", {"a": first}), registry.register("same", {"a": second})
+    assert one == {"a": "same/0/a"}
+    assert two == {"a": "same/1/a"}
+    del first
+    gc.collect()
+    third = make_site(torch.eye(3, dtype=torch.bool).expand(1, 2, 3, 3))
+    assert registry.register("same", {"a": third}) == one
+
+
+def test_the_step_decides_the_pattern():
+    masks = torch.zeros(2, 2, 3, 3, dtype=torch.bool)
+    masks[0] |= torch.eye(3, dtype=torch.bool)
+    masks[1] |= torch.ones(3, 3, dtype=torch.bool).tril()
+    site = make_site(masks)
+    q, k, v = (torch.randn(1, 2, 40, 8) for _ in range(3))
+    for timestep, step in ((5.0, 0), (4.6, 0), (4.2, 1), (4.0, 1)):
+        token = masks[step].repeat_interleave(16, 1).repeat_interleave(16, 2)[:, :40, :40]
+        expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, token[None])
+        got = site.attend(q, k, v, timestep, 8**-0.5)
+        assert torch.allclose(got, expected, atol=1e-6)
+    assert site.calls == {"reference": 4}
+    site.attend(q, k, v, 50.0, 1.0)
+    site.attend(q, k, v, math.nan, 1.0)
+    assert site.calls[sites.DENSE_OUTSIDE] == 1
+    assert site.calls[sites.DENSE_MIXED] == 1
