@@ -12,8 +12,12 @@ from typing import Any
 
 from sympy.printing.str import StrPrinter
 
+from calibatt_compiler.errors import KernelError
 from calibatt_compiler.kernels.cover_form import Cover, Segment
 from calibatt_compiler.plan.pattern import BlockPattern
+
+MAX_KEY_BLOCKS = (1 << 15) - 1
+"""Both bounds of an interval share one 32-bit number."""
 
 ENTRY_POINT = "baked_attention"
 """Name of the kernel in generated source."""
@@ -112,7 +116,17 @@ def generate(cover: Cover, pattern: BlockPattern) -> str:
 
     Returns:
         Source of a module whose `baked_attention` takes the arguments of `triton_launch`.
+
+    Raises:
+        KernelError: more key blocks than an interval's bounds can name.
     """
+    if cover.key_blocks > MAX_KEY_BLOCKS:
+        raise KernelError(
+            "too many key blocks for a baked kernel",
+            expected=f"at most {MAX_KEY_BLOCKS}",
+            got=cover.key_blocks,
+            remedy="use larger blocks, or lowering='table'",
+        )
     parts = [_docstring(cover, pattern), _IMPORTS]
     for index, form in enumerate(cover.forms):
         parts.append("\n" + _form(index, form, cover))
@@ -148,14 +162,13 @@ def _form(index: int, form: Sequence[Segment], cover: Cover) -> str:
         f"def form_{index}(row):\n",
         _wrap(f"    # Head{'s' if len(heads) > 1 else ''} ", heads, "", "    # "),
     ]
-    lines += _empty_intervals(min(len(s.terms) for s in form), _width(form))
+    lines += _empty_runs(min(len(s.terms) for s in form), _width(form))
 
     def leaf(segment: Segment, indent: str) -> list[str]:
-        rows = f"{indent}# Rows {segment.first} to {segment.last - 1}.\n"
-        lines = [rows]
+        lines = [f"{indent}# Rows {segment.first} to {segment.last - 1}.\n"]
         for k, (start, end) in enumerate(segment.expressions(cover.key_blocks)):
-            lines.append(f"{indent}start_{k} = {_print(start)}\n")
-            lines.append(f"{indent}end_{k} = {_print(end)}\n")
+            # Halves the values that each branch hands on, which is what compile time goes into.
+            lines.append(f"{indent}run_{k} = {_print(start)} + ({_print(end)} << 16)\n")
         return lines
 
     lines += _tree("row", [(s.first, s) for s in form], leaf, "    ")
@@ -168,22 +181,24 @@ def _width(form: Sequence[Segment]) -> int:
 
 
 def _names(intervals: int) -> list[str]:
-    return [f"{bound}_{k}" for k in range(intervals) for bound in ("start", "end")]
+    return [f"run_{k}" for k in range(intervals)]
 
 
-def _empty_intervals(first: int, last: int) -> list[str]:
-    """Lines that make the intervals `first` to `last` (exclusive) empty."""
-    return [f"    start_{k}, end_{k} = 0, 0\n" for k in range(first, last)]
+def _empty_runs(first: int, last: int) -> list[str]:
+    """Lines that make the runs `first` to `last` (exclusive) empty."""
+    return [f"    run_{k} = 0\n" for k in range(first, last)]
 
 
 def _wrap(start: str, items: Sequence[str], end: str, indent: str) -> str:
-    return textwrap.fill(
-        start + ", ".join(items) + end,
+    """`start`, the items and `end` on lines of at most 100 columns; `end` stays in one piece."""
+    text = textwrap.fill(
+        start + ", ".join(items) + end.replace(" ", "\0"),
         width=100,
         subsequent_indent=indent,
         break_long_words=False,
         break_on_hyphens=False,
-    ) + "\n"
+    )
+    return text.replace("\0", " ") + "\n"
 
 
 def _tree(
@@ -215,19 +230,29 @@ def _choose_form(cover: Cover) -> list[str]:
     forms = cover.head_forms
     changes = [h for h in range(len(forms)) if h == 0 or forms[h] != forms[h - 1]]
     tree = _tree("head", [(head, forms[head]) for head in changes], leaf, "    ")
-    return _empty_intervals(min(widths), max(widths)) + tree
+    return _empty_runs(min(widths), max(widths)) + tree
 
 
 def _positions(intervals: int, key_length: int) -> list[str]:
     """Lay the intervals end to end: tiles before each, and what turns a position into a tile."""
-    lines = ["    # Tile number = position in the loop + shift of its interval.\n"]
-    lines += ["    blocks = end_0 - start_0\n", "    end_block = end_0\n"]
-    lines.append("    shift_0 = start_0 * KEY_TILES\n")
+    lines = [
+        "    # A run holds the start of its interval and, 16 bits up, the end.\n",
+        "    start = run_0 & 0xFFFF\n",
+        "    end = run_0 >> 16\n",
+        "    blocks = end - start\n",
+        "    end_block = end\n",
+        "    # Key tile = position in the loop + shift of its interval.\n",
+        "    shift_0 = start * KEY_TILES\n",
+    ]
     for k in range(1, intervals):
-        lines.append(f"    tiles_{k} = blocks * KEY_TILES\n")
-        lines.append(f"    shift_{k} = start_{k} * KEY_TILES - tiles_{k}\n")
-        lines.append(f"    blocks += end_{k} - start_{k}\n")
-        lines.append(f"    end_block = tl.where(end_{k} > start_{k}, end_{k}, end_block)\n")
+        lines += [
+            f"    start = run_{k} & 0xFFFF\n",
+            f"    end = run_{k} >> 16\n",
+            f"    tiles_{k} = blocks * KEY_TILES\n",
+            f"    shift_{k} = start * KEY_TILES - tiles_{k}\n",
+            "    blocks += end - start\n",
+            "    end_block = tl.where(end > start, end, end_block)\n",
+        ]
     lines.append(
         f"    tiles, ragged = split_tiles(blocks, end_block, {key_length}, KEY_TILES, TILE_N)\n"
     )

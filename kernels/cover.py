@@ -130,6 +130,21 @@ def _count_runs(bits: int) -> int:
     return (bits & ~(bits << 1)).bit_count()
 
 
+def _smallest_gaps(bits: int) -> tuple[int, int]:
+    """Width of the narrowest gaps between the runs of a bit set, and all gaps of that width."""
+    previous, width, gaps = None, 0, 0
+    for start, end in _runs(bits):
+        if previous is not None:
+            gap = start - previous
+            fill = ((1 << gap) - 1) << previous
+            if width == 0 or gap < width:
+                width, gaps = gap, fill
+            elif gap == width:
+                gaps |= fill
+        previous = end
+    return width, gaps
+
+
 def _clipped_sum(offset: int, slope: int, rows: tuple[int, int], low: int, high: int) -> int:
     """Sum of `slope * r + offset`, clipped to [low, high], over the rows."""
     first, last = rows
@@ -159,6 +174,11 @@ class _Piece:
     right: _Piece | None = None
     alive: bool = True
     version: int = 0
+
+    @property
+    def bits(self) -> int:
+        """Bit set of the form that this segment has."""
+        return self.sheared if self.diagonal else self.straight
 
     @property
     def literals(self) -> int:
@@ -215,6 +235,9 @@ class _Merger:
         """Merge until the budget holds; return the segments of each head in order."""
         self._merge_equal()
         self._coarsen()
+        for piece in self.pieces:
+            while piece.alive and piece.intervals > self.max_intervals:
+                self._fill(piece, _smallest_gaps(piece.bits)[1])
         self.pieces = [piece for piece in self.pieces if piece.alive]
         if self.literals > self.budget:
             for piece in self.pieces:
@@ -233,9 +256,6 @@ class _Merger:
             else:
                 self._close_gaps(piece)
         alive = [piece for piece in self.pieces if piece.alive]
-        for piece in alive:
-            while piece.intervals > self.max_intervals:
-                self._fill(piece, self._smallest_gaps(piece)[1])
         segments: list[list[Segment]] = [[] for _ in self.prefix]
         for piece in sorted(alive, key=lambda p: (p.head, p.first)):
             segments[piece.head].append(Segment(piece.first, piece.last, self._terms(piece)))
@@ -284,8 +304,8 @@ class _Merger:
 
     def _close_widths(self, piece: _Piece) -> None:
         """Close ever wider gaps of `piece` at once until it has few enough intervals."""
-        bits, gap = (piece.sheared if piece.diagonal else piece.straight), 1
-        closed = bits
+        bits = closed = piece.bits
+        gap = 1
         while _count_runs(closed) > 2 * self.max_intervals:
             # Grow every run by `gap` to the right, then take the growth off the runs' ends.
             for _ in range(gap):
@@ -320,30 +340,42 @@ class _Merger:
         """
         straight, sheared = a.straight | b.straight, a.sheared | b.sheared
         both = _Piece(a.head, a.first, b.last, a.kept + b.kept, straight, sheared)
-        options = [
-            (False, _count_runs(straight), (b.last - a.first) * straight.bit_count()),
-            (True, _count_runs(sheared) + self._edges(a.head), -1),
-        ]
         best: tuple[float, int] | None = None
-        for diagonal, intervals, area in options:
-            saved = a.literals + b.literals - 1 - 2 * intervals
-            if saved <= 0:
-                continue
+        for diagonal in (False, True):
+            bits = sheared if diagonal else straight
+            edges = self._edges(a.head) if diagonal else 0
+            intervals = _count_runs(bits) + edges
             # Many runs take long to measure, and such a form is no good anyway.
             if diagonal and intervals > 4 * self.max_intervals:
                 continue
-            blocks = self._area(both, sheared) if diagonal else area
+            if not exact:
+                bits, intervals = self._capped(bits, intervals, edges)
+            saved = a.literals + b.literals - 1 - 2 * intervals
+            if saved <= 0:
+                continue
+            blocks = (
+                self._area(both, bits)
+                if diagonal
+                else (b.last - a.first) * bits.bit_count()
+            )
             if exact and blocks != both.kept:
                 continue
             cost = max(blocks - both.kept - a.added - b.added, 0) / saved
             if best is None or (cost, -saved) < best:
                 best = (cost, -saved)
-                both.diagonal, both.intervals, both.added = (
-                    diagonal,
-                    intervals,
-                    blocks - both.kept,
+                both.diagonal, both.intervals = diagonal, intervals
+                both.added = blocks - both.kept
+                both.straight, both.sheared = (
+                    (straight, bits) if diagonal else (bits, sheared)
                 )
         return None if best is None else (best[0], both)
+
+    def _capped(self, bits: int, intervals: int, edges: int) -> tuple[int, int]:
+        """Close the narrowest gaps of `bits` until a row has few enough intervals."""
+        while intervals > self.max_intervals:
+            bits |= _smallest_gaps(bits)[1]
+            intervals = _count_runs(bits) + edges
+        return bits, intervals
 
     # Moves.
 
@@ -362,7 +394,7 @@ class _Merger:
         """Queue the merge with the right neighbour, and the closing of the smallest gaps."""
         self._propose_merge(piece, piece.right)
         if piece.intervals > 1 + self._edges(piece.head) * piece.diagonal:
-            gap, _ = self._smallest_gaps(piece)
+            gap, _ = _smallest_gaps(piece.bits)
             cost = gap * (piece.last - piece.first) / 2
             self._push(cost, ("gap", piece, piece.version, None, 0, None))
 
@@ -375,21 +407,6 @@ class _Merger:
             both.right.left = both
         self.literals += both.literals - a.literals - b.literals
         self.pieces.append(both)
-
-    def _smallest_gaps(self, piece: _Piece) -> tuple[int, int]:
-        """Width of the narrowest gaps between intervals of `piece`, and those gaps as bits."""
-        bits = piece.sheared if piece.diagonal else piece.straight
-        previous, width, gaps = None, 0, 0
-        for start, end in _runs(bits):
-            if previous is not None:
-                gap = start - previous
-                fill = ((1 << gap) - 1) << previous
-                if width == 0 or gap < width:
-                    width, gaps = gap, fill
-                elif gap == width:
-                    gaps |= fill
-            previous = end
-        return width, gaps
 
     def _fill(self, piece: _Piece, gaps: int) -> None:
         """Add the blocks `gaps` to the form that `piece` has."""
@@ -406,7 +423,7 @@ class _Merger:
         self.literals += piece.literals - before
 
     def _close_gaps(self, piece: _Piece) -> None:
-        self._fill(piece, self._smallest_gaps(piece)[1])
+        self._fill(piece, _smallest_gaps(piece.bits)[1])
         self._propose_merge(piece.left, piece)
         self._propose(piece)
 

@@ -83,28 +83,28 @@ class Segment:
     def expressions(self, key_blocks: int) -> list[tuple[Any, Any]]:
         """Start and end of each interval as sympy expressions of `ROW`.
 
-        Interval k may name the symbols `start_k` and `end_{k-1}`. A Max or Min that never decides
-        within the segment's rows is left out.
+        A Max or Min that never decides within the segment's rows is left out, and sympy drops the
+        arguments that others dominate: parallel bands leave one Max or Min each.
         """
         rows = np.arange(self.first, self.last)
-        before, before_symbol = np.zeros_like(rows), sympy.Integer(0)
+        before, previous = np.zeros_like(rows), sympy.Integer(0)
         result = []
         everything = zip(
             self.terms, self.limits(key_blocks), self.bounds(key_blocks), strict=True
         )
-        for k, (term, limit, (start, end)) in enumerate(everything):
+        for term, limit, (start, end) in everything:
             first, raw = term.start.expression, term.start.at(rows)
             if not (raw >= before).all():
-                first, raw = sympy.Max(first, before_symbol), np.maximum(raw, before)
+                first, raw = sympy.Max(first, previous), np.maximum(raw, before)
             if not (raw <= limit).all():
                 first = sympy.Min(first, limit)
             last, raw = term.end.expression, term.end.at(rows)
             if not (raw <= limit).all():
                 last, raw = sympy.Min(last, limit), np.minimum(raw, limit)
             if not (raw >= start).all():
-                last = sympy.Max(last, sympy.Symbol(f"start_{k}", integer=True))
+                last = sympy.Max(last, first)
             result.append((first, last))
-            before, before_symbol = end, sympy.Symbol(f"end_{k}", integer=True)
+            before, previous = end, last
         return result
 
 
