@@ -12,13 +12,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from calibatt_compiler.version import VERSION as __version__
+from calibatt_compiler import version
 
 if TYPE_CHECKING:
     from calibatt_compiler import errors
     from calibatt_compiler.calibration import CalibrationConfig, calibrate, calibration
     from calibatt_compiler.plan import Plan
     from calibatt_compiler.report.summary import summary
+
+__version__ = version.VERSION
 
 _HOMES = {
     "CalibrationConfig": "calibatt_compiler.calibration",

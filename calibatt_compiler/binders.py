@@ -8,7 +8,7 @@ from typing import Any
 from calibatt_compiler import models
 from calibatt_compiler.capture import Recorder
 from calibatt_compiler.dynamo import FrameInputs
-from calibatt_compiler.errors import PlanMismatchError
+from calibatt_compiler.errors import KernelError, PlanMismatchError
 from calibatt_compiler.options import CompileOptions
 from calibatt_compiler.passes.graph import example
 from calibatt_compiler.passes.rewrite import SdpaCall, Skip
@@ -65,14 +65,17 @@ class PlanBinder:
                 return Skip(f"{_hint(got)} {what} instead of {expected}", mismatch=True)
         query = example(call.operands["query"])
         assert query is not None
-        return SparseSite(
-            self._plan,
-            info.name,
-            lowering=self._options.lowering,
-            device=query.device,
-            dtype=query.dtype,
-            head_dim=info.head_dim,
-        )
+        try:
+            return SparseSite(
+                self._plan,
+                info.name,
+                lowering=self._options.lowering,
+                device=query.device,
+                dtype=query.dtype,
+                head_dim=info.head_dim,
+            )
+        except KernelError as error:
+            return Skip(f"no kernel: {error.problem}", mismatch=True)
 
 
 class RecordingBinder:

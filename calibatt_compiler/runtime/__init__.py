@@ -1,1 +1,1 @@
-"""What runs between the compiled graph and the kernels: which step it is, which kernel serves it."""
+"""Between the compiled graph and the kernels: which step it is, and which kernel serves it."""

@@ -22,5 +22,6 @@ class CompiledGraph:
         self.calls = 0
 
     def __call__(self, *inputs: Any) -> Any:
+        """Run the graph once."""
         self.calls += 1
         return self._compiled(*inputs)
