@@ -74,7 +74,7 @@ class AttentionRecorder:
             if site.skip is not None:
                 self._skips[site.name] = site.skip
 
-    def attend(  # noqa: PLR0917 - the protocol's order
+    def attend(
         self, site: str, q: Tensor, k: Tensor, v: Tensor, timestep: float, scale: float
     ) -> Tensor:
         """Compute dense attention and, where the call counts, select its blocks.

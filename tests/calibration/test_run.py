@@ -1,0 +1,210 @@
+"""Calibration of any module, end to end through the recording backend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+import calibatt_compiler
+from calibatt_compiler.calibration import CalibrationConfig, plan_from_run
+from calibatt_compiler.errors import CalibrationError, OptionError
+
+TOKENS = 150
+TIMESTEPS = (900.0, 500.0, 100.0)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(32, 96)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        split = self.project(x).view(batch, length, 3, 2, 16).permute(2, 0, 3, 1, 4)
+        out = scaled_dot_product_attention(3 * split[0], split[1], split[2])
+        return out.transpose(1, 2).reshape(batch, length, 32)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Attention() for _ in range(2))
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x) * (1 + timestep.view(-1, 1, 1) / 1000)
+        return x
+
+
+@pytest.fixture
+def model() -> Model:
+    torch.manual_seed(0)
+    return Model().eval()
+
+
+CONFIG = CalibrationConfig(block=(32, 32), A=0.5, C=0.7, k=2.0)
+
+
+def sample(model: nn.Module, seed: int, timesteps: tuple[float, ...] = TIMESTEPS) -> Tensor:
+    x = torch.randn(1, TOKENS, 32, generator=torch.Generator().manual_seed(seed))
+    for timestep in timesteps:
+        x = x + 0.1 * model(x, timestep=torch.tensor([timestep]))
+    return x
+
+
+def observe(model: nn.Module, config: CalibrationConfig, inputs: int = 3) -> calibatt_compiler.Plan:
+    with calibatt_compiler.calibration(model, config) as run:
+        for seed in range(inputs):
+            with run.input():
+                sample(model, seed)
+        return run.plan()
+
+
+def test_a_module_is_calibrated_and_left_as_it_was(model: Model) -> None:
+    before = sample(model, 9)
+    plan = observe(model, CONFIG)
+    assert list(plan.sites) == ["layers.0", "layers.1"]
+    assert plan.timesteps == TIMESTEPS
+    assert plan.grid == (1, 1, TOKENS)
+    assert 0 < plan.density() < 1
+    assert plan.metadata.thresholds == {"A": 0.5, "C": 0.7, "k": 2.0, "rho": 0.5}
+    assert plan.metadata.inputs.count == 3
+    assert plan.metadata.model is not None
+    assert plan.metadata.model.class_name == "Model"
+    assert plan.metadata.quality["input_kept_mass"] > 0.5
+    assert "_compiled_call_impl" not in model.__dict__
+    assert torch.equal(sample(model, 9), before)
+    assert observe(model, CONFIG).digest == plan.digest
+
+
+def test_a_compiled_module_stays_compiled_without_recompiles(model: Model) -> None:
+    model.compile(backend="eager")
+    compiled = model._compiled_call_impl
+    sample(model, 0)
+    observe(model, CONFIG, 1)
+    assert model._compiled_call_impl is compiled
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        sample(model, 0)
+
+
+def test_more_agreement_and_lower_thresholds_are_sparser(model: Model, tmp_path: Path) -> None:
+    config = CalibrationConfig(
+        block=(32, 32), A=0.5, C=0.7, k=2.0, keep_energies=True, run_folder=tmp_path / "run"
+    )
+    with calibatt_compiler.calibration(model, config) as run:
+        for seed in range(3):
+            with run.input():
+                sample(model, seed)
+        plan, strict, loose = run.plan(), run.plan(rho=1), run.plan(rho=0.1)
+        sparse = run.plan(A=0.2, C=0.2)
+        assert run.plan(A=0.5).sites["layers.0"].at(1) is not None
+    assert strict.density() < plan.density() < loose.density()
+    assert sparse.density() < plan.density()
+    assert sparse.metadata.thresholds == {"A": 0.2, "C": 0.2, "k": 2.0, "rho": 0.5}
+    assert plan_from_run(tmp_path / "run") == plan
+    assert plan_from_run(tmp_path / "run", A=0.2, C=0.2) == sparse
+    assert plan_from_run(tmp_path / "run", rho=1) == strict
+    again = plan_from_run(tmp_path / "run", A=0.5)
+    for site in plan.sites:
+        for step in range(3):
+            assert torch.equal(again.block_mask(site, step), plan.block_mask(site, step))
+    with pytest.raises(OptionError):
+        plan_from_run(tmp_path / "run", A=2)
+    with pytest.raises(CalibrationError, match="no calibration run"):
+        plan_from_run(tmp_path / "nothing")
+
+
+def test_other_thresholds_need_energies(model: Model) -> None:
+    with calibatt_compiler.calibration(model, CONFIG) as run:
+        with run.input():
+            sample(model, 0)
+        with pytest.raises(CalibrationError, match="not kept"):
+            run.plan(A=0.3)
+        with pytest.raises(OptionError):
+            run.plan(rho=7)
+
+
+def test_an_interrupted_run_goes_on(model: Model, tmp_path: Path) -> None:
+    config = CalibrationConfig(block=(32, 32), A=0.5, C=0.7, k=2, run_folder=tmp_path / "run")
+    undisturbed = observe(model, CONFIG)
+
+    def interrupted() -> None:
+        with calibatt_compiler.calibration(model, config) as run:
+            with run.input():
+                sample(model, 0)
+            with run.input():
+                sample(model, 1, TIMESTEPS[:1])
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    calls = 0
+    with calibatt_compiler.calibration(model, config) as run:
+        assert run.finished == ("00000",)
+        for seed in range(3):
+            if run.has(f"{seed:05d}"):
+                continue
+            calls += 1
+            with run.input(f"{seed:05d}"):
+                sample(model, seed)
+        assert run.plan() == undisturbed
+    assert calls == 2
+
+
+def test_trained_weights_are_another_run(model: Model, tmp_path: Path) -> None:
+    config = CalibrationConfig(block=(32, 32), run_folder=tmp_path / "run")
+    observe(model, config, 1)
+    with torch.no_grad():
+        model.layers[1].project.bias[5] += 1
+    with pytest.raises(CalibrationError, match="weights"):
+        observe(model, config, 1)
+
+
+def test_misuse_is_explained(model: Model) -> None:
+    with calibatt_compiler.calibration(model, CONFIG) as run:
+        with pytest.raises(CalibrationError, match="at least one finished input"):
+            run.plan()
+        with run.input():
+            with pytest.raises(CalibrationError, match="within another"), run.input():
+                pass
+            sample(model, 0)
+        with pytest.raises(CalibrationError, match="no attention call"), run.input():
+            pass
+        with pytest.raises(CalibrationError, match="not finite"), run.input():
+            model(torch.full((1, TOKENS, 32), torch.nan), timestep=torch.tensor([900.0]))
+        with pytest.raises(CalibrationError, match="other timesteps"), run.input():
+            sample(model, 1, (800.0,))
+        assert run.finished == ("00000",)
+        with (
+            pytest.raises(CalibrationError, match="was something else"),
+            run.input("00000", about={"other": 1}),
+        ):
+            pass
+
+
+def test_branches_can_be_told(model: Model) -> None:
+    alone = observe(model, CONFIG, 1)
+    with calibatt_compiler.calibration(model, CONFIG) as run, run.input():
+        x = torch.randn(1, TOKENS, 32, generator=torch.Generator().manual_seed(0))
+        for timestep in TIMESTEPS:
+            t = torch.tensor([timestep])
+            with run.branch("unconditional"):
+                model(torch.zeros_like(x), timestep=t)
+            with run.branch("conditional"):
+                x = x + 0.1 * model(x, timestep=t)
+        inside = run
+    assert inside.config is CONFIG
+    with calibatt_compiler.calibration(model, CONFIG) as run:
+        with run.input():
+            x = torch.randn(1, TOKENS, 32, generator=torch.Generator().manual_seed(0))
+            for timestep in TIMESTEPS:
+                with run.branch("batched"):
+                    both = torch.cat([torch.zeros_like(x), x])
+                    x = x + 0.1 * model(both, timestep=torch.tensor([timestep] * 2))[1:]
+        plan = run.plan()
+    for site in alone.sites:
+        assert torch.equal(plan.block_mask(site, 0), alone.block_mask(site, 0))
