@@ -22,7 +22,7 @@ MAX_KEY_BLOCKS = (1 << 15) - 1
 ENTRY_POINT = "baked_attention"
 """Name of the kernel in generated source."""
 
-_IMPORTS = '''\
+_IMPORTS = """\
 import triton
 import triton.language as tl
 
@@ -33,9 +33,9 @@ from calibatt_compiler.kernels.triton_body import (
     split_tiles,
     store_rows,
 )
-'''
+"""
 
-_SIGNATURE = '''\
+_SIGNATURE = """\
 @triton.jit(
     do_not_specialize=[
         "stride_qb", "stride_qh", "stride_qs", "stride_kb", "stride_kh", "stride_ks",
@@ -74,9 +74,9 @@ def baked_attention(
     batch = tl.program_id(1) // {heads}
     head = tl.program_id(1) % {heads}
     row = tile // ROW_TILES
-'''
+"""
 
-_LOAD_QUERIES = '''\
+_LOAD_QUERIES = """\
     first = tile * TILE_M
     q_head = head_pointer(q_ptr, stride_qb, stride_qh, batch, head, ALIGN)
     k_head = head_pointer(k_ptr, stride_kb, stride_kh, batch, head, ALIGN)
@@ -90,9 +90,9 @@ _LOAD_QUERIES = '''\
     acc = tl.zeros([TILE_M, PADDED_DIM], tl.float32)
     maximum = tl.full([TILE_M], -float("inf"), tl.float32)
     total = tl.zeros([TILE_M], tl.float32)
-'''
+"""
 
-_ATTEND = '''\
+_ATTEND = """\
         acc, maximum, total = attend_tile(
             q, k_head, v_head, stride_ks, stride_vs, (position + shift) * TILE_N, {length_k},
             acc, maximum, total, scale_log2, TILE_N, HEAD_DIM, PADDED_DIM, False, PRECISION,
@@ -104,7 +104,7 @@ _ATTEND = '''\
                 acc, maximum, total, scale_log2, TILE_N, HEAD_DIM, PADDED_DIM, True, PRECISION,
             )
     store_rows(o_head, stride_os, first, {length_q}, acc, total, TILE_M, HEAD_DIM, PADDED_DIM)
-'''
+"""
 
 
 def generate(cover: Cover, pattern: BlockPattern) -> str:

@@ -29,7 +29,7 @@ from calibatt_compiler.errors import KernelError
 from calibatt_compiler.kernels.cover_form import Affine, Cover, Segment, Term
 from calibatt_compiler.plan.pattern import BlockPattern
 
-LITERAL_BUDGET = 4096
+LITERAL_BUDGET = 2048
 """Literals a kernel may hold by default: interval bounds, and one row boundary a segment."""
 
 MAX_INTERVALS = 16
@@ -331,9 +331,7 @@ class _Merger:
     def _edges(self, head: int) -> int:
         return (self.prefix[head] > 0) + (self.suffix[head] > 0)
 
-    def _union(
-        self, a: _Piece, b: _Piece, *, exact: bool = False
-    ) -> tuple[float, _Piece] | None:
+    def _union(self, a: _Piece, b: _Piece, *, exact: bool = False) -> tuple[float, _Piece] | None:
         """Best form of `a` and `b` together, and the added blocks for each literal saved.
 
         None where no form saves literals or, with `exact`, where each adds blocks.
@@ -353,11 +351,7 @@ class _Merger:
             saved = a.literals + b.literals - 1 - 2 * intervals
             if saved <= 0:
                 continue
-            blocks = (
-                self._area(both, bits)
-                if diagonal
-                else (b.last - a.first) * bits.bit_count()
-            )
+            blocks = self._area(both, bits) if diagonal else (b.last - a.first) * bits.bit_count()
             if exact and blocks != both.kept:
                 continue
             cost = max(blocks - both.kept - a.added - b.added, 0) / saved
@@ -365,9 +359,7 @@ class _Merger:
                 best = (cost, -saved)
                 both.diagonal, both.intervals = diagonal, intervals
                 both.added = blocks - both.kept
-                both.straight, both.sheared = (
-                    (straight, bits) if diagonal else (bits, sheared)
-                )
+                both.straight, both.sheared = (straight, bits) if diagonal else (bits, sheared)
         return None if best is None else (best[0], both)
 
     def _capped(self, bits: int, intervals: int, edges: int) -> tuple[int, int]:
@@ -438,7 +430,5 @@ class _Merger:
         if prefix:
             terms.insert(0, Term(Affine(0, 0), Affine(0, prefix)))
         if suffix:
-            terms.append(
-                Term(Affine(0, self.columns - suffix), Affine(0, self.columns))
-            )
+            terms.append(Term(Affine(0, self.columns - suffix), Affine(0, self.columns)))
         return tuple(terms)

@@ -67,9 +67,7 @@ class Segment:
                 limit = term.start.offset
         return limits[::-1]
 
-    def bounds(
-        self, key_blocks: int
-    ) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+    def bounds(self, key_blocks: int) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
         """Start and end of each interval in each row of the segment, by the module's formula."""
         rows = np.arange(self.first, self.last)
         before = np.zeros_like(rows)
@@ -89,9 +87,7 @@ class Segment:
         rows = np.arange(self.first, self.last)
         before, previous = np.zeros_like(rows), sympy.Integer(0)
         result = []
-        everything = zip(
-            self.terms, self.limits(key_blocks), self.bounds(key_blocks), strict=True
-        )
+        everything = zip(self.terms, self.limits(key_blocks), self.bounds(key_blocks), strict=True)
         for term, limit, (start, end) in everything:
             first, raw = term.start.expression, term.start.at(rows)
             if not (raw >= before).all():

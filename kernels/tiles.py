@@ -77,23 +77,6 @@ def architecture(device: torch.device) -> int:
     return major * 10 + minor
 
 
-def parse_architecture(arch: str) -> int:
-    """Read `sm_90` as 90.
-
-    Raises:
-        KernelError: not of that form, or older than sm_80.
-    """
-    digits = arch.removeprefix("sm_").rstrip("a")
-    if not arch.startswith("sm_") or not digits.isdigit() or int(digits) < 80:
-        raise KernelError(
-            "unknown GPU architecture",
-            expected="sm_80 or newer, such as sm_80, sm_89, sm_90, sm_100, sm_120",
-            got=repr(arch),
-            remedy="pass the compute capability of the GPU that will run the plan",
-        )
-    return int(digits)
-
-
 def _family(arch: int) -> str:
     if arch == 80:
         return "sm_80"

@@ -4,6 +4,7 @@ compiled ahead of time has exactly the signature that the launch asks for.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from calibatt_compiler.kernels.tiles import TileSettings, architecture, tile_set
 from calibatt_compiler.plan.pattern import BlockPattern
 
 STRIDES = tuple(f"stride_{tensor}{axis}" for tensor in "qkvo" for axis in "bhs")
-"""Names of the stride arguments of every portable kernel: tensor q, k, v, o by batch, head, token."""
+"""Stride arguments of every portable kernel: tensors q, k, v, o by batch, head, token."""
 
 ALIGNMENT = 16
 """Bytes to which pointers and strides are aligned, so that every load moves 16 bytes at once."""
@@ -33,7 +34,7 @@ class LaunchConfig:
     """
 
     constexprs: dict[str, int | str | bool]
-    options: dict[str, int]
+    options: dict[str, int | bool]
     settings: TileSettings
 
 
@@ -78,7 +79,12 @@ def launch_config(
         # float32 operands mean that the caller wants float32 results: no TF32.
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
     }
-    options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    # Triton means to turn fused multiply-add off by default; the softmax is written for it.
+    options: dict[str, int | bool] = {
+        "num_warps": tiles.warps,
+        "num_stages": tiles.stages,
+        "enable_fp_fusion": True,
+    }
     return LaunchConfig(constexprs, options, tiles)
 
 
@@ -106,8 +112,9 @@ def aligned(tensor: Tensor, config: LaunchConfig) -> Tensor:
 def call_arguments(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, scale: float | None, config: LaunchConfig
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Strides (in units of ALIGN elements) and scale by argument name, and the queries to pass (negated if scale is negative).
+    """Return the queries to pass (negated for a negative scale), strides and scale by name.
 
+    Strides count units of ALIGN elements: see `head_pointer`.
     The kernels scale the row maximum instead of every score, which asks for a positive scale.
     """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
@@ -117,6 +124,13 @@ def call_arguments(
     assert isinstance(align, int)
     values = [tensor.stride(axis) // align for tensor in (q, k, v, o) for axis in (0, 1, 2)]
     return q, dict(zip(STRIDES, values, strict=True), scale_log2=scale * math.log2(math.e))
+
+
+def on_device(q: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Make the GPU of `q` current: Triton launches on the current one."""
+    if q.device.type != "cuda" or q.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(q.device)
 
 
 class DeviceKernel:

@@ -6,7 +6,6 @@ until that site's baked kernel is compiled.
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
@@ -31,6 +30,7 @@ from calibatt_compiler.kernels.triton_launch import (
     aligned,
     call_arguments,
     grid,
+    on_device,
 )
 from calibatt_compiler.plan.pattern import BlockPattern
 
@@ -75,9 +75,10 @@ def table_attention(
 ):
     """Attention of TILE_M queries of one head over the intervals of their row of blocks.
 
-    q, o: (B, H, Sq, D) and k, v: (B, H, Sk, D) by strides in units of ALIGN elements. Row `r = head * query_blocks + block`
-    owns the entries offsets[r] to offsets[r + 1] of `ends` (kept blocks up to the end of each
-    interval) and `shifts` (key block minus its position among the kept ones).
+    q, o: (B, H, Sq, D) and k, v: (B, H, Sk, D) by strides in units of ALIGN elements. Row
+    `r = head * query_blocks + block` owns the entries offsets[r] to offsets[r + 1] of `ends` (kept
+    blocks up to the end of each interval) and `shifts` (key block minus its position among the
+    kept ones).
     """
     tile = tl.program_id(0)
     batch = tl.program_id(1) // heads
@@ -113,7 +114,8 @@ def table_attention(
             q, k_head, v_head, stride_ks, stride_vs, (position + shift) * TILE_N, length_k,
             acc, maximum, total, scale_log2, TILE_N, HEAD_DIM, PADDED_DIM, False, PRECISION,
         )  # fmt: skip
-    if RAGGED_K:
+    # Not `and`: RAGGED_K is decided when compiling, `ragged` when running.
+    if RAGGED_K:  # noqa: SIM102
         if ragged:
             acc, maximum, total = attend_tile(
                 q, k_head, v_head, stride_ks, stride_vs, length_k // TILE_N * TILE_N, length_k,
@@ -157,7 +159,7 @@ _tables: WeakValueDictionary[tuple[str, str], IntervalTables] = WeakValueDiction
 
 
 def interval_tables(pattern: BlockPattern, device: torch.device) -> IntervalTables:
-    """Tables of `pattern` on `device`, shared by all kernels of an equal pattern while one lives."""
+    """Tables of `pattern` on `device`, shared by the kernels of equal patterns while one lives."""
     key = (pattern.digest, str(device))
     tables = _tables.get(key)
     if tables is None:
@@ -187,9 +189,7 @@ class TableAttention(DeviceKernel):
         head_dim: int,
         settings: TileSettings | None = None,
     ) -> None:
-        super().__init__(
-            pattern, device=device, dtype=dtype, head_dim=head_dim, settings=settings
-        )
+        super().__init__(pattern, device=device, dtype=dtype, head_dim=head_dim, settings=settings)
         self.density = pattern.density
         self.tables = interval_tables(pattern, device)
 
@@ -232,10 +232,3 @@ class TableAttention(DeviceKernel):
                 **config.options,
             )
         return out
-
-
-def on_device(q: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Make the GPU of `q` current: Triton launches on the current one."""
-    if q.device.type != "cuda" or q.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(q.device)
