@@ -24,7 +24,6 @@ from calibatt_compiler.kernels.operands import token_major
 from calibatt_compiler.options import Lowering
 from calibatt_compiler.plan.pattern import BlockPattern
 
-CUDA_HEAD_DIMS = (64, 128)
 CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -123,19 +122,12 @@ def _cuda_kernel(
     dtype: torch.dtype,
     head_dim: int,
 ) -> AttentionKernel:
-    if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
+    if not triton_serves(device, dtype):
         raise KernelError(
-            "the Triton kernels need a newer GPU",
-            expected="an NVIDIA GPU of compute capability 8.0 (Ampere) or newer",
-            got=torch.cuda.get_device_name(device),
-            remedy="use the option lowering='reference'",
-        )
-    if head_dim not in CUDA_HEAD_DIMS or dtype not in CUDA_DTYPES:
-        raise KernelError(
-            "there is no Triton kernel for this head dim and dtype: tiles are sized for two head "
-            "dims, and float64 has no fast matrix product",
-            expected=f"head dim {CUDA_HEAD_DIMS}, float32, bfloat16 or float16",
-            got=f"head dim {head_dim}, {dtype}",
+            "the Triton kernels don't serve this GPU or dtype",
+            expected="an NVIDIA GPU of compute capability 8.0 (Ampere) or newer; float32, bfloat16 "
+            "or float16",
+            got=f"{torch.cuda.get_device_name(device)}, {dtype}",
             remedy="use the option lowering='reference'",
         )
     if lowering == "table":
@@ -145,6 +137,16 @@ def _cuda_kernel(
     from calibatt_compiler.kernels.baked import BakedAttention
 
     return BakedAttention(pattern, device=device, dtype=dtype, head_dim=head_dim)
+
+
+def triton_serves(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the portable Triton kernels serve a device and a dtype."""
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and dtype in CUDA_DTYPES
+    )
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from calibatt_compiler.errors import KernelError
-from calibatt_compiler.kernels.attention import CUDA_DTYPES, CUDA_HEAD_DIMS, dense_attention
+from calibatt_compiler.kernels.attention import dense_attention, triton_serves
 
 
 def block_energy(
@@ -49,8 +49,8 @@ def block_energy(
         from calibatt_compiler.kernels.energy_cpu import cpu_energy
 
         return cpu_energy(q, k, None, block, factor, lse)[1]
-    if _triton_serves(q):
-        from calibatt_compiler.kernels.energy_triton import triton_energy
+    if triton_serves(q.device, q.dtype) and q.shape[-1] <= 256:
+        from calibatt_compiler.kernels.triton_energy import triton_energy
 
         return triton_energy(q, k, block, factor, lse)
     return _chunked_energy(q, k, block, factor, lse)
@@ -98,16 +98,6 @@ def attention_with_energy(
         assert out is not None
         return out, energy
     return dense_attention(q, k, v, factor), block_energy(q, k, block=block, scale=factor)
-
-
-def _triton_serves(q: Tensor) -> bool:
-    return (
-        q.device.type == "cuda"
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(q.device) >= (8, 0)
-        and q.dtype in CUDA_DTYPES
-        and q.shape[-1] in CUDA_HEAD_DIMS
-    )
 
 
 CHUNK = 1 << 26

@@ -139,7 +139,7 @@ def _flex(  # type: ignore[no-untyped-def] # traced: its code object is copied f
     )
     # The blocks are kept whole, so nothing is to be evaluated inside of them. A ragged last block
     # is cut to the sequence by the template.
-    return flex_attention(
+    return flex_attention(  # type: ignore[call-overload] # a template's option, not a typed key
         q, k, v, block_mask=blocks, scale=scale, kernel_options={"SKIP_MASK_SCORE": True}
     )
 

@@ -21,7 +21,7 @@ from calibatt_compiler.kernels.operands import check_operands, empty_output
 from calibatt_compiler.plan.pattern import BlockPattern
 
 SCORES = 1 << 18
-"""Scores a worker holds at once: one MiB of float32, within a core's second-level cache."""
+"""Scores a worker holds at once: one MiB of float32, well within a core's second-level cache."""
 
 TILE = 256
 """Most query tokens that share one gather."""
@@ -139,7 +139,9 @@ def attend(share: list[Tile], q: Tensor, k: Tensor, v: Tensor, scale: float, out
             torch.index_select(k[tile.head], 0, tile.keys, out=kept_keys)
             torch.index_select(v[tile.head], 0, tile.keys, out=kept_values)
         kept_keys, kept_values = kept_keys.to(dtype), kept_values.to(dtype)
-        step = max(1, SCORES // tile.count)
+        length = tile.stop - tile.start
+        most_rows = max(1, SCORES // tile.count)
+        step = -(-length // -(-length // most_rows))  # equal parts of at most that many rows
         for start in range(tile.start, tile.stop, step):
             stop = min(start + step, tile.stop)
             tile_q = q[tile.head, start:stop].to(dtype)
