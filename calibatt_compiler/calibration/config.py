@@ -36,7 +36,8 @@ class CalibrationConfig:
         run_folder: where finished inputs are kept; default `<out>.calibration` beside the plan,
             without `out` a temporary folder.
         keep_energies: keep block energies of finished inputs too (float32, 32 times the size of
-            the masks), so that `run.plan(A=..., C=..., k=...)` can select again.
+            the masks, in memory until the input ends), so that `plan_from_run` and
+            `run.plan(A=..., C=..., k=...)` can select again. For small models.
         keep_run: leave that folder when the plan is written, so that `rho` can be changed, or
             inputs be added at the end, without running the first ones again.
         restart: throw away what an earlier run left there.
