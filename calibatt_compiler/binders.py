@@ -83,7 +83,8 @@ class RecordingBinder:
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
-        self.prefix = f"recording-{id(recorder):x}"
+        # Fixed, so that Inductor's cache on disk serves a run that is resumed.
+        self.prefix = "recording"
 
     def bind(self, call: SdpaCall) -> Site | Skip:
         """Return a recording site, or why the call is not recorded."""
