@@ -130,6 +130,11 @@ def _count_runs(bits: int) -> int:
     return (bits & ~(bits << 1)).bit_count()
 
 
+def _hull(bits: int) -> int:
+    """All bits from the first to the last one set."""
+    return (1 << bits.bit_length()) - (bits & -bits)
+
+
 def _smallest_gaps(bits: int) -> tuple[int, int]:
     """Width of the narrowest gaps between the runs of a bit set, and all gaps of that width."""
     previous, width, gaps = None, 0, 0
@@ -242,24 +247,39 @@ class _Merger:
         if self.literals > self.budget:
             for piece in self.pieces:
                 self._propose(piece)
-        while self.heap:
-            _, _, (kind, piece, version, other, other_version, change) = heapq.heappop(self.heap)
-            if self.literals <= self.budget:
-                break
-            if not piece.alive or piece.version != version:
-                continue
-            if kind == "merge":
-                if other.alive and other.version == other_version:
-                    self._merge(piece, other, change)
-                    self._propose_merge(change.left, change)
-                    self._propose(change)
-            else:
-                self._close_gaps(piece)
+        while self.heap and self.literals > self.budget:
+            self._move(*heapq.heappop(self.heap)[2])
         alive = [piece for piece in self.pieces if piece.alive]
         segments: list[list[Segment]] = [[] for _ in self.prefix]
         for piece in sorted(alive, key=lambda p: (p.head, p.first)):
             segments[piece.head].append(Segment(piece.first, piece.last, self._terms(piece)))
         return segments
+
+    def _move(
+        self,
+        kind: str,
+        piece: _Piece,
+        version: int,
+        other: _Piece | None = None,
+        other_version: int = 0,
+        both: _Piece | None = None,
+    ) -> None:
+        """Make a queued move unless its segments have changed since."""
+        if not piece.alive or piece.version != version:
+            return
+        if other is not None:
+            assert both is not None
+            if not other.alive or other.version != other_version:
+                return
+            self._merge(piece, other, both)
+            piece = both
+        elif kind == "gap":
+            self._fill(piece, _smallest_gaps(piece.bits)[1])
+        else:
+            piece.diagonal = False
+            self._fill(piece, _hull(piece.straight))
+        self._propose_merge(piece.left, piece)
+        self._propose(piece)
 
     # Before the greedy search.
 
@@ -388,7 +408,11 @@ class _Merger:
         if piece.intervals > 1 + self._edges(piece.head) * piece.diagonal:
             gap, _ = _smallest_gaps(piece.bits)
             cost = gap * (piece.last - piece.first) / 2
-            self._push(cost, ("gap", piece, piece.version, None, 0, None))
+            self._push(cost, ("gap", piece, piece.version))
+        elif piece.intervals > 1:  # one band between columns: only its hull takes fewer literals
+            hull = _hull(piece.straight).bit_count() * (piece.last - piece.first)
+            cost = (hull - piece.kept - piece.added) / (2 * piece.intervals - 2)
+            self._push(cost, ("hull", piece, piece.version))
 
     def _merge(self, a: _Piece, b: _Piece, both: _Piece) -> None:
         a.alive = b.alive = False
@@ -413,11 +437,6 @@ class _Merger:
             piece.added = (piece.last - piece.first) * piece.straight.bit_count() - piece.kept
         piece.version += 1
         self.literals += piece.literals - before
-
-    def _close_gaps(self, piece: _Piece) -> None:
-        self._fill(piece, _smallest_gaps(piece.bits)[1])
-        self._propose_merge(piece.left, piece)
-        self._propose(piece)
 
     def _terms(self, piece: _Piece) -> tuple[Term, ...]:
         if not piece.diagonal:

@@ -112,14 +112,14 @@ def aligned(tensor: Tensor, config: LaunchConfig) -> Tensor:
 def call_arguments(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, scale: float | None, config: LaunchConfig
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Return the queries to pass (negated for a negative scale), strides and scale by name.
+    """Return the queries to pass (other ones if scale <= 0), strides and scale by name.
 
     Strides count units of ALIGN elements: see `head_pointer`.
     The kernels scale the row maximum instead of every score, which asks for a positive scale.
     """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    if scale < 0:
-        q, scale = -q, -scale
+    if scale <= 0:
+        q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
     align = config.constexprs["ALIGN"]
     assert isinstance(align, int)
     values = [tensor.stride(axis) // align for tensor in (q, k, v, o) for axis in (0, 1, 2)]

@@ -1,0 +1,131 @@
+"""Run the portable kernels under Triton's interpreter; started by test_triton_interpreted.py.
+
+A process of its own: the interpreter is chosen when kernels are defined, for the whole process.
+Prints one JSON line a case: its name and the largest error against the reference.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from calibatt_compiler.kernels.baked import BakedAttention
+from calibatt_compiler.kernels.cover import cover_pattern
+from calibatt_compiler.kernels.reference import ReferenceAttention
+from calibatt_compiler.kernels.triton_table import TableAttention
+from calibatt_compiler.plan.pattern import BlockPattern
+
+CPU = torch.device("cpu")
+Case = tuple[str, BlockPattern, int, int, float | None, float]
+
+
+def random_mask(heads: int, rows: int, columns: int, density: float, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    draw = torch.rand(heads, rows, columns, generator=generator)
+    return (draw < density).scatter_(2, draw.argmin(-1, keepdim=True), True)
+
+
+def pattern(
+    mask: torch.Tensor, query_length: int, key_length: int, block: tuple[int, int]
+) -> BlockPattern:
+    return BlockPattern.from_mask(
+        mask, query_length=query_length, key_length=key_length, block=block
+    )
+
+
+def cases() -> Iterator[Case]:
+    """Name, pattern, batch, head dim, scale, size of the scores."""
+    square = pattern(random_mask(2, 5, 5, 0.4, 0), 150, 150, (32, 32))
+    yield "odd lengths", square, 1, 64, None, 1.0
+    yield "batch", square, 2, 64, None, 1.0
+    yield "head dim 128", square, 1, 128, None, 1.0
+    yield "head dim not a power of two", square, 1, 40, None, 1.0
+    yield "head dim without aligned rows", square, 1, 21, None, 1.0
+    yield "negative scale", square, 1, 64, -0.3, 1.0
+    yield "scale zero", square, 1, 64, 0.0, 1.0
+    yield "scores far apart", square, 1, 64, None, 30.0
+    tall = pattern(random_mask(3, 7, 2, 0.5, 1), 7 * 32 - 31, 100, (32, 64))
+    yield "rectangular, one query in the last block", tall, 1, 64, None, 1.0
+    wide = pattern(random_mask(1, 2, 9, 0.3, 2), 128 + 1, 9 * 32 - 31, (128, 32))
+    yield "rectangular, one key in the last block", wide, 1, 64, None, 1.0
+    yield "short", pattern(torch.ones(2, 1, 1).bool(), 3, 5, (64, 64)), 1, 64, None, 1.0
+    last = torch.zeros(1, 3, 3, dtype=torch.bool)
+    last[:, :, 2] = True
+    yield "ragged block alone", pattern(last, 3 * 64, 2 * 64 + 7, (64, 64)), 1, 64, None, 1.0
+    tiles = pattern(last, 3 * 128, 2 * 128 + 70, (128, 128))
+    yield "ragged block of one whole and one ragged tile", tiles, 1, 64, None, 1.0
+    whole = pattern(last, 3 * 128, 2 * 128 + 64, (128, 128))
+    yield "ragged block of one whole tile", whole, 1, 64, None, 1.0
+    odd = pattern(random_mask(2, 4, 4, 0.5, 3), 190, 180, (48, 48))
+    yield "blocks of 48", odd, 1, 64, None, 1.0
+    row, column = np.indices((9, 9))
+    bands = np.stack([abs(column - row - shift) <= 1 for shift in (0, 1, 2)])
+    bands |= abs(column - row + 5) <= 0
+    bands[:, :, 0] = bands[:, 8] = True
+    bands[2, 4:6] = column[4:6] == 4
+    yield "bands", pattern(torch.from_numpy(bands), 280, 280, (32, 32)), 1, 64, None, 1.0
+
+
+def main() -> None:
+    for name, made, batch, head_dim, scale, size in cases():
+        generator = torch.Generator().manual_seed(0)
+        q, k, v = (
+            torch.randn(batch, length, made.heads, head_dim, generator=generator).transpose(1, 2)
+            for length in (made.query_length, made.key_length, made.key_length)
+        )
+        q = q * size
+        k = k.contiguous()
+        where = {"device": CPU, "dtype": torch.float32, "head_dim": head_dim}
+        table = TableAttention(made, **where)
+        baked = BakedAttention(made, **where)
+        assert baked.kind == "triton-baked", baked.reason
+        expected = ReferenceAttention(made)(q, k, v, scale=scale)
+        first, second = (kernel(q, k, v, scale=scale) for kernel in (table, baked))
+        assert torch.equal(first, second), name
+        assert first.transpose(1, 2).is_contiguous()
+        error = (first - expected).abs().max().item()
+        # Numpy's exp2 turns to subnormals where torch does not: looser where scores are far apart.
+        print(json.dumps({"case": name, "error": error, "allowed": 2e-5 if size > 1 else 5e-6}))
+
+    # Operands that the kernel can't read as they are: no unit stride, misaligned.
+    made = next(cases())[1]
+    storage = torch.randn(3 * 2 * 150 * 64 * 2 + 1)
+    q, k, v = storage[1:].view(3, 1, 2, 150, 128).unbind(0)
+    strided = [x[..., ::2] for x in (q, k, v)]
+    kernel = TableAttention(made, device=CPU, dtype=torch.float32, head_dim=64)
+    error = (kernel(*strided) - ReferenceAttention(made)(*strided)).abs().max().item()
+    print(json.dumps({"case": "strides", "error": error, "allowed": 5e-6}))
+
+    # A mask beyond the budget: what is denoted is what is computed, and both kernels agree.
+    made = pattern(random_mask(2, 8, 8, 0.4, 5), 250, 250, (32, 32))
+    q, k, v = (torch.randn(1, 2, 250, 64) for _ in range(3))
+    where = {"device": CPU, "dtype": torch.float32, "head_dim": 64}
+    baked = BakedAttention(made, **where, literal_budget=24, max_added_density=1.0)
+    assert baked.added_density > 0
+    assert baked.density > made.density
+    superset = cover_pattern(made, literal_budget=24).pattern
+    error = (baked(q, k, v) - ReferenceAttention(superset)(q, k, v)).abs().max().item()
+    print(json.dumps({"case": "covered", "error": error, "allowed": 5e-6}))
+    declined = BakedAttention(made, **where, literal_budget=24)
+    assert declined.kind == "triton-table"
+    assert declined.density == made.density
+    assert declined.reason is not None
+    assert "24 literals" in declined.reason
+
+    # Inf and NaN: a query that sees nothing but -inf scores at first is still right.
+    made = pattern(torch.ones(1, 1, 4).bool(), 32, 128, (32, 32))
+    q, k, v = (torch.ones(1, 1, n, 64) for n in (32, 128, 128))
+    k[:, :, :32, 0] = -float("inf")
+    kernel = TableAttention(made, device=CPU, dtype=torch.float32, head_dim=64)
+    error = (kernel(q, k, v) - 1).abs().max().item()
+    print(json.dumps({"case": "a block of -inf scores", "error": error, "allowed": 1e-6}))
+    k[:, :, 5, 0] = float("nan")
+    assert kernel(q, k, v).isnan().all()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
