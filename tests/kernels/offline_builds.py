@@ -1,0 +1,97 @@
+"""Compile the portable kernels for GPUs that need not be here; for test_triton_offline.py.
+
+A process of its own: it puts a stand-in driver in Triton's place. Prints one JSON line a kernel.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from triton import knobs
+
+from calibatt_compiler.kernels import cache
+from calibatt_compiler.kernels.compiler import KernelCompiler, KernelSpec
+from calibatt_compiler.kernels.cover import LITERAL_BUDGET, MAX_INTERVALS
+from calibatt_compiler.kernels.offline import compile_offline, table_arguments
+from calibatt_compiler.kernels.operands import empty_output
+from calibatt_compiler.kernels.triton_launch import call_arguments, launch_config
+from calibatt_compiler.kernels.triton_table import table_attention
+from calibatt_compiler.plan.pattern import BlockPattern
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        dump = subprocess.run(
+            [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    pairs = (word.split(":") for word in dump.split() if word.count(":") == 1)
+    return {name: int(value) for name, value in pairs if value.isdigit()}
+
+
+def describe(kernel: Any) -> dict[str, Any]:
+    ptx = kernel.asm["ptx"]
+    usage = resources(kernel.asm["cubin"])
+    return {
+        "registers": usage["REG"],
+        "stack": usage["STACK"],
+        "local": usage["LOCAL"],
+        "shared": kernel.metadata.shared,
+        "wgmma": ptx.count("wgmma.mma_async"),
+        "tcgen05": ptx.count("tcgen05.mma"),
+        "mma": ptx.count("mma.sync"),
+        "cp_async": ptx.count("cp.async.cg"),
+    }
+
+
+def cached_files() -> int:
+    return sum(1 for path in Path(os.environ["TRITON_CACHE_DIR"]).rglob("*") if path.is_file())
+
+
+def main() -> None:
+    row = torch.arange(12)
+    mask = (row[:, None] - row[None]).abs()[None] <= torch.tensor([1, 2])[:, None, None]
+    mask[:, :, 0] = True
+    length = 12 * 128 - 37
+    made = BlockPattern.from_mask(mask, query_length=length, key_length=length)
+    archs = [int(arch) for arch in os.environ["CALIBATT_TEST_ARCHS"].split(",")]
+    bf16 = torch.bfloat16
+
+    specs = [KernelSpec(made, bf16, 128, arch) for arch in archs]
+    with KernelCompiler(workers=2) as compiler:
+        report = compiler.build(specs)
+    assert not report.failed, report.failed
+    entry = cache.get_entry(made, literal_budget=LITERAL_BUDGET, max_intervals=MAX_INTERVALS)
+
+    for arch in archs:
+        for head_dim in (64, 128):
+            config = launch_config(made, arch=arch, dtype=bf16, head_dim=head_dim)
+            arguments = {"arch": arch, "dtype": bf16, "config": config}
+            kernel = compile_offline(table_attention, **arguments, extra=table_arguments())
+            facts = {"kind": "table", "arch": arch, "head_dim": head_dim, **describe(kernel)}
+            print(json.dumps(facts))
+        assert cache.is_compiled(entry, cache.variant_name(config, arch=arch, dtype=bf16))
+        # The launch path with real operands: everything must come out of Triton's cache.
+        q, k, v = (torch.zeros(2, length, 2, 128, dtype=bf16).transpose(1, 2) for _ in range(3))
+        out = empty_output(q)
+        q, arguments = call_arguments(q, k, v, out, None, config)
+        before = cached_files()
+        kernel = cache.load_kernel(entry).warmup(
+            q, k, v, out, grid=(1, 1), **arguments, **config.constexprs, **config.options
+        )
+        facts = {"kind": "baked", "arch": arch, "head_dim": 128, **describe(kernel)}
+        print(json.dumps({**facts, "new_files": cached_files() - before}))
+
+
+if __name__ == "__main__":
+    main()
