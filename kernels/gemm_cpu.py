@@ -4,7 +4,7 @@ Each group of query blocks that keeps the same keys gathers these keys and value
 attention over them with the BLAS that torch brings. In float32 that BLAS runs at the same rate on
 a gathered tile as in dense attention, so time follows density. (FlexAttention's CPU template has
 a fixed register tile for q @ k.T in float32 and reaches less than half that rate where AVX-512 is
-there; in bfloat16 and float16 it is the faster one. `benchmarks/` measures both.)
+there; in bfloat16 and float16 it is the faster one. `benchmarks/cpu_attention.py` measures both.)
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from calibatt_compiler.kernels.cpu_workers import balanced, run_shares
 from calibatt_compiler.kernels.operands import check_operands, empty_output
 from calibatt_compiler.plan.pattern import BlockPattern
 
-SCORES = 1 << 18
-"""Scores a worker holds at once: one MiB of float32, well within a core's second-level cache."""
+SCORES = 1 << 19
+"""Scores a worker holds at once: two MiB of float32, about a core's second-level cache."""
 
 TILE = 256
 """Most query tokens that share one gather."""

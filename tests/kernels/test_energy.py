@@ -150,9 +150,10 @@ def test_gpu_kernel_equals_the_definition(operands, accuracy, size, head_dim, dt
     exact = reference_energy(q, k, block=block)
     yardstick = plain_energy(q.cpu().float(), k.cpu().float(), block)
     energy = block_energy(q, k, block=block)
-    accuracy(energy, exact, yardstick, factor=16).check()
+    # The log-sum-exp, about 10, is held in float32: a relative error of some 10 roundings.
+    accuracy(energy, exact, yardstick, factor=64).check()
     lse = torch.logsumexp(q.double() @ k.double().mT * head_dim**-0.5, -1)
-    accuracy(block_energy(q, k, block=block, lse=lse), exact, yardstick, factor=16).check()
+    accuracy(block_energy(q, k, block=block, lse=lse), exact, yardstick, factor=64).check()
     out, same = attention_with_energy(q, k, v, block=block)
     assert torch.equal(same, energy)
     dense = scaled_dot_product_attention(q.double(), k.double(), v.double())

@@ -1,0 +1,102 @@
+"""Time the CPU kernels against stock SDPA, and block energies against both.
+
+    python benchmarks/cpu_attention.py --tokens 2160 --threads 2
+
+Prints, per density, medians in milliseconds of rounds that interleave all candidates, so that a
+busy machine disturbs them alike, and the ratio dense / kernel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from calibatt_compiler.kernels.energy import attention_with_energy, block_energy
+from calibatt_compiler.kernels.flex_cpu import FlexCpuAttention, flex_cpu_available
+from calibatt_compiler.kernels.gemm_cpu import GemmCpuAttention
+from calibatt_compiler.plan.pattern import BlockPattern
+
+
+def medians(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Milliseconds by candidate: median over interleaved rounds, after one to warm up."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for turn in range(rounds + 1):
+        for name, candidate in candidates.items():
+            start = time.perf_counter()
+            candidate()
+            if turn:
+                times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def random_pattern(heads: int, tokens: int, block: int, density: float) -> BlockPattern:
+    """Keep blocks at random, the diagonal always."""
+    blocks = math.ceil(tokens / block)
+    mask = torch.rand(heads, blocks, blocks) < density
+    mask |= torch.eye(blocks, dtype=torch.bool)
+    return BlockPattern.from_mask(
+        mask, query_length=tokens, key_length=tokens, block=(block, block)
+    )
+
+
+def main() -> None:
+    """Parse the arguments, time, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=2160)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--blocks", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--densities", type=float, nargs="+", default=[0.2, 0.3, 0.4, 0.5, 0.6, 1])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--without-flex", action="store_true", help="spare the C++ compiler")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    shape = (1, options.tokens, options.heads, options.head_dim)
+    dtype = getattr(torch, options.dtype)
+    q, k, v = (torch.randn(shape).to(dtype).transpose(1, 2) for _ in range(3))
+
+    def dense() -> object:
+        return scaled_dot_product_attention(q, k, v)
+
+    for block in options.blocks:
+        for density in options.densities:
+            pattern = random_pattern(options.heads, options.tokens, block, density)
+            kernels = {"gemm": GemmCpuAttention(pattern)}
+            if flex_cpu_available() and not options.without_flex:
+                kernels["flex"] = FlexCpuAttention(pattern)
+            candidates: dict[str, Callable[[], object]] = {"dense": dense}
+            for name, kernel in kernels.items():
+                candidates[name] = lambda kernel=kernel: kernel(q, k, v)
+            ms = medians(candidates, options.rounds)
+            row = "  ".join(
+                f"{name} {ms[name]:7.2f} ms (x{ms['dense'] / ms[name]:.2f})" for name in ms
+            )
+            print(f"block {block:4d}  density {pattern.density:.2f}  {row}", flush=True)
+        size = (block, block)
+        ms = medians(
+            {
+                "dense": dense,
+                "energy": lambda size=size: block_energy(q, k, block=size),
+                "both": lambda size=size: attention_with_energy(q, k, v, block=size),
+            },
+            options.rounds,
+        )
+        print(
+            f"block {block:4d}  energies {ms['energy']:.2f} ms, with output {ms['both']:.2f} ms, "
+            f"dense {ms['dense']:.2f} ms",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()
