@@ -270,7 +270,8 @@ class _TritonPrinter(StrPrinter):  # type: ignore[misc]
 
     def _calls(self, name: str, expression: Any) -> str:
         # Sympy keeps the arguments as a set: sorted, or equal covers could give unequal source.
-        first, *rest = sorted((self._print(a) for a in expression.args), reverse=True)
+        parts: list[str] = [self._print(argument) for argument in expression.args]
+        first, *rest = sorted(parts, reverse=True)
         for argument in rest:
             first = f"{name}({first}, {argument})"
         return first

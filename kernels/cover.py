@@ -203,7 +203,7 @@ class _Merger:
         self.slope = slope
         self.budget = literal_budget
         self.max_intervals = max_intervals
-        self.rows, self.columns = heads[0].shape
+        self.rows, self.columns = (int(size) for size in heads[0].shape)
         self.zero = slope * self.rows  # bit of the diagonal in a sheared set
         self.prefix: list[int] = []
         self.suffix: list[int] = []
@@ -305,9 +305,9 @@ class _Merger:
         """
         limit = COARSE_FACTOR * self.budget
         if self.literals > limit:
-            for piece in self.pieces:
-                if piece.alive and piece.intervals > 2 * self.max_intervals:
-                    self._close_widths(piece)
+            for row in self.pieces:
+                if row.alive and row.intervals > 2 * self.max_intervals:
+                    self._close_widths(row)
         while self.literals > limit:
             before = self.literals
             first = [piece for piece in self.pieces if piece.alive and piece.left is None]

@@ -1,0 +1,171 @@
+"""When the baked kernel serves and when the table does, without a GPU: nothing is launched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from calibatt_compiler.errors import KernelError
+from calibatt_compiler.kernels import baked
+from calibatt_compiler.kernels.baked import BakedAttention
+from calibatt_compiler.kernels.compiler import CompiledSource, KernelCompiler, KernelSpec
+from calibatt_compiler.plan.pattern import BlockPattern
+
+
+class ManualCompiler(KernelCompiler):
+    """Compiles nothing; the test decides when, and how, a kernel is done."""
+
+    def __init__(self) -> None:
+        super().__init__(workers=1)
+        self.future: Future[CompiledSource] = Future()
+        self.specs: list[KernelSpec] = []
+
+    def submit(self, spec: KernelSpec) -> Future[CompiledSource]:
+        self.specs.append(spec)
+        return self.future
+
+    def finish(self) -> None:
+        self.future.set_result(CompiledSource("d", "v", Path("p"), 0.0, 1.0, False))
+
+
+class RecordedLaunch:
+    """Stands for a kernel: returns its name's length everywhere, or fails."""
+
+    def __init__(self, value: float, error: Exception | None = None) -> None:
+        self.value, self.error, self.launched = value, error, False
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+        if self.error is not None:
+            raise self.error
+        self.launched = True
+        return torch.full_like(q, self.value)
+
+
+@pytest.fixture
+def compiler() -> ManualCompiler:
+    return ManualCompiler()
+
+
+@pytest.fixture
+def make(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    compiler: ManualCompiler,
+    random_pattern: Callable[..., BlockPattern],
+) -> Callable[..., BakedAttention]:
+    """Make a BakedAttention for a GPU that is not there; tables stay on the CPU."""
+    monkeypatch.setenv("CALIBATT_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("calibatt_compiler.kernels.triton_launch.architecture", lambda device: 90)
+    monkeypatch.setattr(
+        "calibatt_compiler.kernels.triton_table.interval_tables", lambda pattern, device: None
+    )
+
+    def build(error: Exception | None = None, **limits: object) -> BakedAttention:
+        monkeypatch.setattr(baked, "_GeneratedKernel", lambda *_, **__: RecordedLaunch(2.0, error))
+        kernel = BakedAttention(
+            random_pattern(heads=2, query_length=300),
+            device=torch.device("cuda"),
+            dtype=torch.bfloat16,
+            head_dim=64,
+            compiler=compiler,
+            **limits,  # type: ignore[arg-type]
+        )
+        kernel.table = RecordedLaunch(1.0)  # type: ignore[assignment]
+        return kernel
+
+    return build
+
+
+Q = torch.zeros(1, 2, 300, 64)
+
+
+def test_the_table_serves_until_the_kernel_is_compiled(
+    make: Callable[..., BakedAttention], compiler: ManualCompiler
+) -> None:
+    kernel = make()
+    assert kernel.kind == "triton-table"
+    assert not kernel.wait(timeout=0.01)
+    assert kernel(Q, Q, Q).unique().item() == 1
+    compiler.finish()
+    assert kernel.wait()
+    assert kernel.kind == "triton-baked"
+    assert kernel(Q, Q, Q).unique().item() == 2
+    assert compiler.specs[0].arch == 90
+    assert kernel.reason is None
+
+
+def test_a_failed_kernel_leaves_the_table_and_its_reason(
+    make: Callable[..., BakedAttention], compiler: ManualCompiler
+) -> None:
+    kernel = make()
+    compiler.future.set_exception(KernelError("ptxas said no"))
+    assert not kernel.wait()
+    assert kernel(Q, Q, Q).unique().item() == 1
+    assert kernel.kind == "triton-table"
+    assert kernel.reason == "ptxas said no"
+
+
+def test_a_cancelled_kernel_leaves_the_table(
+    make: Callable[..., BakedAttention], compiler: ManualCompiler
+) -> None:
+    kernel = make()
+    compiler.future.cancel()
+    assert not kernel.wait()
+    assert kernel(Q, Q, Q).unique().item() == 1
+    assert kernel.reason == "compiling was cancelled"
+
+
+def test_a_kernel_that_cannot_be_launched_leaves_the_table(
+    make: Callable[..., BakedAttention], compiler: ManualCompiler
+) -> None:
+    kernel = make(error=RuntimeError("out of shared memory"))
+    compiler.finish()
+    assert kernel(Q, Q, Q).unique().item() == 1
+    assert kernel.kind == "triton-table"
+    assert kernel.reason is not None
+    assert "out of shared memory" in kernel.reason
+
+
+def test_wrong_operands_are_the_callers_error(
+    make: Callable[..., BakedAttention], compiler: ManualCompiler
+) -> None:
+    kernel = make(error=KernelError("operands don't fit"))
+    compiler.finish()
+    with pytest.raises(KernelError, match="don't fit"):
+        kernel(Q, Q, Q)
+    assert kernel.kind == "triton-baked"
+
+
+def test_a_covered_mask_reports_what_it_adds(make: Callable[..., BakedAttention]) -> None:
+    exact = make()
+    assert exact.added_density == 0
+    covered = make(literal_budget=16, max_added_density=1.0)
+    assert covered.added_density > 0
+    assert covered.density == pytest.approx(exact.density + covered.added_density)
+
+
+def test_a_cover_that_adds_too_much_is_declined(
+    make: Callable[..., BakedAttention], compiler: ManualCompiler
+) -> None:
+    kernel = make(literal_budget=16, max_added_density=0.01)
+    assert kernel.added_density == 0
+    assert kernel.reason is not None
+    assert "16 literals" in kernel.reason
+    assert not compiler.specs
+    assert not kernel.wait()
+
+
+def test_an_unwritable_cache_leaves_the_table(
+    make: Callable[..., BakedAttention], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("CALIBATT_CACHE_DIR", str(blocked))
+    kernel = make()
+    assert kernel.kind == "triton-table"
+    assert kernel.reason is not None

@@ -1,0 +1,131 @@
+"""Portable kernels on a GPU: accuracy, equal bits, and nothing left to compile at launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from calibatt_compiler.kernels.baked import BakedAttention
+from calibatt_compiler.kernels.compiler import KernelCompiler, KernelSpec
+from calibatt_compiler.kernels.tiles import architecture
+from calibatt_compiler.kernels.triton_table import TableAttention
+from calibatt_compiler.plan.pattern import BlockPattern
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.timeout(300),
+]
+CUDA = torch.device("cuda", 0)
+CASES = [
+    # query_length, key_length, heads, head_dim, block, batch
+    (2160, 2160, 4, 64, (64, 64), 1),
+    (1267, 1267, 3, 128, (128, 128), 2),
+    (1000, 333, 2, 128, (128, 64), 1),
+    (129, 2049, 2, 64, (32, 128), 1),
+]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CALIBATT_CACHE_DIR", str(tmp_path / "calibatt"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("rows", "columns", "heads", "head_dim", "block", "batch"), CASES)
+def test_error_is_that_of_dense_attention_in_the_same_dtype(
+    operands: Callable[..., tuple[torch.Tensor, ...]],
+    random_pattern: Callable[..., BlockPattern],
+    assert_attention: Callable[..., None],
+    rows: int,
+    columns: int,
+    heads: int,
+    head_dim: int,
+    block: tuple[int, int],
+    batch: int,
+    dtype: torch.dtype,
+) -> None:
+    pattern = random_pattern(heads=heads, query_length=rows, key_length=columns, block=block)
+    q, k, v = operands(
+        batch=batch,
+        heads=heads,
+        query_length=rows,
+        key_length=columns,
+        head_dim=head_dim,
+        dtype=dtype,
+        device=CUDA,
+    )
+    kernel = TableAttention(pattern, device=CUDA, dtype=dtype, head_dim=head_dim)
+    out = kernel(q, k, v)
+    assert_attention(out, q, k, v, pattern, factor=1.5)
+    assert torch.equal(out, kernel(q, k, v))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_table_and_baked_give_the_same_bits_and_the_launch_compiles_nothing(
+    operands: Callable[..., tuple[torch.Tensor, ...]],
+    random_pattern: Callable[..., BlockPattern],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    head_dim: int,
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    pattern = random_pattern(heads=3, query_length=1500, block=(128, 128), density=0.3)
+    with KernelCompiler(workers=1) as compiler:
+        report = compiler.build([KernelSpec(pattern, torch.bfloat16, head_dim, architecture(CUDA))])
+    assert not report.failed
+    where = {"device": CUDA, "dtype": torch.bfloat16, "head_dim": head_dim}
+    baked = BakedAttention(pattern, **where)
+    assert baked.ready(), baked.reason
+    table = TableAttention(baked.pattern, **where)
+    q, k, v = operands(
+        batch=2,
+        heads=3,
+        query_length=1500,
+        head_dim=head_dim,
+        dtype=torch.bfloat16,
+        device=CUDA,
+    )
+    expected = table(q, k, v)
+    cubins = set((tmp_path / "triton").rglob("*.cubin"))
+    out = baked(q, k, v)
+    assert set((tmp_path / "triton").rglob("*.cubin")) == cubins
+    assert torch.equal(out, expected)
+    assert baked.kind == "triton-baked"
+
+
+def test_the_switch_from_table_to_baked_changes_no_bit(
+    operands: Callable[..., tuple[torch.Tensor, ...]],
+    random_pattern: Callable[..., BlockPattern],
+) -> None:
+    pattern = random_pattern(heads=2, query_length=2160, block=(64, 64), density=0.2)
+    with KernelCompiler(workers=1) as compiler:
+        kernel = BakedAttention(
+            pattern, device=CUDA, dtype=torch.float16, head_dim=64, compiler=compiler
+        )
+        q, k, v = operands(heads=2, query_length=2160, dtype=torch.float16, device=CUDA)
+        before = kernel(q, k, v)
+        assert kernel.wait(240), kernel.reason
+        after = kernel(q, k, v)
+    assert kernel.kind == "triton-baked"
+    assert torch.equal(before, after)
+
+
+def test_extreme_scores_do_what_dense_attention_does(
+    operands: Callable[..., tuple[torch.Tensor, ...]],
+    assert_attention: Callable[..., None],
+) -> None:
+    pattern = BlockPattern.dense(2, 300, 300, block=(64, 64))
+    q, k, v = operands(heads=2, query_length=300, dtype=torch.bfloat16, device=CUDA)
+    kernel = TableAttention(pattern, device=CUDA, dtype=torch.bfloat16, head_dim=64)
+    spiked = k.clone()
+    spiked[:, :, 170] *= 60  # hundreds of nats above the rest
+    assert_attention(kernel(q, spiked, v), q, spiked, v, pattern, factor=1.5)
+    broken = k.clone()
+    broken[:, 0, 5] = float("nan")
+    out = kernel(q, broken, v)
+    assert out[:, 0].isnan().all()
+    assert not out[:, 1].isnan().any()
