@@ -34,7 +34,7 @@ from calibatt_compiler.plan.pattern import BlockPattern
 
 log = logging.getLogger("calibatt")
 
-_GENERATOR = ("cover.py", "cover_form.py", "codegen.py", "triton_body.py")
+_GENERATOR = ("cover.py", "cover_merge.py", "cover_form.py", "codegen.py", "triton_body.py")
 
 
 @dataclass(frozen=True)
