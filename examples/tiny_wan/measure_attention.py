@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import WanPipeline, WanTransformer3DModel
 from settings import MODEL_DIR, load_demo
 from torch import Tensor
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 BLOCK = 64
@@ -35,8 +35,10 @@ def best_block_share(query: Tensor, key: Tensor) -> Tensor:
     shares = torch.zeros(heads, device=query.device)
     for row in range(batch):
         scores = query[row].float() @ key[row].float().mT / math.sqrt(width)
-        mass = F.pad(scores.softmax(dim=-1), (0, pad)).unflatten(-1, (blocks, BLOCK)).sum(-1)
-        mass = F.pad(mass, (0, 0, 0, pad)).unflatten(1, (blocks, BLOCK)).sum(2)
+        mass = (
+            functional.pad(scores.softmax(dim=-1), (0, pad)).unflatten(-1, (blocks, BLOCK)).sum(-1)
+        )
+        mass = functional.pad(mass, (0, 0, 0, pad)).unflatten(1, (blocks, BLOCK)).sum(2)
         mass = mass / mass.sum(-1, keepdim=True)
         best = mass.sort(dim=-1, descending=True).values
         weight = (BEST * tokens / BLOCK - torch.arange(blocks, device=mass.device)).clamp(0, 1)
@@ -62,7 +64,7 @@ class AttentionProbe(TorchFunctionMode):
     ) -> Any:
         """Record (step, layer, share per head), then compute the attention as ever."""
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
+        if func is functional.scaled_dot_product_attention:
             query = args[0] if args else kwargs["query"]
             key = args[1] if len(args) > 1 else kwargs["key"]
             if query.shape[2] == key.shape[2] == self.tokens:
@@ -135,7 +137,8 @@ def main() -> None:
         pipeline.transformer = transformer
         found = measure(pipeline, demo, demo["held_out"][: args.prompts], args.steps)
         print(f"{name}: {found['mean']:.3f} of the mass in the best 20 % of {BLOCK}-token blocks")
-        print("  by step", dict(zip(args.steps, [round(x, 2) for x in found["by_step"]])))
+        pairs = zip(args.steps, found["by_step"], strict=True)
+        print("  by step", {step: round(share, 2) for step, share in pairs})
         for layer, row in enumerate(found["by_head"].tolist()):
             print(f"  layer {layer}, by head", [round(x, 2) for x in row])
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from statistics import mean
 
 from checkpoint import read_log
 from settings import HERE, WORK
 
 
 def draw(log: Path, out: Path, title: str) -> None:
-    """Plot loss against step, with a running mean over 25 records."""
+    """Plot loss against step, with a running mean over 13 records."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -18,10 +19,7 @@ def draw(log: Path, out: Path, title: str) -> None:
 
     records = {record["step"]: record["loss"] for record in read_log(log)}
     steps, losses = list(records), list(records.values())
-    smooth = [
-        sum(losses[max(0, i - 24) : i + 1]) / len(losses[max(0, i - 24) : i + 1])
-        for i in range(len(losses))
-    ]
+    smooth = [mean(losses[max(0, i - 6) : i + 7]) for i in range(len(losses))]
     figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
     axes.plot(steps, losses, color="0.75", linewidth=0.7, label="loss")
     axes.plot(steps, smooth, color="tab:blue", linewidth=1.3, label="running mean")
@@ -29,7 +27,8 @@ def draw(log: Path, out: Path, title: str) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(out, dpi=100)
-    print(f"{title}: first {losses[0]:.4f}, last {smooth[-1]:.4f}, {steps[-1]} steps")
+    last = mean(losses[-25:])
+    print(f"{title}: first {losses[0]:.4f}, last 25 records {last:.4f}, {steps[-1]} steps")
 
 
 def main() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-import torch
 from settings import MAX_TOKENS, TEXT_CONFIG
 from torch import Tensor
 from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
@@ -51,8 +50,3 @@ def encode_text(encoder: UMT5EncoderModel, ids: Tensor, mask: Tensor) -> Tensor:
     """Return (B, MAX_TOKENS, d_model) with zeros after each sentence, as the pipeline does."""
     hidden = encoder(ids, mask).last_hidden_state
     return hidden * mask.unsqueeze(-1).to(hidden.dtype)
-
-
-def parameter_count(module: torch.nn.Module) -> int:
-    """Return the number of distinct parameters."""
-    return sum(parameter.numel() for parameter in module.parameters())

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoint import append_log, load_checkpoint, save_checkpoint
+from checkpoint import Groups, append_log, load_checkpoint, save_checkpoint
 from diffusers import WanTransformer3DModel
 from optim import MuonAdamW
 from safetensors.torch import load_file
@@ -98,6 +98,96 @@ def flow_loss(parts: nn.ModuleDict, batch: Batch) -> Tensor:
     return (output.float() - (noise - clean)).square().mean()
 
 
+class Run:
+    """The model under training with its optimizer, weight average and counters."""
+
+    def __init__(self, args: argparse.Namespace, device: str) -> None:
+        self.args, self.began = args, time.monotonic()
+        self.log_path = args.out.with_name(args.out.name + "_loss.jsonl")
+        torch.manual_seed(args.seed)
+        meta: dict[str, Any] = {"step": 0, "seconds": 0.0, "samples": 0}
+        source = args.out if args.out.exists() else args.resume
+        groups: Groups = {}
+        if source is not None and source.exists():
+            groups, meta = load_checkpoint(source)
+            print(f"resumed from {source.name} at step {meta['step']}, {meta['seconds']:.0f} s")
+        self.step, self.before, self.samples = meta["step"], meta["seconds"], meta["samples"]
+        self.elapsed = 0.0
+        self.sampler = LatentSampler(args.latents, args.batch, device, args.seed + self.step)
+        transformer = WanTransformer3DModel(**TRANSFORMER_CONFIG)
+        text_encoder = build_text_encoder(self.sampler.vocabulary)
+        self.parts = nn.ModuleDict({"transformer": transformer, "text_encoder": text_encoder})
+        self.parts.to(device)
+        self.named = dict(self.parts.named_parameters())
+        self.averages = {name: p.detach().clone() for name, p in self.named.items()}
+        self.optimizer = MuonAdamW(self.named)
+        if groups:
+            self._restore(groups)
+        if device == "cuda":
+            transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
+
+    @torch.no_grad()
+    def _restore(self, groups: Groups) -> None:
+        for name, parameter in self.named.items():
+            parameter.copy_(groups["model"][name])
+            self.averages[name].copy_(groups.get("ema", groups["model"])[name])
+        self.optimizer.load(groups, self.step)
+        torch.manual_seed(self.args.seed + self.step)
+
+    @property
+    def seconds(self) -> float:
+        """Training time of all runs."""
+        return self.before + self.elapsed
+
+    def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        """Write a checkpoint."""
+        content = {"model": self.named, "ema": self.averages, **self.optimizer.state()}
+        meta = {"step": self.step, "seconds": self.seconds, "samples": self.samples}
+        save_checkpoint(folder, content, meta, dtype)
+
+    def train_step(self, rate: float) -> Tensor:
+        """Take one step and return its loss."""
+        loss = flow_loss(self.parts, self.sampler())
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.named.values(), 1.0)
+        self.optimizer.step(rate)
+        self.step += 1
+        self.samples += self.args.batch
+        decay = min(EMA_DECAY, (1.0 + self.step) / (10.0 + self.step))
+        with torch.no_grad():
+            averages, weights = list(self.averages.values()), list(self.named.values())
+            torch._foreach_lerp_(averages, weights, 1.0 - decay)
+        return loss.detach()
+
+    def train(self) -> None:
+        """Train until the time is used up, logging and saving on the way."""
+        saved, losses, every = 0.0, [], self.args.log_every
+        while self.seconds < self.args.seconds and self.elapsed < self.args.run_seconds:
+            left = 1.0 - self.seconds / self.args.seconds
+            factor = min(1.0, (self.step + 1) / WARMUP_STEPS, left / (1.0 - DECAY_FROM))
+            losses.append(self.train_step(self.args.rate * factor))
+            if self.step % every:
+                continue
+            value = torch.stack(losses).mean().item()
+            losses.clear()
+            self.elapsed = time.monotonic() - self.began
+            append_log(
+                self.log_path,
+                {
+                    "step": self.step,
+                    "loss": value,
+                    "rate": self.args.rate * factor,
+                    "seconds": self.seconds,
+                },
+            )
+            if self.step % (20 * every) == 0 or self.step == every:
+                print(f"step {self.step}  loss {value:.4f}  {self.seconds:.0f} s", flush=True)
+            if self.elapsed - saved > SAVE_EVERY_S:
+                self.save(self.args.out)
+                saved = self.elapsed
+        self.elapsed = time.monotonic() - self.began
+
+
 def main() -> None:
     """Train and keep checkpoints."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -105,81 +195,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=DIT_DIR, help="checkpoint folder")
     parser.add_argument("--resume", type=Path, help="checkpoint to start from if --out has none")
     parser.add_argument("--portable", type=Path, help="also write a bfloat16 copy here at the end")
-    parser.add_argument("--seconds", type=float, default=850.0, help="training time of all runs")
+    parser.add_argument("--seconds", type=float, default=551.0, help="training time of all runs")
     parser.add_argument("--run-seconds", type=float, default=math.inf, help="limit of this run")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log-every", type=int, default=20)
     args = parser.parse_args()
-    began = time.monotonic()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
-    meta: dict[str, Any] = {"step": 0, "seconds": 0.0, "samples": 0}
-    source = args.out if args.out.exists() else args.resume
-    groups: dict[str, dict[str, Tensor]] = {}
-    if source is not None and source.exists():
-        groups, meta = load_checkpoint(source)
-        print(f"resumed from {source.name} at step {meta['step']}, {meta['seconds']:.0f} s")
-    step, before, samples = meta["step"], meta["seconds"], meta["samples"]
-    sampler = LatentSampler(args.latents, args.batch, device, args.seed + step)
-    transformer = WanTransformer3DModel(**TRANSFORMER_CONFIG)
-    parts = nn.ModuleDict(
-        {"transformer": transformer, "text_encoder": build_text_encoder(sampler.vocabulary)}
-    ).to(device)
-    named = dict(parts.named_parameters())
-    optimizer = MuonAdamW(named)
-    if groups:
-        with torch.no_grad():
-            for name, parameter in named.items():
-                parameter.copy_(groups["model"][name])
-        kept = groups.get("ema", groups["model"])
-        averages = {name: kept[name].to(device) for name in named}
-        optimizer.load(groups, step)
-        torch.manual_seed(args.seed + step)
-    else:
-        averages = {name: parameter.detach().clone() for name, parameter in named.items()}
-    if device == "cuda":
-        transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
-    log_path = args.out.with_name(args.out.name + "_loss.jsonl")
-
-    def save(folder: Path, dtype: torch.dtype | None = None) -> None:
-        content = {"model": named, "ema": averages, **optimizer.state()}
-        state = {"step": step, "seconds": before + elapsed, "samples": samples}
-        save_checkpoint(folder, content, state, dtype)
-
-    elapsed = saved = 0.0
-    losses: list[Tensor] = []
-    while before + elapsed < args.seconds and elapsed < args.run_seconds:
-        left = 1.0 - (before + elapsed) / args.seconds
-        rate = args.rate * min(1.0, (step + 1) / WARMUP_STEPS, left / (1.0 - DECAY_FROM))
-        loss = flow_loss(parts, sampler())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(named.values(), 1.0)
-        optimizer.step(rate)
-        step += 1
-        samples += args.batch
-        with torch.no_grad():
-            decay = min(EMA_DECAY, (1.0 + step) / (10.0 + step))
-            torch._foreach_lerp_(list(averages.values()), list(named.values()), 1.0 - decay)
-        losses.append(loss.detach())
-        if step % args.log_every == 0:
-            value = torch.stack(losses).mean().item()
-            losses.clear()
-            elapsed = time.monotonic() - began
-            record = {"step": step, "loss": value, "rate": rate, "seconds": before + elapsed}
-            append_log(log_path, record)
-            if step % (20 * args.log_every) == 0 or step == args.log_every:
-                print(f"step {step}  loss {value:.4f}  {before + elapsed:.0f} s", flush=True)
-            if elapsed - saved > SAVE_EVERY_S:
-                save(args.out)
-                saved = elapsed
-    elapsed = time.monotonic() - began
-    save(args.out)
+    run = Run(args, "cuda" if torch.cuda.is_available() else "cpu")
+    run.train()
+    run.save(args.out)
     if args.portable is not None:
-        save(args.portable, torch.bfloat16)
-    print(f"transformer: {step} steps, {samples} samples, {before + elapsed:.0f} s", flush=True)
+        run.save(args.portable, torch.bfloat16)
+    print(f"transformer: {run.step} steps, {run.samples} samples, {run.seconds:.0f} s")
 
 
 if __name__ == "__main__":

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from checkpoint import append_log, load_checkpoint, save_checkpoint
+from checkpoint import Groups, append_log, load_checkpoint, save_checkpoint
 from clips import load_clips, pixels_to_video, windows
 from diffusers import AutoencoderKLWan
 from safetensors.torch import save_file
 from settings import CLIPS, FULL, SMOKE, VAE_DIR, VideoSize
 from torch import Tensor
+from torch.nn import functional
 from vae import build_vae, decode_whole_clip, encode_whole_clip
 
 LEARNING_RATE = 1.5e-3
@@ -28,13 +28,14 @@ WARMUP_STEPS = 200
 KL_WEIGHT = 1e-4
 FRAMES = 17
 SAVE_EVERY_S = 60.0
+ADAM_KEYS = ("exp_avg", "exp_avg_sq")
 
 
 def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
     """Absolute and squared error, and the absolute error of the spatial differences."""
-    loss = F.l1_loss(output, target) + 2.0 * F.mse_loss(output, target)
+    loss = functional.l1_loss(output, target) + 2.0 * functional.mse_loss(output, target)
     for dim in (-1, -2):
-        loss = loss + 0.25 * F.l1_loss(output.diff(dim=dim), target.diff(dim=dim))
+        loss = loss + 0.25 * functional.l1_loss(output.diff(dim=dim), target.diff(dim=dim))
     return loss
 
 
@@ -74,6 +75,11 @@ def faster_memory_format(vae: AutoencoderKLWan, video: Tensor) -> torch.memory_f
         seconds[layout] = (time.monotonic() - began) / 3
     print("step by memory format:", {str(k): f"{1e3 * v:.0f} ms" for k, v in seconds.items()})
     return min(seconds, key=seconds.__getitem__)
+
+
+def latent_statistics(meta: dict[str, Any]) -> dict[str, Any]:
+    """Return the mean and spread of the latents, where the metadata hold them."""
+    return {key: meta[key] for key in ("latents_mean", "latents_std") if key in meta}
 
 
 class ClipSampler:
@@ -133,100 +139,128 @@ def encode_all(
     return {"latents": normalised.contiguous(), "shots": torch.tensor(shots)}, meta
 
 
+class Run:
+    """The autoencoder under training with its optimizer and counters."""
+
+    def __init__(self, args: argparse.Namespace, device: str) -> None:
+        self.args, self.device, self.began = args, device, time.monotonic()
+        self.log_path = args.out.with_name(args.out.name + "_loss.jsonl")
+        torch.manual_seed(args.seed)
+        self.vae = build_vae().to(device)
+        self.optimizer = torch.optim.AdamW(
+            self.vae.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99)
+        )
+        self.meta: dict[str, Any] = {"step": 0, "seconds": 0.0}
+        if args.out.exists():
+            self._restore()
+        if args.decoder_only:
+            self.vae.encoder.requires_grad_(False)
+            self.vae.quant_conv.requires_grad_(False)
+        self.step, self.before, self.elapsed = self.meta["step"], self.meta["seconds"], 0.0
+        self.clips = load_clips(args.clips)
+        frames = min(FRAMES, args.size.frames)
+        self.sampler = ClipSampler(self.clips, frames, args.batch, device, args.seed + self.step)
+        if device == "cuda" and self.before < args.seconds:
+            set_memory_format(self.vae, faster_memory_format(self.vae, self.sampler()))
+
+    def _restore(self) -> None:
+        groups, self.meta = load_checkpoint(self.args.out)
+        self.vae.load_state_dict(groups["model"])
+        count = float(self.meta["step"])
+        for name, parameter in self.vae.named_parameters():
+            if name in groups.get("exp_avg", {}):
+                moments = {key: groups[key][name].to(self.device) for key in ADAM_KEYS}
+                self.optimizer.state[parameter] = {**moments, "step": torch.tensor(count)}
+        torch.manual_seed(self.args.seed + self.meta["step"])
+        print(f"resumed at step {self.meta['step']}, {self.meta['seconds']:.0f} s")
+
+    @property
+    def seconds(self) -> float:
+        """Training time of all runs."""
+        return self.before + self.elapsed
+
+    def save(self, extra: dict[str, Any]) -> None:
+        """Write a checkpoint with the metadata ``extra``."""
+        groups: Groups = {"model": self.vae.state_dict(), **{key: {} for key in ADAM_KEYS}}
+        for name, parameter in self.vae.named_parameters():
+            for key in self.optimizer.state[parameter].keys() & set(ADAM_KEYS):
+                groups[key][name] = self.optimizer.state[parameter][key]
+        meta = {"step": self.step, "seconds": self.seconds, **extra}
+        save_checkpoint(self.args.out, groups, meta)
+
+    def train_step(self, rate: float) -> Tensor:
+        """Take one step and return its loss."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        loss = training_loss(self.vae, self.sampler())
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.vae.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        return loss.detach()
+
+    def train(self) -> None:
+        """Train until the time is used up, logging and saving on the way."""
+        saved, losses, every = 0.0, [], self.args.log_every
+        # Training the decoder alone is a stage of its own: it warms up and decays anew.
+        first_step, start = (self.step, self.before) if self.args.decoder_only else (0, 0.0)
+        while self.seconds < self.args.seconds and self.elapsed < self.args.run_seconds:
+            progress = (self.seconds - start) / (self.args.seconds - start)
+            warmth = min(1.0, (self.step - first_step + 1) / WARMUP_STEPS)
+            rate = LEARNING_RATE * warmth * (0.5 + 0.5 * math.cos(math.pi * progress))
+            losses.append(self.train_step(rate))
+            if self.step % every:
+                continue
+            value = torch.stack(losses).mean().item()
+            losses.clear()
+            self.elapsed = time.monotonic() - self.began
+            record = {"step": self.step, "loss": value, "seconds": self.seconds}
+            append_log(self.log_path, record)
+            if self.step % (10 * every) == 0:
+                print(f"step {self.step}  loss {value:.4f}  {self.seconds:.0f} s", flush=True)
+            if self.elapsed - saved > SAVE_EVERY_S:
+                self.save(latent_statistics(self.meta))
+                saved = self.elapsed
+        set_memory_format(self.vae, torch.contiguous_format)
+
+    def finish(self) -> None:
+        """Write the last checkpoint and ``latents.safetensors`` beside it."""
+        known = latent_statistics(self.meta) if self.args.decoder_only else {}
+        latents, meta = encode_all(self.vae, self.clips, self.args.size, self.device, known)
+        self.elapsed = time.monotonic() - self.began
+        self.save(meta)
+        path = self.args.out.with_name("latents.safetensors")
+        save_file(latents, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").rename(path)
+        print(
+            f"VAE: {self.step} steps, {self.seconds:.0f} s, PSNR mean {meta['psnr_mean']:.2f} dB,"
+            f" lowest window {meta['psnr_min']:.2f} dB; {len(latents['shots'])} windows"
+        )
+
+
 def main() -> None:
-    """Train, then write ``latents.safetensors`` beside the checkpoint."""
+    """Train, then write the latents of all windows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clips", type=Path, default=CLIPS)
     parser.add_argument("--out", type=Path, default=VAE_DIR, help="checkpoint folder")
-    parser.add_argument("--seconds", type=float, default=200.0, help="training time of all runs")
+    parser.add_argument("--seconds", type=float, default=178.0, help="training time of all runs")
     parser.add_argument("--run-seconds", type=float, default=math.inf, help="limit of this run")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--log-every", type=int, default=50)
     parser.add_argument(
         "--decoder-only",
         action="store_true",
         help="go on with a frozen encoder: trained transformers and their latents stay valid",
     )
-    parser.add_argument("--smoke", action="store_true", help="small windows, batch 2")
+    parser.add_argument("--smoke", action="store_true", help="small windows (for checks on a CPU)")
     args = parser.parse_args()
-    began = time.monotonic()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.size = SMOKE if args.smoke else FULL
     torch.backends.cudnn.benchmark = True
-    size = SMOKE if args.smoke else FULL
-    torch.manual_seed(args.seed)
-    vae = build_vae().to(device)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99))
-    meta: dict[str, Any] = {"step": 0, "seconds": 0.0}
-    if args.out.exists():
-        groups, meta = load_checkpoint(args.out)
-        vae.load_state_dict(groups["model"])
-        for name, parameter in vae.named_parameters():
-            if name not in groups.get("exp_avg", {}):
-                continue
-            moments = {k: groups[k][name].to(device) for k in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[parameter] = {**moments, "step": torch.tensor(float(meta["step"]))}
-        torch.manual_seed(args.seed + meta["step"])
-        print(f"resumed at step {meta['step']}, {meta['seconds']:.0f} s")
-    trainable = vae.decoder if args.decoder_only else vae
-    if args.decoder_only:
-        vae.encoder.requires_grad_(False)
-        vae.quant_conv.requires_grad_(False)
-    step, before = meta["step"], meta["seconds"]
-    clips = load_clips(args.clips)
-    frames = min(FRAMES, size.frames)
-    batch = 2 if args.smoke else args.batch
-    sampler = ClipSampler(clips, frames, batch, device, args.seed + step)
-    log_path = args.out.with_name(args.out.name + "_loss.jsonl")
-    if device == "cuda" and before < args.seconds:
-        set_memory_format(vae, faster_memory_format(vae, sampler()))
-
-    def save(extra: dict[str, Any]) -> None:
-        groups = {"model": vae.state_dict(), "exp_avg": {}, "exp_avg_sq": {}}
-        for name, parameter in vae.named_parameters():
-            for key in optimizer.state[parameter].keys() & {"exp_avg", "exp_avg_sq"}:
-                groups[key][name] = optimizer.state[parameter][key]
-        save_checkpoint(args.out, groups, {"step": step, "seconds": before + elapsed, **extra})
-
-    elapsed = saved = 0.0
-    warm = step if args.decoder_only else 0
-    losses: list[Tensor] = []
-    while before + elapsed < args.seconds and elapsed < args.run_seconds:
-        start = before if args.decoder_only else 0.0
-        progress = (before + elapsed - start) / (args.seconds - start)
-        rate = LEARNING_RATE * min(1.0, (step - warm + 1) / WARMUP_STEPS)
-        rate *= 0.5 + 0.5 * math.cos(math.pi * progress)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        loss = training_loss(vae, sampler())
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trainable.parameters(), 1.0)
-        optimizer.step()
-        step += 1
-        losses.append(loss.detach())
-        if step % (2 if args.smoke else 50) == 0:
-            value = torch.stack(losses).mean().item()
-            losses.clear()
-            elapsed = time.monotonic() - began
-            append_log(log_path, {"step": step, "loss": value, "seconds": before + elapsed})
-            if step % 500 == 0 or args.smoke:
-                print(f"step {step}  loss {value:.4f}  {before + elapsed:.0f} s", flush=True)
-            if elapsed - saved > SAVE_EVERY_S:
-                save({})
-                saved = elapsed
-    set_memory_format(vae, torch.contiguous_format)
-    latents, statistics = encode_all(
-        vae, clips, size, device, known=meta if args.decoder_only else {}
-    )
-    elapsed = time.monotonic() - began
-    save(statistics)
-    path = args.out.with_name("latents.safetensors")
-    save_file(latents, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").rename(path)
-    print(
-        f"VAE: {step} steps, {before + elapsed:.0f} s, PSNR mean {statistics['psnr_mean']:.2f} dB,"
-        f" lowest window {statistics['psnr_min']:.2f} dB; {len(latents['shots'])} windows"
-    )
+    run = Run(args, "cuda" if torch.cuda.is_available() else "cpu")
+    run.train()
+    run.finish()
 
 
 if __name__ == "__main__":
