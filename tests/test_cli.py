@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch
 from calibatt_compiler.cli.app import run
 from calibatt_compiler.errors import OptionError, PipelineError
 from calibatt_compiler.plan import Plan
+from calibatt_compiler.report.compare import Comparer
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = ("demo", "calibrate", "inspect", "compare", "build")
@@ -26,12 +28,6 @@ def plan_file(tmp_path: Path) -> Path:
     path = tmp_path / "small.calibatt"
     Plan.from_masks(masks, (1, 8, 8), [900.0, 100.0], (16, 16)).save(path)
     return path
-
-
-def command(*arguments: object) -> list[str]:
-    """The command line of a process of its own."""
-    code = "from calibatt_compiler.cli import main; main()"
-    return [sys.executable, "-c", code, *map(str, arguments)]
 
 
 def test_help_names_every_command_and_imports_nothing_heavy():
@@ -110,7 +106,7 @@ def test_our_errors_are_messages_and_2(tmp_path: Path, capsys: pytest.CaptureFix
     ("arguments", "said"),
     [
         (["calibrate", "nowhere", "--out", "p"], "no prompts"),
-        (["calibrate", "nowhere", "--out", "p", "--prompt", "a"], "can't be loaded"),
+        (["calibrate", ".", "--out", "p", "--prompt", "a"], "can't be loaded"),
         (["calibrate", "m", "--out", "p", "--prompt", "a", "--A", "1.5"], "'A' is out of range"),
         (["calibrate", "m", "--out", "p", "--prompt", "a", "--device", "abacus"], "--device"),
         (["calibrate", "m", "--out", "p", "--prompt", "a", "--dtype", "int8"], "--dtype"),
@@ -129,7 +125,6 @@ def test_unusable_input_is_2_and_explained(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.chdir(plan_file.parent)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert run([str(plan_file) if a == "PLAN" else a for a in arguments]) == 2
     error = capsys.readouterr().err
     assert said in error
@@ -196,3 +191,56 @@ def test_pipeline_arguments():
     for wrong in (["flag"], ["=1"], ["depth=3"]):
         with pytest.raises(OptionError):
             pipeline_arguments(Pipe(), {}, wrong)
+
+
+@pytest.fixture
+def demo_settings(tmp_path: Path, tiny_wan_arguments: dict[str, int]) -> Path:
+    """Settings of a demo on the tiny pipeline."""
+    path = tmp_path / "demo.json"
+    content = {
+        **tiny_wan_arguments,
+        "calibration": [{"prompt": "a big rabbit runs", "seed": 1}],
+        "held_out": [{"prompt": "the small bird flies", "seed": 2}],
+    }
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_demo_then_compare(
+    demo_settings: Path, tiny_wan_folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = demo_settings.parent / "out"
+    arguments = ["--quick", "--device", "cpu", "--out", str(folder)]
+    arguments += ["--model", str(tiny_wan_folder), "--settings", str(demo_settings)]
+    with (
+        mock.patch("calibatt_compiler.backend._inductor", lambda gm, *_: gm.forward),
+        mock.patch.object(Comparer, "dense", lambda self: self._model),
+    ):
+        code = run(["demo", *arguments])
+        assert code == 0
+        written = {path.name for path in folder.iterdir() if path.is_file()}
+        assert written == {
+            "compare.json",
+            "curve.png",
+            "index.html",
+            "inspect.html",
+            "plan.calibatt",
+            "summary.txt",
+            "video-00.mp4",
+            "video-00.png",
+        }
+        printed = capsys.readouterr().out
+        data = json.loads((folder / "compare.json").read_text("utf-8"))
+        assert f"{data['plans'][0]['sparsity']:.1%}" in printed
+        assert len({plan["density"] for plan in data["plans"]}) == len(data["plans"]) > 2
+        plan = Plan.load(folder / "plan.calibatt")
+        assert plan.digest == data["plans"][0]["digest"]
+        assert plan.steps == 4
+
+        again = demo_settings.parent / "again"
+        arguments = ["--prompt", "the small bird flies", "--out", str(again), "--device", "cpu"]
+        arguments += ["--min-psnr", "999", "--set", "max_sequence_length=16", "--dense", "eager"]
+        plan_file = str(folder / "plan.calibatt")
+        code = run(["compare", str(tiny_wan_folder), plan_file, *arguments])
+    assert code == 1, capsys.readouterr().err
+    assert json.loads((again / "compare.json").read_text("utf-8"))["plans"][0]["label"] == "plan"

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from calibatt_compiler.cli import options
-from calibatt_compiler.errors import OptionError, PlanError
-
-if TYPE_CHECKING:
-    import torch
-
-    from calibatt_compiler.kernels.compiler import KernelSpec
-    from calibatt_compiler.plan import Plan
+from calibatt_compiler.errors import OptionError
 
 OLDEST = 80
 
@@ -49,7 +43,7 @@ def build(
             "--workers",
             "-j",
             min=1,
-            help="Compilers at a time. Default: one a core.",
+            help="Compilers at a time. Default: one a core, at most 16.",
             show_default=False,
         ),
     ] = None,
@@ -63,10 +57,10 @@ def build(
 
     Example: calibatt build wan-480p.calibatt --arch sm_90
     """
-    import os
-
+    import torch
     from rich.console import Console
 
+    from calibatt_compiler.build import specs_of
     from calibatt_compiler.cli.pipelines import dtype_of
     from calibatt_compiler.cli.progress import TerminalProgress
     from calibatt_compiler.kernels.compiler import KernelCompiler
@@ -75,65 +69,39 @@ def build(
 
     loaded = Plan.load(plan)
     targets = _archs(arch)
-    specs = specs_of(loaded, targets, dtype_of(dtype, _cuda()), head_dim)
-    count = workers or os.cpu_count() or 1
-    with TerminalProgress() as progress:
-        progress.start(f"compiling {len(specs)} kernels, {count} at a time", len(specs))
-        KernelCompiler(workers=count).build(specs, on_progress=lambda *_: progress.advance())
-    Console().print(
-        f"{len(specs)} kernels of {plan} are ready in {cache_dir()} for "
-        + ", ".join(f"sm_{target}" for target in targets),
-        highlight=False,
-        soft_wrap=True,
+    specs = specs_of(loaded, targets, dtype_of(dtype, torch.device("cuda")), head_dim)
+    with TerminalProgress() as progress, KernelCompiler(workers) as compiler:
+        progress.start(f"compiling kernels, {compiler.workers} at a time", len(specs))
+        report = compiler.build(specs, lambda *_: progress.advance())
+    cached = sum(source.cached for source in report.compiled)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(
+        f"{len(report.compiled)} of {len(specs)} kernels are ready in {cache_dir()} for "
+        + ", ".join(f"sm_{target}" for target in targets)
+        + f"; {cached} were there before"
     )
-
-
-def specs_of(
-    plan: Plan, archs: list[int], dtype: torch.dtype, head_dim: int | None
-) -> list[KernelSpec]:
-    """Return what a plan needs compiled: each distinct pattern once for each GPU generation.
-
-    Patterns that keep every block are left out: the stock dense kernel serves them.
-
-    Raises:
-        PlanError: the plan does not record the channels of a head, and none were given.
-    """
-    from calibatt_compiler.kernels.compiler import KernelSpec
-
-    specs: dict[tuple[str, int, int], KernelSpec] = {}
-    for name, site in plan.sites.items():
-        channels = site.head_dim or head_dim
-        if channels is None:
-            raise PlanError(
-                f"the plan does not say how many channels a head of {name} has",
-                expected="a plan from `calibatt calibrate`, or --head-dim",
-                got="a plan made from masks",
-                remedy="give --head-dim, such as 128 for Wan",
-            )
-        for pattern in site.patterns:
-            if pattern.density == 1.0:
-                continue
-            for arch in archs:
-                key = (pattern.digest, channels, arch)
-                specs[key] = KernelSpec(pattern, dtype, channels, arch)
-    return list(specs.values())
+    if report.failed:
+        for digest, reason in report.failed.items():
+            console.print(f"pattern {digest[:12]}: {reason}", markup=False)
+        raise typer.Exit(1)
 
 
 def _archs(names: list[str] | None) -> list[int]:
     import torch
 
     if not names:
-        capabilities = {
-            torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())
-        }
-        if not capabilities:
+        from calibatt_compiler.build import arch_of
+
+        count = torch.cuda.device_count()
+        local = {arch_of(torch.device("cuda", index)) for index in range(count)}
+        if not local:
             raise OptionError(
                 "this machine has no GPU to compile for",
                 expected="--arch with the GPU generation of the machine that will run the model",
                 got="no --arch",
                 remedy="give --arch sm_90 for an H100, sm_80 for an A100, sm_89 for an RTX 4090",
             )
-        return sorted(10 * major + minor for major, minor in capabilities)
+        return sorted(local)
     found = set()
     for name in names:
         match = re.fullmatch(r"(?:sm_?)?(\d{2,3})a?", name.lower())
@@ -146,9 +114,3 @@ def _archs(names: list[str] | None) -> list[int]:
             )
         found.add(int(match[1]))
     return sorted(found)
-
-
-def _cuda() -> torch.device:
-    import torch
-
-    return torch.device("cuda")

@@ -103,14 +103,14 @@ def demo(
         str(model or find("model")), place, pipelines.dtype_of(dtype, place)
     )
     arguments = pipelines.pipeline_arguments(pipe, chosen.arguments, None)
-    with TerminalProgress() as progress:
-        progress.start(f"calibrating on {len(chosen.calibration)} prompts", None)
+    progress = TerminalProgress()
+    progress.start(f"calibrating on {len(chosen.calibration)} prompts", len(chosen.calibration))
     plans = calibrate_plans(pipe, chosen.calibration, arguments, out / "plan.calibatt")
     main = next(iter(plans.values()))
     write_page(main, out / "inspect.html", title="The demo's plan")
     config = ComparisonConfig(arguments=arguments, further_cases=1, timed_steps=2 if quick else 4)
     results = Results(out, fps=12)
-    with TerminalProgress() as progress:
+    with progress:
         comparison = run_comparison(
             pipe, chosen.held_out, plans, config, progress=progress, on_video=results.add_video
         )
@@ -151,10 +151,10 @@ def calibrate_plans(
         config=config,
         **arguments,
     )
-    plans = {f"A = {A:g}": main}
+    plans = {f"A={A:g}": main}
     store = RunStore(f"{out}.calibration")
     for other in CURVE:
-        plans[f"A = {other:g}"] = derive_plan(
+        plans[f"A={other:g}"] = derive_plan(
             store,
             store.names(),
             Selection(RHO, Thresholds(other, C, K)),

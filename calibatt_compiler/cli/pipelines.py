@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,7 +82,10 @@ def load_pipeline(model: str, device: torch.device, dtype: torch.dtype) -> Any:
         dtypes: dict[str, torch.dtype] = {"default": dtype}
         if decoder in FLOAT32_DECODERS:
             dtypes["vae"] = torch.float32
-        pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=dtypes)
+        with warnings.catch_warnings():
+            # diffusers 0.42 renames the argument and warns; older ones don't know the new name.
+            warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
+            pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=dtypes)
     except (OSError, ValueError, ImportError) as error:
         raise PipelineError(
             "the model can't be loaded",
@@ -89,8 +93,6 @@ def load_pipeline(model: str, device: torch.device, dtype: torch.dtype) -> Any:
             got=f"{model}: {str(error).splitlines()[0]}",
             remedy=remedy,
         ) from error
-    import torch.nn
-
     if not isinstance(getattr(pipe, "transformer", None), torch.nn.Module):
         raise PipelineError(
             "the model has no transformer to make sparse",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import TracebackType
 
 from rich.console import Console
@@ -18,7 +19,11 @@ from rich.progress import (
 
 
 class TerminalProgress:
-    """One bar a stage; without a terminal, one line a stage.
+    """One bar a stage; without a terminal, a line when a stage begins and one when it is over.
+
+    Attributes:
+        console: where it is shown.
+        seconds: how long each stage took, by what it did.
 
     Implements `calibatt_compiler.report.compare.Progress`; a context manager.
     """
@@ -35,7 +40,9 @@ class TerminalProgress:
             console=self.console,
             disable=not self.console.is_terminal,
         )
+        self.seconds: dict[str, float] = {}
         self._task: TaskID | None = None
+        self._began = 0.0
 
     def __enter__(self) -> TerminalProgress:
         self._bars.start()
@@ -55,7 +62,8 @@ class TerminalProgress:
         """Begin a stage; the one before is over."""
         self._finish()
         if not self.console.is_terminal:
-            self.console.print(what)
+            self.console.print(what, highlight=False)
+        self._began = time.perf_counter()
         self._task = self._bars.add_task(what, total=total)
 
     def advance(self) -> None:
@@ -68,4 +76,8 @@ class TerminalProgress:
             return
         task = next(task for task in self._bars.tasks if task.id == self._task)
         self._bars.update(self._task, total=task.completed)
+        seconds = time.perf_counter() - self._began
+        self.seconds[task.description] = self.seconds.get(task.description, 0.0) + seconds
+        if not self.console.is_terminal:
+            self.console.print(f"  took {seconds:.1f} s", highlight=False)
         self._task = None

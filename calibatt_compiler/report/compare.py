@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -64,7 +65,7 @@ class Comparer:
         """Return the model that the sparse ones are measured against."""
         if self._config.dense == "eager":
             return self._model
-        return cast(nn.Module, torch.compile(self._model))
+        return _compile(self._model)
 
     def sparse(self, plan: Plan) -> nn.Module:
         """Return the model compiled with a plan; a size that the plan does not fit is an error."""
@@ -73,7 +74,7 @@ class Comparer:
             "lowering": self._config.lowering,
             "on_mismatch": "error",
         }
-        return cast(nn.Module, torch.compile(self._model, backend="calibatt", options=options))
+        return _compile(self._model, backend="calibatt", options=options)
 
     def warm_up(self, module: nn.Module, case: Case) -> None:
         """Compile a model by running the first denoising step of a video."""
@@ -160,6 +161,9 @@ def compare(
     pipe.set_progress_bar_config(disable=True)
     modules = {DENSE: comparer.dense()}
     modules |= {label: comparer.sparse(plan) for label, plan in plans.items()}
+    device = torch.device(pipe._execution_device)
+    if device.type == "cuda" and config.lowering == "baked":
+        _build(plans, device, pipe.transformer.dtype, progress)
     progress.start("compiling", len(modules))
     for module in modules.values():
         comparer.warm_up(module, cases[0])
@@ -187,7 +191,6 @@ def compare(
 
     timed = {index: kept[index] for index in spread(len(kept), config.timed_steps)}
     progress.start("timing denoising steps", (config.rounds + 1) * len(timed))
-    device = torch.device(pipe._execution_device)
     times = time_steps(
         modules, timed, rounds=config.rounds, device=device, on_step=progress.advance
     )
@@ -208,6 +211,27 @@ def compare(
         config=config,
         device=device_name(device),
     )
+
+
+def _build(
+    plans: Mapping[str, Plan], device: torch.device, dtype: torch.dtype, progress: Progress
+) -> None:
+    """Compile the plans' kernels first: a model would otherwise be timed on its stand-in kernel."""
+    from calibatt_compiler.build import arch_of, build_for_device, specs_of
+
+    specs = [spec for plan in plans.values() for spec in specs_of(plan, [arch_of(device)], dtype)]
+    progress.start("compiling kernels", len(specs))
+    build_for_device(specs, lambda *_: progress.advance())
+
+
+def _compile(model: nn.Module, **settings: Any) -> nn.Module:
+    """Compile apart from all else: variants of one model must not share graphs or a limit.
+
+    Dynamo would serve two equal plans from one graph, and run the ninth variant of a class eagerly.
+    """
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        settings["isolate_recompiles"] = True
+    return cast(nn.Module, torch.compile(model, **settings))
 
 
 def to_bytes(frames: np.ndarray[Any, Any]) -> Frames:

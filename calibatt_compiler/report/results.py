@@ -19,6 +19,7 @@ from calibatt_compiler.report.comparison import DENSE, Comparison, PlanResult
 from calibatt_compiler.report.curve import write_curve
 from calibatt_compiler.report.pictures import rgb_png
 from calibatt_compiler.report.quality import Frames, Quality
+from calibatt_compiler.report.summary import Summary
 from calibatt_compiler.report.video import contact_sheet, side_by_side, write_video
 
 
@@ -71,7 +72,8 @@ class Results:
         if len(comparison.plans) > 1:
             curve = write_curve(comparison, self.folder / "curve.png")
         index = self.folder / "index.html"
-        write_text(index, page.document(title, self._body(comparison, title, curve, links)))
+        body = self._body(comparison, title, curve, links)
+        write_text(index, page.document(title, body, style=_STYLE))
         return index
 
     def _body(
@@ -103,6 +105,7 @@ class Results:
             ),
             "<h2>Videos</h2>",
             '<p class="soft">Same prompt and seed: dense on the left, sparse on the right.</p>',
+            '<div class="videos">',
         ]
         for case, quality, video, sheet in self._videos:
             body.append(
@@ -111,7 +114,7 @@ class Results:
                 f"{_decibel(quality.psnr)}, SSIM {quality.ssim:.4f}. "
                 f'<a href="{sheet.name}">frames and difference</a></figcaption></figure>'
             )
-        body.append("<h2>Quality against sparsity</h2>")
+        body.append("</div><h2>Quality against sparsity</h2>")
         if curve is not None:
             body.append(
                 f'<div class="panel"><img src="{curve.name}" alt="PSNR and speed-up against '
@@ -119,12 +122,16 @@ class Results:
             )
         body += [
             page.table(HEADER, [_row(comparison, result) for result in comparison.plans]),
-            '<p class="soft">PSNR and SSIM compare each sparse video with the dense one of the '
-            "same prompt and seed, on 8-bit frames. A denoising step is all calls of the model at "
-            f"one timestep; {config.rounds} rounds over {len(comparison.times.steps)} steps, all "
-            "variants in turn, median of the rounds.</p>",
+            '<p class="soft">In kernels: what they really leave out, a little less where a kernel '
+            "covers a mask by a larger one. PSNR and SSIM compare each sparse video with the "
+            "dense one of the same prompt and seed, on 8-bit frames. A denoising step is all calls "
+            f"of the model at one timestep: {config.rounds} rounds over "
+            f"{len(comparison.times.steps)} steps, all variants in turn, median of the "
+            "rounds.</p>",
             "<h2>A denoising step</h2>",
             self._steps(comparison),
+            "<h2>What the backend did</h2>",
+            _served(main.summary),
             "<h2>Files</h2>",
             '<div class="panel">'
             + "<br>".join(
@@ -155,22 +162,32 @@ class Results:
         return page.table(["step", "density", "dense", "sparse", "speed-up"], rows)
 
 
-HEADER = [
+_STYLE = """
+.videos { display: grid; grid-template-columns: repeat(auto-fit, minmax(480px, 1fr)); gap: 0 16px; }
+"""
+HEADER = (
     "plan",
     "sparsity",
-    "computed",
-    "PSNR",
+    "in kernels",
+    "PSNR dB",
     "SSIM",
     "flicker",
-    "dense step",
-    "sparse step",
+    "dense ms",
+    "sparse ms",
     "speed-up",
-]
+)
 
 
 def terminal(comparison: Comparison) -> Table:
     """Return the figures of all plans, to be printed with rich."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
+    table = Table(
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+        caption="sparsity: attention blocks left out, by the plan and in the kernels; "
+        "ms: of one denoising step",
+    )
     for index, name in enumerate(HEADER):
         table.add_column(name, justify="right" if index else "left", overflow="fold")
     for result in comparison.plans:
@@ -179,19 +196,36 @@ def terminal(comparison: Comparison) -> Table:
 
 
 def _row(comparison: Comparison, result: PlanResult) -> list[str]:
-    dense_seconds = comparison.times.median(DENSE)
     computed = result.computed_density
     return [
         result.label,
         f"{result.sparsity:.1%}",
         "" if computed is None else f"{1 - computed:.1%}",
-        _decibel(result.psnr),
+        f"{result.psnr:.2f}",
         f"{result.ssim:.4f}",
         f"{result.flicker:.2f}",
-        _seconds(dense_seconds),
-        _seconds(result.step_seconds),
+        f"{1000 * comparison.times.median(DENSE):.1f}",
+        f"{1000 * result.step_seconds:.1f}",
         f"{result.step_ratio:.2f}x",
     ]
+
+
+def _served(summary: Summary) -> str:
+    rows = []
+    for row in summary.rows:
+        dense = "; ".join(f"{count} {why}" for why, count in row.dense_calls.items())
+        rows.append(
+            [
+                row.name,
+                row.status,
+                row.kernel,
+                dense,
+                "" if row.density is None else f"{row.density:.3f}",
+                str(row.sparse_calls),
+            ]
+        )
+    header = ["site", "status", "kernel", "calls served dense", "density", "sparse calls"]
+    return page.table(header, rows, text_columns=4)
 
 
 def _facts(comparison: Comparison) -> list[tuple[str, str]]:
