@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -244,3 +246,76 @@ def test_demo_then_compare(
         code = run(["compare", str(tiny_wan_folder), plan_file, *arguments])
     assert code == 1, capsys.readouterr().err
     assert json.loads((again / "compare.json").read_text("utf-8"))["plans"][0]["label"] == "plan"
+
+
+def test_ctrl_c_in_a_calibration_is_130_and_leaves_whole_files(
+    tmp_path: Path, tiny_wan_folder: Path
+):
+    """The finished input stays, to go on from; nothing half-written does."""
+    code = "from calibatt_compiler.cli import main; main()"
+    arguments = ["calibrate", tiny_wan_folder, "--out", tmp_path / "p.calibatt", "--block", "32"]
+    arguments += ["--prompt", "a bird", "--prompt", "a rabbit", "--set", "max_sequence_length=16"]
+    arguments += ["--height", "112", "--width", "144", "--frames", "9", "--steps", "60"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments), "--device", "cpu"],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    folder = tmp_path / "p.calibatt.calibration"
+    try:
+        while process.poll() is None and not list(folder.glob("input-*")):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    assert process.returncode == 130, said
+    assert "interrupted" in said
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+    assert {path.name for path in folder.iterdir()} == {"run.json", "input-00000.safetensors"}
+
+
+def random_plan(path: Path) -> Path:
+    """A plan of two sites that share a pattern, one dense step, and no recorded head_dim."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(2, 1, 3, 3, generator=generator) < 0.4
+    mask[0] |= torch.eye(3, dtype=torch.bool)
+    mask[1] = True
+    masks = {"blocks.0.attn1": mask, "blocks.1.attn1": mask.clone()}
+    Plan.from_masks(masks, (1, 16, 12), [900.0, 100.0], (64, 64)).save(path)
+    return path
+
+
+def test_build_compiles_each_pattern_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("CALIBATT_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    arguments = ["build", str(random_plan(tmp_path / "p")), "--head-dim", "64", "--arch", "sm_90"]
+    assert run(arguments) == 0
+    assert "1 of 1 kernels are ready" in capsys.readouterr().out
+    assert list((tmp_path / "cache").rglob("*"))
+    assert run(arguments) == 0
+    assert "1 were there before" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--arch", "sm_90"], "--head-dim"),
+        (["--arch", "sm_75", "--head-dim", "64"], "sm_80 or newer"),
+        (["--arch", "hopper", "--head-dim", "64"], "--arch"),
+    ],
+)
+def test_build_refuses(
+    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert run(["build", str(random_plan(tmp_path / "p")), *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to build for")
+def test_build_without_a_gpu_asks_for_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert run(["build", str(random_plan(tmp_path / "p")), "--head-dim", "64"]) == 2
+    assert "give --arch" in capsys.readouterr().err

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +83,7 @@ def load_pipeline(model: str, device: torch.device, dtype: torch.dtype) -> Any:
         dtypes: dict[str, torch.dtype] = {"default": dtype}
         if decoder in FLOAT32_DECODERS:
             dtypes["vae"] = torch.float32
-        with warnings.catch_warnings():
+        with _no_bars(), warnings.catch_warnings():
             # diffusers 0.42 renames the argument and warns; older ones don't know the new name.
             warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
             pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=dtypes)
@@ -101,6 +102,24 @@ def load_pipeline(model: str, device: torch.device, dtype: torch.dtype) -> Any:
             remedy=remedy,
         )
     return pipe.to(device)
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Leave out the bars of loading, which are over in a moment; those of downloads stay."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    modules = (diffusers.utils.logging, transformers.utils.logging)
+    shown = [module.is_progress_bar_enabled() for module in modules]
+    for module in modules:
+        module.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for module, on in zip(modules, shown, strict=True):
+            if on:
+                module.enable_progress_bar()
 
 
 def read_cases(prompts: Path | None, texts: Sequence[str] | None, seed: int) -> list[Case]:
