@@ -4,12 +4,14 @@
 #   VENV      where the environment goes
 #   PIP_ARGS  more arguments for pip, such as another index for a build of torch that fits the GPU
 #   TESTS     what `make test` runs, with any options of pytest
+#   WORKERS   how many tests run at a time
 #   DEMO_ARGS options of `calibatt demo`
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 PIP_ARGS ?=
 TESTS ?= tests
+WORKERS ?= 2
 DEMO_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -30,9 +32,9 @@ help:
 demo: $(VENV)/.demo
 	$(BIN)/calibatt demo $(DEMO_ARGS)
 
-# Two workers of one thread each use two cores better than one worker of two threads.
+# Neighbouring tests share fixtures: stealing keeps them on one worker until the other is idle.
 test: lint
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=worksteal $(TESTS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
