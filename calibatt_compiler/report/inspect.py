@@ -51,7 +51,7 @@ def facts(plan: Plan) -> list[tuple[str, str]]:
     ]
     if metadata.quality:
         figures = ", ".join(f"{name} {value:.4g}" for name, value in metadata.quality.items())
-        pairs.insert(-2, ("held-out quality", figures))
+        pairs.insert(-2, ("measured", figures))
     return pairs
 
 

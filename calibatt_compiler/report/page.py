@@ -33,7 +33,7 @@ p { margin: 0 0 12px; max-width: 76ch; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th { text-align: left; font-weight: 500; color: var(--soft); font-size: 13px; }
 th, td { padding: 5px 14px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-tr:last-child td { border-bottom: 0; }
+tr:last-child td, tbody tr:last-child th { border-bottom: 0; }
 .number { text-align: right; }
 video, .panel > img { width: 100%; border-radius: 6px; display: block; }
 figure { margin: 0 0 20px; }

@@ -113,7 +113,8 @@ def _head_pngs(pattern: BlockPattern) -> Iterator[str]:
 def _slider(steps: list[int]) -> str:
     return (
         '<div class="panel stick"><label>step <output id="step"></output> '
-        f'<input type="range" id="slider" min="0" max="{len(steps) - 1}" value="0" step="1">'
+        f'<input type="range" id="slider" min="0" max="{len(steps) - 1}" '
+        f'value="{len(steps) // 2}" step="1">'
         '</label> <button id="all" type="button">open all sites</button></div>'
     )
 
