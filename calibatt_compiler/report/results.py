@@ -53,7 +53,12 @@ class Results:
         self._videos.append((case, quality, video, sheet))
 
     def write(
-        self, comparison: Comparison, *, title: str, links: Sequence[tuple[str, str]] = ()
+        self,
+        comparison: Comparison,
+        *,
+        title: str,
+        links: Sequence[tuple[str, str]] = (),
+        facts: Sequence[tuple[str, str]] = (),
     ) -> Path:
         """Write compare.json, summary.txt, curve.png (for several plans) and index.html.
 
@@ -61,6 +66,7 @@ class Results:
             comparison: what was measured.
             title: of the page.
             links: further files in the folder: name and what it is.
+            facts: further lines on how it was made: what, and its value.
 
         Returns:
             Path of the index page.
@@ -72,7 +78,11 @@ class Results:
         if len(comparison.plans) > 1:
             curve = write_curve(comparison, self.folder / "curve.png")
         index = self.folder / "index.html"
-        body = self._body(comparison, title, curve, links)
+        body = [
+            *self._body(comparison, title, curve, links),
+            "<h2>How it was made</h2>",
+            page.facts([*_facts(comparison), *facts]),
+        ]
         write_text(index, page.document(title, body, style=_STYLE))
         return index
 
@@ -140,8 +150,6 @@ class Results:
                 for name, what in files
             )
             + "</div>",
-            "<h2>How it was made</h2>",
-            page.facts(_facts(comparison)),
         ]
         return body
 
