@@ -127,7 +127,8 @@ def energy_tile(
                 TILE_N, HEAD_DIM, PADDED_DIM, RAGGED_K or KEY_TILES > 1, PRECISION,
             )  # fmt: skip
             sums += tl.sum(tl.math.exp2(scores - lse[:, None]), 1)
-        tl.store(sums_ptr + block, tl.sum(sums, 0))
+        # Summed as a row: triton 3.7 can't lay out the sum of a vector beside tcgen05.
+        tl.store(sums_ptr + block + tl.arange(0, 1), tl.sum(sums[None, :], 1))
 
 
 def energy_constexprs(config: LaunchConfig, *, has_lse: bool) -> dict[str, Any]:

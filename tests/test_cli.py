@@ -252,7 +252,11 @@ def test_ctrl_c_in_a_calibration_is_130_and_leaves_whole_files(
     tmp_path: Path, tiny_wan_folder: Path
 ):
     """The finished input stays, to go on from; nothing half-written does."""
-    code = "from calibatt_compiler.cli import main; main()"
+    # A job started in the background inherits an ignored SIGINT: restore what a terminal gives.
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from calibatt_compiler.cli import main; main()"
+    )
     arguments = ["calibrate", tiny_wan_folder, "--out", tmp_path / "p.calibatt", "--block", "32"]
     arguments += ["--prompt", "a bird", "--prompt", "a rabbit", "--set", "max_sequence_length=16"]
     arguments += ["--height", "112", "--width", "144", "--frames", "9", "--steps", "60"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import calibatt_compiler
 import torch
+
+import calibatt_compiler
 from calibatt_compiler import CalibrationConfig, calibrate
 
 
