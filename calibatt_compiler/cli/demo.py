@@ -23,7 +23,7 @@ BLOCK = 64
 A, C, K, RHO = 0.84, 0.99, 16.0, 0.5
 CURVE = (0.95, 0.65)
 """Other values of A, selected from the same recording, for the curve."""
-CPU_CALIBRATION, CPU_HELD_OUT = 4, 3
+CPU_CALIBRATION, CPU_HELD_OUT = 4, 2
 """How many prompts a CPU runs: what two cores do in ten minutes. A GPU runs all."""
 
 

@@ -194,7 +194,9 @@ def summary(compiled: object) -> Summary:
     reports = _reports.get(module, []) if isinstance(module, torch.nn.Module) else []
     options = _options_of(compiled)
     if options is not None:
-        reports = [report for report in reports if report.options is options]
+        reports = [report for report in reports if report.options is options] or _shared(
+            type(module), options
+        )
     if not reports:
         raise CaptureError(
             "there is nothing to summarise",
@@ -204,6 +206,20 @@ def summary(compiled: object) -> Summary:
         )
     rows = tuple(row for report in reports for row in report.rows())
     return Summary(rows, len(reports), reports[-1].plan_digest)
+
+
+def _shared(kind: type, options: object) -> list[GraphReport]:
+    """Return reports of equal options over another instance of the same class.
+
+    Dynamo takes equal backends for one: the second instance is served by the first one's graph.
+    """
+    return [
+        report
+        for module, reports in _reports.items()
+        if type(module) is kind
+        for report in reports
+        if report.options == options
+    ]
 
 
 def _options_of(compiled: object) -> object:

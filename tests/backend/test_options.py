@@ -150,6 +150,15 @@ def test_module_compiled_in_place(wan):
     assert calibatt_compiler.summary(wan.model).sparse_calls == 2
 
 
+def test_two_instances_with_equal_options_are_both_summarised(wan):
+    twin = type(wan.model).from_config(wan.model.config).eval().requires_grad_(False)
+    options = {"plan": wan.plan, "lowering": "reference"}
+    for model in (wan.model, twin):
+        compiled = torch.compile(model, backend="calibatt", options=dict(options))
+        compiled(**wan.arguments(900.0))
+        assert calibatt_compiler.summary(compiled).sparse_calls >= 2
+
+
 def test_summary_before_the_first_call(wan):
     compiled = torch.compile(wan.model, backend="calibatt", options={"plan": wan.plan})
     with pytest.raises(CaptureError, match="nothing to summarise"):
