@@ -2,9 +2,11 @@
 
 Each group of query blocks that keeps the same keys gathers these keys and values and runs dense
 attention over them with the BLAS that torch brings. In float32 that BLAS runs at the same rate on
-a gathered tile as in dense attention, so time follows density. (FlexAttention's CPU template has
-a fixed register tile for q @ k.T in float32 and reaches less than half that rate where AVX-512 is
-there; in bfloat16 and float16 it is the faster one. `benchmarks/cpu_attention.py` measures both.)
+a gathered tile as in dense attention, but each tile is several small operations: with blocks of 64
+and some thousand tokens their cost outweighs what is skipped (`benchmarks/RESULTS.md`).
+FlexAttention's CPU template has a fixed register tile for q @ k.T in float32 and was slower still
+where AVX-512 is there; in bfloat16 and float16 it is the faster one. `benchmarks/cpu_attention.py`
+measures both.
 """
 
 from __future__ import annotations
