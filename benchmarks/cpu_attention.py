@@ -1,9 +1,10 @@
-"""Time the CPU kernels against stock SDPA, and block energies against both.
+"""Time the CPU kernel against stock SDPA and FlexAttention, and block energies against SDPA.
 
     python benchmarks/cpu_attention.py --tokens 2160 --threads 2
 
 Prints, per density, medians in milliseconds of rounds that interleave all candidates, so that a
-busy machine disturbs them alike, and the ratio dense / kernel.
+busy machine disturbs them alike, the ratio dense / kernel, and the kernel's efficiency e =
+density x dense / kernel.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from calibatt_compiler.kernels.energy import attention_with_energy, block_energy
-from calibatt_compiler.kernels.flex_cpu import FlexCpuAttention, flex_cpu_available
-from calibatt_compiler.kernels.gemm_cpu import GemmCpuAttention
+from calibatt_compiler.kernels.native_cpu import NativeCpuAttention
 from calibatt_compiler.plan.pattern import BlockPattern
 
 
@@ -43,6 +45,21 @@ def random_pattern(heads: int, tokens: int, block: int, density: float) -> Block
     return BlockPattern.from_mask(
         mask, query_length=tokens, key_length=tokens, block=(block, block)
     )
+
+
+def flex_kernel(pattern: BlockPattern, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], object]:
+    """FlexAttention through Inductor; blocks are kept whole, so nothing is evaluated in them."""
+    count, indices = pattern.kv_blocks()
+    blocks = BlockMask.from_kv_blocks(
+        count[None],
+        indices[None],
+        BLOCK_SIZE=(pattern.block_m, pattern.block_n),
+        seq_lengths=(pattern.query_length, pattern.key_length),
+        compute_q_blocks=False,
+    )
+    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    options = {"SKIP_MASK_SCORE": True}
+    return lambda: compiled(q, k, v, block_mask=blocks, kernel_options=options)
 
 
 def main() -> None:
@@ -70,15 +87,19 @@ def main() -> None:
     for block in options.blocks:
         for density in options.densities:
             pattern = random_pattern(options.heads, options.tokens, block, density)
-            kernels = {"gemm": GemmCpuAttention(pattern)}
-            if flex_cpu_available() and not options.without_flex:
-                kernels["flex"] = FlexCpuAttention(pattern)
-            candidates: dict[str, Callable[[], object]] = {"dense": dense}
-            for name, kernel in kernels.items():
-                candidates[name] = lambda kernel=kernel: kernel(q, k, v)
+            kernel = NativeCpuAttention(pattern, dtype=dtype, head_dim=options.head_dim)
+            candidates: dict[str, Callable[[], object]] = {
+                "dense": dense,
+                "ours": lambda kernel=kernel: kernel(q, k, v),
+            }
+            if not options.without_flex:
+                torch.compiler.reset()
+                candidates["flex"] = flex_kernel(pattern, q, k, v)
             ms = medians(candidates, options.rounds)
             row = "  ".join(
-                f"{name} {ms[name]:7.2f} ms (x{ms['dense'] / ms[name]:.2f})" for name in ms
+                f"{name} {ms[name]:7.2f} ms (x{ms['dense'] / ms[name]:.2f}, "
+                f"e {pattern.density * ms['dense'] / ms[name]:.2f})"
+                for name in ms
             )
             print(f"block {block:4d}  density {pattern.density:.2f}  {row}", flush=True)
         size = (block, block)

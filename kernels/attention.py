@@ -3,8 +3,7 @@
 | device | dtype | lowering | kernel |
 |---|---|---|---|
 | any | any float | reference | `ReferenceAttention` |
-| CPU | float32, float64 | any other | `GemmCpuAttention` |
-| CPU | bfloat16, float16 | any other | `FlexCpuAttention`; without AVX2, `GemmCpuAttention` |
+| CPU | any float | any other | `NativeCpuAttention` (C++) |
 | CUDA, sm_80 and newer | float32, bfloat16, float16 | table | `TableAttention` (Triton) |
 | CUDA, sm_80 and newer | float32, bfloat16, float16 | baked | `BakedAttention` (Triton) |
 
@@ -31,7 +30,7 @@ class AttentionKernel(Protocol):
     """Block-sparse attention by one pattern.
 
     Attributes:
-        kind: what serves right now, such as "reference", "gemm-cpu", "flex-cpu", "triton-table" or
+        kind: what serves right now, such as "reference", "native-cpu", "triton-table" or
             "triton-baked".
         density: blocks really computed / all blocks; above the pattern's own density where a
             superset covers the pattern.
@@ -94,7 +93,9 @@ def make_attention(
 
         return ReferenceAttention(pattern)
     if device.type == "cpu":
-        return _cpu_kernel(pattern, dtype)
+        from calibatt_compiler.kernels.native_cpu import NativeCpuAttention
+
+        return NativeCpuAttention(pattern, dtype=dtype, head_dim=head_dim)
     if device.type == "cuda":
         return _cuda_kernel(pattern, lowering, device, dtype, head_dim)
     raise KernelError(
@@ -103,16 +104,6 @@ def make_attention(
         got=device.type,
         remedy="use the option lowering='reference', which runs everywhere, slowly",
     )
-
-
-def _cpu_kernel(pattern: BlockPattern, dtype: torch.dtype) -> AttentionKernel:
-    from calibatt_compiler.kernels.flex_cpu import FlexCpuAttention, flex_cpu_available
-    from calibatt_compiler.kernels.gemm_cpu import GemmCpuAttention
-
-    # By measurement: see the two modules.
-    if dtype in (torch.bfloat16, torch.float16) and flex_cpu_available():
-        return FlexCpuAttention(pattern)
-    return GemmCpuAttention(pattern)
 
 
 def _cuda_kernel(

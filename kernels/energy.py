@@ -46,9 +46,9 @@ def block_energy(
     _check(q, k, block, lse)
     factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     if q.device.type == "cpu":
-        from calibatt_compiler.kernels.energy_cpu import cpu_energy
+        from calibatt_compiler.kernels.native_cpu import native_energy
 
-        return cpu_energy(q, k, None, block, factor, lse)[1]
+        return native_energy(q, k, None, block, factor, lse)[1]
     if triton_serves(q.device, q.dtype) and q.shape[-1] <= 256:
         from calibatt_compiler.kernels.triton_energy import triton_energy
 
@@ -92,9 +92,9 @@ def attention_with_energy(
         )
     factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     if q.device.type == "cpu":
-        from calibatt_compiler.kernels.energy_cpu import cpu_energy
+        from calibatt_compiler.kernels.native_cpu import native_energy
 
-        out, energy = cpu_energy(q, k, v, block, factor, None)
+        out, energy = native_energy(q, k, v, block, factor, None)
         assert out is not None
         return out, energy
     return dense_attention(q, k, v, factor), block_energy(q, k, block=block, scale=factor)
