@@ -19,7 +19,6 @@ from calibatt_compiler.passes.pipeline import run_passes
 from calibatt_compiler.passes.rewrite import Rewrite, SdpaCall, Skip
 from calibatt_compiler.report.summary import GraphReport, keep_report
 from calibatt_compiler.runtime.graph import CompiledGraph
-from calibatt_compiler.runtime.registry import Site
 
 log = logging.getLogger("calibatt")
 Compiled = Callable[..., Any]
@@ -54,7 +53,7 @@ def calibatt(
         _check(rewrite, binder, checked)
     except CalibattError as error:
         return _raising(error)
-    compiled = CompiledGraph(_inductor(gm, example_inputs, checked.inductor), _entries(rewrite))
+    compiled = CompiledGraph(_inductor(gm, example_inputs, checked.inductor), rewrite.entries())
     keep_report(inputs.module, GraphReport(compiled, binder, options))
     return compiled
 
@@ -75,17 +74,9 @@ def recording_backend(recorder: Recorder, *, inductor: bool) -> Compiled:
         except CalibattError as error:
             return _raising(error)
         compiled = _inductor(gm, example_inputs, {}) if inductor else gm.forward
-        return CompiledGraph(compiled, _entries(rewrite))
+        return CompiledGraph(compiled, rewrite.entries())
 
     return record
-
-
-def _entries(rewrite: Rewrite) -> dict[str, Site | str]:
-    """Return what serves each site, or why nothing of ours does."""
-    return {
-        call.info.name: decision.reason if isinstance(decision, Skip) else decision.site
-        for call, decision in zip(rewrite.calls, rewrite.decisions, strict=True)
-    }
 
 
 def _inductor(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 from calibatt_compiler import models
@@ -13,9 +12,8 @@ from calibatt_compiler.options import CompileOptions
 from calibatt_compiler.passes.graph import example
 from calibatt_compiler.passes.rewrite import SdpaCall, Skip
 from calibatt_compiler.plan import Plan
-from calibatt_compiler.runtime.registry import Site
+from calibatt_compiler.runtime.serving import Site
 from calibatt_compiler.runtime.sites import RecordingSite, SparseSite
-from calibatt_compiler.version import PRODUCER
 
 
 class PlanBinder:
@@ -23,7 +21,6 @@ class PlanBinder:
 
     Attributes:
         expectation: what the plan was made for, in words.
-        prefix: of registry keys; a digest of plan and options.
 
     Raises:
         PlanMismatchError: the plan was calibrated on another model.
@@ -36,8 +33,6 @@ class PlanBinder:
         self._size = _check_size(self._plan, inputs)
         frames, height, width = self._plan.grid
         self.expectation = f"{frames} x {height} x {width} latent tokens"
-        content = f"{PRODUCER}|{self._plan.digest}|{options.lowering}"
-        self.prefix = hashlib.sha256(content.encode()).hexdigest()[:16]
 
     @property
     def plan(self) -> Plan:
@@ -83,8 +78,6 @@ class RecordingBinder:
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
-        # Fixed, so that Inductor's cache on disk serves a run that is resumed.
-        self.prefix = "recording"
 
     def bind(self, call: SdpaCall) -> Site | Skip:
         """Return a recording site, or why the call is not recorded."""

@@ -34,6 +34,7 @@ class AttentionKernel(Protocol):
             "triton-baked".
         density: blocks really computed / all blocks; above the pattern's own density where a
             superset covers the pattern.
+        reason: why another kernel than the one asked for serves, and will go on to; else None.
     """
 
     @property
@@ -43,6 +44,10 @@ class AttentionKernel(Protocol):
     @property
     def density(self) -> float:
         """Blocks really computed / all blocks."""
+
+    @property
+    def reason(self) -> str | None:
+        """Why another kernel than the one asked for serves."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
         """Return the attention output.

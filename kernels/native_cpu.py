@@ -52,6 +52,7 @@ class NativeCpuAttention:
     """
 
     kind = "native-cpu"
+    reason = None
 
     def __init__(self, pattern: BlockPattern, *, dtype: torch.dtype, head_dim: int) -> None:
         self.pattern = pattern

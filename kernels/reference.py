@@ -33,6 +33,7 @@ class ReferenceAttention:
     """
 
     kind = "reference"
+    reason = None
 
     def __init__(self, pattern: BlockPattern) -> None:
         self.pattern = pattern

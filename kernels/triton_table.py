@@ -179,6 +179,7 @@ class TableAttention(DeviceKernel):
     """
 
     kind = "triton-table"
+    reason = None
 
     def __init__(
         self,

@@ -23,7 +23,7 @@ def lower_attention(rewrite: Rewrite) -> Rewrite:
                 if higher_order not in threaded:
                     threaded[higher_order] = _thread(higher_order, timestep)
                 timestep = threaded[higher_order]
-            _replace(call, timestep, decision.key)
+            _replace(call, timestep)
             changed.add(call.gm)
     for gm in changed - {rewrite.gm}:
         finish(gm)
@@ -31,11 +31,11 @@ def lower_attention(rewrite: Rewrite) -> Rewrite:
     return rewrite
 
 
-def _replace(call: SdpaCall, timestep: Node, key: str) -> None:
+def _replace(call: SdpaCall, timestep: Node) -> None:
     operands = [cast("Node", call.operands[name]) for name in ("query", "key", "value")]
     with call.gm.graph.inserting_before(call.node):
         lowered = call.gm.graph.call_function(
-            torch.ops.calibatt.attention.default, (*operands, timestep, key, call.scale)
+            torch.ops.calibatt.attention.default, (*operands, timestep, call.info.name, call.scale)
         )
     lowered.meta = dict(call.node.meta)
     call.node.replace_all_uses_with(lowered)

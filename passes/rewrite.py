@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from calibatt_compiler.capture import SiteInfo
 from calibatt_compiler.dynamo import FrameInputs
 from calibatt_compiler.passes.graph import sdpa_operands
-from calibatt_compiler.runtime.registry import Site
+from calibatt_compiler.runtime.serving import Site
 
 
 @dataclass(frozen=True)
@@ -61,18 +61,13 @@ class Lowered:
 
     Attributes:
         site: what serves it.
-        key: its key in the registry.
     """
 
     site: Site
-    key: str
 
 
 class Binder(Protocol):
     """Decides what serves the sites of a graph."""
-
-    prefix: str
-    """Prefix of registry keys: a digest of all that changes the output."""
 
     def bind(self, call: SdpaCall) -> Site | Skip:
         """Return what serves a call, or why it stays dense."""
@@ -97,3 +92,10 @@ class Rewrite:
     calls: tuple[SdpaCall, ...] = ()
     timestep: Node | None = None
     decisions: tuple[Lowered | Skip, ...] = field(default=())
+
+    def entries(self) -> dict[str, Site | str]:
+        """Return, by name of the call, what serves it, or why nothing of ours does."""
+        return {
+            call.info.name: decision.reason if isinstance(decision, Skip) else decision.site
+            for call, decision in zip(self.calls, self.decisions, strict=True)
+        }

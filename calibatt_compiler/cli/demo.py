@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from calibatt_compiler.plan import Plan
 
 EXAMPLE = Path("examples") / "tiny_wan"
-BLOCK = 64
+BLOCK = 32
 A, C, K, RHO = 0.84, 0.99, 16.0, 0.5
 CURVE = (0.95, 0.65)
 """Other values of A, selected from the same recording, for the curve."""

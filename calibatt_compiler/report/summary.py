@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -16,7 +16,7 @@ from calibatt_compiler.runtime.graph import CompiledGraph
 from calibatt_compiler.runtime.sites import SparseSite
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
     from calibatt_compiler.binders import PlanBinder
 
@@ -34,6 +34,7 @@ class SiteRow:
         kernel: kinds of kernel that serve it now.
         sparse_calls: calls served by a sparse kernel.
         dense_calls: calls served dense, by reason.
+        reasons: why another kernel than the one asked for serves, by number of patterns.
     """
 
     name: str
@@ -43,6 +44,7 @@ class SiteRow:
     kernel: str
     sparse_calls: int
     dense_calls: Mapping[str, int]
+    reasons: Mapping[str, int] = field(default_factory=dict)
 
 
 class GraphReport:
@@ -77,6 +79,7 @@ class GraphReport:
                     kernel=", ".join(served.kinds),
                     sparse_calls=sum(served.calls.values()) - sum(dense.values()),
                     dense_calls=dense,
+                    reasons=dict(served.reasons),
                 )
             )
         return rows
@@ -131,44 +134,62 @@ class Summary:
                     "kernel": row.kernel,
                     "sparse_calls": row.sparse_calls,
                     "dense_calls": dict(row.dense_calls),
+                    "reasons": dict(row.reasons),
                 }
                 for row in self.rows
             ],
         }
 
-    def __rich__(self) -> Table:
+    def notes(self) -> list[str]:
+        """Return, in words, what did not go as asked for, with its count."""
+        reasons: Counter[str] = Counter()
+        for row in self.rows:
+            reasons.update(row.reasons)
+        dense = Counter(
+            {why: n for why, n in self.dense_calls.items() if why in _served(self.rows)}
+        )
+        return [f"{n} calls {why}" for why, n in dense.most_common()] + [
+            f"{n} patterns by another kernel: {why}" for why, n in reasons.most_common()
+        ]
+
+    def __rich__(self) -> Group:
+        from rich.box import SIMPLE_HEAD
+        from rich.console import Group
         from rich.table import Table
+        from rich.text import Text
 
         lowered = sum(row.status == "sparse" for row in self.rows)
-        table = Table(
-            title=f"calibatt: {lowered} of {len(self.rows)} attention sites sparse, "
-            f"{self.graphs} graph(s), plan {self.plan_digest[:12]}",
-            title_justify="left",
-        )
-        for heading in ("site", "status", "kernel"):
-            table.add_column(heading)
-        for heading in ("density", "computed", "sparse calls", "dense calls"):
-            table.add_column(heading, justify="right")
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for heading in ("site", "served by"):
+            table.add_column(heading, overflow="fold")
+        for heading in ("density", "computed", "sparse", "dense"):
+            table.add_column(heading, justify="right", no_wrap=True)
         for row in self.rows:
-            reasons = row.dense_calls.items() if row.status == "sparse" else ()
-            dense = "; ".join(f"{n} ({why.removeprefix('dense: ')})" for why, n in reasons)
             table.add_row(
                 row.name,
-                row.status,
-                row.kernel,
+                row.kernel if row.status == "sparse" else f"{row.kernel}: {row.status}",
                 "" if row.density is None else f"{row.density:.3f}",
                 "" if row.computed_density is None else f"{row.computed_density:.3f}",
                 str(row.sparse_calls),
-                dense or str(sum(row.dense_calls.values())),
+                str(sum(row.dense_calls.values())),
             )
-        return table
+        title = (
+            f"calibatt: {lowered} of {len(self.rows)} attention sites sparse, "
+            f"{self.graphs} graph(s), plan {self.plan_digest[:12]}"
+        )
+        return Group(Text(title, style="italic"), table, *self.notes())
 
     def __str__(self) -> str:
         from rich.console import Console
 
         out = io.StringIO()
-        Console(file=out, width=140).print(self)
+        Console(file=out, width=100).print(self)
         return out.getvalue()
+
+
+def _served(rows: Sequence[SiteRow]) -> set[str]:
+    """Reasons for dense calls of sites that are sparse otherwise."""
+    return {why for row in rows if row.status == "sparse" for why in row.dense_calls}
 
 
 _reports: WeakKeyDictionary[torch.nn.Module, list[GraphReport]] = WeakKeyDictionary()

@@ -1,11 +1,11 @@
-"""A compiled graph together with what its operators refer to by key."""
+"""A compiled graph together with the sites that its operators name."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from calibatt_compiler.runtime.registry import Site
+from calibatt_compiler.runtime.serving import Site, serving
 
 
 class CompiledGraph:
@@ -20,8 +20,12 @@ class CompiledGraph:
         self._compiled = compiled
         self.entries = dict(entries)
         self.calls = 0
+        self._sites = {
+            name: entry for name, entry in self.entries.items() if not isinstance(entry, str)
+        }
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the graph once."""
         self.calls += 1
-        return self._compiled(*inputs)
+        with serving(self._sites):
+            return self._compiled(*inputs)

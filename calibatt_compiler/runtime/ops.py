@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from calibatt_compiler.runtime.registry import lookup
+from calibatt_compiler.runtime.serving import lookup
 
 
 @torch.library.custom_op("calibatt::host_timestep", mutates_args=())
@@ -47,7 +47,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, timestep: Tensor, site: str, scal
         k: (batch, heads, key_length, head_dim), any strides.
         v: like `k`.
         timestep: what `host_timestep` returned.
-        site: key from `registry.register`.
+        site: its name in the graph that is running.
         scale: factor of the scores.
 
     Returns:

@@ -70,6 +70,15 @@ class SparseSite:
         return tuple(dict.fromkeys(kinds))
 
     @property
+    def reasons(self) -> Counter[str]:
+        """Why another kernel than the one asked for serves, by number of patterns."""
+        return Counter(
+            kernel.reason
+            for kernel in self._kernels
+            if kernel is not None and kernel.reason is not None
+        )
+
+    @property
     def computed_density(self) -> float:
         """Blocks that the kernels compute / all blocks, mean over steps."""
         by_pattern = [1.0 if kernel is None else kernel.density for kernel in self._kernels]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 import torch
+from rich.console import Console
 
 import calibatt_compiler
 from calibatt_compiler.errors import (
@@ -163,3 +166,39 @@ def test_summary_before_the_first_call(wan):
     compiled = torch.compile(wan.model, backend="calibatt", options={"plan": wan.plan})
     with pytest.raises(CaptureError, match="nothing to summarise"):
         calibatt_compiler.summary(compiled)
+
+
+@pytest.mark.inductor
+def test_inductor_compiles_once_for_all_plans(wan, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    counters = torch._dynamo.utils.counters
+    hits = []
+    for side in (6, 3):
+        masks = {name: torch.eye(6, dtype=torch.bool).repeat(3, 2, 1, 1) for name in wan.sites}
+        for mask in masks.values():
+            mask[..., :side] = True
+        plan = Plan.from_masks(masks, wan.plan.grid, wan.plan.timesteps, (32, 32))
+        options = {"plan": plan, "lowering": "table"}
+        before = counters["inductor"]["fxgraph_cache_hit"]
+        compiled = torch.compile(
+            wan.model, backend="calibatt", options=options, isolate_recompiles=True
+        )
+        compiled(**wan.arguments(900.0))
+        hits.append(counters["inductor"]["fxgraph_cache_hit"] - before)
+        assert calibatt_compiler.summary(compiled).rows[0].density == plan.density(wan.sites[0])
+    assert hits == [0, 1]
+
+
+def test_summary_fits_a_terminal_and_names_what_ran_dense(wan):
+    options = {"plan": wan.plan, "lowering": "reference"}
+    compiled = torch.compile(wan.model, backend="calibatt", options=options)
+    for timestep in (900.0, 2000.0):
+        compiled(**wan.arguments(timestep))
+    summary = calibatt_compiler.summary(compiled)
+    out = io.StringIO()
+    Console(file=out, width=80).print(summary)
+    lines = [line.strip() for line in out.getvalue().splitlines()]
+    for row in summary.rows:
+        (line,) = [line for line in lines if line.startswith(row.name + " ")]
+        assert line.split()[-1] == str(sum(row.dense_calls.values()))
+    assert any("timestep outside the plan's range" in line for line in lines)

@@ -15,6 +15,7 @@ from calibatt_compiler.dynamo import frame_inputs
 from calibatt_compiler.passes.graph import module_name
 from calibatt_compiler.passes.pipeline import run_passes
 from calibatt_compiler.passes.rewrite import Lowered, Rewrite, SdpaCall, Skip
+from calibatt_compiler.runtime.graph import CompiledGraph
 
 
 class Attention(nn.Module):
@@ -58,8 +59,6 @@ class Negative:
 
 
 class Binder:
-    prefix = "test"
-
     def __init__(self) -> None:
         self.seen: list[tuple[str, float]] = []
 
@@ -75,7 +74,7 @@ def compiled(module: nn.Module, **options: Any) -> tuple[Any, list[Rewrite], Bin
     def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         rewrites.append(run_passes(gm, frame_inputs(gm), binder))
         gm.graph.lint()
-        return gm.forward
+        return CompiledGraph(gm.forward, rewrites[-1].entries())
 
     return torch.compile(module, backend=backend, **options), rewrites, binder
 

@@ -1,16 +1,17 @@
-"""The operators, the registry behind them, and the counters of a site."""
+"""The operators, how they find their sites, and the counters of a site."""
 
 from __future__ import annotations
 
-import gc
 import math
+import threading
 
 import pytest
 import torch
 
 from calibatt_compiler.errors import KernelError
 from calibatt_compiler.plan import Plan
-from calibatt_compiler.runtime import ops, registry, sites
+from calibatt_compiler.runtime import ops, sites
+from calibatt_compiler.runtime.serving import lookup, serving
 
 
 @pytest.mark.parametrize(
@@ -37,10 +38,10 @@ def test_host_timestep_is_a_sound_operator():
 
 def test_attention_is_a_sound_operator():
     site = make_site(torch.eye(3, dtype=torch.bool).expand(1, 2, 3, 3))
-    (key,) = registry.register("sound", {"a": site}).values()
     q, k, v = (torch.randn(1, 40, 2, 8).transpose(1, 2) for _ in range(3))
     timestep = torch.tensor(5.0, dtype=torch.float64)
-    torch.library.opcheck(ops.attention, (q, k, v, timestep, key, 0.5))
+    with serving({"a": site}):
+        torch.library.opcheck(ops.attention, (q, k, v, timestep, "a", 0.5))
 
 
 def make_site(masks: torch.Tensor) -> sites.SparseSite:
@@ -50,26 +51,27 @@ def make_site(masks: torch.Tensor) -> sites.SparseSite:
     return sites.SparseSite(plan, "a", lowering="reference", **options)
 
 
-def test_a_graph_that_is_gone_takes_its_sites_along():
-    site = make_site(torch.eye(3, dtype=torch.bool).expand(1, 2, 3, 3))
-    (key,) = registry.register("gone", {"a": site}).values()
-    assert registry.lookup(key) is site
-    del site
-    gc.collect()
+def test_a_site_is_found_while_its_graph_runs_and_in_its_thread_alone():
+    outer, inner = (make_site(torch.eye(3, dtype=torch.bool).expand(1, 2, 3, 3)) for _ in range(2))
+    elsewhere = []
+
+    def look():
+        with pytest.raises(KernelError, match="no graph"):
+            lookup("a")
+        elsewhere.append(True)
+
+    with serving({"a": outer}):
+        with serving({"a": inner}):
+            assert lookup("a") is inner
+        assert lookup("a") is outer
+        with pytest.raises(KernelError, match="without it"):
+            lookup("b")
+        thread = threading.Thread(target=look)
+        thread.start()
+        thread.join()
+    assert elsewhere
     with pytest.raises(KernelError, match="not loaded"):
-        registry.lookup(key)
-
-
-def test_keys_do_not_depend_on_what_was_compiled_before():
-    first = make_site(torch.eye(3, dtype=torch.bool).expand(1, 2, 3, 3))
-    second = make_site(torch.eye(3, dtype=torch.bool).expand(1, 2, 3, 3))
-    one, two = registry.register("same", {"a": first}), registry.register("same", {"a": second})
-    assert one == {"a": "same/0/a"}
-    assert two == {"a": "same/1/a"}
-    del first
-    gc.collect()
-    third = make_site(torch.eye(3, dtype=torch.bool).expand(1, 2, 3, 3))
-    assert registry.register("same", {"a": third}) == one
+        lookup("a")
 
 
 def test_the_step_decides_the_pattern():
