@@ -16,6 +16,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <vector>
 
 namespace {
 
@@ -135,9 +136,9 @@ inline Vec exponential(Vec x) {
   return x.exp();
 }
 
-// Turn scores into probabilities relative to the new maximum; return nothing, update the sums.
-// `step_sum` receives the sum of this step's probabilities by row.
-void online_softmax(Tile& tile, int64_t rows, int64_t keys, VALUE* step_sum) {
+// Add `log_weight` to the scores, turn them into probabilities relative to the new maximum and
+// update the sums; `step_sum` receives the sum of this step's probabilities by row.
+void online_softmax(Tile& tile, int64_t rows, int64_t keys, VALUE log_weight, VALUE* step_sum) {
   const int64_t vectors = (keys + LANES - 1) / LANES * PANEL_VECTORS;
   for (int64_t row = 0; row < rows; ++row) {
     VALUE* p = tile.p + row * STEP;
@@ -146,13 +147,13 @@ void online_softmax(Tile& tile, int64_t rows, int64_t keys, VALUE* step_sum) {
       greatest = at::vec::maximum(greatest, Vec::loadu(p + n * WIDTH));
     const VALUE top = std::max(
         tile.top[row],
-        at::vec::vec_reduce_all<VALUE>(
+        log_weight + at::vec::vec_reduce_all<VALUE>(
             [](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, greatest));
     // A row that has seen only -inf so far: subtract 0, not -inf, which would give NaN.
     const VALUE reference = top == NOTHING ? 0 : top;
     Vec sum(0);
     for (int64_t n = 0; n < vectors; ++n) {
-      const Vec probability = exponential(Vec::loadu(p + n * WIDTH) - Vec(reference));
+      const Vec probability = exponential(Vec::loadu(p + n * WIDTH) - Vec(reference - log_weight));
       probability.store(p + n * WIDTH);
       sum = sum + probability;
     }
@@ -244,18 +245,82 @@ struct Packed {
   }
 };
 
+// Mean keys and values of the parts of all key blocks, packed like keys and values.
+struct Pooled {
+  int64_t by_block, count = 0, padded = 0;
+  Memory keys, values;
+  std::vector<VALUE> log_sizes;  // -inf for parts past the end of the keys
+
+  Pooled(const Sizes& s, const Packed& packed, int64_t pooled, int threads) : by_block(pooled) {
+    if (!pooled) return;
+    count = s.key_blocks() * pooled;
+    padded = (count + LANES - 1) / LANES * LANES;
+    const int64_t part = s.block_n / pooled, matrices = s.batch * s.heads;
+    keys.reset(allocate(matrices * padded * HEAD_DIM));
+    values.reset(allocate(matrices * padded * PADDED_DIM));
+    log_sizes.assign(count, NOTHING);
+    for (int64_t index = 0; index < count && index * part < s.length_k; ++index)
+      log_sizes[index] = std::log(VALUE(std::min(part, s.length_k - index * part)));
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t at = 0; at < matrices * padded; ++at) {
+      const int64_t matrix = at / padded, index = at % padded;
+      const VALUE* from_keys = packed.keys.get() + matrix * s.padded_keys() * HEAD_DIM;
+      const VALUE* from_values = packed.values.get() + matrix * s.padded_keys() * PADDED_DIM;
+      VALUE* key = keys.get() + (at - at % LANES) * HEAD_DIM + at % LANES;
+      VALUE* value = values.get() + at * PADDED_DIM;
+      for (int64_t d = 0; d < HEAD_DIM; ++d) key[d * LANES] = 0;
+      std::fill(value, value + PADDED_DIM, VALUE(0));
+      const int64_t first = std::min(index * part, s.length_k);
+      const int64_t last = std::min(first + part, s.length_k);
+      if (index >= count || first == last) continue;
+      for (int64_t token = first; token < last; ++token) {
+        const VALUE* panel = from_keys + (token - token % LANES) * HEAD_DIM + token % LANES;
+        for (int64_t d = 0; d < HEAD_DIM; ++d) key[d * LANES] += panel[d * LANES];
+        for (int64_t d = 0; d < PADDED_DIM; ++d) value[d] += from_values[token * PADDED_DIM + d];
+      }
+      const VALUE share = VALUE(1) / VALUE(last - first);
+      for (int64_t d = 0; d < HEAD_DIM; ++d) key[d * LANES] *= share;
+      for (int64_t d = 0; d < PADDED_DIM; ++d) value[d] *= share;
+    }
+  }
+
+  // Attend the parts of the blocks that a row of `kept` bits leaves out.
+  void attend(Tile& tile, int64_t rows, int64_t matrix, const uint8_t* kept) const {
+    VALUE bias[STEP], step_sum[ROWS];
+    for (int64_t first = 0; first < count; first += STEP) {
+      const int64_t parts = std::min(STEP, count - first);
+      bool any = false;
+      for (int64_t n = 0; n < parts; ++n) {
+        const int64_t block = (first + n) / by_block;
+        const bool left_out = !(kept[block / 8] >> (block % 8) & 1);
+        bias[n] = left_out ? log_sizes[first + n] : NOTHING;
+        any |= bias[n] != NOTHING;
+      }
+      if (!any) continue;
+      score(tile, rows, keys.get() + (matrix * padded + first) * HEAD_DIM, parts);
+      for (int64_t row = 0; row < rows; ++row)
+        for (int64_t n = 0; n < parts; ++n) tile.p[row * STEP + n] += bias[n];
+      online_softmax(tile, rows, parts, 0, step_sum);
+      accumulate(tile, rows, values.get() + (matrix * padded + first) * PADDED_DIM, parts);
+    }
+  }
+};
+
 }  // namespace
 
 // Attend the kept intervals. `order` lists rows (head * query_blocks + query block), dearest first;
-// `offsets`, `starts` and `ends` are the pattern's intervals in blocks.
+// the next ones are the pattern's intervals, in blocks, with their weights. If `pooled` is not 0, each
+// dropped key block, of which `kept` has one bit that is not set, takes part as `pooled` mean keys.
 extern "C" void attend(
     const int64_t* sizes, const int64_t* strides, const ELEMENT* q, const ELEMENT* k,
     const ELEMENT* v, ELEMENT* out, double scale, const int32_t* order, const int32_t* offsets,
-    const int32_t* starts, const int32_t* ends, int threads) {
+    const int32_t* starts, const int32_t* ends, const float* log_weights, int64_t pooled,
+    const uint8_t* kept, int threads) {
   const Sizes s = *reinterpret_cast<const Sizes*>(sizes);
   const Strides* by_operand = reinterpret_cast<const Strides*>(strides);
   const Strides qs = by_operand[0], os = by_operand[3];
   const Packed packed(s, k, by_operand[1], v, by_operand[2], threads);
+  const Pooled parts(s, packed, pooled, threads);
   const int64_t table = s.heads * s.query_blocks();
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
   for (int64_t index = 0; index < table * s.batch; ++index) {
@@ -273,13 +338,16 @@ extern "C" void attend(
       begin(tile, q + item * qs.batch + head * qs.head + first * qs.token, qs.token, rows, scale);
       for (int32_t run = offsets[row]; run < offsets[row + 1]; ++run) {
         const int64_t end = std::min(ends[run] * s.block_n, s.length_k);
+        const VALUE log_weight = log_weights ? log_weights[run] : 0;
         for (int64_t key = starts[run] * s.block_n; key < end; key += STEP) {
           const int64_t count = std::min(STEP, end - key);
           score(tile, computed, keys + key * HEAD_DIM, count);
-          online_softmax(tile, computed, count, step_sum);
+          online_softmax(tile, computed, count, log_weight, step_sum);
           accumulate(tile, computed, values + key * PADDED_DIM, count);
         }
       }
+      if (pooled)
+        parts.attend(tile, computed, item * s.heads + head, kept + row * ((s.key_blocks() + 7) / 8));
       finish(tile, out + item * os.batch + head * os.head + first * os.token, os.token, rows);
     }
   }
@@ -321,7 +389,7 @@ extern "C" void attend_with_energy(
           for (int64_t key = c * s.block_n; key < end; key += STEP) {
             const int64_t count = std::min(STEP, end - key);
             score(tile, computed, keys + key * HEAD_DIM, count);
-            online_softmax(tile, computed, count, step_sum);
+            online_softmax(tile, computed, count, 0, step_sum);
             for (int64_t row = 0; row < rows; ++row)
               sum[row] = sum[row] * tile.shrink[row] + step_sum[row];
             if (v) accumulate(tile, computed, values + key * PADDED_DIM, count);

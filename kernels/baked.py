@@ -88,6 +88,8 @@ class BakedAttention:
         self._entry: CacheEntry | None = None
         where: dict[str, Any] = {"device": device, "dtype": dtype, "head_dim": head_dim}
         try:
+            if pattern.weights is not None or pattern.pooled:
+                raise KernelError("generated source has no weights and no pooled keys yet")
             entry = get_entry(pattern, literal_budget=literal_budget, max_intervals=max_intervals)
             added = entry.covering.added_density
             if added > max_added_density:

@@ -45,7 +45,7 @@ class NativeCpuAttention:
 
     Attributes:
         kind: "native-cpu".
-        density: the pattern's own density.
+        density: the pattern's own density, and the pooled keys as part of it.
 
     Raises:
         KernelError: there is no C++ compiler, or it fails.
@@ -58,15 +58,10 @@ class NativeCpuAttention:
         self.pattern = pattern
         self._library = library(dtype, head_dim)
         self._specialisation = (dtype, head_dim)
-        self.density = pattern.density
-        intervals = pattern.intervals()
-        self._tables = (
-            _dearest_first(pattern),
-            *(
-                np.ascontiguousarray(table)
-                for table in (intervals.offsets, intervals.starts, intervals.ends)
-            ),
-        )
+        self.density = pattern.computed_density
+        runs = pattern.intervals()
+        order = _dearest_first(pattern)
+        self._tables = (order, runs.offsets, runs.starts, runs.ends, runs.log_weights)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
         """Return the attention output, (B, H, Sq, D) laid out as contiguous (B, Sq, H, D).
@@ -98,6 +93,8 @@ class NativeCpuAttention:
             *(_pointer(x) for x in (q, k, v, out)),
             ctypes.c_double(factor),
             *(_pointer(table) for table in self._tables),
+            ctypes.c_int64(pattern.pooled),
+            _pointer(pattern.bits),
             ctypes.c_int(torch.get_num_threads()),
         )
         return out

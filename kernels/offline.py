@@ -68,8 +68,18 @@ def compile_offline(
     )
 
 
-def table_arguments(entry: torch.dtype = torch.int16) -> dict[str, Any]:
-    """The table kernel's own run-time arguments, for `compile_offline`."""
-    pointers = {"offsets_ptr": torch.int32, "ends_ptr": entry, "shifts_ptr": entry}
-    sizes = dict.fromkeys(("heads", "query_blocks", "length_q", "length_k"), 16)
-    return pointers | sizes
+def table_arguments(
+    dtype: torch.dtype, entry: torch.dtype = torch.int16, *, weighted: bool = False, pooled: int = 0
+) -> dict[str, Any]:
+    """The table kernel's own run-time arguments, for `compile_offline`; `dtype` of the operands."""
+    pointers = {
+        "offsets_ptr": torch.int32,
+        "ends_ptr": entry,
+        "shifts_ptr": entry,
+        "weights_ptr": torch.float32,
+        "kept_ptr": torch.uint8,
+        "pooled_k_ptr": dtype,
+        "pooled_v_ptr": dtype,
+    }
+    sizes = dict.fromkeys(("heads", "query_blocks", "length_q", "length_k", "parts"), 16)
+    return pointers | sizes | {"WEIGHTED": weighted, "POOLED": pooled}

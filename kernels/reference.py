@@ -2,10 +2,13 @@
 
 For head `h` and query block `r` of a pattern, with `J` the tokens of all key blocks kept there:
 
-    out[i] = softmax_{j in J}(scale * q[i] . k[j]) @ v[j]        for each token i of block r
+    out[i] = softmax_{j in J}(scale * q[i] . k[j] + log w[j]) @ v[j]     for each token i of block r
 
-Dropped keys take no part: a NaN or an infinity in a dropped block changes nothing, one in a kept
-block does what it does in dense attention.
+with `w[j]` the weight of the block of `j`, 1 unless the pattern says otherwise. If the pattern
+pools dropped blocks, their pooled keys and values (see `kernels.pooling`) take part as well.
+
+Otherwise dropped keys take no part: a NaN or an infinity in a dropped block changes nothing, one in
+a kept block does what it does in dense attention.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from calibatt_compiler.kernels.operands import check_operands, empty_output
+from calibatt_compiler.kernels.pooling import part_bias, pool
 from calibatt_compiler.plan.pattern import BlockPattern
 
 
@@ -29,7 +33,7 @@ class ReferenceAttention:
 
     Attributes:
         kind: "reference".
-        density: the pattern's own density: nothing else is computed.
+        density: the pattern's own density, and the pooled keys as part of it.
     """
 
     kind = "reference"
@@ -37,7 +41,7 @@ class ReferenceAttention:
 
     def __init__(self, pattern: BlockPattern) -> None:
         self.pattern = pattern
-        self.density = pattern.density
+        self.density = pattern.computed_density
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
         """Return the attention output, (B, H, Sq, D) laid out as contiguous (B, Sq, H, D).
@@ -56,13 +60,23 @@ class ReferenceAttention:
         exact = torch.float64 if q.dtype == torch.float64 else torch.float32
         scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
         out = empty_output(q)
-        mask = pattern.mask()
+        mask, log_weights = pattern.mask(), torch.from_numpy(pattern.log_weights())
         key_block = torch.arange(pattern.key_length) // pattern.block_n
+        k, v = k.to(exact), v.to(exact)
+        pooled = (pool(k, pattern), pool(v, pattern)) if pattern.pooled else None
         for head, row in product(range(pattern.heads), range(pattern.query_blocks)):
             rows = slice(row * pattern.block_m, (row + 1) * pattern.block_m)
             kept = mask[head, row, key_block].nonzero().squeeze(1).to(q.device)
-            keys, values = k[:, head, kept].to(exact), v[:, head, kept].to(exact)
-            scores = q[:, head, rows].to(exact) @ keys.mT * scale
+            keys, values = k[:, head, kept], v[:, head, kept]
+            bias = log_weights[head, row, key_block].to(keys)[kept]
+            if pooled is not None:
+                parts = part_bias(pattern)[head, row].to(keys)
+                keys, values = (
+                    torch.cat([x, y[:, head]], 1)
+                    for x, y in zip((keys, values), pooled, strict=True)
+                )
+                bias = torch.cat([bias, parts])
+            scores = q[:, head, rows].to(exact) @ keys.mT * scale + bias
             out[:, head, rows] = (scores.softmax(-1) @ values).to(q.dtype)
         return out
 
@@ -85,5 +99,14 @@ def masked_dense_attention(
     Returns:
         (B, H, Sq, D), contiguous.
     """
-    mask = pattern.token_mask().to(q.device)
+    if pattern.weights is None and not pattern.pooled:
+        mask = pattern.token_mask().to(q.device)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    blocks = torch.from_numpy(pattern.log_weights()).double()
+    bias = torch.where(pattern.mask(), blocks, -torch.inf).repeat_interleave(pattern.block_n, -1)
+    bias = bias[..., : pattern.key_length]
+    if pattern.pooled:
+        bias = torch.cat([bias, part_bias(pattern)], -1)
+        k, v = (torch.cat([x, pool(x, pattern)], 2) for x in (k, v))
+    mask = bias.repeat_interleave(pattern.block_m, 1)[:, : pattern.query_length].to(q)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)

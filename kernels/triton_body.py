@@ -53,15 +53,19 @@ def load_rows(
 
 
 @triton.jit
-def online_softmax_update(scores, maximum, total, scale_log2):
+def online_softmax_update(scores, maximum, total, scale_log2, log2_weight, WEIGHTED: tl.constexpr):
     """Fold a tile of raw scores (M, N) into the running row maximum (M,) and row sum (M,).
 
-    The maximum is kept in units of log2, scaled; `scale_log2` = softmax scale * log2(e) > 0.
+    The maximum is kept in units of log2, scaled; `scale_log2` = softmax scale * log2(e) > 0. If
+    WEIGHTED, `log2_weight`, a scalar or (1, N), is added to the scaled scores.
 
     Returns:
         Probabilities (M, N) relative to the new maximum; the factor (M,) by which earlier sums
         shrink; the new maximum; the new sum.
     """
+    if WEIGHTED:
+        scores = scores * scale_log2 + log2_weight
+        scale_log2 = 1.0
     higher = tl.maximum(maximum, tl.max(scores, 1) * scale_log2)
     # A row that has seen only -inf so far: subtract 0, not -inf, which would give NaN.
     reference = tl.where(higher == -float("inf"), 0.0, higher)
@@ -88,6 +92,8 @@ def attend_tile(
     PADDED_DIM: tl.constexpr,
     RAGGED: tl.constexpr,
     PRECISION: tl.constexpr,
+    log2_weight=0.0,
+    WEIGHTED: tl.constexpr = False,
 ):
     """Attend the keys `first` to `first + TILE_N`; q is (M, D), acc (M, D) float32.
 
@@ -98,11 +104,31 @@ def attend_tile(
     if RAGGED:
         inside = first + tl.arange(0, TILE_N) < length_k
         scores = tl.where(inside[None, :], scores, -float("inf"))
-    probability, shrink, maximum, total = online_softmax_update(scores, maximum, total, scale_log2)
+    probability, shrink, maximum, total = online_softmax_update(
+        scores, maximum, total, scale_log2, log2_weight, WEIGHTED
+    )
     v = load_rows(v_ptr, stride_vs, first, length_k, TILE_N, HEAD_DIM, PADDED_DIM, RAGGED)
     acc = acc * shrink[:, None]
     acc = tl.dot(probability.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, maximum, total
+
+
+@triton.jit
+def part_bias(
+    kept_ptr, first, parts, length_k, POOLED: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr
+):
+    """What is added to the log2 scores of the pooled parts `first` to `first + ROWS`, (ROWS,).
+
+    log2 of the part's tokens where its key block is dropped, -inf where the block's bit in the
+    bytes at `kept_ptr` is set or the part is past the end of the keys.
+    """
+    index = first + tl.arange(0, ROWS)
+    block = index // POOLED
+    byte = tl.load(kept_ptr + block // 8, mask=index < parts, other=255).to(tl.int32)
+    kept = (byte >> (block % 8)) & 1
+    size = tl.minimum(length_k - index * PART, PART)
+    bias = tl.math.log2(tl.maximum(size, 1).to(tl.float32))
+    return tl.where((kept == 0) & (size > 0), bias, -float("inf"))
 
 
 @triton.jit

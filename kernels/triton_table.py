@@ -6,21 +6,26 @@ until that site's baked kernel is compiled.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakValueDictionary
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from calibatt_compiler.kernels.operands import check_operands, empty_output
+from calibatt_compiler.kernels.pooling import pool
 from calibatt_compiler.kernels.tiles import TileSettings
 from calibatt_compiler.kernels.triton_body import (
     attend_tile,
     head_pointer,
     load_rows,
+    part_bias,
     split_tiles,
     store_rows,
 )
@@ -37,7 +42,7 @@ from calibatt_compiler.plan.pattern import BlockPattern
 
 # Integers are not specialised: a stride or a length that happens to be 1 or a multiple of 16 must
 # not compile another kernel.
-@triton.jit(do_not_specialize=[*STRIDES, "heads", "query_blocks", "length_q", "length_k"])
+@triton.jit(do_not_specialize=[*STRIDES, "heads", "query_blocks", "length_q", "length_k", "parts"])
 def table_attention(
     q_ptr,
     k_ptr,
@@ -46,6 +51,10 @@ def table_attention(
     offsets_ptr,
     ends_ptr,
     shifts_ptr,
+    weights_ptr,
+    kept_ptr,
+    pooled_k_ptr,
+    pooled_v_ptr,
     stride_qb: tl.int64,
     stride_qh: tl.int64,
     stride_qs,
@@ -63,6 +72,7 @@ def table_attention(
     query_blocks,
     length_q,
     length_k,
+    parts,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
     ROW_TILES: tl.constexpr,
@@ -72,13 +82,17 @@ def table_attention(
     ALIGN: tl.constexpr,
     RAGGED_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    POOLED: tl.constexpr,
 ):
     """Attention of TILE_M queries of one head over the intervals of their row of blocks.
 
     q, o: (B, H, Sq, D) and k, v: (B, H, Sk, D) by strides in units of ALIGN elements. Row
     `r = head * query_blocks + block` owns the entries offsets[r] to offsets[r + 1] of `ends` (kept
     blocks up to the end of each interval) and `shifts` (key block minus its position among the
-    kept ones).
+    kept ones); if WEIGHTED, the entry's `weights` is added to the log2 scores of its interval.
+    If POOLED, pooled keys and values (B, H, parts, D), contiguous, follow for the blocks of which
+    the row's bits in `kept` are not set, POOLED to a block.
     """
     tile = tl.program_id(0)
     batch = tl.program_id(1) // heads
@@ -105,21 +119,40 @@ def table_attention(
     tiles, ragged = split_tiles(blocks, end_block, length_k, KEY_TILES, TILE_N)
     end = tl.load(ends_ptr + cursor).to(tl.int32) * KEY_TILES
     shift = tl.load(shifts_ptr + cursor).to(tl.int32) * KEY_TILES
+    weight = 0.0
     # One flat loop over all intervals, so that the pipeline never drains between two of them.
     for position in tl.range(0, tiles):
         cursor += (position >= end).to(tl.int32)
         end = tl.load(ends_ptr + cursor).to(tl.int32) * KEY_TILES
         shift = tl.load(shifts_ptr + cursor).to(tl.int32) * KEY_TILES
+        if WEIGHTED:
+            weight = tl.load(weights_ptr + cursor)
         acc, maximum, total = attend_tile(
             q, k_head, v_head, stride_ks, stride_vs, (position + shift) * TILE_N, length_k,
             acc, maximum, total, scale_log2, TILE_N, HEAD_DIM, PADDED_DIM, False, PRECISION,
+            weight, WEIGHTED,
         )  # fmt: skip
     # Not `and`: RAGGED_K is decided when compiling, `ragged` when running.
     if RAGGED_K:  # noqa: SIM102
         if ragged:
+            if WEIGHTED:
+                weight = tl.load(weights_ptr + last)
             acc, maximum, total = attend_tile(
                 q, k_head, v_head, stride_ks, stride_vs, length_k // TILE_N * TILE_N, length_k,
                 acc, maximum, total, scale_log2, TILE_N, HEAD_DIM, PADDED_DIM, True, PRECISION,
+                weight, WEIGHTED,
+            )  # fmt: skip
+    if POOLED > 0:
+        kept_row = kept_ptr + row * ((parts // POOLED + 7) // 8)
+        head_parts = tl.cast(tl.program_id(1), tl.int64) * parts * HEAD_DIM
+        for start in tl.range(0, parts, TILE_N):
+            bias = part_bias(
+                kept_row, start, parts, length_k, POOLED, KEY_TILES * TILE_N // POOLED, TILE_N
+            )
+            acc, maximum, total = attend_tile(
+                q, pooled_k_ptr + head_parts, pooled_v_ptr + head_parts, HEAD_DIM, HEAD_DIM, start,
+                parts, acc, maximum, total, scale_log2, TILE_N, HEAD_DIM, PADDED_DIM, True,
+                PRECISION, bias[None, :], True,
             )  # fmt: skip
     store_rows(o_head, stride_os, first, length_q, acc, total, TILE_M, HEAD_DIM, PADDED_DIM)
 
@@ -132,11 +165,15 @@ class IntervalTables:
         offsets: int32 (heads * query_blocks + 1), first entry of each row.
         ends: int16 or int32 (entries), kept blocks of the row up to the end of each interval.
         shifts: likewise, key block minus its position among the kept blocks of its row.
+        weights: float32 (entries), log2 of each interval's weight; empty if all count once.
+        kept: uint8 (heads * query_blocks * bytes a row), a bit a key block; empty without pooling.
     """
 
     offsets: Tensor
     ends: Tensor
     shifts: Tensor
+    weights: Tensor
+    kept: Tensor
 
     @classmethod
     def upload(cls, pattern: BlockPattern, device: torch.device) -> IntervalTables:
@@ -148,11 +185,20 @@ class IntervalTables:
         ends -= np.repeat(row_start, np.diff(runs.offsets))
         shifts = runs.ends - ends
         entry = np.int16 if pattern.key_blocks < 2**15 else np.int32
+        weights = np.empty(0, dtype=np.float32)
+        if runs.log_weights is not None:
+            weights = runs.log_weights * np.float32(math.log2(math.e))
 
-        def put(array: np.ndarray[tuple[int], np.dtype[np.integer]]) -> Tensor:
+        def put(array: npt.NDArray[Any]) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
-        return cls(put(runs.offsets), put(ends.astype(entry)), put(shifts.astype(entry)))
+        return cls(
+            put(runs.offsets),
+            put(ends.astype(entry)),
+            put(shifts.astype(entry)),
+            put(weights),
+            put(pattern.bits.ravel() if pattern.pooled else pattern.bits.ravel()[:0]),
+        )
 
 
 _tables: WeakValueDictionary[tuple[str, str], IntervalTables] = WeakValueDictionary()
@@ -172,7 +218,7 @@ class TableAttention(DeviceKernel):
 
     Attributes:
         kind: "triton-table".
-        density: the pattern's own density: nothing else is computed.
+        density: the pattern's own density, and the pooled keys as part of it.
 
     Raises:
         KernelError: dtype or head dim that no portable kernel takes.
@@ -191,7 +237,7 @@ class TableAttention(DeviceKernel):
         settings: TileSettings | None = None,
     ) -> None:
         super().__init__(pattern, device=device, dtype=dtype, head_dim=head_dim, settings=settings)
-        self.density = pattern.density
+        self.density = pattern.computed_density
         self.tables = interval_tables(pattern, device)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
@@ -214,6 +260,7 @@ class TableAttention(DeviceKernel):
         self.check_specialisation(q)
         q, k, v = (aligned(tensor, config) for tensor in (q, k, v))
         out = empty_output(q)
+        pooled = (pool(k, pattern), pool(v, pattern)) if pattern.pooled else (k, v)
         q, arguments = call_arguments(q, k, v, out, scale, config)
         with on_device(q):
             table_attention[grid(pattern, config, q.shape[0])](
@@ -224,11 +271,17 @@ class TableAttention(DeviceKernel):
                 tables.offsets,
                 tables.ends,
                 tables.shifts,
+                tables.weights,
+                tables.kept,
+                *pooled,
                 **arguments,
                 heads=pattern.heads,
                 query_blocks=pattern.query_blocks,
                 length_q=pattern.query_length,
                 length_k=pattern.key_length,
+                parts=pattern.key_blocks * pattern.pooled,
+                POOLED=pattern.pooled,
+                WEIGHTED=pattern.weights is not None,
                 **config.constexprs,
                 **config.options,
             )

@@ -1,6 +1,7 @@
 """The artefact: what calibration writes and every later stage reads."""
 
-from calibatt_compiler.plan.pattern import BlockPattern, Intervals
+from calibatt_compiler.plan.intervals import Intervals
+from calibatt_compiler.plan.pattern import BlockPattern
 from calibatt_compiler.plan.plan import Plan, SitePatterns
 from calibatt_compiler.plan.schema import (
     CalibrationInputs,

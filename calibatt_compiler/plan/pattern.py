@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -16,25 +16,13 @@ import torch
 from torch import Tensor
 
 from calibatt_compiler.errors import PlanError
+from calibatt_compiler.plan import weights as block_weights
+from calibatt_compiler.plan.intervals import Intervals, runs_of
 
 MAX_LENGTH = 1 << 24
 """Longest sequence a pattern may describe, in tokens: above it a size is taken for damage."""
 
 MAX_HEADS = 1 << 12
-
-
-@dataclass(frozen=True)
-class Intervals:
-    """Runs of kept key blocks, row by row, as in a compressed sparse row matrix.
-
-    Row `head * query_blocks + query_block` owns the runs `offsets[row]` to `offsets[row + 1]`;
-    run `i` covers the key blocks `starts[i]` to `ends[i]` (exclusive). Runs of a row are sorted
-    and neither touch nor overlap. All arrays are int32.
-    """
-
-    offsets: npt.NDArray[np.int32]
-    starts: npt.NDArray[np.int32]
-    ends: npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,10 +41,15 @@ class BlockPattern:
         block_n: tokens a key block.
         bits: uint8 (heads, query_blocks, ceil(key_blocks / 8)), little-endian bit order,
             read-only; padding bits are zero.
+        weights: uint8 (heads, query_blocks, key_blocks), how many times each kept block counts, as
+            coded by `plan.weights`; None if once. Read-only.
+        pooled: keys that each dropped block is pooled to; 0 drops it. Sub-block `j` of `pooled`
+            equal parts of a dropped block takes part as one key and one value, the means of its
+            tokens, that count as many times as it has tokens.
 
     Raises:
-        PlanError: sizes out of range, bits of another shape, or a query block with no kept key
-            block (its softmax would be empty).
+        PlanError: sizes out of range, bits or weights of another shape, or a query block with no
+            kept key block (its softmax would be empty).
     """
 
     heads: int
@@ -65,6 +58,8 @@ class BlockPattern:
     block_m: int
     block_n: int
     bits: npt.NDArray[np.uint8]
+    weights: npt.NDArray[np.uint8] | None = None
+    pooled: int = 0
 
     def __post_init__(self) -> None:
         check_sizes(self.heads, self.query_length, self.key_length, self.block_m, self.block_n)
@@ -94,6 +89,15 @@ class BlockPattern:
                 remedy="keep the diagonal block of each row, or lower the agreement threshold",
             )
         self.bits.setflags(write=False)
+        if self.weights is not None:
+            block_weights.check(self.weights, self.numpy_mask())
+        if not 0 <= self.pooled <= self.block_n or (self.pooled and self.block_n % self.pooled):
+            raise PlanError(
+                "dropped blocks can't be pooled to this many keys",
+                expected=f"0, or a divisor of the {self.block_n} tokens of a key block",
+                got=self.pooled,
+                remedy="pool to 1, 2 or 4 keys",
+            )
 
     @classmethod
     def from_mask(
@@ -103,6 +107,8 @@ class BlockPattern:
         query_length: int | None = None,
         key_length: int | None = None,
         block: tuple[int, int] = (128, 128),
+        weight: Tensor | None = None,
+        pooled: int = 0,
     ) -> BlockPattern:
         """Pack a boolean block mask.
 
@@ -111,9 +117,12 @@ class BlockPattern:
             query_length: tokens on the query side; default `query_blocks * block[0]`.
             key_length: tokens on the key side; default `key_blocks * block[1]`.
             block: tokens a query block, tokens a key block.
+            weight: float like `mask`, how many times each kept block counts; default once.
+            pooled: keys that each dropped block is pooled to.
 
         Raises:
-            PlanError: not a boolean 3-D tensor, lengths that don't fit, an empty row.
+            PlanError: not a boolean 3-D tensor, lengths that don't fit, an empty row, or weights
+                out of range.
         """
         if mask.dtype != torch.bool or mask.dim() != 3:
             raise PlanError(
@@ -136,7 +145,8 @@ class BlockPattern:
                 remedy="check the block size and the number of tokens",
             )
         bits = np.packbits(mask.cpu().numpy(), axis=-1, bitorder="little")
-        return cls(heads, query_length, key_length, block[0], block[1], bits)
+        codes = None if weight is None else block_weights.encode(mask, weight)
+        return cls(heads, query_length, key_length, block[0], block[1], bits, codes, pooled)
 
     @classmethod
     def dense(
@@ -172,18 +182,33 @@ class BlockPattern:
         """Kept blocks / all blocks, in (0, 1]."""
         return self.kept / (self.heads * self.query_blocks * self.key_blocks)
 
+    @property
+    def computed_density(self) -> float:
+        """Density with the work that pooled keys are: each row attends those of every block."""
+        return self.density + self.pooled / self.block_n
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 (hex) over sizes and bits: equal patterns share kernels."""
         sizes = (self.heads, self.query_length, self.key_length, self.block_m, self.block_n)
         h = hashlib.sha256(repr(sizes).encode())
         h.update(np.ascontiguousarray(self.bits).tobytes())
+        if self.weights is not None:
+            h.update(b"weights" + np.ascontiguousarray(self.weights).tobytes())
+        if self.pooled:
+            h.update(b"pooled %d" % self.pooled)
         return h.hexdigest()
 
     def numpy_mask(self) -> npt.NDArray[np.bool_]:
         """Boolean (heads, query_blocks, key_blocks) in host memory."""
         bits = np.unpackbits(self.bits, axis=-1, count=self.key_blocks, bitorder="little")
         return bits.astype(np.bool_)
+
+    def log_weights(self) -> npt.NDArray[np.float32]:
+        """Float32 (heads, query_blocks, key_blocks): natural logarithm of each block's weight."""
+        if self.weights is None:
+            return np.zeros((self.heads, self.query_blocks, self.key_blocks), dtype=np.float32)
+        return block_weights.log_weight(self.weights)
 
     def mask(self) -> Tensor:
         """Boolean tensor (heads, query_blocks, key_blocks) on the CPU; True is kept."""
@@ -198,14 +223,14 @@ class BlockPattern:
         return mask[:, : self.query_length, : self.key_length]
 
     def intervals(self) -> Intervals:
-        """Kept key blocks as sorted runs, row by row."""
-        mask = self.numpy_mask().reshape(-1, self.key_blocks).astype(np.int8)
-        step = np.diff(mask, axis=1, prepend=0, append=0)
-        row, start = np.nonzero(step == 1)
-        _, end = np.nonzero(step == -1)
-        counts = np.bincount(row, minlength=mask.shape[0])
-        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-        return Intervals(offsets, start.astype(np.int32), end.astype(np.int32))
+        """Kept key blocks as sorted runs of one weight, row by row."""
+        codes = self.numpy_mask().astype(np.int16) - 1
+        if self.weights is not None:
+            codes += self.weights
+        runs, values = runs_of(codes.reshape(-1, self.key_blocks))
+        if self.weights is None:
+            return runs
+        return replace(runs, log_weights=block_weights.log_weight(values.astype(np.uint8)))
 
     def kv_blocks(self) -> tuple[Tensor, Tensor]:
         """`kv_num_blocks` int32 (heads, query_blocks) and `kv_indices` int32 (heads,

@@ -58,6 +58,8 @@ def random_pattern() -> Callable[..., BlockPattern]:
         key_length: int | None = None,
         block: tuple[int, int] = (64, 64),
         density: float = 0.4,
+        weighted: bool = False,
+        pooled: int = 0,
         seed: int = 0,
     ) -> BlockPattern:
         key_length = key_length or query_length
@@ -66,8 +68,17 @@ def random_pattern() -> Callable[..., BlockPattern]:
         draw = torch.rand(heads, rows, columns, generator=generator)
         mask = draw < density
         mask.scatter_(2, draw.argmin(-1, keepdim=True), True)
+        weight = None
+        if weighted:
+            sampled = torch.rand(mask.shape, generator=generator) < 0.5
+            weight = torch.where(sampled, 1 + 20 * torch.rand(mask.shape, generator=generator), 1.0)
         return BlockPattern.from_mask(
-            mask, query_length=query_length, key_length=key_length, block=block
+            mask,
+            query_length=query_length,
+            key_length=key_length,
+            block=block,
+            weight=weight,
+            pooled=pooled,
         )
 
     return make

@@ -116,6 +116,23 @@ def main() -> None:
     assert declined.reason is not None
     assert "24 literals" in declined.reason
 
+    # Weights and pooled keys: every kept block its own weight, the ragged last block among them.
+    for length, block, pooled in ((250, 32, 0), (190, 48, 4), (2 * 128 + 70, 128, 1)):
+        blocks = -(-length // block)
+        mask = random_mask(3, blocks, blocks, 0.6, length)
+        draw = torch.rand(3, blocks, blocks, generator=torch.Generator().manual_seed(0))
+        made = BlockPattern.from_mask(
+            mask, query_length=length, key_length=length, block=(block,) * 2,
+            weight=1 + 30 * draw if pooled != 1 else None, pooled=pooled,
+        )  # fmt: skip
+        q, k, v = (torch.randn(2, length, 3, 64).transpose(1, 2) for _ in range(3))
+        baked = BakedAttention(made, device=CPU, dtype=torch.float32, head_dim=64)
+        assert baked.kind == "triton-table"
+        assert "pooled keys" in str(baked.reason)
+        error = (baked(q, k, v) - ReferenceAttention(made)(q, k, v)).abs().max().item()
+        name = f"weights, {length} keys, {pooled} pooled"
+        print(json.dumps({"case": name, "error": error, "allowed": 5e-6}))
+
     # Inf and NaN: a query that sees nothing but -inf scores at first is still right.
     made = pattern(torch.ones(1, 1, 4).bool(), 32, 128, (32, 32))
     q, k, v = (torch.ones(1, 1, n, 64) for n in (32, 128, 128))

@@ -37,6 +37,19 @@ def test_equals_dense_attention_under_the_mask(
     assert_attention(make(pattern, dtype)(q, k, v), q, k, v, pattern)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("weighted", "pooled"), [(True, 0), (False, 1), (True, 4), (False, 16)])
+def test_weights_and_pooled_keys(
+    operands, random_pattern, assert_attention, dtype, size, weighted, pooled
+):
+    query_length, key_length, block = size
+    shape = {"heads": 3, "query_length": query_length, "key_length": key_length}
+    q, k, v = operands(batch=2, dtype=dtype, **shape)
+    pattern = random_pattern(block=block, weighted=weighted, pooled=pooled, **shape)
+    assert_attention(make(pattern, dtype)(q, k, v), q, k, v, pattern)
+
+
 @pytest.mark.parametrize("head_dim", [1, 40, 128, 200])
 def test_any_head_dim(operands, random_pattern, assert_attention, head_dim):
     q, k, v = operands(head_dim=head_dim)

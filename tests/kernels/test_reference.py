@@ -88,3 +88,50 @@ def test_oracle_is_dense_attention_for_a_full_pattern(operands):
     expected = torch.softmax(q @ k.mT / 8, -1) @ v
     got = masked_dense_attention(q, k, v, BlockPattern.dense(2, 200, 200))
     torch.testing.assert_close(got, expected)
+
+
+def test_a_weight_counts_a_block_so_many_times(operands):
+    """Keys of a block with weight 4 act as if they stood there four times."""
+    q, k, v = operands(heads=1, query_length=64, key_length=96, dtype=torch.float64)
+    pattern = BlockPattern.from_mask(
+        torch.tensor([[[True, True, False]]]),
+        query_length=64,
+        key_length=96,
+        block=(64, 32),
+        weight=torch.tensor([[[1.0, 4.0, 1.0]]]),
+    )
+    again = [torch.cat([x[:, :, :32], *[x[:, :, 32:64]] * 4], 2) for x in (k, v)]
+    expected = torch.nn.functional.scaled_dot_product_attention(q, *again)
+    close = {"rtol": 1e-6, "atol": 1e-6}  # the logarithm is a float32
+    torch.testing.assert_close(ReferenceAttention(pattern)(q, k, v), expected, **close)
+    torch.testing.assert_close(masked_dense_attention(q, k, v, pattern), expected, **close)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("weighted", "pooled"), [(True, 0), (False, 1), (True, 4)])
+def test_weights_and_pooled_keys_equal_dense_attention_with_its_bias(
+    operands, random_pattern, assert_attention, dtype, weighted, pooled
+):
+    q, k, v = operands(batch=2, heads=3, query_length=201, key_length=150, dtype=dtype)
+    pattern = random_pattern(
+        heads=3, query_length=201, key_length=150, weighted=weighted, pooled=pooled
+    )
+    assert_attention(ReferenceAttention(pattern)(q, k, v), q, k, v, pattern)
+
+
+def test_pooled_to_single_tokens_it_is_dense_attention(operands, random_pattern):
+    q, k, v = operands(dtype=torch.float64, query_length=120, key_length=75)
+    pattern = random_pattern(query_length=120, key_length=75, block=(32, 16), pooled=16)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(ReferenceAttention(pattern)(q, k, v), expected)
+
+
+def test_keys_that_are_alike_are_pooled_without_loss(operands, random_pattern):
+    """Blocks whose keys are all equal, and values too: pooling is exact, dropping is not."""
+    q, k, v = operands(dtype=torch.float64, query_length=64, key_length=90)
+    k, v = (x[:, :, ::16].repeat_interleave(16, 2)[:, :, :90] for x in (k, v))
+    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    shape = {"query_length": 64, "key_length": 90, "block": (32, 16)}
+    pooled, dropped = (ReferenceAttention(random_pattern(**shape, pooled=p)) for p in (1, 0))
+    torch.testing.assert_close(pooled(q, k, v), dense)
+    assert (dropped(q, k, v) - dense).abs().max() > 0.01

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -176,3 +179,74 @@ def test_largest_sizes_are_accepted():
 def test_dense_refuses_empty_blocks(block: tuple[int, int]):
     with pytest.raises(PlanError, match="out of range"):
         BlockPattern.dense(1, 64, 64, block=block)
+
+
+MASK = torch.tensor([[[True, True, False], [False, True, True]]])
+WEIGHT = torch.tensor([[[1.0, 2.0, 9.0], [9.0, 1.0, 300.0]]])
+
+
+def test_weights_are_part_of_what_a_pattern_is():
+    plain = BlockPattern.from_mask(MASK, block=(16, 16))
+    pattern = BlockPattern.from_mask(MASK, block=(16, 16), weight=WEIGHT)
+    other = BlockPattern.from_mask(MASK, block=(16, 16), weight=WEIGHT + 1)
+    pooled = BlockPattern.from_mask(MASK, block=(16, 16), pooled=4)
+    assert len({plain.digest, pattern.digest, other.digest, pooled.digest}) == 4
+    assert pattern.density == plain.density == pooled.density == 4 / 6
+    assert pooled.computed_density == 4 / 6 + 4 / 16
+    expected = torch.where(MASK, WEIGHT, 1.0).log()
+    assert torch.from_numpy(pattern.log_weights()).sub(expected).abs().max() <= 0.022
+    assert (plain.log_weights() == 0).all()
+    ones = BlockPattern.from_mask(MASK, block=(16, 16), weight=torch.ones(1, 2, 3))
+    assert ones.weights is None
+    assert ones.digest == plain.digest
+    with pytest.raises(ValueError, match="read-only"):
+        pattern.weights[0, 0, 0] = 1
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_intervals_hold_each_kept_block_once_with_its_weight(seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(3, 4, 9, generator=generator) < 0.7
+    mask[..., seed % 9] = True
+    weight = 2.0 ** torch.randint(0, 3, (3, 4, 9), generator=generator)
+    pattern = BlockPattern.from_mask(mask, block=(16, 16), weight=weight)
+    runs = pattern.intervals()
+    rebuilt = torch.full((12, 9), -math.inf)
+    for row in range(12):
+        before = None
+        for run in range(runs.offsets[row], runs.offsets[row + 1]):
+            start, end = int(runs.starts[run]), int(runs.ends[run])
+            log_weight = float(runs.log_weights[run])
+            assert start < end
+            assert before is None or start > before[0] or log_weight != before[1], "one run in two"
+            assert before is None or start >= before[0]
+            before = end, log_weight
+            rebuilt[row, start:end] = log_weight
+    expected = torch.where(mask, weight.log(), -math.inf).reshape(12, 9)
+    torch.testing.assert_close(rebuilt, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"weight": torch.ones(1, 2, 3, dtype=torch.int32)}, "as many as blocks"),
+        ({"weight": torch.ones(1, 2, 2)}, "as many as blocks"),
+        ({"weight": torch.full((1, 2, 3), 0.5)}, "out of range"),
+        ({"weight": torch.full((1, 2, 3), math.nan)}, "out of range"),
+        ({"weight": torch.full((1, 2, 3), math.inf)}, "out of range"),
+        ({"pooled": 3}, "divisor of the 16"),
+        ({"pooled": -1}, "divisor of the 16"),
+        ({"pooled": 32}, "divisor of the 16"),
+    ],
+)
+def test_bad_weights_and_pools_are_refused(changes: dict[str, object], problem: str):
+    with pytest.raises(PlanError, match=problem):
+        BlockPattern.from_mask(MASK, block=(16, 16), **changes)
+
+
+def test_raw_weights_must_be_of_kept_blocks():
+    pattern = BlockPattern.from_mask(MASK, block=(16, 16), weight=WEIGHT)
+    with pytest.raises(PlanError, match="dropped block has a weight"):
+        replace(pattern, weights=np.full((1, 2, 3), 5, dtype=np.uint8))
+    with pytest.raises(PlanError, match="wrong shape"):
+        replace(pattern, weights=np.zeros((1, 2, 2), dtype=np.uint8))
