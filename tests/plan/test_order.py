@@ -1,0 +1,55 @@
+"""Orders of tokens: permutations that keep tiles together."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from calibatt_compiler.errors import PlanError
+from calibatt_compiler.plan.order import TokenOrder
+
+sizes = st.tuples(*[st.integers(1, 7)] * 3)
+
+
+@given(sizes, sizes)
+def test_tiles_are_contiguous_and_every_token_comes_once(grid, tile):
+    order = TokenOrder(tile)
+    tokens = order.tokens(grid)
+    if tokens is None:
+        tokens = np.arange(np.prod(grid))
+    assert sorted(tokens) == list(range(int(np.prod(grid))))
+    places = np.stack(np.unravel_index(tokens, grid), 1)
+    tiles = [tuple(place // np.array(tile)) for place in places]
+    runs = [one for one, other in zip(tiles, [None, *tiles], strict=False) if one != other]
+    assert runs == sorted(set(tiles)), "a tile is not in one piece, or not in raster order"
+    for one in set(tiles):
+        within = [token for token, of in zip(tokens, tiles, strict=True) if of == one]
+        assert within == sorted(within)
+
+
+def test_known_order():
+    assert TokenOrder((1, 2, 2)).tokens((1, 2, 5)).tolist() == [0, 1, 5, 6, 2, 3, 7, 8, 4, 9]
+
+
+def test_text_stays_where_it_is():
+    assert TokenOrder((1, 2, 1)).tokens((1, 2, 2), length=7, first=1).tolist() == [
+        0, 1, 3, 2, 4, 5, 6,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["raster", "2x8x8", "1x16x8"])
+def test_names_are_read_back(name):
+    assert str(TokenOrder.parse(name)) == name
+
+
+@pytest.mark.parametrize("name", ["", "2x8", "0x1x1", "2X8X8", "tile", "2x8x8x1"])
+def test_bad_names_are_refused(name):
+    with pytest.raises(PlanError, match="no such order"):
+        TokenOrder.parse(name)
+
+
+def test_an_order_that_changes_nothing_is_none():
+    assert TokenOrder().tokens((3, 4, 5)) is None
+    assert TokenOrder((1, 1, 5)).tokens((3, 4, 5)) is None
