@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ from calibatt_compiler.plan import (
     Sampler,
     SitePatterns,
 )
+from calibatt_compiler.plan.refine import Refiner
 from calibatt_compiler.plan.schema import CfgMode
 
 
@@ -37,10 +38,14 @@ class Selection:
         rho: share of the inputs that a block needs.
         thresholds: A, C and k to select with again, from stored energies; None: the masks as they
             were selected while recording.
+        share_steps: as in `calibatt_compiler.plan.share_steps`; None: steps share equal masks only.
+        merge_budget: as in `calibatt_compiler.plan.merge_intervals`; None: gaps stay.
     """
 
     rho: float
     thresholds: Thresholds | None = None
+    share_steps: float | None = None
+    merge_budget: float | None = None
 
 
 def plan_from_run(
@@ -50,6 +55,8 @@ def plan_from_run(
     A: float | None = None,
     C: float | None = None,
     k: float | None = None,
+    share_steps: float | None = None,
+    merge_budget: float | None = None,
 ) -> Plan:
     """Make another plan from the folder that a calibration left, without running the model.
 
@@ -60,6 +67,8 @@ def plan_from_run(
             next two need a run with `keep_energies=True`.
         C: likewise.
         k: likewise.
+        share_steps: as in `CalibrationConfig`.
+        merge_budget: as in `CalibrationConfig`.
 
     Raises:
         CalibrationError: no run there, a damaged one, or energies needed but not kept.
@@ -68,7 +77,11 @@ def plan_from_run(
     store = RunStore(folder)
     identity = store.identity()
     names = store.names()
-    selection = select_by(store, names, rho=rho, A=A, C=C, k=k)
+    selection = replace(
+        select_by(store, names, rho=rho, A=A, C=C, k=k),
+        share_steps=share_steps,
+        merge_budget=merge_budget,
+    )
     return derive_plan(
         store, names, selection, cfg=identity["cfg"], arguments=identity["arguments"]
     )
@@ -113,8 +126,10 @@ def derive_plan(
 
     Raises:
         CalibrationError: no inputs, inputs that don't fit together, energies needed but not kept.
+        OptionError: a value of the selection is out of range.
     """
     check_rho(selection.rho)
+    refiner = Refiner(selection.share_steps, selection.merge_budget)
     if not names:
         raise CalibrationError(
             "there is nothing to make a plan from",
@@ -131,7 +146,7 @@ def derive_plan(
         by_step = [
             _pattern(store, records, size, step, selection) for step in range(len(first.timesteps))
         ]
-        sites[size.name] = SitePatterns.share(by_step, size.head_dim)
+        sites[size.name] = refiner.site(SitePatterns.share(by_step, size.head_dim))
     video = math.prod(first.grid)
     has_text = first.text is not None and any(size.query_length > video for size in first.sites)
     guided = any(record.guided for record in records)
@@ -143,9 +158,15 @@ def derive_plan(
         model=first.model,
         text_policy="in_mask" if has_text else "none",
         cfg="none" if cfg in ("separate", "batched") and not guided else cfg,
-        thresholds={"A": used.A, "C": used.C, "k": used.k, "rho": float(selection.rho)},
+        thresholds={
+            "A": used.A,
+            "C": used.C,
+            "k": used.k,
+            "rho": float(selection.rho),
+            **refiner.thresholds(),
+        },
         inputs=CalibrationInputs(count=len(records), digest=_inputs_digest(records, arguments)),
-        quality=_quality(records, selection),
+        quality={**_quality(records, selection), **refiner.figures()},
     )
 
 

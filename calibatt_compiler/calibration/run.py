@@ -7,6 +7,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,9 @@ class CalibrationRun:
     ) -> Plan:
         """Make the plan from the stored inputs; may be called several times.
 
+        Steps are shared and intervals merged as the settings say; the functions of
+        `calibatt_compiler.plan` do it to a finished plan.
+
         Args:
             rho: agreement other than the configured one.
             A: other threshold than was recorded with, as in `CalibrationConfig`; this and the
@@ -169,7 +173,11 @@ class CalibrationRun:
         """
         names = self.finished if names is None else names
         rho = self.config.rho if rho is None else rho
-        selection = select_by(self._store, names, rho=rho, A=A, C=C, k=k)
+        selection = replace(
+            select_by(self._store, names, rho=rho, A=A, C=C, k=k),
+            share_steps=self.config.share_steps,
+            merge_budget=self.config.merge_budget,
+        )
         return derive_plan(self._store, names, selection, cfg=self._cfg, arguments=self._arguments)
 
 

@@ -69,6 +69,28 @@ def calibrate(
             help="A block is kept if this share of the prompts needs it.", rich_help_panel=_HOW
         ),
     ] = 0.5,
+    share_steps: Annotated[
+        float | None,
+        typer.Option(
+            "--share-steps",
+            metavar="IOU",
+            help="Consecutive steps whose masks agree this much share one, which makes the plan "
+            "smaller; 0.97 is the paper's. Default: only equal masks are shared.",
+            rich_help_panel=_HOW,
+            show_default=False,
+        ),
+    ] = None,
+    merge_budget: Annotated[
+        float | None,
+        typer.Option(
+            "--merge-budget",
+            metavar="DENSITY",
+            help="Fill the smallest gaps between kept blocks, up to this share of all blocks, "
+            "such as 0.02: fewer runs to walk, more blocks to compute. Default: none.",
+            rich_help_panel=_HOW,
+            show_default=False,
+        ),
+    ] = None,
     component: Annotated[
         str, typer.Option(help="Which transformer of the pipeline.", rich_help_panel=_HOW)
     ] = "transformer",
@@ -95,7 +117,15 @@ def calibrate(
     from calibatt_compiler.cli import pipelines
 
     config = CalibrationConfig(
-        block=(block, block), A=a, C=c, k=k, rho=rho, component=component, restart=restart
+        block=(block, block),
+        A=a,
+        C=c,
+        k=k,
+        rho=rho,
+        share_steps=share_steps,
+        merge_budget=merge_budget,
+        component=component,
+        restart=restart,
     )
     cases = pipelines.read_cases(prompts, prompt, seed)
     place = pipelines.device_of(device)

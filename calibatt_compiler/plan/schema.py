@@ -144,7 +144,7 @@ class PlanMetadata(_Record):
         sampler: the diffusion steps.
         thresholds: numbers that the selection used, such as `A`, `C`, `k`, `rho`.
         inputs: what it was calibrated on.
-        quality: figures on held-out inputs, if measured.
+        quality: figures that were measured; density that sharing and merging added.
         sites: the attention calls.
     """
 
