@@ -121,9 +121,8 @@ class RunStore:
         if name not in self._records:
             with self._opened(name) as opened:
                 header: dict[str, str] = opened.metadata() or {}
-            text = header.get("record", "")
-            intact = header.get("digest") == hashlib.sha256(text.encode()).hexdigest()
-            if header.get("format") != FORMAT or not intact:
+            digest, _, text = header.get(FORMAT, "").partition("\n")
+            if set(header) != {FORMAT} or digest != hashlib.sha256(text.encode()).hexdigest():
                 raise self._damaged(name, "its header was changed or is of another format")
             try:
                 self._records[name] = InputRecord.model_validate_json(text)
@@ -141,11 +140,8 @@ class RunStore:
         hashes = {name: _sha256(array) for name, array in tensors.items()}
         record = record.model_copy(update={"tensors": hashes})
         text = json.dumps(record.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-        header = {
-            "format": FORMAT,
-            "digest": hashlib.sha256(text.encode()).hexdigest(),
-            "record": text,
-        }
+        # One entry: safetensors writes several in random order, and equal inputs make equal files.
+        header = {FORMAT: f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}"}
         with replacing(self._path(record.name)) as temporary:
             save_file(dict(tensors), temporary, metadata=header)
         self._records[record.name] = record
