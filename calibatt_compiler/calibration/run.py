@@ -20,6 +20,7 @@ from calibatt_compiler.calibration.observation import Branch, Schedule
 from calibatt_compiler.calibration.recorder import AttentionRecorder
 from calibatt_compiler.calibration.spool import Spool
 from calibatt_compiler.calibration.store import RunStore
+from calibatt_compiler.capture import Recorder
 from calibatt_compiler.errors import CalibrationError
 from calibatt_compiler.plan import Plan
 from calibatt_compiler.plan.schema import CfgMode
@@ -135,11 +136,8 @@ class CalibrationRun:
             branch: `conditional`, `unconditional`, or `batched` (unconditional samples first,
                 conditional ones second). Outside of this context every sample counts.
         """
-        previous, self._recorder.branch = self._recorder.branch, branch
-        try:
+        with self._recorder.calls_are(branch):
             yield
-        finally:
-            self._recorder.branch = previous
 
     def discard(self) -> None:
         """Delete the run folder: nothing can be resumed or selected again."""
@@ -259,7 +257,7 @@ def recording(
             schedule=schedule,
             on_step=on_step,
         )
-        with _compiled(module, recorder, config):
+        with observed(module, recorder, config.inductor):
             yield CalibrationRun(config, store, recorder, cfg=cfg, arguments=arguments)
     finally:
         store.close()
@@ -268,12 +266,16 @@ def recording(
 
 
 @contextmanager
-def _compiled(
-    module: torch.nn.Module, recorder: AttentionRecorder, config: CalibrationConfig
-) -> Iterator[None]:
+def observed(module: torch.nn.Module, observer: Recorder, inductor: bool | None) -> Iterator[None]:
+    """Compile a module so that it shows its attention to an observer; undo it at the end.
+
+    Args:
+        module: what is observed.
+        observer: told of each captured graph, then of each call.
+        inductor: compile what is around attention; None: on a GPU yes, else no.
+    """
     from calibatt_compiler.backend import recording_backend
 
-    inductor = config.inductor
     if inductor is None:
         inductor = any(p.device.type == "cuda" for p in module.parameters())
     # Graphs of a recording must neither use up nor invalidate those of the user's own compile.
@@ -282,7 +284,7 @@ def _compiled(
     previous = module.__dict__.get("_compiled_call_impl")
     # Static shapes: with dynamic ones the code that serves an input would depend on the inputs
     # before it, and a resumed run could differ from an undisturbed one in the last bit.
-    backend = recording_backend(recorder, inductor=inductor)
+    backend = recording_backend(observer, inductor=inductor)
     module.compile(backend=backend, dynamic=False, **extra)
     try:
         with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
