@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from calibatt_compiler.calibration.derive import plan_from_run
     from calibatt_compiler.calibration.pipeline import calibrate
     from calibatt_compiler.calibration.run import CalibrationRun, calibration
+    from calibatt_compiler.calibration.validation import validate, validate_run
 
 __all__ = [
     "CalibrationConfig",
@@ -34,6 +35,8 @@ __all__ = [
     "calibrate",
     "calibration",
     "plan_from_run",
+    "validate",
+    "validate_run",
 ]
 
 _HOMES = {
@@ -41,6 +44,8 @@ _HOMES = {
     "calibrate": "pipeline",
     "calibration": "run",
     "plan_from_run": "derive",
+    "validate": "validation",
+    "validate_run": "validation",
 }
 
 

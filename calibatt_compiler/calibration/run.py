@@ -150,6 +150,7 @@ class CalibrationRun:
         A: float | None = None,
         C: float | None = None,
         k: float | None = None,
+        raised: Mapping[str, float] | None = None,
         names: tuple[str, ...] | None = None,
     ) -> Plan:
         """Make the plan from the stored inputs; may be called several times.
@@ -163,6 +164,7 @@ class CalibrationRun:
                 next two need `keep_energies=True`.
             C: likewise.
             k: likewise.
+            raised: by site, what is added to its threshold, as in `plan_from_run`.
             names: the inputs that count; default all.
 
         Raises:
@@ -175,6 +177,7 @@ class CalibrationRun:
             select_by(self._store, names, rho=rho, A=A, C=C, k=k),
             share_steps=self.config.share_steps,
             merge_budget=self.config.merge_budget,
+            raised=raised or {},
         )
         return derive_plan(self._store, names, selection, cfg=self._cfg, arguments=self._arguments)
 

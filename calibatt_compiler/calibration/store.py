@@ -159,6 +159,23 @@ class RunStore:
             raise self._damaged(name, f"tensor {key} was changed")
         return array
 
+    def energy(self, record: InputRecord, site: str, step: int) -> npt.NDArray[np.float32]:
+        """Read the energies of a finished input, (votes, heads, query_blocks, key_blocks).
+
+        Raises:
+            CalibrationError: they were not kept, or the file is damaged.
+        """
+        key = f"{site}@{step}/energy"
+        if key not in record.tensors:
+            raise CalibrationError(
+                f"the energies of {self.folder} are needed, and were not kept",
+                expected="a run with CalibrationConfig(keep_energies=True) or --keep-energies",
+                got=f"masks only, for A, C, k = {record.thresholds}",
+                remedy="calibrate again with keep_energies=True; without, only rho can be changed",
+            )
+        energy: npt.NDArray[np.float32] = self.tensor(record.name, key)
+        return energy
+
     @contextmanager
     def _opened(self, name: str) -> Iterator[Any]:
         try:

@@ -91,11 +91,17 @@ def calibrate(
             show_default=False,
         ),
     ] = None,
-    component: Annotated[
-        str, typer.Option(help="Which transformer of the pipeline.", rich_help_panel=_HOW)
-    ] = "transformer",
+    component: options.Component = "transformer",
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    keep_energies: Annotated[
+        bool,
+        typer.Option(
+            "--keep-energies",
+            help="Keep the block energies too, 32 times the size of the masks: to select again "
+            "with other thresholds, or to validate another plan on these inputs.",
+        ),
+    ] = False,
     restart: Annotated[
         bool,
         typer.Option("--restart", help="Forget what an interrupted run has done, and start again."),
@@ -125,6 +131,7 @@ def calibrate(
         share_steps=share_steps,
         merge_budget=merge_budget,
         component=component,
+        keep_energies=keep_energies,
         restart=restart,
     )
     cases = pipelines.read_cases(prompts, prompt, seed)
