@@ -90,3 +90,15 @@ def test_inspect_says_when_it_validates_nothing(
     assert not out.exists()
     assert run(["inspect", str(file), "--raise", str(out)]) == 2
     assert "--raise goes by a validation" in capsys.readouterr().err
+
+
+def test_dry_run_tells_and_writes_nothing(
+    tiny_wan_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "p.calibatt"
+    arguments = ["calibrate", str(tiny_wan_folder), *VIDEO, *COMMON, "--out", str(out)]
+    assert run([*arguments, "--prompt", "a tree", "--block", "16", "--dry-run"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for word in ("time about", "1 inputs x", "host memory at most", "disk", "of plan"):
+        assert word in printed
+    assert not list(tmp_path.iterdir())

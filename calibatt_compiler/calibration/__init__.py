@@ -23,6 +23,7 @@ from calibatt_compiler.calibration.config import CalibrationConfig
 from calibatt_compiler.calibration.schedule import Thresholds
 
 if TYPE_CHECKING:
+    from calibatt_compiler.calibration.costs import estimate
     from calibatt_compiler.calibration.derive import plan_from_run
     from calibatt_compiler.calibration.pipeline import calibrate
     from calibatt_compiler.calibration.run import CalibrationRun, calibration
@@ -34,6 +35,7 @@ __all__ = [
     "Thresholds",
     "calibrate",
     "calibration",
+    "estimate",
     "plan_from_run",
     "validate",
     "validate_run",
@@ -43,6 +45,7 @@ _HOMES = {
     "CalibrationRun": "run",
     "calibrate": "pipeline",
     "calibration": "run",
+    "estimate": "costs",
     "plan_from_run": "derive",
     "validate": "validation",
     "validate_run": "validation",

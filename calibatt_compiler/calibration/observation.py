@@ -137,9 +137,10 @@ class InputObservation:
         """Masks and energies by name, as the run folder stores them."""
         arrays: dict[str, npt.NDArray[Any]] = {}
         for (site, step), bits in self.bits.items():
-            arrays[f"{site}@{step}"] = np.concatenate(bits)
+            arrays[f"{site}@{step}"] = bits[0] if len(bits) == 1 else np.concatenate(bits)
         for (site, step), energies in self.energies.items():
-            arrays[f"{site}@{step}/energy"] = np.concatenate(energies)
+            joined = energies[0] if len(energies) == 1 else np.concatenate(energies)
+            arrays[f"{site}@{step}/energy"] = joined
         return arrays
 
     def check_complete(self, skips: Mapping[str, str]) -> None:

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,8 +65,7 @@ def calibrate(
     config = config or CalibrationConfig()
     inputs = read_inputs(prompts, seeds, pipeline_arguments)
     arguments = identity.describe(pipeline_arguments)
-    if out is not None and config.run_folder is None:
-        config = replace(config, run_folder=f"{os.fspath(out)}.calibration")
+    config = replace(config, run_folder=run_folder(config, out))
     module = component_of(pipe, config.component)
     names = [f"{index:05d}" for index in range(len(inputs))]
     from calibatt_compiler.models import cfg_mode
@@ -82,7 +82,7 @@ def calibrate(
         recording(
             module,
             config,
-            _about(pipe),
+            about_pipeline(pipe),
             cfg=cfg_mode(pipe),
             arguments=arguments,
             schedule=lambda: schedule_of(pipe.scheduler),
@@ -112,7 +112,15 @@ def calibrate(
     return plan
 
 
-def _about(pipe: Any) -> dict[str, Any]:
+def run_folder(config: CalibrationConfig, out: str | os.PathLike[str] | None) -> Path | None:
+    """Return where finished inputs are kept, or None if only a temporary folder has them."""
+    if config.run_folder is not None:
+        return Path(config.run_folder)
+    return None if out is None else Path(f"{os.fspath(out)}.calibration")
+
+
+def about_pipeline(pipe: Any) -> dict[str, Any]:
+    """Return what a run depends on beside model and settings: weights, scheduler."""
     from calibatt_compiler.models import unwrap
 
     components: Mapping[str, Any] = getattr(pipe, "components", {})

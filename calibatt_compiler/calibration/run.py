@@ -236,14 +236,7 @@ def recording(
     from calibatt_compiler import models
 
     model = models.identify(module)
-    whole = {
-        "format": 1,
-        "model": model.model_dump(mode="json"),
-        "settings": identity.settings(config),
-        "arguments": arguments,
-        "cfg": cfg,
-        **about,
-    }
+    whole = identity.of_run(module, config, about, cfg, arguments)
     temporary = None
     if config.run_folder is None:
         temporary = tempfile.TemporaryDirectory(prefix="calibatt-")

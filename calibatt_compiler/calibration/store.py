@@ -139,7 +139,7 @@ class RunStore:
         """
         hashes = {name: _sha256(array) for name, array in tensors.items()}
         record = record.model_copy(update={"tensors": hashes})
-        text = json.dumps(record.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        text = record_text(record)
         # One entry: safetensors writes several in random order, and equal inputs make equal files.
         header = {FORMAT: f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}"}
         with replacing(self._path(record.name)) as temporary:
@@ -241,7 +241,7 @@ class RunStore:
         if not path.exists():
             if self.names():
                 raise self._foreign("no run.json beside finished inputs", "a whole run folder")
-            write_text(path, json.dumps(wanted, indent=2, sort_keys=True) + "\n")
+            write_text(path, identity_text(wanted))
             return
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -266,6 +266,16 @@ class RunStore:
             remedy="restart the run (--restart, CalibrationConfig(restart=True)), delete the "
             "folder, or choose another output path",
         )
+
+
+def record_text(record: InputRecord) -> str:
+    """Return a record as it stands in the header of its file."""
+    return json.dumps(record.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+
+def identity_text(identity: Mapping[str, Any]) -> str:
+    """Return the content of run.json."""
+    return json.dumps(identity, indent=2, sort_keys=True) + "\n"
 
 
 def _differences(found: Any, wanted: Any, at: str = "") -> dict[str, tuple[Any, Any]]:

@@ -102,6 +102,14 @@ def calibrate(
             "with other thresholds, or to validate another plan on these inputs.",
         ),
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Say what it will cost in time, memory and disk, and write nothing. Loads the "
+            "model and runs two steps, one of them by the clock.",
+        ),
+    ] = False,
     restart: Annotated[
         bool,
         typer.Option("--restart", help="Forget what an interrupted run has done, and start again."),
@@ -118,9 +126,10 @@ def calibrate(
     """
     from rich.console import Console
 
-    from calibatt_compiler.calibration import CalibrationConfig
+    from calibatt_compiler.calibration import CalibrationConfig, estimate
     from calibatt_compiler.calibration import calibrate as run
     from calibatt_compiler.cli import pipelines
+    from calibatt_compiler.report import costs as report
 
     config = CalibrationConfig(
         block=(block, block),
@@ -149,19 +158,16 @@ def calibrate(
         },
         settings,
     )
-    plan = run(
-        pipe,
-        prompts=[case.prompt for case in cases],
-        seeds=[case.seed for case in cases],
-        out=out,
-        config=config,
-        **arguments,
-    )
+    texts, seeds = [case.prompt for case in cases], [case.seed for case in cases]
+    console = Console(highlight=False, soft_wrap=True)
+    if dry_run:
+        costs = estimate(pipe, texts, seeds, out=out, config=config, **arguments)
+        console.print(report.terminal(costs))
+        return
+    plan = run(pipe, texts, seeds, out=out, config=config, **arguments)
     density = plan.density()
-    Console().print(
+    console.print(
         f"{out}: {len(plan.sites)} sites, {plan.steps} steps, sparsity {1 - density:.1%}\n"
         f"see it:     calibatt inspect {out} --html plan.html\n"
-        f"measure it: calibatt compare {model} {out} --prompts HELD_OUT.txt",
-        highlight=False,
-        soft_wrap=True,
+        f"measure it: calibatt compare {model} {out} --prompts HELD_OUT.txt"
     )
