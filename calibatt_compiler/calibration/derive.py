@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -156,7 +157,9 @@ def derive_plan(
         ]
         sites[size.name] = refiner.site(SitePatterns.share(by_step, size.head_dim))
     video = math.prod(first.grid)
-    has_text = first.text is not None and any(size.query_length > video for size in first.sites)
+    has_text = any(size.query_length > video for size in first.sites)
+    text: Literal["dense_first", "dense_last"]
+    text = "dense_first" if first.text == "first" else "dense_last"
     guided = any(record.guided for record in records)
     used = selection.thresholds or Thresholds(**first.thresholds)
     return Plan.create(
@@ -164,7 +167,7 @@ def derive_plan(
         grid=first.grid,
         sampler=_sampler(first),
         model=first.model,
-        text_policy="in_mask" if has_text else "none",
+        text_policy=text if has_text and first.text else "none",
         cfg="none" if cfg in ("separate", "batched") and not guided else cfg,
         thresholds={
             "A": used.A,

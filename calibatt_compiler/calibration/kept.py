@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from calibatt_compiler.calibration.config import CalibrationConfig
 from calibatt_compiler.calibration.schedule import Thresholds
 from calibatt_compiler.errors import CalibrationError, OptionError
 from calibatt_compiler.plan import Plan
+from calibatt_compiler.plan.text import fit_pattern
 
 MARGIN = 0.02
 """A site is flagged if it keeps less than its threshold by more than this share of mass."""
@@ -150,7 +152,15 @@ class KeptMass:
         self._votes = {name: np.zeros(plan.steps, np.int64) for name in shapes}
         self._wanted = {name: np.zeros(plan.steps) for name in shapes}
 
-    def add(self, site: str, timestep: float, energy: Tensor, position: int, steps: int) -> None:
+    def add(
+        self,
+        site: str,
+        timestep: float,
+        energy: Tensor,
+        position: int,
+        steps: int,
+        lengths: tuple[int, int] | None = None,
+    ) -> None:
         """Judge the energies of one call by the mask that would have served it.
 
         Args:
@@ -159,6 +169,8 @@ class KeptMass:
             energy: float (votes, heads, query_blocks, key_blocks).
             position: place of the step in the sampler's schedule, t of the threshold formula.
             steps: T of the formula.
+            lengths: tokens on the query and key side, where text is of another length than the
+                plan's; the mask is completed as it would be for inference.
 
         Raises:
             CalibrationError: the timestep is not of the plan's range.
@@ -172,6 +184,10 @@ class KeptMass:
                 remedy="validate with the sampler and the number of steps of the plan",
             )
         pattern = self.plan.sites[site].at(step)
+        where = self.plan.text_position
+        if lengths is not None and where is not None:
+            video = math.prod(self.plan.grid)
+            pattern = fit_pattern(pattern, lengths, video=video, position=where)
         shares = kept_share(energy, pattern.mask().to(energy.device)).cpu().numpy()
         self._total[site][step] += shares.mean(-1).sum(0)
         self._worst[site][step] = np.minimum(self._worst[site][step], shares.min((0, 2)))

@@ -17,6 +17,7 @@ from calibatt_compiler.calibration.records import InputRecord, SiteSize
 from calibatt_compiler.calibration.text import TextPosition
 from calibatt_compiler.capture import CaptureInfo
 from calibatt_compiler.errors import CalibrationError
+from calibatt_compiler.plan.text import other_text
 
 
 class Observer(ABC):
@@ -93,6 +94,8 @@ class Observer(ABC):
             counted = slice(0, None)
         if counted is None:
             return dense_attention(q, k, v, scale)
+        if run.sizes.setdefault(site, size) != size:
+            raise _another_size(run, run.sizes[site], size)
         out, energy = attention_with_energy(
             q[counted], k[counted], v[counted], block=block, scale=scale
         )
@@ -167,9 +170,24 @@ class Observer(ABC):
             return None
         if not self._sites and self.reference is not None:
             self._sites.update({known.name: known for known in self.reference.sites})
-        if self._sites.setdefault(site, size) != size:
-            raise _another_size(run, self._sites[site], size)
+        known = self._sites.setdefault(site, size)
+        if not self._alike(known, size):
+            raise _another_size(run, known, size)
         return size
+
+    def _alike(self, known: SiteSize, size: SiteSize) -> bool:
+        """Whether two sizes of a site are equal but for the length of the text."""
+        lengths = (size.query_length, size.key_length)
+        planned = (known.query_length, known.key_length)
+        if lengths == planned:
+            return size == known
+        same = {"query_length": planned[0], "key_length": planned[1]}
+        video = math.prod(self._grid(size.query_length))
+        return (
+            self._text is not None
+            and size.model_copy(update=same) == known
+            and other_text(planned, lengths, video)
+        )
 
 
 def _not_finite(site: str, step: int) -> CalibrationError:

@@ -17,7 +17,9 @@ from calibatt_compiler.calibration.records import InputRecord, SiteSize
 from calibatt_compiler.calibration.selection import best_share, pack, select
 from calibatt_compiler.calibration.spool import Spool
 from calibatt_compiler.calibration.text import TextPosition
+from calibatt_compiler.errors import CalibrationError
 from calibatt_compiler.plan.schema import ModelIdentity
+from calibatt_compiler.plan.text import fit_mask
 
 BEST = 0.2
 """Fraction of key blocks that `best_share` is taken over."""
@@ -73,7 +75,7 @@ class AttentionRecorder(Observer):
         run.check_complete(self._skips)
         steps = self._steps(run) or len(run.timesteps)
         for site, step, energy in self._spool.drain():
-            self._select(run, self._sites[site], step, torch.from_numpy(energy), steps)
+            self._select(run, run.sizes[site], step, torch.from_numpy(energy), steps)
         self._input = None
         return self._record(run, steps), run.arrays()
 
@@ -128,9 +130,31 @@ class AttentionRecorder(Observer):
             block=self._config.block,
             text=self._text,
         )
-        run.bits.setdefault(key, []).append(pack(mask))
+        run.bits.setdefault(key, []).append(pack(self._fitted(mask, size)))
         if self._config.keep_energies:
             run.energies.setdefault(key, []).append(energy.float().cpu().numpy())
         shares = torch.stack([kept, best_share(energy, BEST)]).mean((-1, -2)).sum(-1).tolist()
         run.kept_mass[key] += shares[0]
         run.best_share[key] += shares[1]
+
+    def _fitted(self, mask: Tensor, size: SiteSize) -> Tensor:
+        """Carry a mask over to the text length of the first input, which that of the plan is."""
+        known = self._sites[size.name]
+        if size == known:
+            return mask
+        if self._config.keep_energies:
+            raise CalibrationError(
+                "energies of inputs with different text lengths can't be kept together",
+                expected=f"{known.query_length} tokens at site {size.name}, as in the first input",
+                got=f"{size.query_length}",
+                remedy="use prompts of one length in tokens, or leave keep_energies out",
+            )
+        assert self._text is not None
+        return fit_mask(
+            mask,
+            (size.query_length, size.key_length),
+            (known.query_length, known.key_length),
+            video=math.prod(self._grid(size.query_length)),
+            block=self._config.block,
+            position=self._text,
+        )

@@ -28,6 +28,14 @@ from calibatt_compiler.plan.schema import CfgMode
 log = logging.getLogger("calibatt")
 
 
+_DYNAMO = {
+    "recompile_limit": 64,
+    "fail_on_recompile_limit_hit": True,
+    # Mochi picks the valid text tokens by nonzero, which would break the graph.
+    "capture_dynamic_output_shape_ops": True,
+}
+
+
 class CalibrationRun:
     """A calibration under way; made by `calibration`, not by hand.
 
@@ -283,7 +291,7 @@ def observed(module: torch.nn.Module, observer: Recorder, inductor: bool | None)
     backend = recording_backend(observer, inductor=inductor)
     module.compile(backend=backend, dynamic=False, **extra)
     try:
-        with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
+        with torch._dynamo.config.patch(_DYNAMO):
             yield
     finally:
         if previous is None:

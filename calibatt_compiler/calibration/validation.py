@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -34,6 +35,7 @@ from calibatt_compiler.calibration.store import RunStore
 from calibatt_compiler.calibration.text import TextPosition
 from calibatt_compiler.errors import CalibrationError, PlanMismatchError
 from calibatt_compiler.plan import Plan
+from calibatt_compiler.plan.text import other_text
 
 log = logging.getLogger("calibatt")
 
@@ -138,7 +140,8 @@ def validate_run(
             for step, timestep in enumerate(record.timesteps):
                 energy = torch.from_numpy(store.energy(record, size.name, step))
                 position = record.positions[step]
-                kept.add(size.name, timestep, energy, position, record.schedule_steps)
+                lengths = (size.query_length, size.key_length)
+                kept.add(size.name, timestep, energy, position, record.schedule_steps, lengths)
     digest = inputs_digest([store.record(name).about for name in names], arguments)
     return kept.result(inputs=len(names), digest=digest, margin=margin)
 
@@ -188,7 +191,8 @@ class PlanObserver(Observer):
         assert block is not None
         _planned(plan, size, block)
         steps = self._steps(run) or plan.steps
-        self._kept.add(size.name, run.timesteps[step], energy, run.positions[step], steps)
+        lengths = (size.query_length, size.key_length)
+        self._kept.add(size.name, run.timesteps[step], energy, run.positions[step], steps, lengths)
 
 
 def _planned(plan: Plan, size: SiteSize, block: tuple[int, int]) -> bool:
@@ -203,6 +207,9 @@ def _planned(plan: Plan, size: SiteSize, block: tuple[int, int]) -> bool:
     first = planned.patterns[0]
     expected = (first.heads, first.query_length, first.key_length, first.block_m, first.block_n)
     got = (size.heads, size.query_length, size.key_length, *block)
+    lengths, planned_lengths = (size.query_length, size.key_length), expected[1:3]
+    if plan.text_position and other_text(planned_lengths, lengths, math.prod(plan.grid)):
+        got = (size.heads, *planned_lengths, *block)
     if got != expected:
         raise CalibrationError(
             f"the calls of site {size.name} don't fit the plan",

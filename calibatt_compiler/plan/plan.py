@@ -27,6 +27,7 @@ from calibatt_compiler.plan.schema import (
     SiteRecord,
     TextPolicy,
 )
+from calibatt_compiler.plan.text import TextPosition
 from calibatt_compiler.version import PRODUCER
 
 TIMESTEP_TOLERANCE = 2.0**-8
@@ -321,6 +322,12 @@ class Plan:
     def timesteps(self) -> tuple[float, ...]:
         """What the model is given at each step, in sampling order."""
         return self._metadata.sampler.timesteps
+
+    @property
+    def text_position(self) -> TextPosition | None:
+        """Where text stands whose blocks are all kept; None if there is none or it is not so."""
+        positions: Mapping[str, TextPosition] = {"dense_first": "first", "dense_last": "last"}
+        return positions.get(self._metadata.text_policy)
 
     @property
     def steps(self) -> int:

@@ -132,7 +132,12 @@ def _pair(a: int, b: int) -> str:
 
 
 _ADDED = {SHARED: "sharing steps", MERGED: "merging intervals"}
-_TEXT = {"none": "not part of the sequence", "in_mask": "part of the sequence and its blocks"}
+_TEXT = {
+    "none": "not part of the sequence",
+    "in_mask": "part of the sequence and its blocks",
+    "dense_first": "first in the sequence, all its blocks kept, of any length",
+    "dense_last": "last in the sequence, all its blocks kept, of any length",
+}
 _CFG = {
     "none": "none",
     "separate": "calibrated on the conditional branch, used for both",
