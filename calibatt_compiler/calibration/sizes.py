@@ -26,7 +26,10 @@ SELECTION = 112
 (units, sort keys, their order and sorted units, running sums, what a GPU sorts in), and masks."""
 
 OPERANDS = 8
-"""Copies of the queries that one call may hold: output, joined branches, contiguous operands."""
+"""Copies of the queries that one call may hold: output, joined branches, packed operands."""
+
+SUMS, TILE = 32 * 2 * 8, 1 << 18
+"""What a thread of the CPU kernel holds: bytes a key block, and bytes of its tile of queries."""
 
 DERIVATION = 40
 """Bytes a block of one pattern while it is agreed upon and refined: votes, masks, intervals."""
@@ -113,15 +116,17 @@ class Sizes:
         return max(COPIES * one_input, COPIES * plan + DERIVATION * largest) + SMALL
 
     def _call_bytes(self, size: SiteSize, element_size: int, device: torch.device) -> int:
-        from calibatt_compiler.kernels import energy, energy_cpu
+        from calibatt_compiler.kernels.energy import CHUNK
 
         votes = max(self.record.votes[size.name])
         tokens = max(size.query_length, size.key_length)
-        operand = votes * size.heads * tokens * size.head_dim * element_size
+        # The CPU kernel packs keys and values in float32 at least, channels in panels of 16.
+        channels = -(-size.head_dim // 16) * 16 * max(4, element_size)
+        operand = votes * size.heads * tokens * channels
         scores = (
-            4 * 4 * torch.get_num_threads() * energy_cpu.SCORES
+            torch.get_num_threads() * (SUMS * -(-size.key_length // self.record.block[1]) + TILE)
             if device.type == "cpu"
-            else 4 * 4 * min(energy.CHUNK, votes * size.heads * size.query_length * size.key_length)
+            else 16 * min(CHUNK, votes * size.heads * size.query_length * size.key_length)
         )
         blocks = votes * size.heads * math.prod(self._blocks(size))
         return SELECTION * blocks + OPERANDS * operand + scores
