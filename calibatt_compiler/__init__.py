@@ -16,7 +16,7 @@ from calibatt_compiler import version
 
 if TYPE_CHECKING:
     from calibatt_compiler import errors
-    from calibatt_compiler.calibration import CalibrationConfig, calibrate, calibration
+    from calibatt_compiler.calibration import CalibrationConfig, calibrate, calibration, validate
     from calibatt_compiler.plan import Plan
     from calibatt_compiler.report.summary import summary
 
@@ -29,6 +29,7 @@ _HOMES = {
     "calibration": "calibatt_compiler.calibration",
     "errors": "calibatt_compiler.errors",
     "summary": "calibatt_compiler.report.summary",
+    "validate": "calibatt_compiler.calibration",
 }
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "calibration",
     "errors",
     "summary",
+    "validate",
 ]
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
 from calibatt_compiler import models
-from calibatt_compiler.capture import Recorder
+from calibatt_compiler.capture import Recorder, SiteInfo
 from calibatt_compiler.dynamo import FrameInputs
 from calibatt_compiler.errors import KernelError, PlanMismatchError
 from calibatt_compiler.options import CompileOptions
 from calibatt_compiler.passes.graph import example
 from calibatt_compiler.passes.rewrite import SdpaCall, Skip
-from calibatt_compiler.plan import Plan
+from calibatt_compiler.plan import Plan, SitePatterns
+from calibatt_compiler.plan.text import other_text
 from calibatt_compiler.runtime.serving import Site
 from calibatt_compiler.runtime.sites import RecordingSite, SparseSite
 
@@ -51,8 +55,7 @@ class PlanBinder:
             return Skip(self._size, mismatch=True)
         for what, expected, got in (
             ("heads", planned.heads, info.heads),
-            ("query tokens", planned.query_length, info.query_length),
-            ("key tokens", planned.key_length, info.key_length),
+            *self._lengths(planned, info),
             ("channels a head", planned.head_dim or info.head_dim, info.head_dim),
         ):
             # A symbolic size is compared here, which makes Dynamo guard on the answer.
@@ -71,6 +74,17 @@ class PlanBinder:
             )
         except KernelError as error:
             return Skip(f"no kernel: {error.problem}", mismatch=True)
+
+    def _lengths(self, planned: SitePatterns, info: SiteInfo) -> list[tuple[str, int, Any]]:
+        """Return the lengths that must be equal: none where only the text's may differ."""
+        expected = (planned.query_length, planned.key_length)
+        got = (info.query_length, info.key_length)
+        if self._plan.text_position is not None and (
+            any(free_unbacked_symbols(length) for length in got)  # the site looks at each call
+            or other_text(expected, got, math.prod(self._plan.grid))
+        ):
+            return []
+        return list(zip(("query tokens", "key tokens"), expected, got, strict=True))
 
 
 class RecordingBinder:

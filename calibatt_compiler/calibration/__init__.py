@@ -23,9 +23,11 @@ from calibatt_compiler.calibration.config import CalibrationConfig
 from calibatt_compiler.calibration.schedule import Thresholds
 
 if TYPE_CHECKING:
+    from calibatt_compiler.calibration.costs import estimate
     from calibatt_compiler.calibration.derive import plan_from_run
     from calibatt_compiler.calibration.pipeline import calibrate
     from calibatt_compiler.calibration.run import CalibrationRun, calibration
+    from calibatt_compiler.calibration.validation import validate, validate_run
 
 __all__ = [
     "CalibrationConfig",
@@ -33,14 +35,20 @@ __all__ = [
     "Thresholds",
     "calibrate",
     "calibration",
+    "estimate",
     "plan_from_run",
+    "validate",
+    "validate_run",
 ]
 
 _HOMES = {
     "CalibrationRun": "run",
     "calibrate": "pipeline",
     "calibration": "run",
+    "estimate": "costs",
     "plan_from_run": "derive",
+    "validate": "validation",
+    "validate_run": "validation",
 }
 
 

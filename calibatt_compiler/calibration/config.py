@@ -9,6 +9,7 @@ from typing import Literal, TypeGuard
 
 from calibatt_compiler.calibration.schedule import Thresholds, default_thresholds
 from calibatt_compiler.errors import OptionError
+from calibatt_compiler.plan.refine import Refiner
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,13 @@ class CalibrationConfig:
             0.84, 0.99 and 16 (the paper's for Wan at 50 steps), or 0.763, 0.863 and 5.64 (its
             4-step models) if the sampler takes 8 steps or fewer.
         rho: a block is kept if this share of the inputs, or more, keeps it; in [0, 1].
+        share_steps: consecutive steps of a site whose masks agree at least this much
+            (intersection over union, in (0, 1]) share one pattern, the OR of theirs; the paper
+            takes 0.97. None: only equal masks are shared. `calibatt_compiler.plan.share_steps`
+            states the rule and does the same to a finished plan.
+        merge_budget: density, in [0, 1), that may be added to each pattern by filling the
+            smallest gaps between its intervals: fewer, longer intervals run faster. None: gaps
+            stay. `calibatt_compiler.plan.merge_intervals` does the same to a finished plan.
         cfg: which branch of classifier-free guidance is observed: `conditional` or `both`. The
             plan serves both in any case.
         num_steps: T of the threshold formula. Default: the number of distinct timesteps of the
@@ -52,6 +60,8 @@ class CalibrationConfig:
     C: float | None = None
     k: float | None = None
     rho: float = 0.5
+    share_steps: float | None = None
+    merge_budget: float | None = None
     cfg: Literal["conditional", "both"] = "conditional"
     num_steps: int | None = None
     grid: tuple[int, int, int] | None = None
@@ -77,6 +87,7 @@ class CalibrationConfig:
         if self.k is not None and not (_number(self.k) and self.k >= 0):
             raise _error("k", "a number of at least 0", self.k)
         check_rho(self.rho)
+        Refiner(self.share_steps, self.merge_budget)  # checks their ranges
         if self.num_steps is not None and not (_integer(self.num_steps) and self.num_steps >= 1):
             raise _error("num_steps", "an integer of at least 1", self.num_steps)
         for name, choices in (("cfg", ("conditional", "both")), ("text", (None, "first", "last"))):

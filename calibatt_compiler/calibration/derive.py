@@ -6,8 +6,9 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ from calibatt_compiler.calibration.records import InputRecord, SiteSize
 from calibatt_compiler.calibration.schedule import Thresholds
 from calibatt_compiler.calibration.selection import agreement, count_votes, pack, select
 from calibatt_compiler.calibration.store import RunStore
-from calibatt_compiler.errors import CalibrationError
+from calibatt_compiler.errors import CalibrationError, OptionError
 from calibatt_compiler.plan import (
     BlockPattern,
     CalibrationInputs,
@@ -26,6 +27,7 @@ from calibatt_compiler.plan import (
     Sampler,
     SitePatterns,
 )
+from calibatt_compiler.plan.refine import Refiner
 from calibatt_compiler.plan.schema import CfgMode
 
 
@@ -37,10 +39,17 @@ class Selection:
         rho: share of the inputs that a block needs.
         thresholds: A, C and k to select with again, from stored energies; None: the masks as they
             were selected while recording.
+        share_steps: as in `calibatt_compiler.plan.share_steps`; None: steps share equal masks only.
+        merge_budget: as in `calibatt_compiler.plan.merge_intervals`; None: gaps stay.
+        raised: by site, what is added to its threshold at each step, at most up to 1; such sites
+            are selected again, from stored energies.
     """
 
     rho: float
     thresholds: Thresholds | None = None
+    share_steps: float | None = None
+    merge_budget: float | None = None
+    raised: Mapping[str, float] = field(default_factory=dict)
 
 
 def plan_from_run(
@@ -50,6 +59,9 @@ def plan_from_run(
     A: float | None = None,
     C: float | None = None,
     k: float | None = None,
+    share_steps: float | None = None,
+    merge_budget: float | None = None,
+    raised: Mapping[str, float] | None = None,
 ) -> Plan:
     """Make another plan from the folder that a calibration left, without running the model.
 
@@ -60,6 +72,10 @@ def plan_from_run(
             next two need a run with `keep_energies=True`.
         C: likewise.
         k: likewise.
+        share_steps: as in `CalibrationConfig`.
+        merge_budget: as in `CalibrationConfig`.
+        raised: by site, what is added to its threshold at each step, such as
+            `Validation.raised()` of a plan of this run; needs the energies of the run.
 
     Raises:
         CalibrationError: no run there, a damaged one, or energies needed but not kept.
@@ -68,7 +84,12 @@ def plan_from_run(
     store = RunStore(folder)
     identity = store.identity()
     names = store.names()
-    selection = select_by(store, names, rho=rho, A=A, C=C, k=k)
+    selection = replace(
+        select_by(store, names, rho=rho, A=A, C=C, k=k),
+        share_steps=share_steps,
+        merge_budget=merge_budget,
+        raised=raised or {},
+    )
     return derive_plan(
         store, names, selection, cfg=identity["cfg"], arguments=identity["arguments"]
     )
@@ -113,8 +134,10 @@ def derive_plan(
 
     Raises:
         CalibrationError: no inputs, inputs that don't fit together, energies needed but not kept.
+        OptionError: a value of the selection is out of range.
     """
     check_rho(selection.rho)
+    refiner = Refiner(selection.share_steps, selection.merge_budget)
     if not names:
         raise CalibrationError(
             "there is nothing to make a plan from",
@@ -124,6 +147,7 @@ def derive_plan(
         )
     records = [store.record(name) for name in names]
     first = records[0]
+    _check_raised(first, selection.raised)
     for record in records[1:]:
         _check_alike(first, record)
     sites = {}
@@ -131,9 +155,11 @@ def derive_plan(
         by_step = [
             _pattern(store, records, size, step, selection) for step in range(len(first.timesteps))
         ]
-        sites[size.name] = SitePatterns.share(by_step, size.head_dim)
+        sites[size.name] = refiner.site(SitePatterns.share(by_step, size.head_dim))
     video = math.prod(first.grid)
-    has_text = first.text is not None and any(size.query_length > video for size in first.sites)
+    has_text = any(size.query_length > video for size in first.sites)
+    text: Literal["dense_first", "dense_last"]
+    text = "dense_first" if first.text == "first" else "dense_last"
     guided = any(record.guided for record in records)
     used = selection.thresholds or Thresholds(**first.thresholds)
     return Plan.create(
@@ -141,11 +167,21 @@ def derive_plan(
         grid=first.grid,
         sampler=_sampler(first),
         model=first.model,
-        text_policy="in_mask" if has_text else "none",
+        text_policy=text if has_text and first.text else "none",
         cfg="none" if cfg in ("separate", "batched") and not guided else cfg,
-        thresholds={"A": used.A, "C": used.C, "k": used.k, "rho": float(selection.rho)},
-        inputs=CalibrationInputs(count=len(records), digest=_inputs_digest(records, arguments)),
-        quality=_quality(records, selection),
+        thresholds={
+            "A": used.A,
+            "C": used.C,
+            "k": used.k,
+            "rho": float(selection.rho),
+            **refiner.thresholds(),
+            **{f"raised:{name}": value for name, value in selection.raised.items()},
+        },
+        inputs=CalibrationInputs(
+            count=len(records),
+            digest=inputs_digest([record.about for record in records], arguments),
+        ),
+        quality={**_quality(records, selection), **refiner.figures()},
     )
 
 
@@ -161,10 +197,10 @@ def _pattern(
     counts = np.zeros((size.heads, rows, columns), np.int32)
     votes = 0
     for record in records:
-        if selection.thresholds is None:
+        if selection.thresholds is None and size.name not in selection.raised:
             bits = store.tensor(record.name, f"{size.name}@{step}")
         else:
-            bits = _select_again(store, record, size, step, selection.thresholds)
+            bits = _select_again(store, record, size, step, selection)
         count_votes(counts, bits)
         votes += len(bits)
     mask = torch.from_numpy(agreement(counts, votes, selection.rho))
@@ -174,18 +210,12 @@ def _pattern(
 
 
 def _select_again(
-    store: RunStore, record: InputRecord, size: SiteSize, step: int, thresholds: Thresholds
+    store: RunStore, record: InputRecord, size: SiteSize, step: int, selection: Selection
 ) -> npt.NDArray[np.uint8]:
-    key = f"{size.name}@{step}/energy"
-    if key not in record.tensors:
-        raise CalibrationError(
-            "other thresholds need the energies of the run, which were not kept",
-            expected="a run with CalibrationConfig(keep_energies=True)",
-            got=f"masks only, for A, C, k = {record.thresholds}",
-            remedy="change rho alone, or calibrate again with keep_energies=True",
-        )
-    energy = torch.from_numpy(store.tensor(record.name, key))
+    energy = torch.from_numpy(store.energy(record, size.name, step))
+    thresholds = selection.thresholds or Thresholds(**record.thresholds)
     threshold = thresholds.at(record.positions[step], record.schedule_steps)
+    threshold = min(1.0, threshold + selection.raised.get(size.name, 0.0))
     video = math.prod(record.grid)
     mask, _ = select(
         energy,
@@ -198,11 +228,25 @@ def _select_again(
     return pack(mask)
 
 
+def _check_raised(record: InputRecord, raised: Mapping[str, float]) -> None:
+    names = {size.name for size in record.sites}
+    wrong = {
+        name: value for name, value in raised.items() if not (name in names and 0 <= value <= 1)
+    }
+    if wrong:
+        raise OptionError(
+            "thresholds can't be raised so",
+            expected=f"amounts in [0, 1] for sites such as {min(names)!r}",
+            got=wrong,
+            remedy="pass Validation.raised() of a plan of this run",
+        )
+
+
 def _check_alike(first: InputRecord, other: InputRecord) -> None:
-    for field in ("model", "grid", "text", "block", "timesteps", "positions", "schedule_steps"):
-        expected, got = getattr(first, field), getattr(other, field)
+    for name in ("model", "grid", "text", "block", "timesteps", "positions", "schedule_steps"):
+        expected, got = getattr(first, name), getattr(other, name)
         if expected != got:
-            raise _unlike(first, other, f"{field} {expected}", f"{field} {got}")
+            raise _unlike(first, other, f"{name} {expected}", f"{name} {got}")
     sizes = {size.name: size for size in first.sites}, {size.name: size for size in other.sites}
     for name in sorted(sizes[0].keys() | sizes[1].keys()):
         if sizes[0].get(name) != sizes[1].get(name):
@@ -231,8 +275,9 @@ def _sampler(record: InputRecord) -> Sampler:
     return Sampler(name=record.scheduler, timesteps=record.timesteps, sigmas=record.sigmas)
 
 
-def _inputs_digest(records: Sequence[InputRecord], arguments: object) -> str:
-    content = {"inputs": [record.about for record in records], "arguments": arguments}
+def inputs_digest(about: Sequence[object], arguments: object) -> str:
+    """SHA-256 (hex) over what each input was and what all have in common, as JSON values."""
+    content = {"inputs": list(about), "arguments": arguments}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -243,6 +288,6 @@ def _quality(records: Sequence[InputRecord], selection: Selection) -> dict[str, 
         return round(math.fsum(values) / len(values), 6)
 
     quality = {"best_20_percent_share": mean([record.best_share for record in records])}
-    if selection.thresholds is None:
+    if selection.thresholds is None and not selection.raised:
         quality["input_kept_mass"] = mean([record.kept_mass for record in records])
     return quality

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from calibatt_compiler.calibration.config import CalibrationConfig
+from calibatt_compiler.plan.schema import CfgMode
 
 _SAMPLES = 256
 """Elements of each parameter that its fingerprint looks at."""
@@ -48,6 +49,34 @@ def settings(config: CalibrationConfig) -> dict[str, Any]:
     names = ("block", "A", "C", "k", "cfg", "num_steps", "grid", "text", "component")
     found = {name: getattr(config, name) for name in (*names, "keep_energies")}
     return {name: list(v) if isinstance(v, tuple) else v for name, v in found.items()}
+
+
+def of_run(
+    module: torch.nn.Module,
+    config: CalibrationConfig,
+    about: Mapping[str, Any],
+    cfg: CfgMode,
+    arguments: object,
+) -> dict[str, Any]:
+    """Return all that a run depends on.
+
+    Args:
+        module: what is observed.
+        config: settings.
+        about: what it depends on beside these: weights, scheduler.
+        cfg: how the sampler runs guidance.
+        arguments: common to all inputs.
+    """
+    from calibatt_compiler import models
+
+    return {
+        "format": 1,
+        "model": models.identify(module).model_dump(mode="json"),
+        "settings": settings(config),
+        "arguments": arguments,
+        "cfg": cfg,
+        **about,
+    }
 
 
 def describe(value: object) -> Any:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from calibatt_compiler.calibration.records import InputRecord
+from calibatt_compiler.calibration.records import InputRecord, SiteSize
 from calibatt_compiler.errors import CalibrationError
 
 Branch = Literal["any", "unknown", "conditional", "unconditional", "batched"]
@@ -59,6 +59,7 @@ class InputObservation:
         schedule: the sampler's steps, if known.
         timesteps: what the model was given, by first appearance.
         positions: place of each in the schedule.
+        sizes: sizes of each site's calls; text may be of another length than in `reference`.
         bits: packed masks by site and step, one array a call.
         energies: energies likewise, if they are kept.
         kept_mass: share of attention mass that the masks keep, summed over votes.
@@ -74,6 +75,7 @@ class InputObservation:
     schedule: Schedule | None = None
     timesteps: list[float] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
+    sizes: dict[str, SiteSize] = field(default_factory=dict)
     bits: dict[Key, list[npt.NDArray[np.uint8]]] = field(default_factory=dict)
     energies: dict[Key, list[npt.NDArray[np.float32]]] = field(default_factory=dict)
     kept_mass: Counter[Key] = field(default_factory=Counter)
@@ -137,9 +139,10 @@ class InputObservation:
         """Masks and energies by name, as the run folder stores them."""
         arrays: dict[str, npt.NDArray[Any]] = {}
         for (site, step), bits in self.bits.items():
-            arrays[f"{site}@{step}"] = np.concatenate(bits)
+            arrays[f"{site}@{step}"] = bits[0] if len(bits) == 1 else np.concatenate(bits)
         for (site, step), energies in self.energies.items():
-            arrays[f"{site}@{step}/energy"] = np.concatenate(energies)
+            joined = energies[0] if len(energies) == 1 else np.concatenate(energies)
+            arrays[f"{site}@{step}/energy"] = joined
         return arrays
 
     def check_complete(self, skips: Mapping[str, str]) -> None:

@@ -11,28 +11,25 @@ import torch
 from torch import Tensor
 
 from calibatt_compiler.calibration.config import CalibrationConfig
-from calibatt_compiler.calibration.observation import Branch, InputObservation, Schedule
+from calibatt_compiler.calibration.observation import InputObservation, Schedule
+from calibatt_compiler.calibration.observer import Observer
 from calibatt_compiler.calibration.records import InputRecord, SiteSize
 from calibatt_compiler.calibration.selection import best_share, pack, select
 from calibatt_compiler.calibration.spool import Spool
 from calibatt_compiler.calibration.text import TextPosition
-from calibatt_compiler.capture import CaptureInfo
 from calibatt_compiler.errors import CalibrationError
 from calibatt_compiler.plan.schema import ModelIdentity
+from calibatt_compiler.plan.text import fit_mask
 
 BEST = 0.2
 """Fraction of key blocks that `best_share` is taken over."""
 
 
-class AttentionRecorder:
-    """Implements `calibatt_compiler.capture.Recorder`.
+class AttentionRecorder(Observer):
+    """Selects the blocks of each call and gives back the packed masks of an input.
 
     Energies of a call live until its masks are packed; where T is not known yet (the first input
     of a bare module) they wait on disk.
-
-    Attributes:
-        branch: which branch of guidance the model calls are now.
-        reference: record of a finished input, which later ones must fit.
 
     Args:
         config: settings of the calibration.
@@ -53,75 +50,18 @@ class AttentionRecorder:
         schedule: Callable[[], Schedule | None] = lambda: None,
         on_step: Callable[[int, int | None], None] = lambda step, steps: None,
     ) -> None:
-        self.branch: Branch = "any"
-        self.reference: InputRecord | None = None
-        self._config = config
+        super().__init__(config, text, schedule=schedule, on_step=on_step)
         self._model = model
-        self._text = config.text or text
         self._spool = spool
-        self._schedule = schedule
-        self._on_step = on_step
-        self._grids: list[tuple[int, int, int]] = []
-        self._skips: dict[str, str] = {}
-        self._sites: dict[str, SiteSize] = {}
-        self._input: InputObservation | None = None
-
-    def on_capture(self, capture: CaptureInfo) -> None:
-        """Take note of the grid and of the sites that can't be sparse."""
-        if capture.grid is not None and capture.grid not in self._grids:
-            self._grids.append(capture.grid)
-        for site in capture.sites:
-            if site.skip is not None:
-                self._skips[site.name] = site.skip
-
-    def attend(
-        self, site: str, q: Tensor, k: Tensor, v: Tensor, timestep: float, scale: float
-    ) -> Tensor:
-        """Compute dense attention and, where the call counts, select its blocks.
-
-        Shapes as in `calibatt_compiler.capture.Recorder`.
-
-        Raises:
-            CalibrationError: sizes or timesteps that don't fit the run, or attention that is not
-                finite.
-        """
-        from calibatt_compiler.kernels.attention import dense_attention
-        from calibatt_compiler.kernels.energy import attention_with_energy
-
-        run = self._input
-        size = None if run is None else self._size(run, site, q, k)
-        if run is None or size is None:
-            return dense_attention(q, k, v, scale)
-        step = self._step(run, site, timestep)
-        counted = run.counted(self.branch, site, step, q.shape[0])
-        if self._config.cfg == "both":
-            counted = slice(0, None)
-        if counted is None:
-            return dense_attention(q, k, v, scale)
-        out, energy = attention_with_energy(
-            q[counted], k[counted], v[counted], block=self._config.block, scale=scale
-        )
-        if counted.start:
-            rest = slice(0, counted.start)
-            other = dense_attention(q[rest], k[rest], v[rest], scale)
-            out = torch.cat([other.transpose(1, 2), out.transpose(1, 2)]).transpose(1, 2)
-        self._observe(run, size, step, energy)
-        return out
 
     def begin(self, name: str, about: Mapping[str, Any], samples: int | None) -> None:
-        """Start an input.
-
-        Args:
-            name: of the input.
-            about: JSON values that say what it is.
-            samples: videos in it, if known; a batch of twice as many is both branches.
-        """
-        self._input = InputObservation(name, about, samples, self.reference)
+        """Start an input; arguments as in `Observer.begin`."""
+        super().begin(name, about, samples)
         self._spool.clear()
 
     def abandon(self) -> None:
         """Forget the input in progress, if there is one."""
-        self._input = None
+        super().abandon()
         self._spool.clear()
 
     def finish(self) -> tuple[InputRecord, dict[str, npt.NDArray[Any]]]:
@@ -135,7 +75,7 @@ class AttentionRecorder:
         run.check_complete(self._skips)
         steps = self._steps(run) or len(run.timesteps)
         for site, step, energy in self._spool.drain():
-            self._select(run, self._sites[site], step, torch.from_numpy(energy), steps)
+            self._select(run, run.sizes[site], step, torch.from_numpy(energy), steps)
         self._input = None
         return self._record(run, steps), run.arrays()
 
@@ -171,58 +111,7 @@ class AttentionRecorder:
             best_share=means(run.best_share),
         )
 
-    def _step(self, run: InputObservation, site: str, timestep: float) -> int:
-        step = run.find_step(site, timestep)
-        if step is None:
-            if not run.timesteps:
-                run.schedule = self._schedule()
-            step = run.add_step(timestep, by_schedule=self._config.num_steps is None)
-            self._on_step(step, self._steps(run))
-        return step
-
-    def _steps(self, run: InputObservation) -> int | None:
-        """T of the threshold formula, if it is known before the input ends."""
-        if self._config.num_steps is not None:
-            return self._config.num_steps
-        if run.schedule is not None:
-            return len(run.schedule.timesteps)
-        return self.reference.schedule_steps if self.reference else None
-
-    def _grid(self, length: int) -> tuple[int, int, int]:
-        """The latent grid; of an unknown model family, one frame of one row of all tokens."""
-        if self._config.grid is not None:
-            return self._config.grid
-        return self._grids[0] if self._grids else (1, 1, length)
-
-    def _size(self, run: InputObservation, site: str, q: Tensor, k: Tensor) -> SiteSize | None:
-        """Check the sizes of a call against the run; None if it attends from less than a video."""
-        if len(self._grids) > 1 and self._config.grid is None:
-            raise _another_size(run, self._grids[0], self._grids[-1])
-        size = SiteSize(
-            name=site,
-            heads=q.shape[1],
-            head_dim=q.shape[3],
-            query_length=q.shape[2],
-            key_length=k.shape[2],
-        )
-        if math.prod(self._grid(size.query_length)) > size.query_length:
-            self._skips.setdefault(site, "fewer queries than video tokens")
-            return None
-        if not self._sites and self.reference is not None:
-            self._sites.update({known.name: known for known in self.reference.sites})
-        if self._sites.setdefault(site, size) != size:
-            raise _another_size(run, self._sites[site], size)
-        return size
-
     def _observe(self, run: InputObservation, size: SiteSize, step: int, energy: Tensor) -> None:
-        if not bool(energy.isfinite().all()):
-            raise CalibrationError(
-                f"attention at site {size.name}, step {step} is not finite",
-                expected="finite attention weights",
-                got="NaN or infinity",
-                remedy="check that the model makes sound videos in this dtype without calibatt",
-            )
-        run.votes[size.name, step] += energy.shape[0]
         steps = self._steps(run)
         if steps is None:
             self._spool.put(size.name, step, energy.float().cpu().numpy())
@@ -241,18 +130,31 @@ class AttentionRecorder:
             block=self._config.block,
             text=self._text,
         )
-        run.bits.setdefault(key, []).append(pack(mask))
+        run.bits.setdefault(key, []).append(pack(self._fitted(mask, size)))
         if self._config.keep_energies:
             run.energies.setdefault(key, []).append(energy.float().cpu().numpy())
         shares = torch.stack([kept, best_share(energy, BEST)]).mean((-1, -2)).sum(-1).tolist()
         run.kept_mass[key] += shares[0]
         run.best_share[key] += shares[1]
 
-
-def _another_size(run: InputObservation, expected: object, got: object) -> CalibrationError:
-    return CalibrationError(
-        f"input {run.name} has another size than the inputs before it",
-        expected=expected,
-        got=got,
-        remedy="a plan serves one size of video: calibrate each size on its own",
-    )
+    def _fitted(self, mask: Tensor, size: SiteSize) -> Tensor:
+        """Carry a mask over to the text length of the first input, which that of the plan is."""
+        known = self._sites[size.name]
+        if size == known:
+            return mask
+        if self._config.keep_energies:
+            raise CalibrationError(
+                "energies of inputs with different text lengths can't be kept together",
+                expected=f"{known.query_length} tokens at site {size.name}, as in the first input",
+                got=f"{size.query_length}",
+                remedy="use prompts of one length in tokens, or leave keep_energies out",
+            )
+        assert self._text is not None
+        return fit_mask(
+            mask,
+            (size.query_length, size.key_length),
+            (known.query_length, known.key_length),
+            video=math.prod(self._grid(size.query_length)),
+            block=self._config.block,
+            position=self._text,
+        )

@@ -7,6 +7,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,20 @@ from calibatt_compiler.calibration.observation import Branch, Schedule
 from calibatt_compiler.calibration.recorder import AttentionRecorder
 from calibatt_compiler.calibration.spool import Spool
 from calibatt_compiler.calibration.store import RunStore
+from calibatt_compiler.capture import Recorder
 from calibatt_compiler.errors import CalibrationError
 from calibatt_compiler.plan import Plan
 from calibatt_compiler.plan.schema import CfgMode
 
 log = logging.getLogger("calibatt")
+
+
+_DYNAMO = {
+    "recompile_limit": 64,
+    "fail_on_recompile_limit_hit": True,
+    # Mochi picks the valid text tokens by nonzero, which would break the graph.
+    "capture_dynamic_output_shape_ops": True,
+}
 
 
 class CalibrationRun:
@@ -134,11 +144,8 @@ class CalibrationRun:
             branch: `conditional`, `unconditional`, or `batched` (unconditional samples first,
                 conditional ones second). Outside of this context every sample counts.
         """
-        previous, self._recorder.branch = self._recorder.branch, branch
-        try:
+        with self._recorder.calls_are(branch):
             yield
-        finally:
-            self._recorder.branch = previous
 
     def discard(self) -> None:
         """Delete the run folder: nothing can be resumed or selected again."""
@@ -151,9 +158,13 @@ class CalibrationRun:
         A: float | None = None,
         C: float | None = None,
         k: float | None = None,
+        raised: Mapping[str, float] | None = None,
         names: tuple[str, ...] | None = None,
     ) -> Plan:
         """Make the plan from the stored inputs; may be called several times.
+
+        Steps are shared and intervals merged as the settings say; the functions of
+        `calibatt_compiler.plan` do it to a finished plan.
 
         Args:
             rho: agreement other than the configured one.
@@ -161,6 +172,7 @@ class CalibrationRun:
                 next two need `keep_energies=True`.
             C: likewise.
             k: likewise.
+            raised: by site, what is added to its threshold, as in `plan_from_run`.
             names: the inputs that count; default all.
 
         Raises:
@@ -169,7 +181,12 @@ class CalibrationRun:
         """
         names = self.finished if names is None else names
         rho = self.config.rho if rho is None else rho
-        selection = select_by(self._store, names, rho=rho, A=A, C=C, k=k)
+        selection = replace(
+            select_by(self._store, names, rho=rho, A=A, C=C, k=k),
+            share_steps=self.config.share_steps,
+            merge_budget=self.config.merge_budget,
+            raised=raised or {},
+        )
         return derive_plan(self._store, names, selection, cfg=self._cfg, arguments=self._arguments)
 
 
@@ -227,14 +244,7 @@ def recording(
     from calibatt_compiler import models
 
     model = models.identify(module)
-    whole = {
-        "format": 1,
-        "model": model.model_dump(mode="json"),
-        "settings": identity.settings(config),
-        "arguments": arguments,
-        "cfg": cfg,
-        **about,
-    }
+    whole = identity.of_run(module, config, about, cfg, arguments)
     temporary = None
     if config.run_folder is None:
         temporary = tempfile.TemporaryDirectory(prefix="calibatt-")
@@ -251,7 +261,7 @@ def recording(
             schedule=schedule,
             on_step=on_step,
         )
-        with _compiled(module, recorder, config):
+        with observed(module, recorder, config.inductor):
             yield CalibrationRun(config, store, recorder, cfg=cfg, arguments=arguments)
     finally:
         store.close()
@@ -260,12 +270,16 @@ def recording(
 
 
 @contextmanager
-def _compiled(
-    module: torch.nn.Module, recorder: AttentionRecorder, config: CalibrationConfig
-) -> Iterator[None]:
+def observed(module: torch.nn.Module, observer: Recorder, inductor: bool | None) -> Iterator[None]:
+    """Compile a module so that it shows its attention to an observer; undo it at the end.
+
+    Args:
+        module: what is observed.
+        observer: told of each captured graph, then of each call.
+        inductor: compile what is around attention; None: on a GPU yes, else no.
+    """
     from calibatt_compiler.backend import recording_backend
 
-    inductor = config.inductor
     if inductor is None:
         inductor = any(p.device.type == "cuda" for p in module.parameters())
     # Graphs of a recording must neither use up nor invalidate those of the user's own compile.
@@ -274,10 +288,10 @@ def _compiled(
     previous = module.__dict__.get("_compiled_call_impl")
     # Static shapes: with dynamic ones the code that serves an input would depend on the inputs
     # before it, and a resumed run could differ from an undisturbed one in the last bit.
-    backend = recording_backend(recorder, inductor=inductor)
+    backend = recording_backend(observer, inductor=inductor)
     module.compile(backend=backend, dynamic=False, **extra)
     try:
-        with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
+        with torch._dynamo.config.patch(_DYNAMO):
             yield
     finally:
         if previous is None:

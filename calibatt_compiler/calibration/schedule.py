@@ -32,7 +32,11 @@ FEW_STEPS = Thresholds(A=0.763, C=0.863, k=5.64)
 """The paper's for distilled models of 4 steps: no near-dense first step."""
 
 FEW = 8
-"""Up to this many steps `FEW_STEPS` is the default; between 4 and 50 the paper gives none."""
+"""Up to this many steps `FEW_STEPS` is the default; between 4 and 50 the paper gives none.
+
+The formula reads its curve at t / T, so a sampler of 8 steps has the thresholds of one of 4 at
+every other step, and none above C = 0.863: no step is near dense.
+"""
 
 
 def default_thresholds(steps: int) -> Thresholds:

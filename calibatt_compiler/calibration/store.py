@@ -121,9 +121,8 @@ class RunStore:
         if name not in self._records:
             with self._opened(name) as opened:
                 header: dict[str, str] = opened.metadata() or {}
-            text = header.get("record", "")
-            intact = header.get("digest") == hashlib.sha256(text.encode()).hexdigest()
-            if header.get("format") != FORMAT or not intact:
+            digest, _, text = header.get(FORMAT, "").partition("\n")
+            if set(header) != {FORMAT} or digest != hashlib.sha256(text.encode()).hexdigest():
                 raise self._damaged(name, "its header was changed or is of another format")
             try:
                 self._records[name] = InputRecord.model_validate_json(text)
@@ -140,12 +139,9 @@ class RunStore:
         """
         hashes = {name: _sha256(array) for name, array in tensors.items()}
         record = record.model_copy(update={"tensors": hashes})
-        text = json.dumps(record.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-        header = {
-            "format": FORMAT,
-            "digest": hashlib.sha256(text.encode()).hexdigest(),
-            "record": text,
-        }
+        text = record_text(record)
+        # One entry: safetensors writes several in random order, and equal inputs make equal files.
+        header = {FORMAT: f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}"}
         with replacing(self._path(record.name)) as temporary:
             save_file(dict(tensors), temporary, metadata=header)
         self._records[record.name] = record
@@ -162,6 +158,23 @@ class RunStore:
         if _sha256(array) != record.tensors.get(key):
             raise self._damaged(name, f"tensor {key} was changed")
         return array
+
+    def energy(self, record: InputRecord, site: str, step: int) -> npt.NDArray[np.float32]:
+        """Read the energies of a finished input, (votes, heads, query_blocks, key_blocks).
+
+        Raises:
+            CalibrationError: they were not kept, or the file is damaged.
+        """
+        key = f"{site}@{step}/energy"
+        if key not in record.tensors:
+            raise CalibrationError(
+                f"the energies of {self.folder} are needed, and were not kept",
+                expected="a run with CalibrationConfig(keep_energies=True) or --keep-energies",
+                got=f"masks only, for A, C, k = {record.thresholds}",
+                remedy="calibrate again with keep_energies=True; without, only rho can be changed",
+            )
+        energy: npt.NDArray[np.float32] = self.tensor(record.name, key)
+        return energy
 
     @contextmanager
     def _opened(self, name: str) -> Iterator[Any]:
@@ -228,7 +241,7 @@ class RunStore:
         if not path.exists():
             if self.names():
                 raise self._foreign("no run.json beside finished inputs", "a whole run folder")
-            write_text(path, json.dumps(wanted, indent=2, sort_keys=True) + "\n")
+            write_text(path, identity_text(wanted))
             return
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -253,6 +266,16 @@ class RunStore:
             remedy="restart the run (--restart, CalibrationConfig(restart=True)), delete the "
             "folder, or choose another output path",
         )
+
+
+def record_text(record: InputRecord) -> str:
+    """Return a record as it stands in the header of its file."""
+    return json.dumps(record.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+
+def identity_text(identity: Mapping[str, Any]) -> str:
+    """Return the content of run.json."""
+    return json.dumps(identity, indent=2, sort_keys=True) + "\n"
 
 
 def _differences(found: Any, wanted: Any, at: str = "") -> dict[str, tuple[Any, Any]]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-TextPosition = Literal["first", "last"]
+from calibatt_compiler.plan.text import TextPosition
+
+__all__ = ["TextPosition", "text_blocks"]
 
 
 def text_blocks(

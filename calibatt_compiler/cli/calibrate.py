@@ -69,11 +69,47 @@ def calibrate(
             help="A block is kept if this share of the prompts needs it.", rich_help_panel=_HOW
         ),
     ] = 0.5,
-    component: Annotated[
-        str, typer.Option(help="Which transformer of the pipeline.", rich_help_panel=_HOW)
-    ] = "transformer",
+    share_steps: Annotated[
+        float | None,
+        typer.Option(
+            "--share-steps",
+            metavar="IOU",
+            help="Consecutive steps whose masks agree this much share one, which makes the plan "
+            "smaller; 0.97 is the paper's. Default: only equal masks are shared.",
+            rich_help_panel=_HOW,
+            show_default=False,
+        ),
+    ] = None,
+    merge_budget: Annotated[
+        float | None,
+        typer.Option(
+            "--merge-budget",
+            metavar="DENSITY",
+            help="Fill the smallest gaps between kept blocks, up to this share of all blocks, "
+            "such as 0.02: fewer runs to walk, more blocks to compute. Default: none.",
+            rich_help_panel=_HOW,
+            show_default=False,
+        ),
+    ] = None,
+    component: options.Component = "transformer",
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    keep_energies: Annotated[
+        bool,
+        typer.Option(
+            "--keep-energies",
+            help="Keep the block energies too, 32 times the size of the masks: to select again "
+            "with other thresholds, or to validate another plan on these inputs.",
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Say what it will cost in time, memory and disk, and write nothing. Loads the "
+            "model and runs two steps, one of them by the clock.",
+        ),
+    ] = False,
     restart: Annotated[
         bool,
         typer.Option("--restart", help="Forget what an interrupted run has done, and start again."),
@@ -90,12 +126,22 @@ def calibrate(
     """
     from rich.console import Console
 
-    from calibatt_compiler.calibration import CalibrationConfig
+    from calibatt_compiler.calibration import CalibrationConfig, estimate
     from calibatt_compiler.calibration import calibrate as run
     from calibatt_compiler.cli import pipelines
+    from calibatt_compiler.report import costs as report
 
     config = CalibrationConfig(
-        block=(block, block), A=a, C=c, k=k, rho=rho, component=component, restart=restart
+        block=(block, block),
+        A=a,
+        C=c,
+        k=k,
+        rho=rho,
+        share_steps=share_steps,
+        merge_budget=merge_budget,
+        component=component,
+        keep_energies=keep_energies,
+        restart=restart,
     )
     cases = pipelines.read_cases(prompts, prompt, seed)
     place = pipelines.device_of(device)
@@ -112,19 +158,16 @@ def calibrate(
         },
         settings,
     )
-    plan = run(
-        pipe,
-        prompts=[case.prompt for case in cases],
-        seeds=[case.seed for case in cases],
-        out=out,
-        config=config,
-        **arguments,
-    )
+    texts, seeds = [case.prompt for case in cases], [case.seed for case in cases]
+    console = Console(highlight=False, soft_wrap=True)
+    if dry_run:
+        costs = estimate(pipe, texts, seeds, out=out, config=config, **arguments)
+        console.print(report.terminal(costs))
+        return
+    plan = run(pipe, texts, seeds, out=out, config=config, **arguments)
     density = plan.density()
-    Console().print(
+    console.print(
         f"{out}: {len(plan.sites)} sites, {plan.steps} steps, sparsity {1 - density:.1%}\n"
         f"see it:     calibatt inspect {out} --html plan.html\n"
-        f"measure it: calibatt compare {model} {out} --prompts HELD_OUT.txt",
-        highlight=False,
-        soft_wrap=True,
+        f"measure it: calibatt compare {model} {out} --prompts HELD_OUT.txt"
     )

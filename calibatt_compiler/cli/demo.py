@@ -150,10 +150,7 @@ def calibrate_plans(
     Returns:
         Plans by label, the main one first.
     """
-    from calibatt_compiler.calibration import CalibrationConfig, calibrate, identity
-    from calibatt_compiler.calibration.derive import Selection, derive_plan
-    from calibatt_compiler.calibration.schedule import Thresholds
-    from calibatt_compiler.calibration.store import RunStore
+    from calibatt_compiler.calibration import CalibrationConfig, calibrate, plan_from_run
 
     config = CalibrationConfig(block=(BLOCK, BLOCK), A=A, C=C, k=K, rho=RHO, keep_energies=True)
     main = calibrate(
@@ -164,17 +161,10 @@ def calibrate_plans(
         config=config,
         **arguments,
     )
-    plans = {f"A={A:g}": main}
-    store = RunStore(f"{out}.calibration")
-    for other in CURVE:
-        plans[f"A={other:g}"] = derive_plan(
-            store,
-            store.names(),
-            Selection(RHO, Thresholds(other, C, K)),
-            cfg=main.metadata.cfg,
-            arguments=identity.describe(arguments),
-        )
-    return plans
+    others = {
+        f"A={other:g}": plan_from_run(f"{out}.calibration", rho=RHO, A=other) for other in CURVE
+    }
+    return {f"A={A:g}": main, **others}
 
 
 def find(name: str) -> Path:

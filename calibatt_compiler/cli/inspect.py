@@ -8,6 +8,9 @@ from typing import Annotated
 import typer
 
 from calibatt_compiler.cli import options
+from calibatt_compiler.errors import OptionError
+
+_VALIDATION = "Validation"
 
 
 def inspect(
@@ -22,25 +25,94 @@ def inspect(
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    validate: Annotated[
+        str | None,
+        typer.Option(
+            "--validate",
+            metavar="SOURCE",
+            help="Measure what the plan keeps on held-out inputs. SOURCE: the model, to be run on "
+            "--prompts that the plan was not made from, or the folder that a calibration on such "
+            "inputs left with --keep-energies.",
+            rich_help_panel=_VALIDATION,
+            show_default=False,
+        ),
+    ] = None,
+    margin: Annotated[
+        float,
+        typer.Option(
+            help="Flag a site that at some step keeps less than its threshold by more than this.",
+            rich_help_panel=_VALIDATION,
+        ),
+    ] = 0.02,
+    raised: Annotated[
+        Path | None,
+        typer.Option(
+            "--raise",
+            metavar="OUT",
+            help="Select the flagged sites again with their thresholds raised by what they lack, "
+            "and write that plan. Needs PLAN.calibration with energies (--keep-energies).",
+            rich_help_panel=_VALIDATION,
+            show_default=False,
+        ),
+    ] = None,
+    prompts: options.Prompts = None,
+    prompt: options.Prompt = None,
+    seed: options.Seed = 1000,
+    guidance: options.Guidance = None,
+    negative_prompt: options.NegativePrompt = None,
+    settings: options.Settings = None,
+    component: options.Component = "transformer",
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
 ) -> None:
     """Show what is in a plan: what it was made for, and how much each layer computes.
 
-    Density is the share of attention blocks that are computed, sparsity the share left out.
+    Density is the share of attention blocks that are computed, sparsity the share left out. With
+    --validate it also shows whether the plan holds on inputs that it was not made from: the share
+    of attention mass that each site keeps there. Size and steps are those of the plan.
 
     Example: calibatt inspect fox.calibatt --html fox.html
     """
     from rich.console import Console
 
+    from calibatt_compiler.cli import pipelines, validation
     from calibatt_compiler.plan import Plan
     from calibatt_compiler.report import inspect as report
+    from calibatt_compiler.report import validation as validation_report
     from calibatt_compiler.report.plan_page import write_page
 
+    if validate is None and raised is not None:
+        raise OptionError(
+            "--raise goes by a validation",
+            expected="--validate with it",
+            got="no --validate",
+            remedy="add --validate MODEL --prompts HELD_OUT.txt",
+        )
     loaded = Plan.load(plan)
+    found = None
+    if validate is not None:
+        found = validation.measure(
+            validate,
+            loaded,
+            lambda: pipelines.read_cases(prompts, prompt, seed),
+            {"guidance_scale": guidance, "negative_prompt": negative_prompt},
+            settings,
+            margin=margin,
+            component=component,
+            device=device,
+            dtype=dtype,
+        )
     console = Console()
     if as_json:
-        console.print_json(data=report.to_dict(loaded))
+        extra = {} if found is None else {"validation": found.to_dict()}
+        console.print_json(data={**report.to_dict(loaded), **extra})
     else:
         console.print(report.terminal(loaded))
+        if found is not None:
+            console.print("", validation_report.terminal(found))
+    said = Console(stderr=True, highlight=False, soft_wrap=True)
     if html is not None:
         write_page(loaded, html, title=plan.name)
-        Console(stderr=True).print(f"page written to {html}", highlight=False)
+        said.print(f"page written to {html}")
+    if raised is not None and found is not None:
+        said.print(validation.raise_flagged(plan, loaded, found, raised))

@@ -88,6 +88,10 @@ Settings = Annotated[
         show_default=False,
     ),
 ]
+Component = Annotated[
+    str,
+    typer.Option("--component", help="Which transformer of the pipeline.", rich_help_panel=_WHERE),
+]
 Device = Annotated[
     str,
     typer.Option(

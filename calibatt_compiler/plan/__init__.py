@@ -3,6 +3,7 @@
 from calibatt_compiler.plan.intervals import Intervals
 from calibatt_compiler.plan.pattern import BlockPattern
 from calibatt_compiler.plan.plan import Plan, SitePatterns
+from calibatt_compiler.plan.refine import merge_intervals, share_steps
 from calibatt_compiler.plan.schema import (
     CalibrationInputs,
     ModelIdentity,
@@ -21,4 +22,6 @@ __all__ = [
     "Sampler",
     "SitePatterns",
     "SiteRecord",
+    "merge_intervals",
+    "share_steps",
 ]

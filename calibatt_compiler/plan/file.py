@@ -1,7 +1,8 @@
 """The plan file: safetensors, bits as tensors, the rest as JSON in the header.
 
-The header's metadata holds `format`, `digest` and `plan`. The digest covers the JSON text and
-every tensor, so that a flipped bit anywhere is noticed.
+The header's metadata holds one entry, `calibatt-plan`: the digest, a line break, the JSON text. The
+digest covers the text and every tensor, so that a flipped bit anywhere is noticed. Several entries
+would be written in random order by safetensors; with one, equal plans make equal files.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from calibatt_compiler.files import replacing
 from calibatt_compiler.plan.schema import KNOWN_FEATURES, SCHEMA_VERSION, PlanMetadata
 
 FORMAT = "calibatt-plan"
-_KEYS = {"format", "digest", "plan"}
 Bits = npt.NDArray[np.uint8]
 
 
@@ -55,7 +55,7 @@ def write(
         tensors: by site name, uint8 (patterns, heads, query_blocks, ceil(key_blocks / 8)).
     """
     text = to_json(metadata)
-    header = {"format": FORMAT, "digest": digest(text, tensors), "plan": text}
+    header = {FORMAT: f"{digest(text, tensors)}\n{text}"}
     with replacing(path) as temporary:
         save_file(dict(tensors), temporary, metadata=header)
 
@@ -77,16 +77,16 @@ def read(path: str | os.PathLike[str]) -> tuple[PlanMetadata, dict[str, Bits]]:
     # The header is judged before any tensor is read: weights of a model may be given by mistake.
     with _opened(path) as opened:
         header: dict[str, str] = opened.metadata() or {}
-        if header.get("format") != FORMAT or set(header) != _KEYS:
+        if set(header) != {FORMAT}:
             raise PlanFormatError(
                 f"{path} is not a plan",
-                expected=f"a safetensors file with metadata {sorted(_KEYS)}, format {FORMAT!r}",
-                got=f"metadata {sorted(header)}, format {header.get('format')!r}",
+                expected=f"a safetensors file with one entry of metadata, {FORMAT!r}",
+                got=f"metadata {sorted(header)}",
                 remedy="give the file that `calibatt calibrate` wrote",
             )
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    text = header["plan"]
-    metadata = _parse(path, text, intact=header["digest"] == digest(text, tensors))
+    recorded, _, text = header[FORMAT].partition("\n")
+    metadata = _parse(path, text, intact=recorded == digest(text, tensors))
     _check_tensors(path, metadata, tensors)
     return metadata, tensors
 

@@ -27,6 +27,7 @@ from calibatt_compiler.plan.schema import (
     SiteRecord,
     TextPolicy,
 )
+from calibatt_compiler.plan.text import TextPosition
 from calibatt_compiler.version import PRODUCER
 
 TIMESTEP_TOLERANCE = 2.0**-8
@@ -134,21 +135,7 @@ class Plan:
             PlanError: sizes, steps or names that don't fit together.
         """
         try:
-            records = tuple(
-                SiteRecord(
-                    name=name,
-                    heads=site.heads,
-                    head_dim=site.head_dim,
-                    query_length=site.query_length,
-                    key_length=site.key_length,
-                    block_m=site.patterns[0].block_m,
-                    block_n=site.patterns[0].block_n,
-                    patterns=len(site.patterns),
-                    steps=site.steps,
-                    density=tuple(site.at(step).density for step in range(len(site.steps))),
-                )
-                for name, site in sites.items()
-            )
+            records = tuple(_record(name, site) for name, site in sites.items())
             metadata = PlanMetadata(
                 producer=PRODUCER,
                 model=model,
@@ -232,6 +219,36 @@ class Plan:
         policy: TextPolicy = "in_mask" if in_text else "none"
         return cls.create(sites, grid=grid, sampler=sampler, text_policy=policy)
 
+    def with_sites(
+        self,
+        sites: Mapping[str, SitePatterns],
+        *,
+        thresholds: Mapping[str, float],
+        quality: Mapping[str, float],
+    ) -> Plan:
+        """Return a plan of other patterns that is the same in all else it records.
+
+        Raises:
+            PlanError: steps or names that don't fit together.
+        """
+        try:
+            metadata = PlanMetadata.model_validate(
+                {
+                    **self._metadata.model_dump(),
+                    "producer": PRODUCER,
+                    "thresholds": dict(thresholds),
+                    "quality": dict(quality),
+                    "sites": tuple(_record(name, site) for name, site in sites.items()),
+                }
+            )
+        except pydantic.ValidationError as error:
+            raise PlanError(
+                "these patterns make no valid plan",
+                got=file.describe(error),
+                remedy="give each site one pattern a step of the plan",
+            ) from error
+        return Plan(metadata, sites)
+
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
         """Read a plan file and check every byte of it.
@@ -305,6 +322,12 @@ class Plan:
     def timesteps(self) -> tuple[float, ...]:
         """What the model is given at each step, in sampling order."""
         return self._metadata.sampler.timesteps
+
+    @property
+    def text_position(self) -> TextPosition | None:
+        """Where text stands whose blocks are all kept; None if there is none or it is not so."""
+        positions: Mapping[str, TextPosition] = {"dense_first": "first", "dense_last": "last"}
+        return positions.get(self._metadata.text_policy)
 
     @property
     def steps(self) -> int:
@@ -389,6 +412,21 @@ class Plan:
             f"Plan({len(self._sites)} sites, {self.steps} steps, grid {self.grid}, "
             f"density {self.density():.3f}, digest {self.digest[:12]})"
         )
+
+
+def _record(name: str, site: SitePatterns) -> SiteRecord:
+    return SiteRecord(
+        name=name,
+        heads=site.heads,
+        head_dim=site.head_dim,
+        query_length=site.query_length,
+        key_length=site.key_length,
+        block_m=site.patterns[0].block_m,
+        block_n=site.patterns[0].block_n,
+        patterns=len(site.patterns),
+        steps=site.steps,
+        density=tuple(site.at(step).density for step in range(len(site.steps))),
+    )
 
 
 def _sampler(timesteps: Sequence[float]) -> Sampler:

@@ -33,7 +33,7 @@ Figures = Annotated[
     PlainSerializer(dict),
 ]
 """Named numbers, read-only."""
-TextPolicy = Literal["none", "in_mask"]
+TextPolicy = Literal["none", "in_mask", "dense_first", "dense_last"]
 CfgMode = Literal["none", "separate", "batched", "embedded"]
 
 
@@ -138,13 +138,14 @@ class PlanMetadata(_Record):
         grid: latent tokens (frames, height, width) after patching.
         token_order: how the grid's tokens are laid out in the sequence.
         text_policy: `none`: video tokens only; `in_mask`: text tokens are part of the sequence
-            and of its blocks.
+            and of its blocks; `dense_first`, `dense_last`: likewise, they stand first or last, and
+            each of their blocks is kept, so that the plan serves other text lengths too.
         cfg: how classifier-free guidance is run: in two calls, in one batched call, embedded in
             the model, or not at all. Patterns come from the conditional branch.
         sampler: the diffusion steps.
         thresholds: numbers that the selection used, such as `A`, `C`, `k`, `rho`.
         inputs: what it was calibrated on.
-        quality: figures on held-out inputs, if measured.
+        quality: figures that were measured; density that sharing and merging added.
         sites: the attention calls.
     """
 

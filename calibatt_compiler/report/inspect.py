@@ -12,6 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from calibatt_compiler.plan import BlockPattern, Plan, SitePatterns
+from calibatt_compiler.plan.refine import MERGED, SHARED
 
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -49,8 +50,12 @@ def facts(plan: Plan) -> list[tuple[str, str]]:
         ("written by", f"{metadata.producer}, schema {metadata.schema_version}"),
         ("digest", plan.digest),
     ]
-    if metadata.quality:
-        figures = ", ".join(f"{name} {value:.4g}" for name, value in metadata.quality.items())
+    quality = dict(metadata.quality)
+    added = [f"{quality.pop(name):.4f} by {_ADDED[name]}" for name in _ADDED if name in quality]
+    if added:
+        pairs.insert(-2, ("density added", ", ".join(added)))
+    if quality:
+        figures = ", ".join(f"{name} {value:.4g}" for name, value in quality.items())
         pairs.insert(-2, ("measured", figures))
     return pairs
 
@@ -126,7 +131,13 @@ def _pair(a: int, b: int) -> str:
     return str(a) if a == b else f"{a} x {b}"
 
 
-_TEXT = {"none": "not part of the sequence", "in_mask": "part of the sequence and its blocks"}
+_ADDED = {SHARED: "sharing steps", MERGED: "merging intervals"}
+_TEXT = {
+    "none": "not part of the sequence",
+    "in_mask": "part of the sequence and its blocks",
+    "dense_first": "first in the sequence, all its blocks kept, of any length",
+    "dense_last": "last in the sequence, all its blocks kept, of any length",
+}
 _CFG = {
     "none": "none",
     "separate": "calibrated on the conditional branch, used for both",

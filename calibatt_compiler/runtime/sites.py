@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -12,10 +12,14 @@ from torch import Tensor
 from calibatt_compiler.capture import Recorder
 from calibatt_compiler.kernels.attention import AttentionKernel, dense_attention, make_attention
 from calibatt_compiler.options import Lowering
-from calibatt_compiler.plan import Plan
+from calibatt_compiler.plan import BlockPattern, Plan
+from calibatt_compiler.plan.text import fit_pattern, other_text
 
 DENSE_OUTSIDE = "dense: timestep outside the plan's range"
 DENSE_MIXED = "dense: samples of one batch at different timesteps"
+DENSE_LENGTH = "dense: a sequence that is not the plan's video with text"
+FITTED_LENGTHS = 8
+"""Text lengths beside the plan's whose kernels a site keeps; the one used least recently goes."""
 DENSE_FULL = "dense: the plan keeps every block"
 
 
@@ -37,17 +41,28 @@ class SparseSite:
         head_dim: int,
     ) -> None:
         self._plan = plan
-        self._steps = plan.sites[name].steps
+        self._site = plan.sites[name]
+        self._steps = self._site.steps
+        self._lowering: Lowering = lowering
+        self._device, self._dtype, self._head_dim = device, dtype, head_dim
         self._kernels: Sequence[AttentionKernel | None] = [
-            # A pattern that keeps everything is served best by the stock dense kernel.
-            None
-            if pattern.density == 1.0 and lowering != "reference"
-            else make_attention(
-                pattern, lowering=lowering, device=device, dtype=dtype, head_dim=head_dim
-            )
-            for pattern in plan.sites[name].patterns
+            self._make(pattern, lowering) for pattern in self._site.patterns
         ]
+        self._fitted: OrderedDict[tuple[int, tuple[int, int]], AttentionKernel | None]
+        self._fitted = OrderedDict()
         self.calls: Counter[str] = Counter()
+
+    def _make(self, pattern: BlockPattern, lowering: Lowering) -> AttentionKernel | None:
+        # A pattern that keeps everything is served best by the stock dense kernel.
+        if pattern.density == 1.0 and lowering != "reference":
+            return None
+        return make_attention(
+            pattern,
+            lowering=lowering,
+            device=self._device,
+            dtype=self._dtype,
+            head_dim=self._head_dim,
+        )
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, timestep: float, scale: float) -> Tensor:
         """Attention at a timestep: sparse where the plan has a step near it, else dense."""
@@ -56,12 +71,40 @@ class SparseSite:
             mixed = math.isnan(timestep)
             self.calls[DENSE_MIXED if mixed else DENSE_OUTSIDE] += 1
             return dense_attention(q, k, v, scale)
-        kernel = self._kernels[self._steps[step]]
+        lengths = (q.shape[2], k.shape[2])
+        if not self._serves(lengths):
+            self.calls[DENSE_LENGTH] += 1
+            return dense_attention(q, k, v, scale)
+        kernel = self._kernel(self._steps[step], lengths)
         if kernel is None:
             self.calls[DENSE_FULL] += 1
             return dense_attention(q, k, v, scale)
         self.calls[kernel.kind] += 1
         return kernel(q, k, v, scale=scale)
+
+    def _serves(self, lengths: tuple[int, int]) -> bool:
+        planned = (self._site.query_length, self._site.key_length)
+        if lengths == planned or self._plan.text_position is None:
+            return True
+        return other_text(planned, lengths, math.prod(self._plan.grid))
+
+    def _kernel(self, index: int, lengths: tuple[int, int]) -> AttentionKernel | None:
+        """Return the kernel of a pattern, completed for another text length where it must be."""
+        position = self._plan.text_position
+        if position is None or lengths == (self._site.query_length, self._site.key_length):
+            return self._kernels[index]
+        key = (index, lengths)
+        if key not in self._fitted:
+            video = math.prod(self._plan.grid)
+            pattern = self._site.patterns[index]
+            pattern = fit_pattern(pattern, lengths, video=video, position=position)
+            # Text lengths come and go with prompts: not worth a generated kernel for each.
+            lowering: Lowering = "reference" if self._lowering == "reference" else "table"
+            self._fitted[key] = self._make(pattern, lowering)
+            if len(self._fitted) > FITTED_LENGTHS * len(self._kernels):
+                self._fitted.popitem(last=False)
+        self._fitted.move_to_end(key)
+        return self._fitted[key]
 
     @property
     def kinds(self) -> tuple[str, ...]:

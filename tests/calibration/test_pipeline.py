@@ -17,7 +17,7 @@ import torch
 
 from calibatt_compiler import Plan
 from calibatt_compiler.calibration import CalibrationConfig, calibrate
-from calibatt_compiler.calibration.pipeline import branch_of
+from calibatt_compiler.calibration.generation import branch_of
 from calibatt_compiler.calibration.store import RunStore
 from calibatt_compiler.errors import CalibrationError, OptionError
 
@@ -123,7 +123,9 @@ def test_a_pipeline_without_branch_names_counts_first_calls(
         return calibrate(tiny_wan_pipeline, PROMPTS[:1], config=CONFIG, **arguments)
 
     named = plan()
-    monkeypatch.setattr("calibatt_compiler.calibration.pipeline.branch_of", lambda name: "unknown")
+    monkeypatch.setattr(
+        "calibatt_compiler.calibration.generation.branch_of", lambda name: "unknown"
+    )
     unnamed = plan()
     for site in named.sites:
         for step in range(named.steps):

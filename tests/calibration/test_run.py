@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import calibatt_compiler
 from calibatt_compiler.calibration import CalibrationConfig, plan_from_run
 from calibatt_compiler.errors import CalibrationError, OptionError
+from calibatt_compiler.plan import merge_intervals, share_steps
 
 TOKENS = 150
 TIMESTEPS = (900.0, 500.0, 100.0)
@@ -116,6 +118,26 @@ def test_more_agreement_and_lower_thresholds_are_sparser(model: Model, tmp_path:
         plan_from_run(tmp_path / "run", A=2)
     with pytest.raises(CalibrationError, match="no calibration run"):
         plan_from_run(tmp_path / "nothing")
+
+
+def test_steps_are_shared_and_intervals_merged_on_every_way_to_a_plan(
+    model: Model, tmp_path: Path
+) -> None:
+    settings = {"share_steps": 0.6, "merge_budget": 0.1}
+    config = replace(CONFIG, block=(16, 16), run_folder=tmp_path / "run")
+    plain = observe(model, config)
+    refined = observe(model, replace(config, **settings))
+    for site in plain.sites:
+        for step in range(plain.steps):
+            assert not (plain.block_mask(site, step) & ~refined.block_mask(site, step)).any()
+    thresholds, quality = refined.metadata.thresholds, refined.metadata.quality
+    assert {name: thresholds[name] for name in settings} == settings
+    added = quality["share_steps_added_density"] + quality["merge_added_density"]
+    assert added == pytest.approx(refined.density() - plain.density(), abs=1e-12)
+    assert quality["share_steps_added_density"] > 0
+    assert quality["merge_added_density"] > 0
+    assert plan_from_run(tmp_path / "run", **settings) == refined  # type: ignore[arg-type]
+    assert merge_intervals(share_steps(plain, 0.6), 0.1) == refined
 
 
 def test_other_thresholds_need_energies(model: Model) -> None:

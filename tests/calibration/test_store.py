@@ -65,6 +65,16 @@ def test_inputs_come_back(folder: Path) -> None:
     store.close()
 
 
+def test_equal_inputs_make_equal_files(folder: Path) -> None:
+    path = folder / "input-00000.safetensors"
+    first = path.read_bytes()
+    store = RunStore(folder).open(IDENTITY)
+    for _ in range(10):
+        store.write(record("00000"), dict(reversed(ARRAYS.items())))
+        assert path.read_bytes() == first
+    store.close()
+
+
 def test_leftovers_of_a_kill_are_cleared_and_do_not_count(folder: Path) -> None:
     leftover = folder / ".input-00001-x.tmp.safetensors"
     leftover.write_bytes(b"half")

@@ -61,7 +61,7 @@ def forge(tmp_path: Path, make_plan: Callable[..., Plan]) -> Callable[..., Path]
         document = json.loads(file.to_json(metadata))
         text = edit(document, tensors) or json.dumps(document)
         path = tmp_path / "forged.safetensors"
-        header = {"format": file.FORMAT, "digest": file.digest(text, tensors), "plan": text}
+        header = {file.FORMAT: f"{file.digest(text, tensors)}\n{text}"}
         save_file(tensors, path, metadata=header)
         return path
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from calibatt_compiler.plan import Plan
+from calibatt_compiler.plan import Plan, merge_intervals, share_steps
 from calibatt_compiler.report import inspect, plan_page
 
 
@@ -81,6 +81,19 @@ def test_terminal_table_fits_a_terminal():
     assert f"{plan.density('blocks.1.attn1'):.3f}" in text
     assert plan.digest[:12] in text
     assert max(len(line) for line in text.splitlines()) <= 80
+
+
+def test_density_that_was_added_is_shown():
+    plan = merge_intervals(share_steps(random_plan(blocks=12), 0.3), 0.05)
+    quality = plan.metadata.quality
+    assert all(quality.values())
+    shown = dict(inspect.facts(plan))["density added"]
+    assert shown == (
+        f"{quality['share_steps_added_density']:.4f} by sharing steps, "
+        f"{quality['merge_added_density']:.4f} by merging intervals"
+    )
+    assert "measured" not in dict(inspect.facts(plan))
+    assert "density added" not in dict(inspect.facts(random_plan()))
 
 
 def test_page_shows_every_mask_of_every_step(tmp_path: Path):

@@ -1,0 +1,179 @@
+"""How large what a calibration holds and writes will be, from shapes alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from calibatt_compiler.calibration import store
+from calibatt_compiler.calibration.records import InputRecord, SiteSize
+from calibatt_compiler.plan import file
+from calibatt_compiler.plan.schema import (
+    CalibrationInputs,
+    ModelIdentity,
+    PlanMetadata,
+    Sampler,
+    SiteRecord,
+)
+from calibatt_compiler.version import PRODUCER
+
+SELECTION = 112
+"""Bytes a block while one call is selected: its energy in float32, some ten arrays of 64 bits
+(units, sort keys, their order and sorted units, running sums, what a GPU sorts in), and masks."""
+
+OPERANDS = 8
+"""Copies of the queries that one call may hold: output, joined branches, packed operands."""
+
+SUMS, TILE = 32 * 2 * 8, 1 << 18
+"""What a thread of the CPU kernel holds: bytes a key block, and bytes of its tile of queries."""
+
+DERIVATION = 40
+"""Bytes a block of one pattern while it is agreed upon and refined: votes, masks, intervals."""
+
+COPIES = 3
+"""How often the masks of an input, or the bits of a plan, are in memory while they are written:
+themselves, joined, and as bytes."""
+
+SMALL = 32 << 20
+"""Bytes for records, names and everything else that does not grow with the number of blocks."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of one calibration, all from the shapes of its attention calls.
+
+    Attributes:
+        record: of an input, its arrays not yet known.
+        keep_energies: whether energies are stored beside the masks.
+    """
+
+    record: InputRecord
+    keep_energies: bool
+
+    def arrays(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Dtype as safetensors names it and shape of each array of an input, by name."""
+        found: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for size in self.record.sites:
+            rows, columns = self._blocks(size)
+            for step, votes in enumerate(self.record.votes[size.name]):
+                shape = (votes, size.heads, rows, -(-columns // 8))
+                found[f"{size.name}@{step}"] = ("U8", shape)
+                if self.keep_energies:
+                    energies = (votes, size.heads, rows, columns)
+                    found[f"{size.name}@{step}/energy"] = ("F32", energies)
+        return found
+
+    def input_bytes(self, name: str, about: Mapping[str, object]) -> int:
+        """Bytes of the file of one input."""
+        arrays = self.arrays()
+        hashes = dict.fromkeys(arrays, "0" * 64)
+        changes = {"name": name, "about": dict(about), "tensors": hashes}
+        text = store.record_text(self.record.model_copy(update=changes))
+        return safetensors_bytes(store.FORMAT, text, arrays)
+
+    def plan_bytes(self, thresholds: Mapping[str, float], inputs: int) -> int:
+        """Bytes of the plan's file if no two steps share a pattern: at most."""
+        steps = len(self.record.timesteps)
+        sites = tuple(self._site(size, steps) for size in self.record.sites)
+        metadata = PlanMetadata(
+            producer=PRODUCER,
+            model=self.record.model or ModelIdentity(class_name="", config_digest="0" * 64),
+            grid=self.record.grid,
+            sampler=Sampler(
+                name=self.record.scheduler,
+                timesteps=self.record.timesteps,
+                sigmas=self.record.sigmas,
+            ),
+            thresholds=dict(thresholds),
+            inputs=CalibrationInputs(count=inputs, digest="0" * 64),
+            quality={"best_20_percent_share": 0.123456, "input_kept_mass": 0.123456},
+            sites=sites,
+        )
+        arrays = {
+            site.name: ("U8", self._bits(size))
+            for site, size in zip(sites, self.record.sites, strict=True)
+        }
+        return safetensors_bytes(file.FORMAT, file.to_json(metadata), arrays)
+
+    def working_bytes(self, element_size: int, device: torch.device) -> int:
+        """Most memory that observing one call takes on the model's device, beside the model.
+
+        Args:
+            element_size: bytes of an element of queries and keys.
+            device: of the model.
+        """
+        return max(self._call_bytes(size, element_size, device) for size in self.record.sites)
+
+    def host_bytes(self) -> int:
+        """Most host memory that an input's masks and then the plan take, beside the model."""
+        one_input = sum(_bytes(dtype, shape) for dtype, shape in self.arrays().values())
+        plan = sum(_bytes("U8", self._bits(size)) for size in self.record.sites)
+        largest = max(size.heads * math.prod(self._blocks(size)) for size in self.record.sites)
+        return max(COPIES * one_input, COPIES * plan + DERIVATION * largest) + SMALL
+
+    def _call_bytes(self, size: SiteSize, element_size: int, device: torch.device) -> int:
+        from calibatt_compiler.kernels.energy import CHUNK
+
+        votes = max(self.record.votes[size.name])
+        tokens = max(size.query_length, size.key_length)
+        # The CPU kernel packs keys and values in float32 at least, channels in panels of 16.
+        channels = -(-size.head_dim // 16) * 16 * max(4, element_size)
+        operand = votes * size.heads * tokens * channels
+        scores = (
+            torch.get_num_threads() * (SUMS * -(-size.key_length // self.record.block[1]) + TILE)
+            if device.type == "cpu"
+            else 16 * min(CHUNK, votes * size.heads * size.query_length * size.key_length)
+        )
+        blocks = votes * size.heads * math.prod(self._blocks(size))
+        return SELECTION * blocks + OPERANDS * operand + scores
+
+    def _bits(self, size: SiteSize) -> tuple[int, int, int, int]:
+        rows, columns = self._blocks(size)
+        return len(self.record.timesteps), size.heads, rows, -(-columns // 8)
+
+    def _blocks(self, size: SiteSize) -> tuple[int, int]:
+        block = self.record.block
+        return -(-size.query_length // block[0]), -(-size.key_length // block[1])
+
+    def _site(self, size: SiteSize, steps: int) -> SiteRecord:
+        return SiteRecord(
+            name=size.name,
+            heads=size.heads,
+            head_dim=size.head_dim,
+            query_length=size.query_length,
+            key_length=size.key_length,
+            block_m=self.record.block[0],
+            block_n=self.record.block[1],
+            patterns=steps,
+            steps=tuple(range(steps)),
+            density=(1 / 3,) * steps,
+        )
+
+
+def safetensors_bytes(
+    key: str, value: str, arrays: Mapping[str, tuple[str, tuple[int, ...]]]
+) -> int:
+    """Bytes of a safetensors file.
+
+    Args:
+        key: of its one entry of metadata.
+        value: text of that entry, which follows a digest and a line feed.
+        arrays: dtype and shape by name; `U8` or `F32`.
+    """
+    header: dict[str, object] = {"__metadata__": {key: "0" * 64 + "\n" + value}}
+    at = 0
+    for name in sorted(arrays, key=lambda name: (arrays[name][0] != "F32", name)):
+        dtype, shape = arrays[name]
+        end = at + _bytes(dtype, shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
+    return 8 + -(-len(text.encode()) // 8) * 8 + at
+
+
+def _bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return (4 if dtype == "F32" else 1) * math.prod(shape)

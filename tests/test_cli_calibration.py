@@ -1,0 +1,104 @@
+"""`calibatt calibrate` and `calibatt inspect --validate` on the tiny pipeline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from calibatt_compiler.calibration import plan_from_run, validate_run
+from calibatt_compiler.cli.app import run
+from calibatt_compiler.plan import Plan
+
+VIDEO = ["--height", "112", "--width", "144", "--frames", "9", "--steps", "2"]
+COMMON = ["--set", "max_sequence_length=16", "--guidance", "1", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def calibrated(tiny_wan_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Plan files of two calibrations, `plan.calibatt` and `other.calibatt`, with energies."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    refined = ["--share-steps", "0.9", "--merge-budget", "0.02", "--rho", "1"]
+    two = ["--prompt", "a big rabbit runs", "--prompt", "a tree", *refined]
+    for name, arguments in (("plan", two), ("other", ["--prompt", "the bird", "--seed", "50"])):
+        out = ["--out", str(folder / f"{name}.calibatt"), "--block", "16", "--keep-energies"]
+        assert run(["calibrate", str(tiny_wan_folder), *VIDEO, *COMMON, *out, *arguments]) == 0
+    return folder
+
+
+def test_options_of_calibrate_reach_the_plan(
+    calibrated: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = Plan.load(calibrated / "plan.calibatt")
+    folder = calibrated / "plan.calibatt.calibration"
+    assert plan == plan_from_run(folder, rho=1, share_steps=0.9, merge_budget=0.02)
+    assert plan.metadata.quality["merge_added_density"] > 0
+    assert run(["inspect", str(calibrated / "plan.calibatt")]) == 0
+    assert "by merging intervals" in capsys.readouterr().out
+
+
+def test_inspect_validates_and_raises(
+    calibrated: Path, tiny_wan_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, held_out = calibrated / "plan.calibatt", calibrated / "other.calibatt.calibration"
+    expected = validate_run(held_out, file, margin=0.01)
+    assert expected.flagged
+    raised = calibrated / "raised.calibatt"
+    arguments = ["inspect", str(file), "--margin", "0.01", "--json"]
+    assert run([*arguments, "--validate", str(held_out), "--raise", str(raised)]) == 0
+    stored = json.loads(capsys.readouterr().out)["validation"]
+    assert stored == json.loads(json.dumps(expected.to_dict()))
+
+    live = ["--validate", str(tiny_wan_folder), "--prompt", "the bird", "--seed", "50"]
+    assert run([*arguments, *live, *COMMON]) == 0
+    assert json.loads(capsys.readouterr().out)["validation"] == stored
+
+    plan, new = Plan.load(file), Plan.load(raised)
+    settings = {
+        **plan.metadata.thresholds,
+        **{f"raised:{n}": v for n, v in expected.raised().items()},
+    }
+    assert new.metadata.thresholds == settings
+    assert new.density() > plan.density()
+    # Raised again, what was added before stays.
+    calibrated_again = calibrated / "raised.calibatt.calibration"
+    calibrated_again.symlink_to(calibrated / "plan.calibatt.calibration")
+    twice = calibrated / "twice.calibatt"
+    arguments = ["inspect", str(raised), "--margin", "0", "--validate", str(held_out)]
+    assert run([*arguments, "--raise", str(twice)]) == 0
+    printed = capsys.readouterr()
+    assert "mean share kept" in printed.out
+    if twice.exists():
+        again = Plan.load(twice).metadata.thresholds
+        assert all(again[name] >= value for name, value in settings.items())
+    else:
+        assert "no site is flagged" in printed.err
+
+
+def test_inspect_says_when_it_validates_nothing(
+    calibrated: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = calibrated / "other.calibatt"
+    out = calibrated / "none.calibatt"
+    arguments = ["inspect", str(file), "--validate", f"{file}.calibration", "--raise", str(out)]
+    assert run(arguments) == 0
+    printed = capsys.readouterr()
+    assert "this validates nothing" in " ".join(printed.out.split())
+    assert "every site keeps its thresholds" in printed.out
+    assert "was not written" in printed.err
+    assert not out.exists()
+    assert run(["inspect", str(file), "--raise", str(out)]) == 2
+    assert "--raise goes by a validation" in capsys.readouterr().err
+
+
+def test_dry_run_tells_and_writes_nothing(
+    tiny_wan_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "p.calibatt"
+    arguments = ["calibrate", str(tiny_wan_folder), *VIDEO, *COMMON, "--out", str(out)]
+    assert run([*arguments, "--prompt", "a tree", "--block", "16", "--dry-run"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for word in ("time about", "1 inputs x", "host memory at most", "disk", "of plan"):
+        assert word in printed
+    assert not list(tmp_path.iterdir())
