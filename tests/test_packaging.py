@@ -27,7 +27,7 @@ def sources() -> set[str]:
     linked = {
         Path("calibatt_compiler") / path.relative_to(ROOT)
         for name in ("passes", "kernels")
-        for path in ROOT.glob(f"{name}/**/*.py")
+        for path in (*ROOT.glob(f"{name}/**/*.py"), *ROOT.glob(f"{name}/**/*.cpp"))
     }
     return {path.as_posix() for path in here | linked} | {"calibatt_compiler/py.typed"}
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Literal, TypeGuard
 
 from calibatt_compiler.calibration.schedule import Thresholds, default_thresholds
-from calibatt_compiler.errors import OptionError
+from calibatt_compiler.errors import OptionError, PlanError
+from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.refine import Refiner
 
 
@@ -31,6 +32,11 @@ class CalibrationConfig:
         merge_budget: density, in [0, 1), that may be added to each pattern by filling the
             smallest gaps between its intervals: fewer, longer intervals run faster. None: gaps
             stay. `calibatt_compiler.plan.merge_intervals` does the same to a finished plan.
+        pooled: keys that each dropped block is pooled to: it then takes part as so many mean keys
+            instead of not at all, which costs `pooled / block[1]` of dense attention; 0 drops it,
+            as in arXiv 2603.05503.
+        token_order: how the grid's tokens are laid out before they are cut into blocks: `raster`,
+            as the model has them, or frames x height x width of a tile, such as `2x8x8`.
         cfg: which branch of classifier-free guidance is observed: `conditional` or `both`. The
             plan serves both in any case.
         num_steps: T of the threshold formula. Default: the number of distinct timesteps of the
@@ -62,6 +68,8 @@ class CalibrationConfig:
     rho: float = 0.5
     share_steps: float | None = None
     merge_budget: float | None = None
+    pooled: int = 0
+    token_order: str = "raster"
     cfg: Literal["conditional", "both"] = "conditional"
     num_steps: int | None = None
     grid: tuple[int, int, int] | None = None
@@ -87,6 +95,7 @@ class CalibrationConfig:
         if self.k is not None and not (_number(self.k) and self.k >= 0):
             raise _error("k", "a number of at least 0", self.k)
         check_rho(self.rho)
+        _check_form(self)
         Refiner(self.share_steps, self.merge_budget)  # checks their ranges
         if self.num_steps is not None and not (_integer(self.num_steps) and self.num_steps >= 1):
             raise _error("num_steps", "an integer of at least 1", self.num_steps)
@@ -109,6 +118,20 @@ class CalibrationConfig:
             default.C if self.C is None else self.C,
             default.k if self.k is None else self.k,
         )
+
+
+def _check_form(config: CalibrationConfig) -> None:
+    """Raise `OptionError` unless blocks can be pooled and tokens ordered as they are to be."""
+    width = config.block[1]
+    if not (_integer(config.pooled) and config.pooled >= 0) or (
+        config.pooled and width % config.pooled
+    ):
+        raise _error("pooled", f"0 or a divisor of {width}", config.pooled)
+    try:
+        TokenOrder.parse(config.token_order)
+    except (PlanError, TypeError) as error:
+        expected = "raster, or a tile such as 2x8x8"
+        raise _error("token_order", expected, config.token_order) from error
 
 
 def check_rho(rho: object) -> None:

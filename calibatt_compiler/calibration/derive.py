@@ -27,6 +27,7 @@ from calibatt_compiler.plan import (
     Sampler,
     SitePatterns,
 )
+from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.refine import Refiner
 from calibatt_compiler.plan.schema import CfgMode
 
@@ -41,6 +42,7 @@ class Selection:
             were selected while recording.
         share_steps: as in `calibatt_compiler.plan.share_steps`; None: steps share equal masks only.
         merge_budget: as in `calibatt_compiler.plan.merge_intervals`; None: gaps stay.
+        pooled: keys that each dropped block is pooled to.
         raised: by site, what is added to its threshold at each step, at most up to 1; such sites
             are selected again, from stored energies.
     """
@@ -49,6 +51,7 @@ class Selection:
     thresholds: Thresholds | None = None
     share_steps: float | None = None
     merge_budget: float | None = None
+    pooled: int = 0
     raised: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -61,6 +64,7 @@ def plan_from_run(
     k: float | None = None,
     share_steps: float | None = None,
     merge_budget: float | None = None,
+    pooled: int = 0,
     raised: Mapping[str, float] | None = None,
 ) -> Plan:
     """Make another plan from the folder that a calibration left, without running the model.
@@ -74,6 +78,7 @@ def plan_from_run(
         k: likewise.
         share_steps: as in `CalibrationConfig`.
         merge_budget: as in `CalibrationConfig`.
+        pooled: as in `CalibrationConfig`.
         raised: by site, what is added to its threshold at each step, such as
             `Validation.raised()` of a plan of this run; needs the energies of the run.
 
@@ -88,6 +93,7 @@ def plan_from_run(
         select_by(store, names, rho=rho, A=A, C=C, k=k),
         share_steps=share_steps,
         merge_budget=merge_budget,
+        pooled=pooled,
         raised=raised or {},
     )
     return derive_plan(
@@ -167,6 +173,7 @@ def derive_plan(
         grid=first.grid,
         sampler=_sampler(first),
         model=first.model,
+        token_order=TokenOrder.parse(first.token_order),
         text_policy=text if has_text and first.text else "none",
         cfg="none" if cfg in ("separate", "batched") and not guided else cfg,
         thresholds={
@@ -205,7 +212,11 @@ def _pattern(
         votes += len(bits)
     mask = torch.from_numpy(agreement(counts, votes, selection.rho))
     return BlockPattern.from_mask(
-        mask, query_length=size.query_length, key_length=size.key_length, block=block
+        mask,
+        query_length=size.query_length,
+        key_length=size.key_length,
+        block=block,
+        pooled=selection.pooled,
     )
 
 
@@ -243,7 +254,8 @@ def _check_raised(record: InputRecord, raised: Mapping[str, float]) -> None:
 
 
 def _check_alike(first: InputRecord, other: InputRecord) -> None:
-    for name in ("model", "grid", "text", "block", "timesteps", "positions", "schedule_steps"):
+    names = ("model", "grid", "text", "block", "token_order", "timesteps", "positions")
+    for name in (*names, "schedule_steps"):
         expected, got = getattr(first, name), getattr(other, name)
         if expected != got:
             raise _unlike(first, other, f"{name} {expected}", f"{name} {got}")

@@ -46,7 +46,7 @@ def _bytes(tensor: Tensor, limit: int) -> bytes:
 
 def settings(config: CalibrationConfig) -> dict[str, Any]:
     """Return the settings that stored masks depend on."""
-    names = ("block", "A", "C", "k", "cfg", "num_steps", "grid", "text", "component")
+    names = ("block", "token_order", "A", "C", "k", "cfg", "num_steps", "grid", "text", "component")
     found = {name: getattr(config, name) for name in (*names, "keep_energies")}
     return {name: list(v) if isinstance(v, tuple) else v for name, v in found.items()}
 

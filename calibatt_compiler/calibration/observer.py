@@ -17,7 +17,9 @@ from calibatt_compiler.calibration.records import InputRecord, SiteSize
 from calibatt_compiler.calibration.text import TextPosition
 from calibatt_compiler.capture import CaptureInfo
 from calibatt_compiler.errors import CalibrationError
+from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.text import other_text
+from calibatt_compiler.runtime.order import Rearrangement, rearrangement
 
 
 class Observer(ABC):
@@ -96,9 +98,14 @@ class Observer(ABC):
             return dense_attention(q, k, v, scale)
         if run.sizes.setdefault(site, size) != size:
             raise _another_size(run, run.sizes[site], size)
-        out, energy = attention_with_energy(
-            q[counted], k[counted], v[counted], block=block, scale=scale
-        )
+        orders = [self._rearrangement(x) for x in (q, k)]
+        observed = [
+            x[counted] if order is None else order.apply(x[counted])
+            for x, order in zip((q, k, v), (orders[0], orders[1], orders[1]), strict=True)
+        ]
+        out, energy = attention_with_energy(*observed, block=block, scale=scale)
+        if orders[0] is not None:
+            out = orders[0].undo(out)
         if counted.start:
             rest = slice(0, counted.start)
             other = dense_attention(q[rest], k[rest], v[rest], scale)
@@ -130,6 +137,20 @@ class Observer(ABC):
     def _block(self, site: str) -> tuple[int, int] | None:
         """Tokens a query block and a key block of a site; None if it is not observed."""
         return self._config.block
+
+    def _order(self) -> TokenOrder:
+        """How tokens are laid out before they are cut into blocks."""
+        return TokenOrder.parse(self._config.token_order)
+
+    def _rearrangement(self, x: Tensor) -> Rearrangement | None:
+        length = x.shape[2]
+        return rearrangement(
+            self._order(),
+            self._grid(length),
+            length,
+            text_first=self._text == "first",
+            device=x.device,
+        )
 
     def _step(self, run: InputObservation, site: str, timestep: float) -> int:
         step = run.find_step(site, timestep)

@@ -18,6 +18,7 @@ from calibatt_compiler.calibration.selection import best_share, pack, select
 from calibatt_compiler.calibration.spool import Spool
 from calibatt_compiler.calibration.text import TextPosition
 from calibatt_compiler.errors import CalibrationError
+from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.schema import ModelIdentity
 from calibatt_compiler.plan.text import fit_mask
 
@@ -98,6 +99,7 @@ class AttentionRecorder(Observer):
             grid=self._grid(self._sites[names[0]].query_length),
             text=self._text,
             block=self._config.block,
+            token_order=str(TokenOrder.parse(self._config.token_order)),
             scheduler=run.schedule.name if run.schedule else None,
             timesteps=tuple(run.timesteps),
             sigmas=tuple(sigmas[position] for position in run.positions) if sigmas else None,

@@ -33,6 +33,7 @@ class InputRecord(_Record):
         grid: latent tokens (frames, height, width).
         text: where text tokens stand in sequences that are longer than the grid.
         block: tokens a query block, tokens a key block.
+        token_order: as in `PlanMetadata`.
         scheduler: class of the sampler, if known.
         timesteps: what the model was given, in sampling order.
         sigmas: noise levels of the same steps, if known.
@@ -58,6 +59,7 @@ class InputRecord(_Record):
     grid: tuple[int, int, int]
     text: Literal["first", "last"] | None
     block: tuple[int, int]
+    token_order: str = "raster"
     scheduler: str | None
     timesteps: tuple[float, ...]
     sigmas: tuple[float, ...] | None

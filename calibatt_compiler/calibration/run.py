@@ -185,6 +185,7 @@ class CalibrationRun:
             select_by(self._store, names, rho=rho, A=A, C=C, k=k),
             share_steps=self.config.share_steps,
             merge_budget=self.config.merge_budget,
+            pooled=self.config.pooled,
             raised=raised or {},
         )
         return derive_plan(self._store, names, selection, cfg=self._cfg, arguments=self._arguments)

@@ -35,6 +35,7 @@ from calibatt_compiler.calibration.store import RunStore
 from calibatt_compiler.calibration.text import TextPosition
 from calibatt_compiler.errors import CalibrationError, PlanMismatchError
 from calibatt_compiler.plan import Plan
+from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.text import other_text
 
 log = logging.getLogger("calibatt")
@@ -137,6 +138,13 @@ def validate_run(
         for size in record.sites:
             if not _planned(plan, size, record.block):
                 continue
+            if record.token_order != str(plan.token_order):
+                raise CalibrationError(
+                    "energies of another order of tokens say nothing of a plan",
+                    expected=f"token order {plan.token_order}",
+                    got=record.token_order,
+                    remedy="record the held-out inputs with the plan's token_order",
+                )
             for step, timestep in enumerate(record.timesteps):
                 energy = torch.from_numpy(store.energy(record, size.name, step))
                 position = record.positions[step]
@@ -184,6 +192,9 @@ class PlanObserver(Observer):
         return (
             None if planned is None else (planned.patterns[0].block_m, planned.patterns[0].block_n)
         )
+
+    def _order(self) -> TokenOrder:
+        return self._kept.plan.token_order
 
     def _observe(self, run: InputObservation, size: SiteSize, step: int, energy: Tensor) -> None:
         plan = self._kept.plan

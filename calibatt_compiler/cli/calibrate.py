@@ -91,6 +91,24 @@ def calibrate(
             show_default=False,
         ),
     ] = None,
+    pooled: Annotated[
+        int,
+        typer.Option(
+            metavar="KEYS",
+            help="Let each dropped block take part as this many mean keys, such as 1 or 4, "
+            "instead of not at all. It costs KEYS / BLOCK of dense attention.",
+            rich_help_panel=_HOW,
+        ),
+    ] = 0,
+    token_order: Annotated[
+        str,
+        typer.Option(
+            metavar="ORDER",
+            help="Cut blocks from tokens in raster order, or tile by tile: frames x height x "
+            "width of a tile in latent tokens, such as 2x8x8.",
+            rich_help_panel=_HOW,
+        ),
+    ] = "raster",
     component: options.Component = "transformer",
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -139,6 +157,8 @@ def calibrate(
         rho=rho,
         share_steps=share_steps,
         merge_budget=merge_budget,
+        pooled=pooled,
+        token_order=token_order,
         component=component,
         keep_energies=keep_energies,
         restart=restart,

@@ -97,6 +97,7 @@ def raise_flagged(path: Path, plan: Plan, validation: Validation, out: Path) -> 
         k=used.get("k"),
         share_steps=used.get("share_steps"),
         merge_budget=used.get("merge_budget"),
+        pooled=plan.metadata.sites[0].pooled,
         raised=amounts,
     )
     new.save(out)

@@ -28,6 +28,9 @@ from calibatt_compiler.plan.schema import KNOWN_FEATURES, SCHEMA_VERSION, PlanMe
 FORMAT = "calibatt-plan"
 Bits = npt.NDArray[np.uint8]
 
+WEIGHTS = "/weights"
+"""Ends the name of the tensor with the weights of a site."""
+
 
 def to_json(metadata: PlanMetadata) -> str:
     """Return the metadata as canonical JSON: sorted keys, no spaces."""
@@ -52,7 +55,8 @@ def write(
     Args:
         path: the file to write or replace.
         metadata: everything but the bits.
-        tensors: by site name, uint8 (patterns, heads, query_blocks, ceil(key_blocks / 8)).
+        tensors: by site name, uint8 (patterns, heads, query_blocks, ceil(key_blocks / 8)); of a
+            weighted site also `<name>/weights`, uint8 (patterns, heads, query_blocks, key_blocks).
     """
     text = to_json(metadata)
     header = {FORMAT: f"{digest(text, tensors)}\n{text}"}
@@ -129,21 +133,20 @@ def _parse(path: Path, text: str, *, intact: bool) -> PlanMetadata:
 
 
 def _check_tensors(path: Path, metadata: PlanMetadata, tensors: Mapping[str, Bits]) -> None:
-    expected = {
-        site.name: (
-            site.patterns,
-            site.heads,
-            -(-site.query_length // site.block_m),
-            (-(-site.key_length // site.block_n) + 7) // 8,
-        )
-        for site in metadata.sites
-    }
+    expected = {}
+    for site in metadata.sites:
+        columns = -(-site.key_length // site.block_n)
+        rows = (site.patterns, site.heads, -(-site.query_length // site.block_m))
+        expected[site.name] = (*rows, (columns + 7) // 8)
+        if site.weighted:
+            expected[f"{site.name}{WEIGHTS}"] = (*rows, columns)
     got = {name: tensor.shape for name, tensor in tensors.items()}
     if got != expected or any(tensor.dtype != np.uint8 for tensor in tensors.values()):
         wrong = sorted(set(expected.items()) ^ set(got.items()))[:4]
         raise PlanFormatError(
             f"{path} holds tensors that don't fit its sites",
-            expected="uint8 (patterns, heads, query_blocks, ceil(key_blocks / 8)) for each site",
+            expected="uint8 (patterns, heads, query_blocks, ceil(key_blocks / 8)) for each site, "
+            "and weights where they are recorded",
             got=wrong or "another dtype",
             remedy="calibrate again, or ask whoever wrote the plan",
         )

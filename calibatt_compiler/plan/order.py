@@ -74,3 +74,6 @@ class TokenOrder:
         tokens = np.arange(order.size if length is None else length)
         tokens[first : first + order.size] = first + order
         return tokens
+
+
+RASTER = TokenOrder()

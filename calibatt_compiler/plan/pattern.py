@@ -91,6 +91,8 @@ class BlockPattern:
         self.bits.setflags(write=False)
         if self.weights is not None:
             block_weights.check(self.weights, self.numpy_mask())
+            if not self.weights.any():
+                object.__setattr__(self, "weights", None)
         if not 0 <= self.pooled <= self.block_n or (self.pooled and self.block_n % self.pooled):
             raise PlanError(
                 "dropped blocks can't be pooled to this many keys",
@@ -204,11 +206,16 @@ class BlockPattern:
         bits = np.unpackbits(self.bits, axis=-1, count=self.key_blocks, bitorder="little")
         return bits.astype(np.bool_)
 
+    @property
+    def block_weights(self) -> npt.NDArray[np.uint8]:
+        """Codes of weights, uint8 (heads, query_blocks, key_blocks); 0: the block counts once."""
+        if self.weights is not None:
+            return self.weights
+        return np.zeros((self.heads, self.query_blocks, self.key_blocks), dtype=np.uint8)
+
     def log_weights(self) -> npt.NDArray[np.float32]:
         """Float32 (heads, query_blocks, key_blocks): natural logarithm of each block's weight."""
-        if self.weights is None:
-            return np.zeros((self.heads, self.query_blocks, self.key_blocks), dtype=np.float32)
-        return block_weights.log_weight(self.weights)
+        return block_weights.log_weight(self.block_weights)
 
     def mask(self) -> Tensor:
         """Boolean tensor (heads, query_blocks, key_blocks) on the CPU; True is kept."""

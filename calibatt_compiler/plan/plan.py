@@ -17,6 +17,7 @@ from torch import Tensor
 
 from calibatt_compiler.errors import PlanError, PlanFormatError
 from calibatt_compiler.plan import file
+from calibatt_compiler.plan.order import RASTER, TokenOrder
 from calibatt_compiler.plan.pattern import BlockPattern
 from calibatt_compiler.plan.schema import (
     CalibrationInputs,
@@ -26,6 +27,7 @@ from calibatt_compiler.plan.schema import (
     Sampler,
     SiteRecord,
     TextPolicy,
+    features,
 )
 from calibatt_compiler.plan.text import TextPosition
 from calibatt_compiler.version import PRODUCER
@@ -53,12 +55,13 @@ class SitePatterns:
 
     def __post_init__(self) -> None:
         sizes = {
-            (p.heads, p.query_length, p.key_length, p.block_m, p.block_n) for p in self.patterns
+            (p.heads, p.query_length, p.key_length, p.block_m, p.block_n, p.pooled)
+            for p in self.patterns
         }
         if len(sizes) != 1:
             raise PlanError(
                 "the patterns of a site must be of one size",
-                expected="one (heads, query_length, key_length, block_m, block_n)",
+                expected="one (heads, query_length, key_length, block_m, block_n, pooled)",
                 got=sorted(sizes),
                 remedy="make all steps of a site with the same lengths and blocks",
             )
@@ -88,6 +91,11 @@ class SitePatterns:
     def key_length(self) -> int:
         """Tokens on the key side."""
         return self.patterns[0].key_length
+
+    @property
+    def weighted(self) -> bool:
+        """Whether a pattern has weights."""
+        return any(pattern.weights is not None for pattern in self.patterns)
 
     @classmethod
     def share(cls, by_step: Sequence[BlockPattern], head_dim: int | None = None) -> SitePatterns:
@@ -123,6 +131,7 @@ class Plan:
         grid: tuple[int, int, int],
         sampler: Sampler,
         model: ModelIdentity | None = None,
+        token_order: TokenOrder = RASTER,
         text_policy: TextPolicy = "none",
         cfg: CfgMode = "none",
         thresholds: Mapping[str, float] | None = None,
@@ -138,8 +147,10 @@ class Plan:
             records = tuple(_record(name, site) for name, site in sites.items())
             metadata = PlanMetadata(
                 producer=PRODUCER,
+                requires=tuple(sorted(features(str(token_order), records))),
                 model=model,
                 grid=grid,
+                token_order=str(token_order),
                 text_policy=text_policy,
                 cfg=cfg,
                 sampler=sampler,
@@ -232,13 +243,15 @@ class Plan:
             PlanError: steps or names that don't fit together.
         """
         try:
+            records = tuple(_record(name, site) for name, site in sites.items())
             metadata = PlanMetadata.model_validate(
                 {
                     **self._metadata.model_dump(),
                     "producer": PRODUCER,
+                    "requires": tuple(sorted(features(self._metadata.token_order, records))),
                     "thresholds": dict(thresholds),
                     "quality": dict(quality),
-                    "sites": tuple(_record(name, site) for name, site in sites.items()),
+                    "sites": records,
                 }
             )
         except pydantic.ValidationError as error:
@@ -269,6 +282,8 @@ class Plan:
                     record.block_m,
                     record.block_n,
                     bits[index],
+                    tensors[record.name + file.WEIGHTS][index] if record.weighted else None,
+                    record.pooled,
                 )
                 for index in range(record.patterns)
             )
@@ -293,10 +308,14 @@ class Plan:
         file.write(path, self._metadata, self._tensors())
 
     def _tensors(self) -> dict[str, npt.NDArray[np.uint8]]:
-        return {
-            name: np.stack([pattern.bits for pattern in site.patterns])
-            for name, site in self._sites.items()
-        }
+        tensors = {}
+        for name, site in self._sites.items():
+            tensors[name] = np.stack([pattern.bits for pattern in site.patterns])
+            if site.weighted:
+                tensors[name + file.WEIGHTS] = np.stack(
+                    [pattern.block_weights for pattern in site.patterns]
+                )
+        return tensors
 
     @cached_property
     def digest(self) -> str:
@@ -317,6 +336,11 @@ class Plan:
     def grid(self) -> tuple[int, int, int]:
         """Latent tokens (frames, height, width)."""
         return self._metadata.grid
+
+    @property
+    def token_order(self) -> TokenOrder:
+        """How the grid's tokens are laid out before they are cut into blocks."""
+        return TokenOrder.parse(self._metadata.token_order)
 
     @property
     def timesteps(self) -> tuple[float, ...]:
@@ -423,6 +447,8 @@ def _record(name: str, site: SitePatterns) -> SiteRecord:
         key_length=site.key_length,
         block_m=site.patterns[0].block_m,
         block_n=site.patterns[0].block_n,
+        pooled=site.patterns[0].pooled,
+        weighted=site.weighted,
         patterns=len(site.patterns),
         steps=site.steps,
         density=tuple(site.at(step).density for step in range(len(site.steps))),

@@ -2,13 +2,13 @@
 
 Room for later: `requires` lists features that a reader must know (a reader that does not refuses
 the plan instead of misreading it), `head_forms` lets heads of a site differ in form, sites carry
-their own block sizes and two independent lengths, and a weight per kept block would be a further
-tensor of the site named by a feature.
+their own block sizes and two independent lengths.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Annotated, Literal
 
@@ -21,8 +21,11 @@ from pydantic import (
     model_validator,
 )
 
+from calibatt_compiler.errors import PlanError
+from calibatt_compiler.plan.order import TokenOrder
+
 SCHEMA_VERSION: Literal[1] = 1
-KNOWN_FEATURES: frozenset[str] = frozenset()
+KNOWN_FEATURES = frozenset({"pooled_keys", "token_order", "weights"})
 """Values of `PlanMetadata.requires` that this version can serve."""
 
 Size = Annotated[int, Field(ge=1, le=1 << 24)]
@@ -33,6 +36,15 @@ Figures = Annotated[
     PlainSerializer(dict),
 ]
 """Named numbers, read-only."""
+
+
+def _known_order(name: str) -> str:
+    try:
+        return str(TokenOrder.parse(name))
+    except PlanError as error:
+        raise ValueError(error.problem) from error
+
+
 TextPolicy = Literal["none", "in_mask", "dense_first", "dense_last"]
 CfgMode = Literal["none", "separate", "batched", "embedded"]
 
@@ -98,6 +110,8 @@ class SiteRecord(_Record):
         key_length: tokens on the key side.
         block_m: tokens a query block.
         block_n: tokens a key block.
+        pooled: keys that each dropped block is pooled to; 0 drops it.
+        weighted: whether kept blocks have weights, in the tensor `<name>/weights`.
         head_forms: form of each head; only `blocks` exists in this schema version.
         patterns: how many distinct patterns are stored.
         steps: for each step, the index of its pattern.
@@ -111,6 +125,8 @@ class SiteRecord(_Record):
     key_length: Size
     block_m: Annotated[int, Field(ge=16, le=1024, multiple_of=16)]
     block_n: Annotated[int, Field(ge=16, le=1024, multiple_of=16)]
+    pooled: Annotated[int, Field(ge=0, le=1024)] = 0
+    weighted: bool = False
     head_forms: Literal["blocks"] = "blocks"
     patterns: Annotated[int, Field(ge=1)]
     steps: tuple[int, ...]
@@ -136,7 +152,8 @@ class PlanMetadata(_Record):
         requires: features a reader must know.
         model: the model it was calibrated on; None for masks of the user's own.
         grid: latent tokens (frames, height, width) after patching.
-        token_order: how the grid's tokens are laid out in the sequence.
+        token_order: how the grid's tokens are laid out before they are cut into blocks: `raster`,
+            as the model has them, or frames x height x width of a tile, such as `2x8x8`.
         text_policy: `none`: video tokens only; `in_mask`: text tokens are part of the sequence
             and of its blocks; `dense_first`, `dense_last`: likewise, they stand first or last, and
             each of their blocks is kept, so that the plan serves other text lengths too.
@@ -154,7 +171,7 @@ class PlanMetadata(_Record):
     requires: tuple[str, ...] = ()
     model: ModelIdentity | None = None
     grid: tuple[Size, Size, Size]
-    token_order: Literal["raster"] = "raster"
+    token_order: Annotated[str, AfterValidator(_known_order)] = "raster"
     text_policy: TextPolicy = "none"
     cfg: CfgMode = "none"
     sampler: Sampler
@@ -170,6 +187,11 @@ class PlanMetadata(_Record):
             raise ValueError("site names must be distinct")
         if not names:
             raise ValueError("a plan needs at least one site")
+        if used := features(self.token_order, self.sites) - set(self.requires):
+            raise ValueError(f"it uses {sorted(used)} but does not require them")
+        shortest = min(min(site.query_length, site.key_length) for site in self.sites)
+        if self.token_order != "raster" and shortest < math.prod(self.grid):
+            raise ValueError(f"token_order is of {self.grid} tokens, a sequence has {shortest}")
         for site in self.sites:
             if len(site.steps) != len(self.sampler.timesteps):
                 raise ValueError(
@@ -177,3 +199,14 @@ class PlanMetadata(_Record):
                     f"{len(self.sampler.timesteps)}"
                 )
         return self
+
+
+def features(token_order: str, sites: Iterable[SiteRecord]) -> frozenset[str]:
+    """Return what a reader of a plan must know, of `KNOWN_FEATURES`."""
+    sites = tuple(sites)
+    used = {
+        "pooled_keys": any(site.pooled for site in sites),
+        "token_order": token_order != "raster",
+        "weights": any(site.weighted for site in sites),
+    }
+    return frozenset(name for name, is_used in used.items() if is_used)

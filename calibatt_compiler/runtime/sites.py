@@ -14,6 +14,7 @@ from calibatt_compiler.kernels.attention import AttentionKernel, dense_attention
 from calibatt_compiler.options import Lowering
 from calibatt_compiler.plan import BlockPattern, Plan
 from calibatt_compiler.plan.text import fit_pattern, other_text
+from calibatt_compiler.runtime.order import Rearrangement, rearrangement
 
 DENSE_OUTSIDE = "dense: timestep outside the plan's range"
 DENSE_MIXED = "dense: samples of one batch at different timesteps"
@@ -80,13 +81,29 @@ class SparseSite:
             self.calls[DENSE_FULL] += 1
             return dense_attention(q, k, v, scale)
         self.calls[kernel.kind] += 1
-        return kernel(q, k, v, scale=scale)
+        orders = [self._rearrangement(length) for length in lengths]
+        q, k, v = (
+            x if order is None else order.apply(x)
+            for x, order in zip((q, k, v), (orders[0], orders[1], orders[1]), strict=True)
+        )
+        out = kernel(q, k, v, scale=scale)
+        return out if orders[0] is None else orders[0].undo(out)
+
+    def _rearrangement(self, length: int) -> Rearrangement | None:
+        return rearrangement(
+            self._plan.token_order,
+            self._plan.grid,
+            length,
+            text_first=self._plan.text_position == "first",
+            device=self._device,
+        )
 
     def _serves(self, lengths: tuple[int, int]) -> bool:
         planned = (self._site.query_length, self._site.key_length)
         if lengths == planned or self._plan.text_position is None:
             return True
-        return other_text(planned, lengths, math.prod(self._plan.grid))
+        # Weights are of blocks, which another text length may cut elsewhere.
+        return not self._site.weighted and other_text(planned, lengths, math.prod(self._plan.grid))
 
     def _kernel(self, index: int, lengths: tuple[int, int]) -> AttentionKernel | None:
         """Return the kernel of a pattern, completed for another text length where it must be."""

@@ -230,3 +230,72 @@ def test_branches_can_be_told(model: Model) -> None:
         plan = run.plan()
     for site in alone.sites:
         assert torch.equal(plan.block_mask(site, 0), alone.block_mask(site, 0))
+
+
+class Neighbours(nn.Module):
+    """Attends to tokens that are near in a frame, along its height as much as along its width."""
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        height, width = torch.meshgrid(torch.arange(12.0), torch.arange(16.0), indexing="ij")
+        place = torch.stack([height, width], -1).reshape(1, 1, 192, 2)
+        # exp(-|a - b|^2 / 2) of places, as a product of vectors.
+        ones, square = torch.ones_like(place[..., :1]), place.square().sum(-1, keepdim=True) / 2
+        q, k = torch.cat([place, ones], -1), torch.cat([place, -square], -1)
+        noise = (x + timestep).view(1, 192, 1, -1).transpose(1, 2)
+        zeros = torch.zeros_like(noise[..., :5])
+        q, k = (torch.cat([y, zeros], -1) for y in (q, k))
+        out = scaled_dot_product_attention(q, k, noise[..., :8], scale=1.0)
+        return out.transpose(1, 2).reshape(1, 192, 8)
+
+
+def test_tiles_of_tokens_need_fewer_blocks_and_what_is_kept_is_the_same_share() -> None:
+    model = Neighbours()
+    config = CalibrationConfig(
+        block=(16, 16), A=0.9, C=0.9, k=1.0, grid=(1, 12, 16), keep_energies=True
+    )
+    plans, masses = {}, {}
+    for order in ("raster", "1x4x4"):
+        with calibatt_compiler.calibration(model, replace(config, token_order=order)) as run:
+            with run.input():
+                for timestep in TIMESTEPS:
+                    x = torch.randn(1, 192, 8, generator=torch.Generator().manual_seed(0))
+                    model(x, timestep=torch.tensor([timestep]))
+            plans[order] = run.plan()
+        masses[order] = plans[order].metadata.quality["input_kept_mass"]
+        assert str(plans[order].token_order) == order
+    assert plans["1x4x4"].density() < 0.8 * plans["raster"].density()
+    assert all(mass >= 0.9 for mass in masses.values())
+    # The plan's tokens are those of the recording: compiled, it is close to dense attention.
+    x = torch.randn(1, 192, 8, generator=torch.Generator().manual_seed(1))
+    timestep = torch.tensor([TIMESTEPS[0]])
+    dense = model(x, timestep=timestep)
+    options = {"plan": plans["1x4x4"], "lowering": "reference"}
+    sparse = torch.compile(model, backend="calibatt", options=options)(x, timestep=timestep)
+    error = (sparse - dense).norm() / dense.norm()
+    assert 0.001 < error < 0.2
+
+
+def test_dropped_blocks_are_pooled_where_it_is_asked_for(model: Model, tmp_path: Path) -> None:
+    config = replace(CONFIG, pooled=2, run_folder=tmp_path / "run")
+    plan = observe(model, config)
+    assert all(site.patterns[0].pooled == 2 for site in plan.sites.values())
+    assert plan_from_run(tmp_path / "run", pooled=2) == plan
+    plain = plan_from_run(tmp_path / "run")
+    assert plain.density() == plan.density()
+    x = torch.randn(1, TOKENS, 32, generator=torch.Generator().manual_seed(0))
+    timestep = torch.tensor([TIMESTEPS[0]])
+    errors = []
+    with torch.no_grad():
+        dense = model(x, timestep=timestep)
+        for made in (plan, plain):
+            compiled = torch.compile(model, backend="calibatt", options={"plan": made})
+            errors.append((compiled(x, timestep=timestep) - dense).norm().item())
+    assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"pooled": 3}, {"pooled": -1}, {"token_order": "2x2"}, {"token_order": None}]
+)
+def test_forms_that_can_not_be_are_refused(settings: dict[str, object]) -> None:
+    with pytest.raises(OptionError, match=next(iter(settings))):
+        replace(CONFIG, **settings)  # type: ignore[arg-type]

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from calibatt_compiler.errors import KernelError
-from calibatt_compiler.plan import Plan
+from calibatt_compiler.plan import BlockPattern, Plan, Sampler, SitePatterns
+from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.runtime import ops, sites
 from calibatt_compiler.runtime.serving import lookup, serving
 
@@ -90,3 +91,35 @@ def test_the_step_decides_the_pattern():
     site.attend(q, k, v, math.nan, 1.0)
     assert site.calls[sites.DENSE_OUTSIDE] == 1
     assert site.calls[sites.DENSE_MIXED] == 1
+
+
+@pytest.mark.parametrize(("text", "policy"), [(0, "none"), (7, "dense_first"), (7, "dense_last")])
+def test_a_site_brings_tokens_into_the_plans_order_and_back(text, policy):
+    grid, order = (2, 5, 8), TokenOrder((1, 2, 3))
+    length = 80 + text
+    first = text if policy == "dense_first" else 0
+    blocks = -(-length // 16)
+    generator = torch.Generator().manual_seed(0)
+    mask = (torch.rand(2, blocks, blocks, generator=generator) < 0.4) | torch.eye(blocks).bool()
+    pattern = BlockPattern.from_mask(mask, query_length=length, key_length=length, block=(16, 16))
+    plan = Plan.create(
+        {"a": SitePatterns.share([pattern])},
+        grid=grid,
+        sampler=Sampler(timesteps=(5.0,)),
+        token_order=order,
+        text_policy=policy,
+    )
+    options = {"device": torch.device("cpu"), "dtype": torch.float32, "head_dim": 8}
+    site = sites.SparseSite(plan, "a", lowering="table", **options)
+    q, k, v = (torch.randn(2, length, 2, 8).transpose(1, 2) for _ in range(3))
+    tokens = torch.from_numpy(order.tokens(grid, length=length, first=first))
+    token_mask = torch.empty(2, length, length, dtype=torch.bool)
+    token_mask[:, tokens[:, None], tokens] = pattern.token_mask()
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, token_mask[None])
+    got = site.attend(q, k, v, 5.0, 8**-0.5)
+    assert torch.allclose(got, expected, atol=1e-5)
+    assert got.transpose(1, 2).is_contiguous()
+    raster = pattern.token_mask()[None]
+    assert not torch.allclose(
+        got, torch.nn.functional.scaled_dot_product_attention(q, k, v, raster), atol=1e-2
+    )

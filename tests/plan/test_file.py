@@ -89,7 +89,7 @@ def test_digest_of_a_known_plan_stays():
     text = file.to_json(small_plan().metadata.model_copy(update={"producer": "calibatt test"}))
     bits = np.array([[[[1], [2], [4]]], [[[5], [2], [4]]]], np.uint8)
     assert file.digest(text, {"a": bits}) == (
-        "c13f57aa16838a9c857c5b4b62f615ee03f4117ddcd834cc674e6e32ce62d3ed"
+        "ee74b4dd2c3d9669b8352c9e07ac813e77987743427b77dd4a91e435897a0d39"
     )
 
 
@@ -215,8 +215,8 @@ def drop(key: str) -> Callable[[Any, Any], None]:
         (put("schema_version", 2), "schema_version 2"),
         (put("schema_version", "1"), "schema_version '1'"),
         (put("schema_version", None), "schema_version None"),
-        (put("requires", ["weights"]), r"features \['weights'\]"),
-        (put("requires", ["weights", 7]), r"features \['7', 'weights'\]"),
+        (put("requires", ["holograms"]), r"features \['holograms'\]"),
+        (put("requires", ["holograms", 7]), r"features \['7', 'holograms'\]"),
         (put("requires", 7), "does not parse"),
         (put("requires", [{}]), "does not parse"),
         (drop("schema_version"), "does not parse"),
@@ -269,7 +269,7 @@ def test_another_schema_is_refused(
         put("sites", 0, "steps", [0, 1, 3]),
         put("sites", 0, "steps", [0, 1, -1]),
         put("sites", 0, "head_forms", "rows"),
-        put("sites", 0, "weights", []),
+        put("sites", 0, "holograms", []),
         put("unheard_of", 1),
         drop("sampler"),
         *(

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from calibatt_compiler.errors import PlanError
 from calibatt_compiler.plan import BlockPattern, Plan, Sampler, SitePatterns
+from calibatt_compiler.plan.order import TokenOrder
 
 BLOCK = (16, 16)
 GRID = (1, 4, 8)  # two blocks of 16 tokens
@@ -239,3 +240,48 @@ def test_nothing_can_be_changed():
     plan.sites["a"].at(0).mask().zero_()
     assert plan.density() == 1
     assert Plan(plan.metadata, plan.sites).digest == before
+
+
+def test_weights_pooling_and_token_order_are_stored(tmp_path):
+    grid, timesteps = (2, 4, 8), [3.0, 2.0]
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(2, 3, 4, 4, generator=generator) < 0.6
+    mask |= torch.eye(4, dtype=torch.bool)
+    weight = 1 + torch.rand(3, 4, 4, generator=generator)
+    sites = {
+        "plain": [BlockPattern.from_mask(m, block=(16, 16)) for m in mask],
+        "pooled": [BlockPattern.from_mask(m, block=(16, 16), pooled=2) for m in mask],
+        # The second pattern has no weights: what is read back must be that very pattern.
+        "weighted": [
+            BlockPattern.from_mask(mask[0], block=(16, 16), weight=weight),
+            BlockPattern.from_mask(mask[1], block=(16, 16)),
+        ],
+    }
+    plan = Plan.create(
+        {name: SitePatterns.share(patterns) for name, patterns in sites.items()},
+        grid=grid,
+        sampler=Sampler(timesteps=tuple(timesteps)),
+        token_order=TokenOrder((1, 2, 2)),
+    )
+    assert plan.metadata.requires == ("pooled_keys", "token_order", "weights")
+    plan.save(tmp_path / "a.calibatt")
+    read = Plan.load(tmp_path / "a.calibatt")
+    assert read == plan
+    assert read.token_order == TokenOrder((1, 2, 2))
+    for name, patterns in sites.items():
+        for step, pattern in enumerate(patterns):
+            assert read.sites[name].at(step).digest == pattern.digest
+    assert read.sites["pooled"].at(0).pooled == 2
+    plain = Plan.from_masks({"a": mask}, grid, timesteps, (16, 16))
+    assert plain.metadata.requires == ()
+
+
+def test_a_token_order_must_fit_the_sequences():
+    pattern = BlockPattern.dense(1, 64, 32, (16, 16))
+    with pytest.raises(PlanError, match="a sequence has 32"):
+        Plan.create(
+            {"a": SitePatterns.share([pattern])},
+            grid=(2, 4, 8),
+            sampler=Sampler(timesteps=(1.0,)),
+            token_order=TokenOrder((1, 2, 2)),
+        )
