@@ -11,7 +11,7 @@ from fractions import Fraction
 import numpy as np
 import numpy.typing as npt
 
-from calibatt_compiler.errors import OptionError
+from calibatt_compiler.errors import OptionError, PlanError
 from calibatt_compiler.plan.pattern import BlockPattern
 from calibatt_compiler.plan.plan import Plan, SitePatterns
 
@@ -33,6 +33,7 @@ def share_steps(plan: Plan, tau: float = SHARE_STEPS) -> Plan:
     them all; else it begins a new group. Two masks agree if their intersection over union, counted
     over all heads, is at least `tau`. A mask lies within the OR, so its agreement with it is the
     quotient of their kept blocks: no step keeps more than 1 / tau times the blocks that it kept.
+    Steps whose dropped blocks are pooled to different numbers of keys never share.
 
     Args:
         plan: is left as it is.
@@ -94,7 +95,18 @@ class Refiner:
             raise _error("merge_budget", "a share of all blocks in [0, 1), or None", budget)
 
     def site(self, site: SitePatterns) -> SitePatterns:
-        """Return the refined patterns of one site."""
+        """Return the refined patterns of one site.
+
+        Raises:
+            PlanError: its blocks have weights, which would not fit more blocks.
+        """
+        if any(pattern.weights is not None for pattern in site.patterns):
+            raise PlanError(
+                "patterns with weights can't share steps or merge intervals",
+                expected="patterns whose kept blocks count once",
+                got="weights, which were made for the blocks that are kept now",
+                remedy="share and merge first, then make the weights",
+            )
         kept = _kept(site)
         first = site.patterns[0]
         self._blocks += len(site.steps) * first.heads * first.query_blocks * first.key_blocks
@@ -147,7 +159,7 @@ def _share(site: SitePatterns, tau: Fraction) -> SitePatterns:
         pattern = site.at(step)
         union = group if pattern is group else _union(group, pattern)
         smallest = min(fewest, pattern.kept)
-        if smallest >= tau * union.kept:
+        if pattern.pooled == group.pooled and smallest >= tau * union.kept:
             group, fewest, size = union, smallest, size + 1
         else:
             by_step += [group] * size

@@ -86,7 +86,8 @@ class SparseSite:
         planned = (self._site.query_length, self._site.key_length)
         if lengths == planned or self._plan.text_position is None:
             return True
-        return other_text(planned, lengths, math.prod(self._plan.grid))
+        weighted = any(pattern.weights is not None for pattern in self._site.patterns)
+        return not weighted and other_text(planned, lengths, math.prod(self._plan.grid))
 
     def _kernel(self, index: int, lengths: tuple[int, int]) -> AttentionKernel | None:
         """Return the kernel of a pattern, completed for another text length where it must be."""
