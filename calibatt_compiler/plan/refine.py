@@ -11,7 +11,7 @@ from fractions import Fraction
 import numpy as np
 import numpy.typing as npt
 
-from calibatt_compiler.errors import OptionError
+from calibatt_compiler.errors import OptionError, PlanError
 from calibatt_compiler.plan.pattern import BlockPattern
 from calibatt_compiler.plan.plan import Plan, SitePatterns
 
@@ -94,7 +94,18 @@ class Refiner:
             raise _error("merge_budget", "a share of all blocks in [0, 1), or None", budget)
 
     def site(self, site: SitePatterns) -> SitePatterns:
-        """Return the refined patterns of one site."""
+        """Return the refined patterns of one site.
+
+        Raises:
+            PlanError: its blocks have weights, which would not fit more blocks.
+        """
+        if site.weighted:
+            raise PlanError(
+                "patterns with weights can't share steps or merge intervals",
+                expected="patterns whose kept blocks count once",
+                got="weights, which were made for the blocks that are kept now",
+                remedy="share and merge first, then make the weights",
+            )
         kept = _kept(site)
         first = site.patterns[0]
         self._blocks += len(site.steps) * first.heads * first.query_blocks * first.key_blocks

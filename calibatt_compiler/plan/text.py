@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from calibatt_compiler.errors import PlanError
 from calibatt_compiler.plan.pattern import BlockPattern
 
 TextPosition = Literal["first", "last"]
@@ -70,10 +71,21 @@ def _sources(
 def fit_pattern(
     pattern: BlockPattern, to: tuple[int, int], *, video: int, position: TextPosition
 ) -> BlockPattern:
-    """Carry a pattern over to sequences with other text lengths; see `fit_mask`."""
+    """Carry a pattern over to sequences with other text lengths; see `fit_mask`.
+
+    Raises:
+        PlanError: its blocks have weights, which were made for the blocks of its own length.
+    """
     lengths = (pattern.query_length, pattern.key_length)
     if lengths == to:
         return pattern
+    if pattern.weights is not None:
+        raise PlanError(
+            "a pattern with weights can't be carried over to another text length",
+            expected=f"{lengths} query and key tokens",
+            got=to,
+            remedy="use prompts of the calibrated length, or patterns without weights",
+        )
     block = (pattern.block_m, pattern.block_n)
     if position == "last":
         bits = _copied(pattern, to, video)

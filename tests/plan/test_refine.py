@@ -13,8 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from calibatt_compiler.errors import OptionError
-from calibatt_compiler.plan import Plan, merge_intervals, share_steps
+from calibatt_compiler.errors import OptionError, PlanError
+from calibatt_compiler.plan import (
+    BlockPattern,
+    Plan,
+    SitePatterns,
+    merge_intervals,
+    share_steps,
+)
+from calibatt_compiler.plan.refine import Refiner
+from calibatt_compiler.plan.text import fit_pattern
 
 
 def plan_of(masks: Tensor) -> Plan:
@@ -182,6 +190,22 @@ def test_what_was_recorded_stays_and_additions_add_up(
     assert twice.density() > refined.density()
     twice.save(tmp_path / "p")
     assert Plan.load(tmp_path / "p") == twice
+
+
+def test_weights_and_unlike_pooling_are_not_merged() -> None:
+    mask = torch.eye(6, dtype=torch.bool)[None]
+    plain = BlockPattern.from_mask(mask, block=(16, 16))
+    pooled = BlockPattern.from_mask(mask, block=(16, 16), pooled=4)
+    with pytest.raises(PlanError, match="one size"):
+        SitePatterns((plain, pooled), (0, 1))
+    merged = Refiner(merge_budget=0.1).site(SitePatterns((pooled,), (0,)))
+    assert merged.at(0).pooled == pooled.pooled
+    weighted = BlockPattern.from_mask(mask, block=(16, 16), weight=2.0 * mask)
+    for refiner in (Refiner(share_steps=0.5), Refiner(merge_budget=0.1)):
+        with pytest.raises(PlanError, match="weights"):
+            refiner.site(SitePatterns((weighted,), (0,)))
+    with pytest.raises(PlanError, match="weights"):
+        fit_pattern(weighted, (112, 112), video=90, position="last")
 
 
 @pytest.mark.parametrize("tau", [0, -1, 1.01, float("nan"), "1", True])
