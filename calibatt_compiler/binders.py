@@ -71,6 +71,7 @@ class PlanBinder:
                 device=query.device,
                 dtype=query.dtype,
                 head_dim=info.head_dim,
+                hopper=self._options.hopper,
             )
         except KernelError as error:
             return Skip(f"no kernel: {error.problem}", mismatch=True)

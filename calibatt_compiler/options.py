@@ -27,6 +27,7 @@ class CompileOptions:
         on_mismatch: what to do where the plan does not fit a call (another size of video, another
             number of heads): run `dense`, counted in the summary, or raise an `error`.
         inductor: settings handed on to Inductor, such as `{"max_autotune": True}`.
+        hopper: take the kernel for Hopper GPUs where it serves. Off until its speed is measured.
 
     Raises:
         OptionError: from `parse`, for an unknown key or a value out of range.
@@ -36,6 +37,7 @@ class CompileOptions:
     lowering: Lowering = "baked"
     on_mismatch: OnMismatch = "dense"
     inductor: Mapping[str, Any] = field(default_factory=dict)
+    hopper: bool = False
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> CompileOptions:
@@ -61,6 +63,13 @@ class CompileOptions:
                 )
         _check_choice("lowering", given.get("lowering", "baked"), get_args(Lowering))
         _check_choice("on_mismatch", given.get("on_mismatch", "dense"), get_args(OnMismatch))
+        if not isinstance(given.get("hopper", False), bool):
+            raise OptionError(
+                "option 'hopper' must be a boolean",
+                expected="True or False",
+                got=repr(given["hopper"]),
+                remedy="leave it out for the default",
+            )
         inductor = given.get("inductor", {})
         if not isinstance(inductor, Mapping) or not all(isinstance(key, str) for key in inductor):
             raise OptionError(

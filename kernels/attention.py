@@ -6,13 +6,13 @@
 | CPU | any float | any other | `NativeCpuAttention` (C++) |
 | CUDA, sm_80 and newer | float32, bfloat16, float16 | table | `TableAttention` (Triton) |
 | CUDA, sm_80 and newer | float32, bfloat16, float16 | baked | `BakedAttention` (Triton) |
-
-A kernel for one architecture, such as Hopper, is one more line in `_cuda_kernel`.
+| CUDA, sm_90, with `hopper=True` | bfloat16, float16 | table | `HopperAttention` (Gluon) |
+| CUDA, sm_90, with `hopper=True` | bfloat16, float16 | baked | `BakedAttention` (Gluon) |
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,10 @@ from calibatt_compiler.kernels.operands import token_major
 from calibatt_compiler.options import Lowering
 from calibatt_compiler.plan.pattern import BlockPattern
 
+if TYPE_CHECKING:
+    from calibatt_compiler.kernels.baked import BakedAttention
+    from calibatt_compiler.kernels.triton_table import TableAttention
+
 CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -30,8 +34,8 @@ class AttentionKernel(Protocol):
     """Block-sparse attention by one pattern.
 
     Attributes:
-        kind: what serves right now, such as "reference", "native-cpu", "triton-table" or
-            "triton-baked".
+        kind: what serves right now, such as "reference", "native-cpu", "triton-table",
+            "triton-baked", "hopper-table" or "hopper-baked".
         density: blocks really computed / all blocks; above the pattern's own density where a
             superset covers the pattern.
         reason: why another kernel than the one asked for serves, and will go on to; else None.
@@ -73,6 +77,7 @@ def make_attention(
     device: torch.device,
     dtype: torch.dtype,
     head_dim: int,
+    hopper: bool = False,
 ) -> AttentionKernel:
     """Return the kernel that serves a pattern.
 
@@ -82,6 +87,7 @@ def make_attention(
         device: of the operands.
         dtype: of the operands.
         head_dim: of the operands.
+        hopper: take the kernel for Hopper GPUs where it serves; where not, `reason` says why.
 
     Raises:
         KernelError: there is no kernel for this device, dtype and head dim.
@@ -102,7 +108,8 @@ def make_attention(
 
         return NativeCpuAttention(pattern, dtype=dtype, head_dim=head_dim)
     if device.type == "cuda":
-        return _cuda_kernel(pattern, lowering, device, dtype, head_dim)
+        serve = _hopper_kernel if hopper else _cuda_kernel
+        return serve(pattern, lowering, device, dtype, head_dim)
     raise KernelError(
         "there is no block-sparse kernel for this device",
         expected="cpu or cuda",
@@ -117,7 +124,7 @@ def _cuda_kernel(
     device: torch.device,
     dtype: torch.dtype,
     head_dim: int,
-) -> AttentionKernel:
+) -> BakedAttention | TableAttention:
     if not triton_serves(device, dtype):
         raise KernelError(
             "the Triton kernels don't serve this GPU or dtype",
@@ -133,6 +140,38 @@ def _cuda_kernel(
     from calibatt_compiler.kernels.baked import BakedAttention
 
     return BakedAttention(pattern, device=device, dtype=dtype, head_dim=head_dim)
+
+
+def _hopper_kernel(
+    pattern: BlockPattern,
+    lowering: Lowering,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+) -> AttentionKernel:
+    """The Hopper kernel, or a portable one that says why."""
+    # Asked for by name only, until its speed is measured on the GPUs that it is for; then the
+    # default of `hopper` becomes True, here and in `CompileOptions`.
+    from calibatt_compiler.kernels.hopper_capability import hopper_serves
+
+    where: dict[str, Any] = {"device": device, "dtype": dtype, "head_dim": head_dim}
+    reason = hopper_serves(device, dtype, head_dim, pattern)
+    if reason is not None:
+        portable = _cuda_kernel(pattern, lowering, **where)
+        portable.reason = portable.reason or f"no Hopper kernel: {reason}"
+        return portable
+    from calibatt_compiler.kernels.hopper_fallback import WithFallback
+
+    kernel: AttentionKernel
+    if lowering == "table":
+        from calibatt_compiler.kernels.hopper import HopperAttention
+
+        kernel = HopperAttention(pattern, **where)
+    else:
+        from calibatt_compiler.kernels.baked import BakedAttention
+
+        kernel = BakedAttention(pattern, **where, hopper=True)
+    return WithFallback(kernel, lambda: _cuda_kernel(pattern, lowering, **where))
 
 
 def triton_serves(device: torch.device, dtype: torch.dtype) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from concurrent.futures import CancelledError, Future, TimeoutError
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from calibatt_compiler.errors import KernelError
 from calibatt_compiler.kernels.cache import (
     CacheEntry,
+    Target,
     get_entry,
     is_compiled,
     load_kernel,
@@ -29,9 +30,11 @@ from calibatt_compiler.kernels.compiler import (
     shared_compiler,
 )
 from calibatt_compiler.kernels.cover import LITERAL_BUDGET, MAX_INTERVALS
+from calibatt_compiler.kernels.hopper_launch import HopperConfig
 from calibatt_compiler.kernels.operands import check_operands, empty_output
 from calibatt_compiler.kernels.triton_launch import (
     DeviceKernel,
+    LaunchConfig,
     aligned,
     call_arguments,
     grid,
@@ -46,6 +49,28 @@ MAX_ADDED_DENSITY = 0.05
 """Above it a cover costs more time than literals can win back: the table serves the exact mask."""
 
 
+class _Table(Protocol):
+    """The kernel that serves until the generated one does."""
+
+    arch: int
+
+    @property
+    def config(self) -> LaunchConfig | HopperConfig:
+        """What it is specialised on."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+        """Attend."""
+
+
+class _Generated(Protocol):
+    """A generated kernel, and whether it has been launched."""
+
+    launched: bool
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+        """Attend."""
+
+
 class BakedAttention:
     """Block-sparse attention by a generated kernel; by the table kernel until that is compiled.
 
@@ -58,6 +83,7 @@ class BakedAttention:
         max_intervals: intervals a row may have; likewise.
         max_added_density: where a cover would add more, the table kernel serves the exact mask.
         compiler: who compiles; default the process's own.
+        hopper: take the Hopper kernel and its tables instead of the portable ones.
 
     Attributes:
         pattern: what is really attended: the covered mask.
@@ -79,18 +105,25 @@ class BakedAttention:
         max_intervals: int = MAX_INTERVALS,
         max_added_density: float = MAX_ADDED_DENSITY,
         compiler: KernelCompiler | None = None,
+        hopper: bool = False,
     ) -> None:
         self.pattern = pattern
         self.added_density = 0.0
         self.reason: str | None = None
-        self._baked: _GeneratedKernel | None = None
+        self._baked: _Generated | None = None
+        self._target: Target = "hopper" if hopper else "portable"
         self._future: Future[CompiledSource] | None = None
         self._entry: CacheEntry | None = None
         where: dict[str, Any] = {"device": device, "dtype": dtype, "head_dim": head_dim}
         try:
             if pattern.weights is not None or pattern.pooled:
                 raise KernelError("generated source has no weights and no pooled keys yet")
-            entry = get_entry(pattern, literal_budget=literal_budget, max_intervals=max_intervals)
+            entry = get_entry(
+                pattern,
+                literal_budget=literal_budget,
+                max_intervals=max_intervals,
+                target=self._target,
+            )
             added = entry.covering.added_density
             if added > max_added_density:
                 self.reason = (
@@ -101,28 +134,36 @@ class BakedAttention:
                 self.pattern = entry.covering.pattern
         except (KernelError, OSError) as error:
             self.reason = str(error)
-        self.table = TableAttention(self.pattern, **where)
+        self.table: _Table = self._make_table(where)
         if self._entry is None:
             log.info("the table kernel serves pattern %s: %s", pattern.digest[:12], self.reason)
             return
         self._where = where
-        variant = variant_name(self.table.config, arch=self.table.arch, dtype=dtype)
-        if device.type == "cpu" or is_compiled(self._entry, variant):
+        compiled = all(is_compiled(self._entry, variant) for variant in self._variants(dtype))
+        if device.type == "cpu" or compiled:
             self._switch()
         else:
             limits = (literal_budget, max_intervals)
-            spec = KernelSpec(pattern, dtype, head_dim, self.table.arch, *limits)
+            arch = self.table.arch
+            spec = KernelSpec(pattern, dtype, head_dim, arch, *limits, self._target)
             self._future = (compiler or shared_compiler()).submit(spec)
 
     @property
     def kind(self) -> str:
-        """ "triton-baked", or "triton-table" while that serves."""
-        return "triton-baked" if self.ready() else "triton-table"
+        """ "triton-baked", or "triton-table" while that serves; on request, "hopper-" either."""
+        family = "hopper" if self._target == "hopper" else "triton"
+        return f"{family}-baked" if self.ready() else f"{family}-table"
 
     @property
     def density(self) -> float:
         """Blocks computed / all blocks, of either kernel."""
         return self.pattern.density
+
+    @property
+    def repairs(self) -> int:
+        """Calls computed again because a fixed softmax reference overflowed (Hopper only)."""
+        kernels = (self.table, self._baked)
+        return sum(getattr(kernel, "repairs", 0) for kernel in kernels)
 
     def ready(self) -> bool:
         """Whether the baked kernel serves the next call."""
@@ -167,10 +208,29 @@ class BakedAttention:
                 log.warning("a baked kernel can't be launched: %s", self.reason)
         return self.table(q, k, v, scale=scale)
 
+    def _make_table(self, where: dict[str, Any]) -> _Table:
+        if self._target == "hopper":
+            from calibatt_compiler.kernels.hopper import HopperAttention
+
+            return HopperAttention(self.pattern, **where)
+        return TableAttention(self.pattern, **where)
+
+    def _variants(self, dtype: torch.dtype) -> list[str]:
+        """Names of the compiled kernels that a call takes."""
+        config = self.table.config
+        if isinstance(config, HopperConfig):
+            return [config.variant_name(repair=repair) for repair in config.repairs]
+        return [variant_name(config, arch=self.table.arch, dtype=dtype)]
+
     def _switch(self) -> None:
         assert self._entry is not None
         try:
-            self._baked = _GeneratedKernel(self._entry, self.pattern, **self._where)
+            if self._target == "hopper":
+                from calibatt_compiler.kernels.hopper import HopperLiterals
+
+                self._baked = HopperLiterals(self._entry, self.pattern, **self._where)
+            else:
+                self._baked = _GeneratedKernel(self._entry, self.pattern, **self._where)
         except Exception as error:
             self.reason = f"{type(error).__name__}: {error}"
             log.warning("a generated kernel can't be loaded: %s", self.reason)
@@ -184,7 +244,7 @@ class _GeneratedKernel(DeviceKernel):
         self.kernel = load_kernel(entry)
         self.launched = False
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
         pattern, config = self.pattern, self.config
         check_operands(pattern, q, k, v)
         self.check_specialisation(q)

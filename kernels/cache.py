@@ -19,13 +19,13 @@ import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from calibatt_compiler.errors import CalibattError
 from calibatt_compiler.files import write_text
-from calibatt_compiler.kernels.codegen import ENTRY_POINT, generate
+from calibatt_compiler.kernels import codegen, codegen_hopper
 from calibatt_compiler.kernels.cover import Covering, cover_pattern
 from calibatt_compiler.kernels.cover_form import Cover
 from calibatt_compiler.kernels.triton_launch import LaunchConfig
@@ -34,7 +34,22 @@ from calibatt_compiler.plan.pattern import BlockPattern
 
 log = logging.getLogger("calibatt")
 
-_GENERATOR = ("cover.py", "cover_merge.py", "cover_form.py", "codegen.py", "triton_body.py")
+Target = Literal["portable", "hopper"]
+"""Whose source is generated: a whole kernel in Triton, or the key blocks of the Hopper kernel."""
+
+_GENERATOR = (
+    "cover.py",
+    "cover_merge.py",
+    "cover_form.py",
+    "codegen_forms.py",
+    "codegen.py",
+    "codegen_hopper.py",
+    "triton_body.py",
+    "hopper_primitives.py",
+    "hopper_consumer.py",
+    "hopper_transport.py",
+    "hopper_kernel.py",
+)
 
 
 @dataclass(frozen=True)
@@ -45,11 +60,13 @@ class CacheEntry:
         digest: key of the entry.
         folder: where it lies.
         covering: the cover, the mask it denotes, the density it adds.
+        target: whose source it is.
     """
 
     digest: str
     folder: Path
     covering: Covering
+    target: Target = "portable"
 
     @property
     def source_path(self) -> Path:
@@ -66,25 +83,34 @@ def generator_version() -> str:
     return h.hexdigest()
 
 
-def entry_digest(pattern: BlockPattern, literal_budget: int, max_intervals: int) -> str:
+def entry_digest(
+    pattern: BlockPattern, literal_budget: int, max_intervals: int, target: Target = "portable"
+) -> str:
     """Key of the entry that serves `pattern` under these limits."""
-    key = f"{pattern.digest} {literal_budget} {max_intervals} {generator_version()}"
+    key = f"{target} {pattern.digest} {literal_budget} {max_intervals} {generator_version()}"
     return hashlib.sha256(key.encode()).hexdigest()[:32]
 
 
-def get_entry(pattern: BlockPattern, *, literal_budget: int, max_intervals: int) -> CacheEntry:
+def get_entry(
+    pattern: BlockPattern,
+    *,
+    literal_budget: int,
+    max_intervals: int,
+    target: Target = "portable",
+) -> CacheEntry:
     """Return the entry of `pattern`, generated now unless a whole one lies in the cache.
 
     Raises:
         KernelError: the pattern can't be covered within the limits.
         OSError: the cache folder can't be written.
     """
-    digest = entry_digest(pattern, literal_budget, max_intervals)
+    digest = entry_digest(pattern, literal_budget, max_intervals, target)
     folder = cache_dir() / digest
-    found = _load(pattern, digest, folder)
+    found = _load(pattern, digest, folder, target)
     if found is not None:
         return found
     covering = cover_pattern(pattern, literal_budget=literal_budget, max_intervals=max_intervals)
+    generate = codegen_hopper.generate_hopper if target == "hopper" else codegen.generate
     source = generate(covering.cover, pattern)
     record = {
         "source_sha256": hashlib.sha256(source.encode()).hexdigest(),
@@ -98,23 +124,23 @@ def get_entry(pattern: BlockPattern, *, literal_budget: int, max_intervals: int)
         (temporary / "kernel.py").write_text(source, encoding="utf-8")
         (temporary / "entry.json").write_text(json.dumps(record), encoding="utf-8")
         if folder.exists():  # a damaged entry, or another process was faster
-            existing = _load(pattern, digest, folder)
+            existing = _load(pattern, digest, folder, target)
             if existing is not None:
                 return existing
             shutil.rmtree(folder, ignore_errors=True)
         try:
             temporary.rename(folder)
         except OSError:
-            existing = _load(pattern, digest, folder)
+            existing = _load(pattern, digest, folder, target)
             if existing is None:
                 raise
             return existing
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return CacheEntry(digest, folder, covering)
+    return CacheEntry(digest, folder, covering, target)
 
 
-def _load(pattern: BlockPattern, digest: str, folder: Path) -> CacheEntry | None:
+def _load(pattern: BlockPattern, digest: str, folder: Path, target: Target) -> CacheEntry | None:
     """Read an entry; None, with the reason logged, unless it is there and whole."""
     try:
         record = json.loads((folder / "entry.json").read_text(encoding="utf-8"))
@@ -130,7 +156,8 @@ def _load(pattern: BlockPattern, digest: str, folder: Path) -> CacheEntry | None
         )
         if denoted.digest != record["denoted"]:
             raise ValueError("the cover does not denote its mask")
-        return CacheEntry(digest, folder, Covering(cover, denoted, float(record["added_density"])))
+        covering = Covering(cover, denoted, float(record["added_density"]))
+        return CacheEntry(digest, folder, covering, target)
     except FileNotFoundError:
         return None
     except (OSError, KeyError, TypeError, ValueError, IndexError, CalibattError) as error:
@@ -150,7 +177,8 @@ def _load_module(path: Path, digest: str) -> Any:
 
 def load_kernel(entry: CacheEntry) -> Any:
     """The jit function of an entry; one object a process, so that it compiles once."""
-    return getattr(_load_module(entry.source_path, entry.digest), ENTRY_POINT)
+    module = codegen_hopper if entry.target == "hopper" else codegen
+    return getattr(_load_module(entry.source_path, entry.digest), module.ENTRY_POINT)
 
 
 def variant_name(config: LaunchConfig, *, arch: int, dtype: torch.dtype) -> str:

@@ -14,12 +14,14 @@ import sys
 import time
 import traceback
 import zlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
 from calibatt_compiler.kernels.cache import (
+    CacheEntry,
     get_entry,
     is_compiled,
     load_kernel,
@@ -55,27 +57,58 @@ def decode_pattern(data: dict[str, Any]) -> BlockPattern:
 def compile_job(job: dict[str, Any]) -> dict[str, Any]:
     """Generate and compile one kernel; a kernel that is compiled already costs a look-up."""
     pattern = decode_pattern(job["pattern"])
-    dtype = getattr(torch, job["dtype"])
     start = time.perf_counter()
     entry = get_entry(
-        pattern, literal_budget=job["literal_budget"], max_intervals=job["max_intervals"]
+        pattern,
+        literal_budget=job["literal_budget"],
+        max_intervals=job["max_intervals"],
+        target=job["target"],
     )
-    config = launch_config(pattern, arch=job["arch"], dtype=dtype, head_dim=job["head_dim"])
-    variant = variant_name(config, arch=job["arch"], dtype=dtype)
-    cached = is_compiled(entry, variant)
-    if not cached:
-        compiled = compile_offline(
-            load_kernel(entry), arch=job["arch"], dtype=dtype, config=config, extra={}
-        )
-        record_compiled(entry, variant, compiled, time.perf_counter() - start)
+    variants = _hopper_variants if job["target"] == "hopper" else _portable_variants
+    cached, names = True, []
+    for variant, compile_variant in variants(entry, pattern, job):
+        names.append(variant)
+        if not is_compiled(entry, variant):
+            cached = False
+            record_compiled(entry, variant, compile_variant(), time.perf_counter() - start)
     return {
         "digest": entry.digest,
-        "variant": variant,
+        "variant": " ".join(names),
         "source_path": str(entry.source_path),
         "added_density": entry.covering.added_density,
         "seconds": time.perf_counter() - start,
         "cached": cached,
     }
+
+
+Variants = Iterator[tuple[str, Callable[[], Any]]]
+
+
+def _portable_variants(entry: CacheEntry, pattern: BlockPattern, job: dict[str, Any]) -> Variants:
+    """The one kernel of a portable entry: its name, and what compiles it."""
+    arch, dtype = job["arch"], getattr(torch, job["dtype"])
+    config = launch_config(pattern, arch=arch, dtype=dtype, head_dim=job["head_dim"])
+
+    def compile_kernel() -> Any:
+        kernel = load_kernel(entry)
+        return compile_offline(kernel, arch=arch, dtype=dtype, config=config, extra={})
+
+    yield variant_name(config, arch=arch, dtype=dtype), compile_kernel
+
+
+def _hopper_variants(entry: CacheEntry, pattern: BlockPattern, job: dict[str, Any]) -> Variants:
+    """The kernels of a Hopper entry: with a fixed reference, also the one that repairs."""
+    from calibatt_compiler.kernels.hopper_launch import hopper_config
+    from calibatt_compiler.kernels.hopper_offline import compile_hopper
+
+    config = hopper_config(pattern, dtype=getattr(torch, job["dtype"]), head_dim=job["head_dim"])
+    for repair in config.repairs:
+
+        def compile_kernel(repair: bool = repair) -> Any:
+            runs = entry.covering.cover.max_intervals
+            return compile_hopper(config, repair=repair, literals=load_kernel(entry), runs=runs)
+
+        yield config.variant_name(repair=repair), compile_kernel
 
 
 def main() -> None:

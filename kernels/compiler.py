@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from calibatt_compiler.errors import KernelError
+from calibatt_compiler.kernels.cache import Target
 from calibatt_compiler.kernels.cover import LITERAL_BUDGET, MAX_INTERVALS
 from calibatt_compiler.plan.pattern import BlockPattern
 
@@ -46,6 +47,7 @@ class KernelSpec:
         arch: compute capability as one number, such as 90.
         literal_budget: literals the source may hold.
         max_intervals: intervals a row may have.
+        target: whose kernel: the portable one, or Hopper's, which runs on sm_90 only.
     """
 
     pattern: BlockPattern
@@ -54,12 +56,14 @@ class KernelSpec:
     arch: int
     literal_budget: int = LITERAL_BUDGET
     max_intervals: int = MAX_INTERVALS
+    target: Target = "portable"
 
     @property
-    def key(self) -> tuple[str, str, int, int, int, int]:
+    def key(self) -> tuple[str, str, str, int, int, int, int]:
         """Equal for specs that one compiled kernel serves."""
         limits = (self.literal_budget, self.max_intervals)
-        return (self.pattern.digest, str(self.dtype), self.head_dim, self.arch, *limits)
+        kind = (self.target, self.pattern.digest, str(self.dtype))
+        return (*kind, self.head_dim, self.arch, *limits)
 
     def job(self) -> str:
         """One line for a worker."""
@@ -73,6 +77,7 @@ class KernelSpec:
                 "arch": self.arch,
                 "literal_budget": self.literal_budget,
                 "max_intervals": self.max_intervals,
+                "target": self.target,
             }
         )
 

@@ -33,6 +33,13 @@ class _StandInDriver:
         return 0
 
 
+def take_stand_in_driver(arch: int) -> None:
+    """Let Triton compile for `arch` whatever GPU is here, for the rest of the process."""
+    from triton.runtime.driver import driver
+
+    driver.set_active(_StandInDriver(arch))
+
+
 def compile_offline(
     kernel: Any, *, arch: int, dtype: torch.dtype, config: LaunchConfig, extra: dict[str, Any]
 ) -> Any:
@@ -48,10 +55,9 @@ def compile_offline(
     Returns:
         Triton's compiled kernel: `asm`, `metadata`, `hash`.
     """
-    from triton.runtime.driver import driver
     from triton.runtime.jit import MockTensor
 
-    driver.set_active(_StandInDriver(arch))
+    take_stand_in_driver(arch)
     # Batch and head strides are 64-bit by annotation; any small value stands for a token stride.
     strides = dict.fromkeys(STRIDES, 16)
     return kernel.warmup(

@@ -48,6 +48,23 @@ def check_operands(pattern: BlockPattern, q: Tensor, k: Tensor, v: Tensor) -> No
         )
 
 
+def check_specialisation(
+    q: Tensor, *, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> None:
+    """Raise `KernelError` unless q has the dtype, head dim and device that a kernel was made for.
+
+    A device without an index stands for any of its type.
+    """
+    device_fits = q.device.type == device.type and device.index in (None, q.device.index)
+    if q.dtype != dtype or q.shape[-1] != head_dim or not device_fits:
+        raise KernelError(
+            "attention operands don't fit the kernel made for this site",
+            expected=f"{dtype}, head_dim {head_dim}, on {device}",
+            got=f"{q.dtype}, head_dim {q.shape[-1]}, on {q.device}",
+            remedy="compile the model again after moving or casting it",
+        )
+
+
 def empty_output(q: Tensor) -> Tensor:
     """Uninitialised (B, H, Sq, D) like q, laid out as contiguous (B, Sq, H, D).
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from calibatt_compiler.errors import KernelError
+from calibatt_compiler.kernels.operands import check_specialisation
 from calibatt_compiler.kernels.tiles import TileSettings, architecture, tile_settings
 from calibatt_compiler.plan.pattern import BlockPattern
 
@@ -115,15 +116,23 @@ def call_arguments(
     """Return the queries to pass (other ones if scale <= 0), strides and scale by name.
 
     Strides count units of ALIGN elements: see `head_pointer`.
-    The kernels scale the row maximum instead of every score, which asks for a positive scale.
     """
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    if scale <= 0:
-        q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
+    q, scale = positive_scale(q, scale)
     align = config.constexprs["ALIGN"]
     assert isinstance(align, int)
     values = [tensor.stride(axis) // align for tensor in (q, k, v, o) for axis in (0, 1, 2)]
     return q, dict(zip(STRIDES, values, strict=True), scale_log2=scale * math.log2(math.e))
+
+
+def positive_scale(q: Tensor, scale: float | None) -> tuple[Tensor, float]:
+    """Return queries (other ones if scale <= 0) and a positive scale with the same scores.
+
+    The kernels scale the row maximum instead of every score, which asks for a positive scale.
+    """
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if scale > 0:
+        return q, scale
+    return (-q, -scale) if scale < 0 else (q * 0, 1.0)
 
 
 def on_device(q: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -164,13 +173,4 @@ class DeviceKernel:
 
     def check_specialisation(self, q: Tensor) -> None:
         """Raise `KernelError` unless q has the dtype, head dim and device of this kernel."""
-        device_fits = q.device.type == self.device.type and (
-            self.device.index is None or q.device.index == self.device.index
-        )
-        if q.dtype != self.dtype or q.shape[-1] != self.head_dim or not device_fits:
-            raise KernelError(
-                "attention operands don't fit the kernel made for this site",
-                expected=f"{self.dtype}, head_dim {self.head_dim}, on {self.device}",
-                got=f"{q.dtype}, head_dim {q.shape[-1]}, on {q.device}",
-                remedy="compile the model again after moving or casting it",
-            )
+        check_specialisation(q, device=self.device, dtype=self.dtype, head_dim=self.head_dim)

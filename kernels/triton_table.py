@@ -225,7 +225,7 @@ class TableAttention(DeviceKernel):
     """
 
     kind = "triton-table"
-    reason = None
+    reason: str | None = None
 
     def __init__(
         self,

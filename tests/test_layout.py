@@ -111,7 +111,8 @@ def test_every_module(name: str):
     calls = {ast.unparse(n.func) for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Call)}
     assert not calls & {"torch.load", "torch.save", "eval"}
     at_import = uses(set(imports(path, only_at_import=True)), "triton")
-    assert not at_import or "@triton.jit" in text, "triton is imported where kernels are defined"
+    defines = "@triton.jit" in text or "@gluon.jit" in text
+    assert not at_import or defines, "triton is imported where kernels are defined"
     heavy = {"diffusers", "transformers", "matplotlib", "av", "PIL", "optuna"}
     assert not uses(set(imports(path, only_at_import=True)), *heavy), "import it where it is used"
 
@@ -146,7 +147,7 @@ def test_reference_and_fast_kernels_are_strangers():
     assert siblings <= REFERENCE_MAY_IMPORT
     for name in KERNELS:
         text = MODULES[name].read_text("utf-8")
-        if "@triton.jit" in text or "flex_attention" in text:
+        if "@triton.jit" in text or "@gluon.jit" in text or "flex_attention" in text:
             assert not uses(ours(MODULES[name]), "kernels.reference"), name
 
 

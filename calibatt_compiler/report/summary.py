@@ -35,6 +35,7 @@ class SiteRow:
         sparse_calls: calls served by a sparse kernel.
         dense_calls: calls served dense, by reason.
         reasons: why another kernel than the one asked for serves, by number of patterns.
+        repairs: calls computed again because a fixed softmax reference overflowed.
     """
 
     name: str
@@ -45,6 +46,7 @@ class SiteRow:
     sparse_calls: int
     dense_calls: Mapping[str, int]
     reasons: Mapping[str, int] = field(default_factory=dict)
+    repairs: int = 0
 
 
 class GraphReport:
@@ -80,6 +82,7 @@ class GraphReport:
                     sparse_calls=sum(served.calls.values()) - sum(dense.values()),
                     dense_calls=dense,
                     reasons=dict(served.reasons),
+                    repairs=served.repairs,
                 )
             )
         return rows
@@ -135,6 +138,7 @@ class Summary:
                     "sparse_calls": row.sparse_calls,
                     "dense_calls": dict(row.dense_calls),
                     "reasons": dict(row.reasons),
+                    "repairs": row.repairs,
                 }
                 for row in self.rows
             ],
@@ -148,9 +152,13 @@ class Summary:
         dense = Counter(
             {why: n for why, n in self.dense_calls.items() if why in _served(self.rows)}
         )
-        return [f"{n} calls {why}" for why, n in dense.most_common()] + [
-            f"{n} patterns by another kernel: {why}" for why, n in reasons.most_common()
-        ]
+        repairs = sum(row.repairs for row in self.rows)
+        return (
+            [f"{n} calls {why}" for why, n in dense.most_common()]
+            + [f"{n} patterns by another kernel: {why}" for why, n in reasons.most_common()]
+            + [f"{repairs} calls computed again: scores overflowed their softmax reference"]
+            * (repairs > 0)
+        )
 
     def __rich__(self) -> Group:
         from rich.box import SIMPLE_HEAD

@@ -40,12 +40,14 @@ class SparseSite:
         device: torch.device,
         dtype: torch.dtype,
         head_dim: int,
+        hopper: bool = False,
     ) -> None:
         self._plan = plan
         self._site = plan.sites[name]
         self._steps = self._site.steps
         self._lowering: Lowering = lowering
         self._device, self._dtype, self._head_dim = device, dtype, head_dim
+        self._hopper = hopper
         self._kernels: Sequence[AttentionKernel | None] = [
             self._make(pattern, lowering) for pattern in self._site.patterns
         ]
@@ -63,6 +65,7 @@ class SparseSite:
             device=self._device,
             dtype=self._dtype,
             head_dim=self._head_dim,
+            hopper=self._hopper,
         )
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, timestep: float, scale: float) -> Tensor:
@@ -137,6 +140,12 @@ class SparseSite:
             for kernel in self._kernels
             if kernel is not None and kernel.reason is not None
         )
+
+    @property
+    def repairs(self) -> int:
+        """Calls computed again because a fixed softmax reference overflowed; waits for the GPU."""
+        kernels = (*self._kernels, *self._fitted.values())
+        return sum(getattr(kernel, "repairs", 0) for kernel in kernels)
 
     @property
     def computed_density(self) -> float:

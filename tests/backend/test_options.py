@@ -18,6 +18,7 @@ from calibatt_compiler.errors import (
 )
 from calibatt_compiler.models import identify
 from calibatt_compiler.plan import ModelIdentity, Plan
+from calibatt_compiler.report.summary import SiteRow, Summary
 
 
 @pytest.mark.parametrize(
@@ -30,6 +31,7 @@ from calibatt_compiler.plan import ModelIdentity, Plan
         ({"plan": "x", "lowering": "fast"}, OptionError, "baked, table, reference"),
         ({"plan": "x", "on_mismatch": "ignore"}, OptionError, "dense, error"),
         ({"plan": "x", "inductor": ["max_autotune"]}, OptionError, "mapping"),
+        ({"plan": "x", "hopper": "yes"}, OptionError, "boolean"),
     ],
 )
 def test_bad_options(wan, options, error, words):
@@ -202,3 +204,10 @@ def test_summary_fits_a_terminal_and_names_what_ran_dense(wan):
         (line,) = [line for line in lines if line.startswith(row.name + " ")]
         assert line.split()[-1] == str(sum(row.dense_calls.values()))
     assert any("timestep outside the plan's range" in line for line in lines)
+
+
+def test_summary_counts_repaired_calls():
+    row = SiteRow("blocks.0.attn1", "sparse", 0.5, 0.5, "hopper-table", 4, {}, repairs=3)
+    summary = Summary((row,), 1, "0" * 64)
+    assert summary.notes() == ["3 calls computed again: scores overflowed their softmax reference"]
+    assert summary.to_dict()["sites"][0]["repairs"] == 3

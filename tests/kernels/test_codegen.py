@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 
 from calibatt_compiler.errors import KernelError
 from calibatt_compiler.kernels.codegen import generate
+from calibatt_compiler.kernels.codegen_hopper import generate_hopper
 from calibatt_compiler.kernels.cover import cover_pattern
 from calibatt_compiler.kernels.cover_form import Cover
 from calibatt_compiler.plan.pattern import BlockPattern
@@ -48,12 +50,22 @@ def rectangular() -> BlockPattern:
     )
 
 
-@pytest.mark.parametrize("make", [bands_and_columns, frames_and_shared_heads, rectangular])
-def test_source_is_as_accepted(make: object) -> None:
-    assert callable(make)
+@pytest.mark.parametrize(
+    ("make", "write", "suffix"),
+    [
+        (bands_and_columns, generate, ""),
+        (frames_and_shared_heads, generate, ""),
+        (rectangular, generate, ""),
+        (bands_and_columns, generate_hopper, "_hopper"),
+        (rectangular, generate_hopper, "_hopper"),
+    ],
+)
+def test_source_is_as_accepted(
+    make: Callable[[], BlockPattern], write: Callable[[Cover, BlockPattern], str], suffix: str
+) -> None:
     pattern = make()
-    source = generate(cover_pattern(pattern).cover, pattern)
-    path = GOLDEN / f"{make.__name__}.py"  # type: ignore[attr-defined]
+    source = write(cover_pattern(pattern).cover, pattern)
+    path = GOLDEN / f"{make.__name__}{suffix}.py"
     if os.environ.get("CALIBATT_UPDATE_GOLDEN") == "1":
         path.parent.mkdir(exist_ok=True)
         path.write_text(source, encoding="utf-8")

@@ -1,0 +1,174 @@
+"""Who takes part in `attention.py`: others' dense and sparse attention, and ours.
+
+A contestant is made for a pattern and operands. One that can't be made says why; nothing is left
+out in silence.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from calibatt_compiler.plan.pattern import BlockPattern
+
+Operands = tuple[Tensor, Tensor, Tensor]
+Run = Callable[[], Tensor]
+BAKED_SECONDS = 90.0
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A kernel ready to run.
+
+    Attributes:
+        run: one call; returns (1, H, S, D).
+        density: blocks computed / all blocks.
+        pattern: what it computes, or None where that is everything.
+        kernel: ours, for what it counts.
+    """
+
+    run: Run
+    density: float
+    pattern: BlockPattern | None
+    kernel: Any = None
+
+
+def _fa3_function() -> Callable[..., Any]:
+    """`flash_attn_func` of FlashAttention-3: its own build, or the wheel `fa3-fwd`."""
+    try:
+        return importlib.import_module("flash_attn_interface").flash_attn_func  # type: ignore[no-any-return]
+    except ImportError:
+        # The wheel's interface asks for its config under the name of the source build.
+        config = importlib.import_module("fa3_fwd_config")
+        sys.modules.setdefault("flash_attn_config", config)
+        return importlib.import_module("fa3_fwd_interface").flash_attn_func  # type: ignore[no-any-return]
+
+
+def fa3(_: BlockPattern, operands: Operands) -> Contestant:
+    """FlashAttention-3, dense."""
+    function = _fa3_function()
+    q, k, v = (x.transpose(1, 2) for x in operands)
+
+    def run() -> Tensor:
+        result = function(q, k, v)
+        out: Tensor = result[0] if isinstance(result, tuple) else result
+        return out.transpose(1, 2)
+
+    return Contestant(run, 1.0, None)
+
+
+def _sdpa(backend: SDPBackend) -> Callable[[BlockPattern, Operands], Contestant]:
+    def make(_: BlockPattern, operands: Operands) -> Contestant:
+        def run() -> Tensor:
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(*operands)
+
+        return Contestant(run, 1.0, None)
+
+    return make
+
+
+def _flex(**options: int) -> Callable[[BlockPattern, Operands], Contestant]:
+    def make(pattern: BlockPattern, operands: Operands) -> Contestant:
+        from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+        counts, indices = (x[None].to(operands[0].device) for x in pattern.kv_blocks())
+        mask = BlockMask.from_kv_blocks(
+            torch.zeros_like(counts),
+            indices,
+            counts,
+            indices,
+            BLOCK_SIZE=(pattern.block_m, pattern.block_n),
+            seq_lengths=(pattern.query_length, pattern.key_length),
+        )
+        compiled = torch.compile(flex_attention, dynamic=False)
+
+        def run() -> Tensor:
+            out: Tensor = compiled(*operands, block_mask=mask, kernel_options=options)
+            return out
+
+        return Contestant(run, pattern.density, pattern)
+
+    return make
+
+
+def _ours(pattern: BlockPattern, operands: Operands, kernel: Any) -> Contestant:
+    return Contestant(lambda: kernel(*operands), kernel.density, kernel.pattern, kernel)
+
+
+def _where(operands: Operands) -> dict[str, Any]:
+    q = operands[0]
+    return {"device": q.device, "dtype": q.dtype, "head_dim": q.shape[-1]}
+
+
+def table(pattern: BlockPattern, operands: Operands) -> Contestant:
+    """Ours, portable, by tables."""
+    from calibatt_compiler.kernels.triton_table import TableAttention
+
+    return _ours(pattern, operands, TableAttention(pattern, **_where(operands)))
+
+
+def _baked(hopper: bool) -> Callable[[BlockPattern, Operands], Contestant]:
+    def make(pattern: BlockPattern, operands: Operands) -> Contestant:
+        from calibatt_compiler.kernels.baked import BakedAttention
+
+        kernel = BakedAttention(pattern, **_where(operands), max_added_density=1.0, hopper=hopper)
+        if not kernel.wait(BAKED_SECONDS):
+            raise RuntimeError(kernel.reason or f"not compiled after {BAKED_SECONDS:.0f} s")
+        return _ours(pattern, operands, kernel)
+
+    return make
+
+
+def _hopper(softmax: str) -> Callable[[BlockPattern, Operands], Contestant]:
+    def make(pattern: BlockPattern, operands: Operands) -> Contestant:
+        from calibatt_compiler.kernels.hopper import HopperAttention
+
+        kernel = HopperAttention(pattern, **_where(operands), softmax=softmax)  # type: ignore[arg-type]
+        return _ours(pattern, operands, kernel)
+
+    return make
+
+
+def reference(pattern: BlockPattern, operands: Operands) -> Contestant:
+    """The definition."""
+    from calibatt_compiler.kernels.reference import ReferenceAttention
+
+    return _ours(pattern, operands, ReferenceAttention(pattern))
+
+
+def cpu(pattern: BlockPattern, operands: Operands) -> Contestant:
+    """Ours on a CPU."""
+    from calibatt_compiler.kernels.attention import make_attention
+
+    kernel = make_attention(pattern, lowering="table", **_where(operands))
+    return Contestant(lambda: kernel(*operands), pattern.density, pattern, kernel)
+
+
+DENSE = {
+    "fa3": fa3,
+    "cudnn": _sdpa(SDPBackend.CUDNN_ATTENTION),
+    "flash": _sdpa(SDPBackend.FLASH_ATTENTION),
+    "math": _sdpa(SDPBackend.MATH),
+}
+SPARSE = {
+    "flex": _flex(),
+    "flex 128x64": _flex(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=3),
+    "flex 128x128": _flex(BLOCK_M=128, BLOCK_N=128, num_warps=8, num_stages=2),
+    "table": table,
+    "baked": _baked(hopper=False),
+    "hopper exact": _hopper("exact"),
+    "hopper fixed": _hopper("fixed"),
+    "hopper literals": _baked(hopper=True),
+    "reference": reference,
+    "cpu": cpu,
+}
+ALL = DENSE | SPARSE

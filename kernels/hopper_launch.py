@@ -1,0 +1,242 @@
+"""How the Hopper kernel is called: descriptors, compile-time arguments, arguments by name.
+
+One place, so that a kernel compiled ahead of time has exactly the signature a launch asks for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from calibatt_compiler.errors import KernelError
+from calibatt_compiler.kernels.triton_launch import positive_scale
+from calibatt_compiler.plan.pattern import BlockPattern
+
+Softmax = Literal["auto", "exact", "fixed"]
+
+ALIGNMENT = 16
+"""Bytes to which TMA wants pointers and strides aligned."""
+
+QUERY_ROWS = 64
+"""Rows of a consumer warpgroup, so of a tile of queries or outputs."""
+
+COUNT_TILES = 128
+"""Tiles that one program of `hopper_counts` counts."""
+
+# Bytes of shared memory for keys and values on their way.
+_RING = 128 * 1024
+# Registers and warps are the kernel's own; see `portable` for why fused multiply-add is asked for.
+_OPTIONS: dict[str, int | bool] = {"num_warps": 4, "enable_fp_fusion": True}
+
+
+@dataclass(frozen=True)
+class HopperConfig:
+    """What a Hopper kernel is specialised on.
+
+    Attributes:
+        block_n: keys a block: 64 or 128.
+        head_dim: 64 or 128.
+        dtype: bfloat16 or float16.
+        fixed: fixed softmax reference with a repair launch, else exact online softmax.
+        ragged: the last key block is not whole.
+        tail: the pattern has tail blocks with a weight.
+        lse: the log-sum-exp is written.
+        lengths: each batch item has a number of valid keys.
+    """
+
+    block_n: int
+    head_dim: int
+    dtype: torch.dtype
+    fixed: bool
+    ragged: bool
+    tail: bool = False
+    lse: bool = False
+    lengths: bool = False
+
+    @property
+    def stages(self) -> int:
+        """Key and value blocks in flight: what fills the ring, a power of two."""
+        return _RING // (2 * self.block_n * self.head_dim * self.dtype.itemsize)
+
+    def constexprs(self, *, repair: bool = False) -> dict[str, Any]:
+        """Compile-time arguments of `hopper_attention`, the source of the indices aside."""
+        return {
+            "BLOCK_N": self.block_n,
+            "HEAD_DIM": self.head_dim,
+            "STAGES": self.stages,
+            # The repair launch computes by the exact form.
+            "FIXED": self.fixed and not repair,
+            "REPAIR": repair,
+            "RAGGED": self.ragged or self.lengths,
+            "LENGTHS": self.lengths,
+            "TAIL": self.tail,
+            "LSE": self.lse,
+        }
+
+    @property
+    def repairs(self) -> tuple[bool, ...]:
+        """Launches of one call, in order: whether each is the repair."""
+        return (False, True) if self.fixed else (False,)
+
+    def variant_name(self, *, repair: bool) -> str:
+        """Name of what one source is compiled for, without optional operands."""
+        import triton
+
+        softmax = "repair" if repair else "fixed" if self.fixed else "exact"
+        return (
+            f"sm_90-{str(self.dtype).removeprefix('torch.')}-d{self.head_dim}-n{self.block_n}-"
+            f"{softmax}-{'ragged' if self.ragged else 'whole'}-triton{triton.__version__}"
+        )
+
+    def with_outputs(self, *, lse: bool, lengths: bool) -> HopperConfig:
+        """The same with optional operands."""
+        return replace(self, lse=lse, lengths=lengths)
+
+
+def hopper_config(
+    pattern: BlockPattern, *, dtype: torch.dtype, head_dim: int, softmax: Softmax = "auto"
+) -> HopperConfig:
+    """The configuration that serves a pattern, without optional operands.
+
+    Raises:
+        KernelError: a fixed reference for a dtype whose range is too small.
+    """
+    if softmax == "fixed" and dtype != torch.bfloat16:
+        raise KernelError(
+            "a fixed softmax reference needs the range of bfloat16",
+            expected="softmax='auto' or 'exact'",
+            got=dtype,
+            remedy="leave softmax out, or run the model in bfloat16",
+        )
+    fixed = dtype == torch.bfloat16 if softmax == "auto" else softmax == "fixed"
+    ragged = pattern.key_length % pattern.block_n != 0
+    tail = pattern.weights is not None
+    return HopperConfig(pattern.block_n, head_dim, dtype, fixed, ragged, tail)
+
+
+def launch_options() -> dict[str, int | bool]:
+    """Triton's own launch options."""
+    return dict(_OPTIONS)
+
+
+def descriptor(tensor: Tensor, rows: int) -> Any:
+    """TMA descriptor of (B, H, S, D) by its strides, for tiles of `rows` tokens of one head."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    element = gl.bfloat16 if tensor.dtype == torch.bfloat16 else gl.float16
+    box = [1, 1, rows, tensor.shape[3]]
+    layout = gl.NVMMASharedLayout.get_default_for(box, element)
+    strides = [
+        # An axis of one element may have any stride; TMA wants a multiple of its alignment.
+        stride if size > 1 else tensor.shape[3]
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    ]
+    return TensorDescriptor(tensor, list(tensor.shape), [*strides[:3], 1], box, layout)
+
+
+def readable(tensor: Tensor) -> Tensor:
+    """`tensor` (B, H, S, D) itself if TMA can read it, else a contiguous copy.
+
+    Readable is unit stride along D, pointer and other strides aligned to 16 bytes: permuted views
+    of (B, S, H, D) are, whatever else of the same allocation lies between their tokens.
+    """
+    steps = [s for s, size in zip(tensor.stride()[:3], tensor.shape[:3], strict=True) if size > 1]
+    fits = all(step > 0 and step * tensor.itemsize % ALIGNMENT == 0 for step in steps)
+    if fits and tensor.stride(3) == 1 and tensor.data_ptr() % ALIGNMENT == 0:
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+@dataclass(frozen=True, eq=False)
+class Tables:
+    """A schedule on the device; see `hopper_schedule.Schedule`.
+
+    Attributes:
+        tiles: int32 (T + 1, 4).
+        starts: int32 (programs + 1).
+        runs: int32 (runs + 1).
+        weight: float32 (H, query_blocks), log2 weight of tail blocks, or None.
+    """
+
+    tiles: Tensor
+    starts: Tensor
+    runs: Tensor
+    weight: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        """Number of tiles."""
+        return self.tiles.shape[0] - 1
+
+    @property
+    def programs(self) -> int:
+        """Number of programs."""
+        return self.starts.shape[0] - 1
+
+
+@dataclass(frozen=True)
+class State:
+    """What one call leaves behind on the device.
+
+    Attributes:
+        flag: int32 (1), set where the fixed reference failed.
+        repairs: int32 (1), repairs so far.
+    """
+
+    flag: Tensor
+    repairs: Tensor
+
+
+def arguments(
+    operands: Sequence[Tensor],
+    tables: Tables,
+    state: State,
+    *,
+    block_n: int,
+    scale: float | None,
+    lse: Tensor | None = None,
+    lengths: Tensor | None = None,
+    counts: Tensor | None = None,
+) -> dict[str, Any]:
+    """Run-time arguments of `hopper_attention` by name.
+
+    Args:
+        operands: q, k, v and the output, each (B, H, S, D) and readable by TMA.
+        tables: the pattern's.
+        state: where the flag lies.
+        block_n: keys a block.
+        scale: factor on the scores; default 1 / sqrt(D).
+        lse: float32 (B, H, Sq), to be written.
+        lengths: int32 (B), valid keys of each batch item.
+        counts: int32 (B + 1, T), from `hopper_counts`; with lengths.
+    """
+    q, k, v, out = operands
+    q, scale = positive_scale(q, scale)
+    return {
+        "q_desc": descriptor(q, QUERY_ROWS),
+        "k_desc": descriptor(k, block_n),
+        "v_desc": descriptor(v, block_n),
+        "o_desc": descriptor(out, QUERY_ROWS),
+        "tiles_ptr": tables.tiles,
+        "starts_ptr": tables.starts,
+        "runs_ptr": tables.runs,
+        "counts_ptr": counts,
+        "lengths_ptr": lengths,
+        "weight_ptr": tables.weight,
+        "lse_ptr": lse,
+        "flag_ptr": state.flag,
+        "repairs_ptr": state.repairs,
+        "scale_log2": scale * math.log2(math.e),
+        "batches": q.shape[0],
+        "heads": q.shape[1],
+        "tiles": tables.count,
+        "query_blocks": -(-q.shape[2] // (2 * QUERY_ROWS)),
+        "length_q": q.shape[2],
+        "length_k": k.shape[2],
+    }

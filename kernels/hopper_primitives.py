@@ -1,0 +1,151 @@
+"""What the partitions of the Hopper kernel share: tile entries, barriers, pieces of the softmax.
+
+Written in Gluon, Triton's lower-level dialect, which lets a kernel place warps, shared memory,
+barriers and asynchronous products itself. See `hopper_kernel` for how the parts work together.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+# For the other partitions: one place that knows where Gluon keeps things.
+__all__ = [
+    "add_probabilities",
+    "advance",
+    "exp2",
+    "fence_async_shared",
+    "finite",
+    "gl",
+    "gluon",
+    "high",
+    "low",
+    "mask_scores",
+    "matrix",
+    "mbarrier",
+    "partial_sums",
+    "release",
+    "tile_count",
+    "tiles_to_do",
+    "warpgroup_mma",
+    "warpgroup_mma_wait",
+]
+
+
+@gluon.jit
+def low(word):
+    """The lower 16 bits of a packed entry, which is never negative."""
+    return word & 0xFFFF
+
+
+@gluon.jit
+def high(word):
+    """The upper 16 bits of a packed entry, which is never negative."""
+    return word >> 16
+
+
+@gluon.jit
+def tiles_to_do(starts_ptr, flag_ptr, batches, REPAIR: gl.constexpr):
+    """First tile entry of this program, the end of its entries, and how often it works on one.
+
+    With REPAIR nothing is to be done unless the flag is set.
+    """
+    first = gl.load(starts_ptr + gl.program_id(0))
+    end = gl.load(starts_ptr + gl.program_id(0) + 1)
+    total = (end - first) * batches
+    if REPAIR:
+        total = gl.where(gl.load(flag_ptr) != 0, total, 0)
+    return first, end, total
+
+
+@gluon.jit
+def advance(entry, batch, first, end):
+    """The next tile of this program: its entries once for each batch item.
+
+    Past the last one it names a tile that exists, so that it may be loaded without a check.
+    """
+    wraps = entry + 1 == end
+    return gl.where(wraps, first, entry + 1), gl.where(wraps, batch + 1, batch)
+
+
+@gluon.jit
+def tile_count(tiles_ptr, counts_ptr, entry, batch, tiles, LENGTHS: gl.constexpr):
+    """Key blocks of a tile, and 16 bits up the position of the one to mask, plus one."""
+    if LENGTHS:
+        # One past the last batch item may be asked for, see `advance`: the table has a spare row.
+        return gl.load(counts_ptr + batch * tiles + entry)
+    return gl.load(tiles_ptr + entry * 4 + 1)
+
+
+@gluon.jit
+def matrix(tiles, index):
+    """Tile `index` of (N, 1, 1, rows, D) in shared memory as (rows, D).
+
+    The two ones stand for batch and head, which the descriptors address.
+    """
+    rows: gl.constexpr = tiles.shape[3]
+    columns: gl.constexpr = tiles.shape[4]
+    return tiles.index(index).reshape([rows, columns])
+
+
+@gluon.jit
+def release(barrier):
+    """Arrive with every thread of the warpgroup; the barrier counts threads.
+
+    `mbarrier.arrive` would synchronise the warpgroup first and arrive once: in the inner loop that
+    costs more than the 128 arrivals.
+    """
+    async_copy.mbarrier_arrive(barrier, increment_count=False)
+
+
+@gluon.jit
+def exp2(x):
+    """2^x by the special function unit alone; denormal results are zero."""
+    return gl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def finite(maximum):
+    """What to subtract for a row maximum: 0 where only -inf was seen, as inf - inf is NaN."""
+    return gl.where(maximum == -float("inf"), 0.0, maximum)
+
+
+@gluon.jit
+def partial_sums(p):
+    """Sums (M, 4) of p (M, N) over what one thread holds: no shuffles until the row is done."""
+    rows: gl.constexpr = p.shape[0]
+    columns: gl.constexpr = p.shape[1]
+    return gl.sum(gl.sum(gl.reshape(p, [rows, columns // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def add_probabilities(total, p, shrink, FIXED: gl.constexpr):
+    """Add the rows of p (M, N) to the partial sums (M, 4), which shrink unless FIXED."""
+    if not FIXED:
+        by_row = gl.convert_layout(shrink, gl.SliceLayout(1, total.type.layout))
+        total = total * gl.expand_dims(by_row, 1)
+    return total + partial_sums(p)
+
+
+@gluon.jit
+def mask_scores(scores, position, masked, valid, RAGGED: gl.constexpr):
+    """Score -inf from key `valid` of the block on, in the one block of a row where keys end.
+
+    A branch, not a select: all other blocks pay one comparison. It stands beside a barrier wait,
+    which ends the basic block anyway.
+    """
+    if RAGGED:  # noqa: SIM102
+        if position == masked:
+            columns: gl.constexpr = scores.shape[1]
+            column = gl.arange(0, columns, gl.SliceLayout(0, scores.type.layout))
+            scores = gl.where(gl.expand_dims(column < valid, 0), scores, -float("inf"))
+    return scores

@@ -1,0 +1,214 @@
+"""Which program of the Hopper kernel works on which tile, and in which order it takes the keys.
+
+Made once for a pattern, on the host. A tile is one query block of one head. Programs are
+persistent: each owns a list of tiles, so that none waits for another.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from calibatt_compiler.errors import KernelError
+from calibatt_compiler.plan.pattern import BlockPattern
+from calibatt_compiler.plan.weights import STEPS
+
+TILE_COST = 2
+"""What a tile costs beyond its key blocks, in key blocks: filling the pipe, storing the output."""
+
+TAIL_TILES = 4
+"""The last tiles, this many a program, are taken longest first."""
+
+Words = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class KeyRuns:
+    """Key blocks of every row in the order in which a tile takes them.
+
+    Row `r = head * query_blocks + block` takes first the exact blocks from its first block on, then
+    the exact ones below it, then the tail ones.
+
+    Attributes:
+        offsets: int64 (rows + 1), first run of each row.
+        starts: int64 (runs), first key block of each run.
+        lengths: int64 (runs), at least 1.
+        blocks: int64 (rows), kept key blocks.
+        exact: int64 (rows), those of them that are not tail.
+        below: int64 (rows), exact blocks below the first block.
+        masked: int64 (rows), position of the last key block among those taken, or -1.
+    """
+
+    offsets: npt.NDArray[np.int64]
+    starts: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int64]
+    blocks: npt.NDArray[np.int64]
+    exact: npt.NDArray[np.int64]
+    below: npt.NDArray[np.int64]
+    masked: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Tables that the kernel reads.
+
+    Attributes:
+        tiles: int32 (T + 1, 4), program after program, and a spare that idle programs may read:
+            head << 16 | query block;
+            key blocks | (position of the block to mask + 1) << 16, 0 where none is;
+            runs | exact key blocks << 16;
+            first run of the tile, or with literals the number of kept blocks below the first one.
+        starts: int32 (programs + 1), first tile of each program.
+        runs: int32 (runs + 1): first key block | length << 16, in the order of the tiles, and a
+            spare; with literals only the spare.
+    """
+
+    tiles: Words
+    starts: Words
+    runs: Words
+
+
+def diagonal_blocks(pattern: BlockPattern) -> npt.NDArray[np.int64]:
+    """The key block of each query block's first token, int64 (heads, query_blocks).
+
+    Where queries and keys are the same tokens its scores hold each query with itself, so its row
+    maximum is representative: what a fixed softmax reference wants.
+    """
+    row = np.arange(pattern.query_blocks, dtype=np.int64) * pattern.block_m // pattern.block_n
+    row = np.minimum(row, pattern.key_blocks - 1)
+    return np.broadcast_to(row, (pattern.heads, pattern.query_blocks))
+
+
+def tail_weights(pattern: BlockPattern) -> npt.NDArray[np.float32] | None:
+    """Log2 weight of each row's weighted blocks, float32 (heads, query_blocks); None if unweighted.
+
+    The pattern's rows have one weight each: see `hopper_capability`.
+    """
+    if pattern.weights is None:
+        return None
+    weights: npt.NDArray[np.float32] = pattern.weights.max(-1).astype(np.float32) / STEPS
+    return weights
+
+
+def key_runs(pattern: BlockPattern, first_blocks: npt.NDArray[np.int64] | None = None) -> KeyRuns:
+    """Order the key blocks of each row; weighted blocks are its tail.
+
+    Args:
+        pattern: which blocks are kept.
+        first_blocks: int (heads, query_blocks), the key block to start at: the first one taken is
+            the lowest exact block from there on, or the lowest of all. Default: the diagonal.
+
+    Raises:
+        KernelError: first blocks that don't fit the pattern.
+    """
+    if first_blocks is None:
+        first_blocks = diagonal_blocks(pattern)
+    else:
+        _check(pattern, first_blocks)
+    kept = pattern.numpy_mask().reshape(-1, pattern.key_blocks)
+    exact = kept
+    if pattern.weights is not None:
+        exact = kept & (pattern.weights.reshape(kept.shape) == 0)
+    upper = np.arange(pattern.key_blocks) >= first_blocks.reshape(-1, 1)
+    pieces = [_runs(exact & upper), _runs(exact & ~upper)]
+    if pattern.weights is not None:
+        pieces.append(_runs(kept & ~exact))
+    rows = np.concatenate([piece[0] for piece in pieces])
+    order = np.argsort(rows, kind="stable")  # pieces keep their order within a row
+    starts = np.concatenate([piece[1] for piece in pieces])[order]
+    lengths = np.concatenate([piece[2] for piece in pieces])[order]
+    counts = np.bincount(rows, minlength=len(kept))
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    blocks, exact_blocks = kept.sum(1, dtype=np.int64), exact.sum(1, dtype=np.int64)
+    below = (exact & ~upper).sum(1, dtype=np.int64)
+    masked = np.where(exact[:, -1], exact_blocks - below - 1, np.where(kept[:, -1], blocks - 1, -1))
+    return KeyRuns(offsets, starts, lengths, blocks, exact_blocks, below, masked)
+
+
+def _runs(mask: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.int64], ...]:
+    """Row, start and length of each run of True, row by row."""
+    step = np.diff(mask.astype(np.int8), axis=1, prepend=0, append=0)
+    row, start = np.nonzero(step == 1)
+    _, end = np.nonzero(step == -1)
+    return row, start, end - start
+
+
+def _check(pattern: BlockPattern, first_blocks: npt.NDArray[np.int64]) -> None:
+    shape = (pattern.heads, pattern.query_blocks)
+    fits = first_blocks.shape == shape and np.issubdtype(first_blocks.dtype, np.integer)
+    if not fits or first_blocks.min() < 0 or first_blocks.max() >= pattern.key_blocks:
+        raise KernelError(
+            "the first key blocks don't fit the pattern",
+            expected=f"integers {shape} from 0 to {pattern.key_blocks - 1}",
+            got=f"{first_blocks.dtype} {first_blocks.shape}",
+            remedy="give one key block for each head and query block",
+        )
+
+
+def assign(blocks: npt.NDArray[np.int64], heads: int, programs: int) -> list[npt.NDArray[np.int64]]:
+    """Deal rows out to programs: each next row goes to the program with least work so far.
+
+    Heads with most work come first, and the rows of a head stay together, in order: programs that
+    run at the same time read the same keys, which then come from the L2 cache. The last rows are
+    dealt longest first, so that all programs end together.
+
+    Args:
+        blocks: key blocks of each row, row = head * query_blocks + query block.
+        heads: number of heads.
+        programs: number of lists.
+
+    Returns:
+        The rows of each program, in order.
+    """
+    by_head = blocks.reshape(heads, -1)
+    heads_in_order = np.argsort(-by_head.sum(1), kind="stable")
+    rows = np.arange(len(blocks)).reshape(heads, -1)[heads_in_order].reshape(-1)
+    cut = max(0, len(rows) - TAIL_TILES * programs)
+    tail = rows[cut:]
+    rows = np.concatenate([rows[:cut], tail[np.argsort(-blocks[tail], kind="stable")]])
+    load = [(0, program) for program in range(programs)]
+    lists: list[list[int]] = [[] for _ in range(programs)]
+    for row, cost in zip(rows.tolist(), (blocks[rows] + TILE_COST).tolist(), strict=True):
+        work, program = load[0]
+        lists[program].append(row)
+        heapq.heapreplace(load, (work + cost, program))
+    return [np.array(rows_of, np.int64) for rows_of in lists]
+
+
+def make_schedule(
+    pattern: BlockPattern, runs: KeyRuns, programs: int, *, literals: bool = False
+) -> Schedule:
+    """Write the tables of a pattern for a GPU with this many programs.
+
+    Args:
+        pattern: whose sizes are taken.
+        runs: from `key_runs`.
+        programs: how many run at a time: one a multiprocessor.
+        literals: the kernel knows the runs from its source.
+    """
+    lists = assign(runs.blocks, pattern.heads, programs)
+    rows = np.concatenate(lists)
+    starts = np.concatenate([[0], np.cumsum([len(part) for part in lists])])
+    counts = np.diff(runs.offsets)[rows]
+    ends = np.cumsum(counts)
+    first_run = ends - counts
+    # For each run in the order of the tiles, where it lies in the order of the rows.
+    source = np.arange(ends[-1]) + np.repeat(runs.offsets[:-1][rows] - first_run, counts)
+    packed = runs.starts[source] | runs.lengths[source] << 16
+    ragged = pattern.key_length % pattern.block_n != 0
+    masked = np.where(ragged, runs.masked[rows] + 1, 0)
+    head, block = np.divmod(rows, pattern.query_blocks)
+    words = [
+        head << 16 | block,
+        runs.blocks[rows] | masked << 16,
+        counts | runs.exact[rows] << 16,
+        runs.below[rows] if literals else first_run,
+    ]
+    spare = np.zeros(1, np.int32)
+    stream = spare if literals else np.concatenate([packed, spare]).astype(np.int32)
+    tiles = np.zeros((len(rows) + 1, 4), np.int32)
+    tiles[:-1] = np.stack(words, 1)
+    return Schedule(tiles, starts.astype(np.int32), stream)

@@ -1,0 +1,122 @@
+"""Compile the Hopper kernel for a GPU that need not be here; for test_hopper_offline.py.
+
+A process of its own: it puts a stand-in driver in Triton's place. Prints one JSON line a kernel.
+Arguments: names of variants to build; default all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from triton import knobs
+
+from calibatt_compiler.kernels import cache
+from calibatt_compiler.kernels.compiler import KernelCompiler, KernelSpec
+from calibatt_compiler.kernels.cover import LITERAL_BUDGET, MAX_INTERVALS
+from calibatt_compiler.kernels.hopper_launch import HopperConfig
+from calibatt_compiler.kernels.hopper_offline import compile_counts, compile_hopper
+from calibatt_compiler.plan.pattern import BlockPattern
+
+BF16, FP16 = torch.bfloat16, torch.float16
+
+# block_n, head_dim, dtype, fixed, ragged, then optional: tail, lse, lengths
+TABLES = {
+    "fixed, D 128": HopperConfig(128, 128, BF16, True, False),
+    "fixed, D 128, everything": HopperConfig(128, 128, BF16, True, True, True, True),
+    "fixed, D 128, lengths": HopperConfig(128, 128, BF16, True, True, False, True, True),
+    "exact, D 128, ragged": HopperConfig(128, 128, BF16, False, True),
+    "fp16, D 128, lse": HopperConfig(128, 128, FP16, False, True, False, True),
+    "fixed, D 128, blocks of 64": HopperConfig(64, 128, BF16, True, True),
+    "fixed, D 64": HopperConfig(128, 64, BF16, True, True),
+    "fp16, D 64, blocks of 64": HopperConfig(64, 64, FP16, False, True),
+}
+
+
+def run(tool: str, option: str, cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [tool, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def describe(kernel: Any) -> dict[str, Any]:
+    cubin = kernel.asm["cubin"]
+    dump = run(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin)
+    pairs = (word.split(":") for word in dump.split() if word.count(":") == 1)
+    usage = {name: int(value) for name, value in pairs if value.isdigit()}
+    code = run(knobs.nvidia.nvdisasm.path, "-c", cubin)
+    return {
+        "registers": usage["REG"],
+        "stack": usage["STACK"],
+        "local": usage["LOCAL"],
+        "shared": kernel.metadata.shared,
+        "threads": kernel.metadata.num_warps * 32,
+        "local_access": len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        "wgmma": len(re.findall(r"\bHGMMA\b", code)),
+        "half_products": len(re.findall(r"\bHMMA\b", code)),
+        "tma_loads": len(re.findall(r"\bUTMALDG\b", code)),
+        "tma_dimensions": sorted(set(re.findall(r"\bUTMALDG\.(\dD)", code))),
+        "tma_stores": len(re.findall(r"\bUTMASTG\b", code)),
+        "register_moves": sorted(set(re.findall(r"USETMAXREG\S* (?:\w+, )?(0x\w+)", code))),
+        "exponentials": len(re.findall(r"\bMUFU\.EX2\b", code)),
+    }
+
+
+def cached_files() -> int:
+    return sum(1 for path in Path(os.environ["TRITON_CACHE_DIR"]).rglob("*") if path.is_file())
+
+
+def pattern() -> BlockPattern:
+    row = torch.arange(12)
+    mask = (row[:, None] - row[None]).abs()[None] <= torch.tensor([1, 2])[:, None, None]
+    mask[:, :, 0] = True
+    return BlockPattern.from_mask(mask, query_length=12 * 128 - 37, key_length=12 * 128 - 37)
+
+
+def build_literals() -> None:
+    """By the compiling process, as a model does; then a launch must find everything."""
+    made = pattern()
+    with KernelCompiler(workers=1) as compiler:
+        report = compiler.build([KernelSpec(made, BF16, 128, 90, target="hopper")])
+    assert not report.failed, report.failed
+    limits = {"literal_budget": LITERAL_BUDGET, "max_intervals": MAX_INTERVALS}
+    entry = cache.get_entry(made, **limits, target="hopper")
+    config = HopperConfig(128, 128, BF16, True, True)
+    for repair in config.repairs:
+        assert cache.is_compiled(entry, config.variant_name(repair=repair))
+        before = cached_files()
+        literals, runs = cache.load_kernel(entry), entry.covering.cover.max_intervals
+        kernel = compile_hopper(config, repair=repair, literals=literals, runs=runs)
+        facts = {"name": f"literals, repair {repair}", "new_files": cached_files() - before}
+        print(json.dumps(facts | describe(kernel)), flush=True)
+
+
+def main() -> None:
+    chosen = sys.argv[1:] or [*TABLES, "counts", "repair", "literals"]
+    for name, config in TABLES.items():
+        if name in chosen:
+            start = time.perf_counter()
+            facts = describe(compile_hopper(config))
+            seconds = time.perf_counter() - start
+            print(json.dumps({"name": name, "seconds": seconds} | facts), flush=True)
+    if "counts" in chosen:
+        print(json.dumps({"name": "counts"} | describe(compile_counts(128))), flush=True)
+    if "repair" in chosen:
+        kernel = compile_hopper(TABLES["fixed, D 128"], repair=True)
+        print(json.dumps({"name": "repair"} | describe(kernel)), flush=True)
+    if "literals" in chosen:
+        build_literals()
+
+
+if __name__ == "__main__":
+    main()

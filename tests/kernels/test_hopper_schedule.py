@@ -1,0 +1,165 @@
+"""Schedule and tables of the Hopper kernel: every row once, every key once, in the right order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from calibatt_compiler.errors import KernelError
+from calibatt_compiler.kernels.hopper_schedule import (
+    TILE_COST,
+    Schedule,
+    assign,
+    key_runs,
+    make_schedule,
+    tail_weights,
+)
+from calibatt_compiler.plan.pattern import BlockPattern
+
+
+def keys_of(made: Schedule, index: int) -> list[int]:
+    """Key blocks of a tile in the order in which they are taken."""
+    _, _, intervals, first = made.tiles[index].tolist()
+    taken: list[int] = []
+    for run in made.runs[first : first + (intervals & 0xFFFF)].tolist():
+        taken += range(run & 0xFFFF, (run & 0xFFFF) + (run >> 16))
+    return taken
+
+
+def check(pattern: BlockPattern, programs: int, first: npt.NDArray[np.int64] | None = None) -> None:
+    made = make_schedule(pattern, key_runs(pattern, first), programs)
+    mask = pattern.numpy_mask()
+    assert made.starts[0] == 0
+    assert len(made.starts) == programs + 1
+    assert (np.diff(made.starts) >= 0).all()
+    assert made.starts[-1] == len(made.tiles) - 1 == pattern.heads * pattern.query_blocks
+    rows = [divmod(int(word), 1 << 16) for word in made.tiles[:-1, 0]]
+    assert sorted(rows) == [(h, r) for h in range(pattern.heads) for r in range(mask.shape[1])]
+    ragged = pattern.key_length % pattern.block_n != 0
+    last = pattern.key_blocks - 1
+    for index, (head, row) in enumerate(rows):
+        diagonal = min(row * pattern.block_m // pattern.block_n, last)
+        start = diagonal if first is None else first[head, row]
+        kept = np.flatnonzero(mask[head, row])
+        expected = [*kept[kept >= start], *kept[kept < start]]
+        assert keys_of(made, index) == expected
+        blocks, masked = made.tiles[index, 1] & 0xFFFF, (made.tiles[index, 1] >> 16) - 1
+        assert blocks == len(expected)
+        assert masked == (expected.index(last) if ragged and last in expected else -1)
+        assert made.tiles[index, 2] >> 16 == blocks
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 3),
+    st.integers(1, 6),
+    st.integers(1, 40),
+    st.integers(1, 9),
+    st.booleans(),
+    st.sampled_from([64, 128]),
+    st.floats(0, 1),
+    st.integers(0, 1000),
+)
+def test_tables_reproduce_any_mask(
+    heads: int,
+    rows: int,
+    columns: int,
+    programs: int,
+    ragged: bool,
+    block_n: int,
+    density: float,
+    seed: int,
+) -> None:
+    generator = np.random.default_rng(seed)
+    mask = generator.random((heads, rows, columns)) < density
+    mask[..., generator.integers(columns)] |= ~mask.any(-1)
+    pattern = BlockPattern.from_mask(
+        torch.from_numpy(mask),
+        query_length=rows * 128 - 5,
+        key_length=columns * block_n - (17 if ragged else 0),
+        block=(128, block_n),
+    )
+    check(pattern, programs)
+    check(pattern, programs, generator.integers(0, columns, (heads, rows)))
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "last column", "checkerboard", "dense"])
+def test_tables_reproduce_adversarial_masks(kind: str) -> None:
+    row, column = np.indices((9, 9))
+    mask = {
+        "diagonal": row == column,
+        "last column": column == 8,
+        "checkerboard": (row + column) % 2 == 0,
+        "dense": row >= 0,
+    }[kind]
+    for length in (9 * 128, 9 * 128 - 127):
+        made = BlockPattern.from_mask(
+            torch.from_numpy(np.stack([mask, mask.T | (row == column)])),
+            query_length=length,
+            key_length=length,
+        )
+        for programs in (1, 7, 40):
+            check(made, programs)
+
+
+def test_weighted_blocks_come_last() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(2, 4, 8, generator=generator) < 0.8
+    mask[:, :, 3] = True
+    tail = mask & (torch.rand(mask.shape, generator=generator) < 0.5)
+    rows = 2.0 ** torch.linspace(0.5, 4, 8).reshape(2, 4, 1)
+    pattern = BlockPattern.from_mask(
+        mask, query_length=500, key_length=1000, weight=torch.where(tail, rows, 1.0)
+    )
+    made = make_schedule(pattern, key_runs(pattern), 5)
+    for index in range(len(made.tiles) - 1):
+        head, row = divmod(int(made.tiles[index, 0]), 1 << 16)
+        taken = keys_of(made, index)
+        exact = int(made.tiles[index, 2] >> 16)
+        assert not tail[head, row, taken[:exact]].any()
+        assert tail[head, row, taken[exact:]].all()
+        assert sorted(taken) == np.flatnonzero(pattern.numpy_mask()[head, row]).tolist()
+        masked = int(made.tiles[index, 1] >> 16) - 1
+        assert masked == (taken.index(7) if 7 in taken else -1)
+    weights = tail_weights(pattern)
+    assert weights is not None
+    expected = torch.where(tail.any(-1), rows[..., 0].log2(), 0.0)
+    np.testing.assert_allclose(weights, expected, atol=1 / 32)
+    assert tail_weights(BlockPattern.dense(1, 128, 128)) is None
+
+
+def test_programs_end_together() -> None:
+    """Within one per cent of even work, for the masks that are hardest to balance."""
+    generator = np.random.default_rng(0)
+    sparse = generator.integers(10, 40, (26, 256))
+    mixed = np.concatenate([np.full((14, 256), 256), sparse])  # a third of the heads dense
+    heavy_last = sparse.copy()
+    heavy_last[-1] = 256
+    for blocks in (mixed, heavy_last, np.full((12, 591), 591)):
+        lists = assign(blocks.reshape(-1).astype(np.int64), len(blocks), 132)
+        work = [int((blocks.reshape(-1)[rows] + TILE_COST).sum()) for rows in lists]
+        even = sum(work) / 132
+        longest = blocks.max()
+        assert max(work) <= 1.01 * even + (longest if len(np.unique(blocks)) == 1 else 0)
+        assert sorted(np.concatenate(lists).tolist()) == list(range(blocks.size))
+
+
+def test_long_heads_come_first_and_long_rows_before_short_ones_at_the_end() -> None:
+    blocks = np.array([[1, 2, 3, 4], [9, 8, 7, 6]], np.int64).reshape(-1)
+    (rows,) = assign(blocks, 2, 1)
+    assert rows.tolist() == [4, 5, 6, 7, 3, 2, 1, 0]
+
+
+def test_first_blocks_that_do_not_fit_are_refused(
+    random_pattern: Callable[..., BlockPattern],
+) -> None:
+    pattern = random_pattern(block=(128, 128), query_length=300)
+    for first in (np.zeros((2, 2), int), np.full((2, 3), 3), np.zeros((2, 3))):
+        with pytest.raises(KernelError, match="first key blocks"):
+            key_runs(pattern, first)
