@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +64,39 @@ class AttentionKernel(Protocol):
 
         Returns:
             (B, H, Sq, D), always laid out as contiguous (B, Sq, H, D).
+
+        Raises:
+            KernelError: the operands don't fit the pattern or one another.
+        """
+
+
+@runtime_checkable
+class ReorderingKernel(Protocol):
+    """A kernel that reads tokens in another order than the pattern's without a copy."""
+
+    def reordered(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        query_tokens: Tensor,
+        key_tokens: Tensor,
+        *,
+        scale: float | None = None,
+    ) -> Tensor:
+        """Return the attention output in the order of the operands.
+
+        Args:
+            q: (B, H, Sq, D), any strides.
+            k: (B, H, Sk, D).
+            v: (B, H, Sk, D).
+            query_tokens: int32 (Sq), contiguous, on the operands' device: the query that stands
+                at each position of the pattern.
+            key_tokens: int32 (Sk), likewise for keys and values.
+            scale: factor on the scores; default 1 / sqrt(D).
+
+        Returns:
+            (B, H, Sq, D), laid out as contiguous (B, Sq, H, D).
 
         Raises:
             KernelError: the operands don't fit the pattern or one another.

@@ -69,23 +69,33 @@ struct Free {
 };
 using Memory = std::unique_ptr<VALUE, Free>;
 
+// The model's token at a position of the sequence; without a table they are the same.
+inline int64_t token_at(const int32_t* tokens, int64_t position) {
+  return tokens ? tokens[position] : position;
+}
+
 // Keys (length_k, HEAD_DIM) to panels [key / LANES][HEAD_DIM][LANES]; keys past the end are zero.
-void pack_keys(const ELEMENT* keys, int64_t stride, int64_t first, int64_t length, VALUE* panel) {
+void pack_keys(
+    const ELEMENT* keys, int64_t stride, const int32_t* tokens, int64_t first, int64_t length,
+    VALUE* panel) {
   const int64_t inside = std::min(LANES, length - first);
-  for (int64_t lane = 0; lane < inside; ++lane)
-    for (int64_t d = 0; d < HEAD_DIM; ++d)
-      panel[d * LANES + lane] = static_cast<VALUE>(keys[(first + lane) * stride + d]);
+  for (int64_t lane = 0; lane < inside; ++lane) {
+    const ELEMENT* key = keys + token_at(tokens, first + lane) * stride;
+    for (int64_t d = 0; d < HEAD_DIM; ++d) panel[d * LANES + lane] = static_cast<VALUE>(key[d]);
+  }
   for (int64_t lane = inside; lane < LANES; ++lane)
     for (int64_t d = 0; d < HEAD_DIM; ++d) panel[d * LANES + lane] = 0;
 }
 
 // Values (length_k, HEAD_DIM) to rows of PADDED_DIM, zero from HEAD_DIM on.
-void pack_values(const ELEMENT* values, int64_t stride, int64_t first, int64_t length, VALUE* rows) {
+void pack_values(
+    const ELEMENT* values, int64_t stride, const int32_t* tokens, int64_t first, int64_t length,
+    VALUE* rows) {
   const int64_t inside = std::min(LANES, length - first);
   for (int64_t lane = 0; lane < inside; ++lane) {
     VALUE* row = rows + lane * PADDED_DIM;
-    for (int64_t d = 0; d < HEAD_DIM; ++d)
-      row[d] = static_cast<VALUE>(values[(first + lane) * stride + d]);
+    const ELEMENT* value = values + token_at(tokens, first + lane) * stride;
+    for (int64_t d = 0; d < HEAD_DIM; ++d) row[d] = static_cast<VALUE>(value[d]);
     for (int64_t d = HEAD_DIM; d < PADDED_DIM; ++d) row[d] = 0;
   }
 }
@@ -204,21 +214,28 @@ void accumulate(Tile& tile, int64_t rows, const VALUE* values, int64_t keys) {
 }
 
 // Queries of a tile, scaled; those past the end are zero, and so is all else.
-void begin(Tile& tile, const ELEMENT* q, int64_t stride, int64_t rows, VALUE scale) {
-  for (int64_t row = 0; row < ROWS; ++row)
+void begin(
+    Tile& tile, const ELEMENT* q, int64_t stride, const int32_t* tokens, int64_t first,
+    int64_t rows, VALUE scale) {
+  for (int64_t row = 0; row < rows; ++row) {
+    const ELEMENT* query = q + token_at(tokens, first + row) * stride;
     for (int64_t d = 0; d < HEAD_DIM; ++d)
-      tile.q[row * HEAD_DIM + d] =
-          row < rows ? static_cast<VALUE>(q[row * stride + d]) * scale : VALUE(0);
+      tile.q[row * HEAD_DIM + d] = static_cast<VALUE>(query[d]) * scale;
+  }
+  std::fill(tile.q + rows * HEAD_DIM, tile.q + ROWS * HEAD_DIM, VALUE(0));
   std::fill(tile.out, tile.out + ROWS * PADDED_DIM, VALUE(0));
   std::fill(tile.top, tile.top + ROWS, NOTHING);
   std::fill(tile.sum, tile.sum + ROWS, VALUE(0));
 }
 
-void finish(const Tile& tile, ELEMENT* out, int64_t stride, int64_t rows) {
-  for (int64_t row = 0; row < rows; ++row)
+void finish(
+    const Tile& tile, ELEMENT* out, int64_t stride, const int32_t* tokens, int64_t first,
+    int64_t rows) {
+  for (int64_t row = 0; row < rows; ++row) {
+    ELEMENT* result = out + token_at(tokens, first + row) * stride;
     for (int64_t d = 0; d < HEAD_DIM; ++d)
-      out[row * stride + d] =
-          static_cast<ELEMENT>(tile.out[row * PADDED_DIM + d] / tile.sum[row]);
+      result[d] = static_cast<ELEMENT>(tile.out[row * PADDED_DIM + d] / tile.sum[row]);
+  }
 }
 
 // The packed keys and values of all heads.
@@ -226,7 +243,8 @@ struct Packed {
   Memory keys, values;
 
   Packed(
-      const Sizes& s, const ELEMENT* k, Strides ks, const ELEMENT* v, Strides vs, int threads)
+      const Sizes& s, const ELEMENT* k, Strides ks, const ELEMENT* v, Strides vs,
+      const int32_t* tokens, int threads)
       : keys(allocate(s.batch * s.heads * s.padded_keys() * HEAD_DIM)),
         values(v ? allocate(s.batch * s.heads * s.padded_keys() * PADDED_DIM) : nullptr) {
     const int64_t panels = s.padded_keys() / LANES;
@@ -235,11 +253,11 @@ struct Packed {
       const int64_t item = index / panels / s.heads, head = index / panels % s.heads;
       const int64_t first = index % panels * LANES;
       pack_keys(
-          k + item * ks.batch + head * ks.head, ks.token, first, s.length_k,
+          k + item * ks.batch + head * ks.head, ks.token, tokens, first, s.length_k,
           keys.get() + index * LANES * HEAD_DIM);
       if (v)
         pack_values(
-            v + item * vs.batch + head * vs.head, vs.token, first, s.length_k,
+            v + item * vs.batch + head * vs.head, vs.token, tokens, first, s.length_k,
             values.get() + index * LANES * PADDED_DIM);
     }
   }
@@ -309,17 +327,18 @@ struct Pooled {
 }  // namespace
 
 // Attend the kept intervals. `order` lists rows (head * query_blocks + query block), dearest first;
-// the next ones are the pattern's intervals, in blocks, with their weights. If `pooled` is not 0, each
+// `query_tokens` and `key_tokens`, or null, name the model's token at each position. The next ones are the pattern's intervals, in blocks, with their weights. If `pooled` is not 0, each
 // dropped key block, of which `kept` has one bit that is not set, takes part as `pooled` mean keys.
 extern "C" void attend(
     const int64_t* sizes, const int64_t* strides, const ELEMENT* q, const ELEMENT* k,
-    const ELEMENT* v, ELEMENT* out, double scale, const int32_t* order, const int32_t* offsets,
+    const ELEMENT* v, ELEMENT* out, double scale, const int32_t* query_tokens,
+    const int32_t* key_tokens, const int32_t* order, const int32_t* offsets,
     const int32_t* starts, const int32_t* ends, const float* log_weights, int64_t pooled,
     const uint8_t* kept, int threads) {
   const Sizes s = *reinterpret_cast<const Sizes*>(sizes);
   const Strides* by_operand = reinterpret_cast<const Strides*>(strides);
   const Strides qs = by_operand[0], os = by_operand[3];
-  const Packed packed(s, k, by_operand[1], v, by_operand[2], threads);
+  const Packed packed(s, k, by_operand[1], v, by_operand[2], key_tokens, threads);
   const Pooled parts(s, packed, pooled, threads);
   const int64_t table = s.heads * s.query_blocks();
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
@@ -335,7 +354,8 @@ extern "C" void attend(
     for (int64_t first = block * s.block_m; first < last; first += ROWS) {
       const int64_t rows = std::min(ROWS, last - first);
       const int64_t computed = (rows + GROUP - 1) / GROUP * GROUP;
-      begin(tile, q + item * qs.batch + head * qs.head + first * qs.token, qs.token, rows, scale);
+      const ELEMENT* queries = q + item * qs.batch + head * qs.head;
+      begin(tile, queries, qs.token, query_tokens, first, rows, scale);
       for (int32_t run = offsets[row]; run < offsets[row + 1]; ++run) {
         const int64_t end = std::min(ends[run] * s.block_n, s.length_k);
         const VALUE log_weight = log_weights ? log_weights[run] : 0;
@@ -348,7 +368,8 @@ extern "C" void attend(
       }
       if (pooled)
         parts.attend(tile, computed, item * s.heads + head, kept + row * ((s.key_blocks() + 7) / 8));
-      finish(tile, out + item * os.batch + head * os.head + first * os.token, os.token, rows);
+      ELEMENT* results = out + item * os.batch + head * os.head;
+      finish(tile, results, os.token, query_tokens, first, rows);
     }
   }
 }
@@ -361,7 +382,7 @@ extern "C" void attend_with_energy(
   const Sizes s = *reinterpret_cast<const Sizes*>(sizes);
   const Strides* by_operand = reinterpret_cast<const Strides*>(strides);
   const Strides qs = by_operand[0], os = by_operand[3];
-  const Packed packed(s, k, by_operand[1], v, by_operand[2], threads);
+  const Packed packed(s, k, by_operand[1], v, by_operand[2], nullptr, threads);
   const int64_t blocks = s.key_blocks(), table = s.batch * s.heads * s.query_blocks();
 #pragma omp parallel num_threads(threads)
   {
@@ -381,7 +402,8 @@ extern "C" void attend_with_energy(
       for (int64_t first = begins; first < last; first += ROWS) {
         const int64_t rows = std::min(ROWS, last - first);
         const int64_t computed = (rows + GROUP - 1) / GROUP * GROUP;
-        begin(tile, q + item * qs.batch + head * qs.head + first * qs.token, qs.token, rows, scale);
+        const ELEMENT* queries = q + item * qs.batch + head * qs.head;
+        begin(tile, queries, qs.token, nullptr, first, rows, scale);
         for (int64_t c = 0; c < blocks; ++c) {
           VALUE* sum = sums.get() + c * ROWS;
           std::fill(sum, sum + ROWS, VALUE(0));
@@ -397,7 +419,7 @@ extern "C" void attend_with_energy(
           std::copy(tile.top, tile.top + ROWS, references.get() + c * ROWS);
         }
         if (v)
-          finish(tile, out + item * os.batch + head * os.head + first * os.token, os.token, rows);
+          finish(tile, out + item * os.batch + head * os.head, os.token, nullptr, first, rows);
         const VALUE* given = lse ? lse + matrix * s.length_q + first : nullptr;
         for (int64_t c = 0; c < blocks; ++c) {
           VALUE total = 0;

@@ -75,6 +75,29 @@ class NativeCpuAttention:
         Raises:
             KernelError: the operands don't fit the pattern, one another or this kernel.
         """
+        return self._attend(q, k, v, scale, (None, None))
+
+    def reordered(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        query_tokens: Tensor,
+        key_tokens: Tensor,
+        *,
+        scale: float | None = None,
+    ) -> Tensor:
+        """Attend tokens in the pattern's order; see `ReorderingKernel`."""
+        return self._attend(q, k, v, scale, (query_tokens, key_tokens))
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float | None,
+        tokens: tuple[Tensor | None, Tensor | None],
+    ) -> Tensor:
         pattern = self.pattern
         check_operands(pattern, q, k, v)
         if (q.dtype, q.shape[-1]) != self._specialisation or q.device.type != "cpu":
@@ -92,6 +115,7 @@ class NativeCpuAttention:
             _strides(q, k, v, out),
             *(_pointer(x) for x in (q, k, v, out)),
             ctypes.c_double(factor),
+            *(_pointer(x) for x in tokens),
             *(_pointer(table) for table in self._tables),
             ctypes.c_int64(pattern.pooled),
             _pointer(pattern.bits),

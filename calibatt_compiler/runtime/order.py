@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from calibatt_compiler.kernels.attention import AttentionKernel, ReorderingKernel
 from calibatt_compiler.plan.order import TokenOrder
 
 
@@ -54,3 +55,32 @@ def rearrangement(
     first = length - math.prod(grid) if text_first else 0
     tokens = order.tokens(grid, length=length, first=first)
     return None if tokens is None else Rearrangement(tokens, device)
+
+
+def attend_in_order(
+    kernel: AttentionKernel,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    orders: tuple[Rearrangement | None, Rearrangement | None],
+) -> Tensor:
+    """Call a kernel on tokens in its pattern's order; the output is in the model's.
+
+    Args:
+        kernel: one that can reads the operands in their order, others are given copies.
+        q: (B, H, Sq, D) in the model's order.
+        k: (B, H, Sk, D).
+        v: (B, H, Sk, D).
+        scale: factor on the scores.
+        orders: of the queries, and of the keys and values.
+    """
+    of_queries, of_keys = orders
+    if of_queries is None and of_keys is None:
+        return kernel(q, k, v, scale=scale)
+    if isinstance(kernel, ReorderingKernel) and of_queries is not None and of_keys is not None:
+        return kernel.reordered(q, k, v, of_queries.tokens, of_keys.tokens, scale=scale)
+    q = q if of_queries is None else of_queries.apply(q)
+    k, v = (x if of_keys is None else of_keys.apply(x) for x in (k, v))
+    out = kernel(q, k, v, scale=scale)
+    return out if of_queries is None else of_queries.undo(out)

@@ -14,7 +14,7 @@ from calibatt_compiler.kernels.attention import AttentionKernel, dense_attention
 from calibatt_compiler.options import Lowering
 from calibatt_compiler.plan import BlockPattern, Plan
 from calibatt_compiler.plan.text import fit_pattern, other_text
-from calibatt_compiler.runtime.order import Rearrangement, rearrangement
+from calibatt_compiler.runtime.order import Rearrangement, attend_in_order, rearrangement
 
 DENSE_OUTSIDE = "dense: timestep outside the plan's range"
 DENSE_MIXED = "dense: samples of one batch at different timesteps"
@@ -85,12 +85,7 @@ class SparseSite:
             return dense_attention(q, k, v, scale)
         self.calls[kernel.kind] += 1
         orders = [self._rearrangement(length) for length in lengths]
-        q, k, v = (
-            x if order is None else order.apply(x)
-            for x, order in zip((q, k, v), (orders[0], orders[1], orders[1]), strict=True)
-        )
-        out = kernel(q, k, v, scale=scale)
-        return out if orders[0] is None else orders[0].undo(out)
+        return attend_in_order(kernel, q, k, v, scale, (orders[0], orders[1]))
 
     def _rearrangement(self, length: int) -> Rearrangement | None:
         return rearrangement(

@@ -50,6 +50,19 @@ def test_weights_and_pooled_keys(
     assert_attention(make(pattern, dtype)(q, k, v), q, k, v, pattern)
 
 
+@pytest.mark.parametrize("pooled", [0, 2])
+def test_tokens_in_another_order_give_the_bits_of_copies(operands, random_pattern, pooled):
+    q, k, v = operands(batch=2, query_length=200, key_length=130)
+    kernel = make(random_pattern(query_length=200, key_length=130, pooled=pooled))
+    generator = torch.Generator().manual_seed(0)
+    queries, keys = (torch.randperm(n, generator=generator) for n in (200, 130))
+    expected = torch.empty_like(q)
+    expected[:, :, queries] = kernel(q[:, :, queries], k[:, :, keys], v[:, :, keys])
+    out = kernel.reordered(q, k, v, queries.int(), keys.int())
+    assert torch.equal(out, expected)
+    assert out.transpose(1, 2).is_contiguous()
+
+
 @pytest.mark.parametrize("head_dim", [1, 40, 128, 200])
 def test_any_head_dim(operands, random_pattern, assert_attention, head_dim):
     q, k, v = operands(head_dim=head_dim)

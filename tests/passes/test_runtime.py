@@ -93,8 +93,9 @@ def test_the_step_decides_the_pattern():
     assert site.calls[sites.DENSE_MIXED] == 1
 
 
+@pytest.mark.parametrize("lowering", ["table", "reference"])
 @pytest.mark.parametrize(("text", "policy"), [(0, "none"), (7, "dense_first"), (7, "dense_last")])
-def test_a_site_brings_tokens_into_the_plans_order_and_back(text, policy):
+def test_a_site_brings_tokens_into_the_plans_order_and_back(text, policy, lowering):
     grid, order = (2, 5, 8), TokenOrder((1, 2, 3))
     length = 80 + text
     first = text if policy == "dense_first" else 0
@@ -110,7 +111,7 @@ def test_a_site_brings_tokens_into_the_plans_order_and_back(text, policy):
         text_policy=policy,
     )
     options = {"device": torch.device("cpu"), "dtype": torch.float32, "head_dim": 8}
-    site = sites.SparseSite(plan, "a", lowering="table", **options)
+    site = sites.SparseSite(plan, "a", lowering=lowering, **options)
     q, k, v = (torch.randn(2, length, 2, 8).transpose(1, 2) for _ in range(3))
     tokens = torch.from_numpy(order.tokens(grid, length=length, first=first))
     token_mask = torch.empty(2, length, length, dtype=torch.bool)
