@@ -41,7 +41,7 @@ class Contestant:
     kernel: Any = None
 
 
-def _fa3_function() -> Callable[..., Any]:
+def fa3_function() -> Callable[..., Any]:
     """`flash_attn_func` of FlashAttention-3: its own build, or the wheel `fa3-fwd`."""
     try:
         return importlib.import_module("flash_attn_interface").flash_attn_func  # type: ignore[no-any-return]
@@ -54,7 +54,7 @@ def _fa3_function() -> Callable[..., Any]:
 
 def fa3(_: BlockPattern, operands: Operands) -> Contestant:
     """FlashAttention-3, dense."""
-    function = _fa3_function()
+    function = fa3_function()
     q, k, v = (x.transpose(1, 2) for x in operands)
 
     def run() -> Tensor:

@@ -1,4 +1,4 @@
-"""The benchmark of attention runs where there is no GPU too; its masks are what they say."""
+"""The benchmarks of attention run where there is no GPU too; their masks are what they say."""
 
 from __future__ import annotations
 
@@ -40,6 +40,23 @@ def test_the_check_runs(tmp_path: Path) -> None:
         assert set(result["sustained"]) == set(result["burst"]) == {"math", "reference"}
         assert result["notes"] == []
     assert (tmp_path / "attention.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@pytest.mark.inductor
+def test_the_check_of_layers_runs(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "dit_layer.py"), "--check", "--out", str(tmp_path)]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = json.loads((tmp_path / "dit_layer.json").read_text())["rows"]
+    assert set(row["ms"]) == {"stock", "table", "none"}
+    assert row["left_out"] == {}
 
 
 @pytest.mark.parametrize("mask", ["banded", "ragged", "random", "mixed", "dense"])

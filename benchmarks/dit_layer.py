@@ -1,0 +1,312 @@
+"""Milliseconds a layer of Wan 2.1 14B, compiled: stock attention, FlashAttention-3, ours, none.
+
+    python benchmarks/dit_layer.py --out results                  480p and 720p, 2 layers
+    python benchmarks/dit_layer.py --sizes 720p --layers 4 --density 0.375
+    python benchmarks/dit_layer.py --check                        no GPU: tiny, times mean nothing
+
+The model has true widths and random weights; all layers share one mask of `attention_cases.py`.
+Every variant is the same module under `torch.compile`; what differs is what serves self-attention:
+`stock` is Inductor with SDPA as torch picks it, `cudnn` with cuDNN's, `none` returns zeros, which
+tells what a layer costs without attention. Times are medians of rounds that interleave all
+variants in one process. Results are printed and written to OUT/dit_layer.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from attention_cases import SIZES, Case, make_pattern
+from attention_kernels import fa3_function
+from attention_timing import beat, calls
+from diffusers import WanTransformer3DModel
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import calibatt_compiler
+from calibatt_compiler.files import write_text
+from calibatt_compiler.plan import Plan, Sampler, SitePatterns
+
+TIMESTEP = 500.0
+VARIANTS = ("stock", "cudnn", "fa3", "table", "baked", "hopper table", "hopper baked", "none")
+CHECK_VARIANTS = ("stock", "table", "none")
+OURS: dict[str, dict[str, Any]] = {
+    "table": {"lowering": "table"},
+    "baked": {"lowering": "baked"},
+    "hopper table": {"lowering": "table", "hopper": True},
+    "hopper baked": {"lowering": "baked", "hopper": True},
+}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A size of video and the width of the model.
+
+    Attributes:
+        latent: (frames, height, width) before patching by (1, 2, 2).
+        heads: of 128 channels, or of 32 in the check.
+        head_dim: channels a head.
+        text: text tokens.
+    """
+
+    latent: tuple[int, int, int]
+    heads: int = 40
+    head_dim: int = 128
+    text: int = 512
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Tokens after patching."""
+        frames, height, width = self.latent
+        return frames, height // 2, width // 2
+
+
+SCALES = {
+    "480p": Scale((21, 60, 104)),
+    "720p": Scale((21, 90, 160)),
+    "tiny": Scale((3, 12, 20), heads=2, head_dim=32, text=16),
+}
+
+
+@dataclass
+class Row:
+    """One size and density; milliseconds a layer by variant."""
+
+    size: str
+    tokens: int
+    density: float
+    layers: int
+    ms: dict[str, float]
+    left_out: dict[str, str]
+
+    def speed_up(self, over: str) -> dict[str, float]:
+        """How much faster each variant is than another one, whole layers."""
+        base = self.ms.get(over, math.nan)
+        return {name: base / ms for name, ms in self.ms.items()}
+
+
+@torch.library.custom_op("calibatt_benchmark::fa3", mutates_args=())
+def fa3_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """FlashAttention-3 over (B, H, S, D)."""
+    result = fa3_function()(*(x.transpose(1, 2) for x in (q, k, v)))
+    out: Tensor = result[0] if isinstance(result, tuple) else result
+    return out.transpose(1, 2)
+
+
+@torch.library.custom_op("calibatt_benchmark::none", mutates_args=())
+def no_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Zeros in the place of attention: what is left is the rest of the layer."""
+    return torch.zeros_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(
+        1, 2
+    )
+
+
+@fa3_attention.register_fake
+@no_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    batch, heads, length, head_dim = q.shape
+    return q.new_empty(batch, length, heads, head_dim).transpose(1, 2)
+
+
+def swapping(operator: Any, tokens: int) -> Callable[..., Any]:
+    """Return a backend: Inductor, with an operator in the place of self-attention."""
+
+    def backend(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        from torch._inductor.compile_fx import compile_fx
+
+        for node in list(gm.graph.nodes):
+            if node.op != "call_function" or "scaled_dot_product" not in str(node.target):
+                continue
+            names = ("query", "key", "value")
+            given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+            operands = tuple(given[name] for name in names)
+            if operands[1].meta["example_value"].shape[2] != tokens:
+                continue
+            with gm.graph.inserting_before(node):
+                new = gm.graph.call_function(operator, operands)
+            new.meta = dict(node.meta)
+            node.replace_all_uses_with(new)
+            gm.graph.erase_node(node)
+        gm.recompile()
+        return compile_fx(gm, inputs)
+
+    return backend
+
+
+def make_model(scale: Scale, layers: int, device: torch.device, dtype: torch.dtype) -> Any:
+    """Wan 2.1 14B's widths with random weights."""
+    torch.manual_seed(0)
+    width = scale.heads * scale.head_dim
+    with torch.device(device):
+        model = WanTransformer3DModel(
+            num_attention_heads=scale.heads,
+            attention_head_dim=scale.head_dim,
+            ffn_dim=13824 if width == 5120 else 4 * width,
+            num_layers=layers,
+        )
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+def compiled(model: Any, name: str, plan: Plan, tokens: int) -> Any:
+    """Compile one variant, apart from the others."""
+    settings: dict[str, Any] = {"fullgraph": True, "dynamic": False, "isolate_recompiles": True}
+    if name in OURS:
+        settings["options"] = {"plan": plan, "on_mismatch": "error", **OURS[name]}
+        return torch.compile(model, backend="calibatt", **settings)
+    operators = {
+        "fa3": torch.ops.calibatt_benchmark.fa3.default,
+        "none": torch.ops.calibatt_benchmark.none.default,
+    }
+    if name in operators:
+        return torch.compile(model, backend=swapping(operators[name], tokens), **settings)
+    return torch.compile(model, **settings)
+
+
+def measure(size: str, density: float, options: argparse.Namespace) -> Row:
+    """Compile and time all variants at one size and density."""
+    scale = SCALES[size]
+    on_gpu = torch.cuda.is_available() and not options.check
+    device = torch.device("cuda" if on_gpu else "cpu")
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    tokens = math.prod(scale.grid)
+    model = make_model(scale, options.layers, device, dtype)
+    shape = replace(
+        SIZES["720p" if size == "720p" else "480p"],
+        name=size,
+        tokens=tokens,
+        frame=tokens // scale.grid[0],
+        heads=scale.heads,
+        head_dim=scale.head_dim,
+        block=(128, 128) if on_gpu else (32, 32),
+    )
+    pattern = make_pattern(Case(shape, options.mask, density))
+    site = SitePatterns((pattern,), (0,), scale.head_dim)
+    plan = Plan.create(
+        {f"blocks.{layer}.attn1": site for layer in range(options.layers)},
+        grid=scale.grid,
+        sampler=Sampler(timesteps=(TIMESTEP,)),
+    )
+    arguments = {
+        "hidden_states": torch.randn(1, 16, *scale.latent, device=device, dtype=dtype),
+        "timestep": torch.tensor([int(TIMESTEP)], device=device),
+        "encoder_hidden_states": torch.randn(1, scale.text, 4096, device=device, dtype=dtype),
+        "return_dict": False,
+    }
+    runs: dict[str, Callable[[], Any]] = {}
+    left_out: dict[str, str] = {}
+    for name in options.variants:
+        variant = compiled(model, name, plan, tokens)
+        backend = sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if name == "cudnn" else nullcontext()
+
+        def run(variant: Any = variant, backend: Any = backend) -> Any:
+            return variant(**arguments)
+
+        try:
+            with backend:
+                run()
+            wait_for_kernels(variant, name)
+            beat()
+        except Exception as error:
+            left_out[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            continue
+        runs[name] = run
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(options.rounds + 1):
+        for name, run in runs.items():
+            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if name == "cudnn" else nullcontext():
+                took = calls(run, 2 if on_gpu else 1, on_gpu)[-1]
+            if turn:
+                times[name].append(took / options.layers)
+    ms = {name: statistics.median(values) for name, values in times.items()}
+    return Row(size, tokens, pattern.density, options.layers, ms, left_out)
+
+
+def wait_for_kernels(variant: Any, name: str, seconds: float = 120.0) -> None:
+    """Wait until generated kernels serve, so that not their stand-in is timed."""
+    if "baked" not in name:
+        return
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        rows = [row for row in calibatt_compiler.summary(variant).rows if row.status == "sparse"]
+        if all("baked" in row.kernel or row.reasons for row in rows):
+            break
+        time.sleep(0.5)
+    served = Counter(row.kernel for row in rows)
+    if not all("baked" in kernel for kernel in served):
+        reasons = {why for row in rows for why in row.reasons} or {"not compiled in time"}
+        raise RuntimeError(f"served by {dict(served)}: {'; '.join(sorted(reasons))}")
+
+
+def report(row: Row) -> None:
+    """Print one row."""
+    print(f"\n{row.size}: {row.tokens} tokens, density {row.density:.3f}, {row.layers} layers")
+    over_fa3, over_stock = row.speed_up("fa3"), row.speed_up("stock")
+    for name, ms in row.ms.items():
+        print(
+            f"  {name:14s} {ms:8.2f} ms a layer   x{over_fa3[name]:.2f} over fa3   "
+            f"x{over_stock[name]:.2f} over stock",
+            flush=True,
+        )
+    for name, why in row.left_out.items():
+        print(f"  {name:14s} left out: {why}", flush=True)
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sizes", nargs="+", choices=list(SCALES), default=["480p", "720p"])
+    parser.add_argument("--density", type=float, nargs="+", default=[0.319, 0.375])
+    parser.add_argument("--mask", default="ragged")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--check", action="store_true", help="tiny, on a CPU: shows that it runs")
+    options = parser.parse_args()
+    if options.check:
+        options.sizes, options.density, options.layers, options.rounds = ["tiny"], [0.4], 1, 1
+        options.variants = list(CHECK_VARIANTS)
+    elif len(options.density) not in (1, len(options.sizes)):
+        parser.error("give one density, or one for each size")
+    return options
+
+
+def main() -> int:
+    """Measure, print, write."""
+    options = parse()
+    densities = (
+        options.density * len(options.sizes) if len(options.density) == 1 else options.density
+    )
+    rows = []
+    for size, density in zip(options.sizes, densities, strict=True):
+        rows.append(measure(size, density, options))
+        report(rows[-1])
+        if options.out is not None:
+            device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+            content = {
+                "device": device,
+                "torch": torch.__version__,
+                "mask": options.mask,
+                "rows": [asdict(row) for row in rows],
+            }
+            options.out.mkdir(parents=True, exist_ok=True)
+            write_text(options.out / "dit_layer.json", json.dumps(content, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        sys.exit(main())
