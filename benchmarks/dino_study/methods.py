@@ -1,0 +1,170 @@
+"""The methods compared, each at the same share of the dense key work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from dino_study import choose, weigh
+from dino_study.form import Form
+from dino_study.measure import Method, input_energy, pooled_scores
+from dino_study.order import block_centres
+from dino_study.record import Record
+from torch import Tensor
+
+PAPER = "paper: agreement of covering sets"
+HIGHEST = "highest energy"
+RANDOM = "random"
+ORACLE = "per-input oracle"
+ROUTER = "pooled top-k at run time"
+HALF = "half highest, half sample, inverse rate"
+UNWEIGHTED = "p ~ sqrt(energy), weight 1"
+EACH = "p ~ energy^0.65, weight 1/p"
+POOLED = "highest + {} pooled a block"
+
+CORE = (PAPER, HIGHEST, HALF, UNWEIGHTED, EACH, POOLED.format(1), POOLED.format(4), ORACLE, ROUTER)
+"""Those whose final features are compared too, the most telling ones first."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a catalogue is made for."""
+
+    record: Record
+    order: Tensor
+    grid: tuple[int, int]
+    block: int
+    density: float
+    """Kept blocks, sampled ones included, plus pooled keys, over all keys."""
+    seed: int = 7
+
+    @property
+    def count(self) -> int:
+        """Key blocks a row, at least 1."""
+        return max(1, round(self.density * self.record.energies.shape[-1]))
+
+
+def fixed(
+    name: str, exact: Tensor, pooled: Tensor | None = None, keys: int = 1, cost: float = 0.0
+) -> Method:
+    """Return a method that is the same for all inputs; `cost` comes on top of the exact blocks."""
+    exact = exact.float()
+    forms = tuple(
+        Form(exact[layer], None if pooled is None else pooled[layer].float(), keys)
+        for layer in range(len(exact))
+    )
+    return Method(name, forms, float((exact > 0).float().mean()) + cost)
+
+
+def plain(setting: Setting) -> list[Method]:
+    """Masks without weights: calibrated ones, peers' patterns, choices made at run time."""
+    energy, count = setting.record.mean, setting.count
+    noise = torch.rand(energy.shape, generator=torch.Generator().manual_seed(setting.seed))
+    index = torch.arange(energy.shape[-1])
+    window = -(index[:, None] - index).abs().float()
+    centres = block_centres(setting.order, setting.grid, setting.block)
+    tiles = -(centres[:, None] - centres).abs().amax(-1)
+    methods = [
+        fixed(PAPER, choose.agreed(setting.record.energies, setting.density)),
+        fixed("highest energy, one share for all rows", choose.covering(energy, setting.density)),
+        fixed(HIGHEST, choose.top(energy, count)),
+        fixed(RANDOM, choose.top(noise, count)),
+        fixed("sliding window", choose.top(window.expand(energy.shape), count)),
+        fixed("neighbouring tiles", choose.top(tiles.expand(energy.shape), count)),
+    ]
+    for name, score in ((ORACLE, input_energy), (ROUTER, pooled_scores)):
+        methods.append(Method(name, partial(_online, score, count, setting.block), _share(setting)))
+    if setting.record.gram is not None:
+        change = setting.record.gram.diagonal(dim1=-2, dim2=-1)
+        methods.append(fixed("highest |P (V - o)|", choose.top(change, count)))
+    return methods
+
+
+def _share(setting: Setting) -> float:
+    return setting.count / setting.record.energies.shape[-1]
+
+
+def _online(
+    score: Callable[[Tensor, Tensor, int], Tensor],
+    count: int,
+    block: int,
+    layer: int,
+    q: Tensor,
+    k: Tensor,
+) -> Form:
+    return Form(choose.top(score(q, k, block), count).float())
+
+
+def splits(setting: Setting) -> list[Method]:
+    """Part highest, the rest a sample of what is left, with one weight for the whole sample."""
+    energy, gram = setting.record.mean, setting.record.gram
+    total = torch.full(energy.shape[:-1], setting.count)
+    methods = []
+    for share in (0.9, 0.75, 0.5):
+        best = (total * share).round().long()
+        s = choose.top(energy, best)
+        samples = {
+            "strata of energy": choose.stratified(energy, ~s, total - best, setting.seed),
+            "spread in order": choose.proportional((~s).float(), total - best, setting.seed)[0],
+        }
+        for how, t in samples.items():
+            d = ~(s | t)
+            name = f"{share:g} highest, sample in {how}"
+            if how == "spread in order":
+                name = f"{share:g} highest, sample spread in order"
+            inverse = HALF if (share, how) == (0.5, "strata of energy") else f"{name}, inverse rate"
+            methods.append(fixed(inverse, s + t * weigh.inverse_rate(t, d)))
+            ratio = weigh.mass_ratio(energy * t, energy * (t | d))
+            methods.append(fixed(f"{name}, mass ratio", s + t * ratio))
+            if gram is not None:
+                for by_head in (False, True):
+                    w = weigh.fitted(gram, energy, t, d, by_head=by_head)
+                    unit = "head" if by_head else "row"
+                    methods.append(fixed(f"{name}, fitted a {unit}", s + t * w))
+    return methods
+
+
+def samples(setting: Setting) -> list[Method]:
+    """Systematic samples with unequal probabilities, and what their weights are worth."""
+    energy, gram = setting.record.mean, setting.record.gram
+    total = torch.full(energy.shape[:-1], setting.count)
+    methods = []
+    for power in (0.5, 0.65, 1.0):
+        t, p = choose.proportional(energy**power, total, setting.seed)
+        name = EACH if power == 0.65 else f"p ~ energy^{power:g}, weight 1/p"
+        methods.append(fixed(name, t / p.float()))
+    t, p = choose.proportional(energy.sqrt(), total, setting.seed)
+    sure = t & (p >= 0.999)
+    tail, dropped = t & ~sure, ~t
+    methods.append(fixed(UNWEIGHTED, t))
+    ratio = weigh.mass_ratio(energy * tail, energy * (tail | dropped))
+    methods.append(fixed("p ~ sqrt(energy), mass ratio a row", sure + tail * ratio))
+    if gram is not None:
+        for by_head in (False, True):
+            w = weigh.fitted(gram, energy, tail, dropped, by_head=by_head)
+            unit = "head" if by_head else "row"
+            methods.append(fixed(f"p ~ sqrt(energy), fitted a {unit}", sure + tail * w))
+        each = weigh.fitted_each(gram, energy, t, 1 / p.float(), 1.0)
+        methods.append(fixed("p ~ sqrt(energy), fitted a block", each))
+    return methods
+
+
+def pooled(setting: Setting) -> list[Method]:
+    """Highest blocks, and keys pooled from the others; all pooled keys count, used or not."""
+    energy = setting.record.mean
+    methods = []
+    for keys in (1, 2, 4, 8):
+        cost = keys / setting.block
+        count = round((setting.density - cost) * energy.shape[-1])
+        if count < 1:
+            continue
+        s = choose.top(energy, count)
+        methods.append(fixed(POOLED.format(keys), s, ~s, keys, cost))
+    return methods
+
+
+def catalogue(setting: Setting) -> list[Method]:
+    """Return all methods for one setting."""
+    return [*plain(setting), *splits(setting), *samples(setting), *pooled(setting)]
