@@ -17,11 +17,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from dino_study.check import difference
 from dino_study.footage import PHOTOS, film_frame, film_times, photograph, to_tensor
 from dino_study.report import draw, table
 from dino_study.study import Study
 from dino_study.vit import Dino
-from dino_study.weights import load_weights
+from dino_study.weights import fetch_model, load_weights
 
 
 def film_image(folder: Path, seconds: float, pixels: int) -> torch.Tensor:
@@ -43,6 +44,10 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=2, help="test frames of the film")
     parser.add_argument("--photos", type=int, default=2, help=f"of {len(PHOTOS)} to test on")
     parser.add_argument("--densities", type=float, nargs="+", default=[0.5, 0.33, 0.2])
+    orders = ["raster", "4x16", "16x4", "2x32"]
+    parser.add_argument("--orders", nargs="*", default=orders, help="to compare with 8x8 tiles")
+    parser.add_argument("--without-fits", action="store_true", help="no fitted weights")
+    parser.add_argument("--check", action="store_true", help="compare with onnxruntime and stop")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after these")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--picture", type=Path, help="where the curves go; default: below --work")
@@ -50,6 +55,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     net = Dino().eval()
     net.load_state_dict(load_weights(options.work))
+    if options.check:
+        image = photo_image(options.work, next(iter(PHOTOS)), 224)
+        print(f"relative difference {difference(net, fetch_model(options.work), image):.1e}")
+        return
     used, held_out = film_times(options.inputs, options.held_out)
     images = {
         f"film {seconds:g} s": partial(film_image, options.work, seconds, options.pixels)
@@ -66,6 +75,8 @@ def main() -> None:
         (side, side),
         folder,
         densities=options.densities,
+        orders=options.orders,
+        fits=not options.without_fits,
         deadline=time.monotonic() + 60 * options.minutes,
     )
     finished = study.run()

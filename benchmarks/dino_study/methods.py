@@ -19,7 +19,7 @@ HIGHEST = "highest energy"
 RANDOM = "random"
 ORACLE = "per-input oracle"
 ROUTER = "pooled top-k at run time"
-HALF = "half highest, half sample, inverse rate"
+HALF = "0.5 highest, stratified sample, inverse rate"
 UNWEIGHTED = "p ~ sqrt(energy), weight 1"
 EACH = "p ~ energy^0.65, weight 1/p"
 POOLED = "highest + {} pooled a block"
@@ -98,7 +98,11 @@ def _online(
 
 
 def splits(setting: Setting) -> list[Method]:
-    """Part highest, the rest a sample of what is left, with one weight for the whole sample."""
+    """Part highest, the rest a sample of what is left, with one weight for a row's whole sample.
+
+    Strata are of blocks of like energy; a sample that is spread takes every n-th block in the order
+    of the sequence.
+    """
     energy, gram = setting.record.mean, setting.record.gram
     total = torch.full(energy.shape[:-1], setting.count)
     methods = []
@@ -106,16 +110,13 @@ def splits(setting: Setting) -> list[Method]:
         best = (total * share).round().long()
         s = choose.top(energy, best)
         samples = {
-            "strata of energy": choose.stratified(energy, ~s, total - best, setting.seed),
-            "spread in order": choose.proportional((~s).float(), total - best, setting.seed)[0],
+            "stratified": choose.stratified(energy, ~s, total - best, setting.seed),
+            "spread": choose.proportional((~s).float(), total - best, setting.seed)[0],
         }
         for how, t in samples.items():
             d = ~(s | t)
-            name = f"{share:g} highest, sample in {how}"
-            if how == "spread in order":
-                name = f"{share:g} highest, sample spread in order"
-            inverse = HALF if (share, how) == (0.5, "strata of energy") else f"{name}, inverse rate"
-            methods.append(fixed(inverse, s + t * weigh.inverse_rate(t, d)))
+            name = f"{share:g} highest, {how} sample"
+            methods.append(fixed(f"{name}, inverse rate", s + t * weigh.inverse_rate(t, d)))
             ratio = weigh.mass_ratio(energy * t, energy * (t | d))
             methods.append(fixed(f"{name}, mass ratio", s + t * ratio))
             if gram is not None:

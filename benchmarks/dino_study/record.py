@@ -48,6 +48,16 @@ def _gram(head: Head) -> Tensor:
     return torch.cat(grams)
 
 
+def log_sum_exp(q: Tensor, k: Tensor, rows: int = 512) -> Tensor:
+    """Return the log-sum-exp of the scaled scores, (1, heads, queries), some rows at a time."""
+    keys = k[0].mT * q.shape[-1] ** -0.5
+    parts = [
+        torch.stack([(a @ b).logsumexp(-1) for a, b in zip(part, keys, strict=True)])
+        for part in q[0].split(rows, 1)
+    ]
+    return torch.cat(parts, 1)[None]
+
+
 def record_frame(
     net: Dino, image: Tensor, order: Tensor, block: int, *, gram: bool
 ) -> dict[str, Tensor]:
@@ -55,13 +65,8 @@ def record_frame(
     energies, grams = [], []
 
     def observe(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        scale = q.shape[-1] ** -0.5
-        lse = torch.stack(
-            [(a[1:] @ b.T * scale).logsumexp(-1) for a, b in zip(q[0], k[0], strict=True)]
-        )
-        energies.append(
-            block_energy(q[:, :, 1:], k[:, :, 1:], block=(block, block), lse=lse[None])[0]
-        )
+        lse = log_sum_exp(q[:, :, 1:], k)
+        energies.append(block_energy(q[:, :, 1:], k[:, :, 1:], block=(block, block), lse=lse)[0])
         if gram:
             heads = zip(q[0], k[0], v[0], strict=True)
             grams.append(torch.stack([_gram(Head(*parts, block, ())) for parts in heads]))

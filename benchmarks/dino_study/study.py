@@ -39,6 +39,8 @@ class Study:
     densities: Sequence[float] = (0.5, 0.33, 0.2)
     orders: Sequence[str] = ("raster", "4x16", "16x4", "2x32")
     block: int = 64
+    fits: bool = True
+    """Record what weights are fitted to; it takes longer and a file of 80 MB or more a frame."""
     deadline: float = float("inf")
     """Of `time.monotonic`."""
     results: dict[str, dict[str, object]] = field(default_factory=dict)
@@ -91,7 +93,7 @@ class Study:
             return
         named = []
         for density in self.densities:
-            setting = self.setting(MAIN_TILE, density, gram=True)
+            setting = self.setting(MAIN_TILE, density, gram=self.fits)
             named += [(density, method) for method in catalogue(setting)]
         self._measure_layers(MAIN_TILE, named)
 
