@@ -20,7 +20,7 @@ import torch
 from dino_study.check import difference
 from dino_study.footage import PHOTOS, film_frame, film_times, photograph, to_tensor
 from dino_study.report import draw, table
-from dino_study.study import Study
+from dino_study.study import STAGES, Study
 from dino_study.vit import Dino
 from dino_study.weights import fetch_model, load_weights
 
@@ -47,6 +47,7 @@ def main() -> None:
     orders = ["raster", "4x16", "16x4", "2x32"]
     parser.add_argument("--orders", nargs="*", default=orders, help="to compare with 8x8 tiles")
     parser.add_argument("--without-fits", action="store_true", help="no fitted weights")
+    parser.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES)
     parser.add_argument("--check", action="store_true", help="compare with onnxruntime and stop")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after these")
     parser.add_argument("--threads", type=int, default=1)
@@ -79,7 +80,7 @@ def main() -> None:
         fits=not options.without_fits,
         deadline=time.monotonic() + 60 * options.minutes,
     )
-    finished = study.run()
+    finished = study.run(options.stages)
     print(table(study))
     draw(study, options.picture or folder / "curves.png")
     raise SystemExit(0 if finished else 3)

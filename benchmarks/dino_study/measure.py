@@ -77,13 +77,17 @@ def _columns(forms: Sequence[Form], head: int, pools: tuple[int, ...]) -> Tensor
     return torch.stack(columns, 1)
 
 
-def features_error(net: Dino, image: Tensor, order: Tensor, method: Method, block: int) -> float:
-    """Return the relative error of the final features with the method in all layers at once."""
+def features_error(
+    net: Dino, image: Tensor, order: Tensor, method: Method, block: int, reference: Tensor
+) -> float:
+    """Return the relative error of the final features with the method in all layers at once.
+
+    `reference` are the features of dense attention.
+    """
 
     def approximate(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q, k, v, method.form(layer, q[:, :, 1:], k[:, :, 1:]), block)
 
-    reference = net(image, dense, order)
     found = net(image, approximate, order)
     return float((found - reference).norm() / reference.norm())
 

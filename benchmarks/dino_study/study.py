@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from calibatt_compiler.calibration.selection import best_share, covering_mask
 from calibatt_compiler.files import write_text
 
 MAIN_TILE = "8x8"
+STAGES = ("layers", "features", "orders")
 Image = Callable[[], Tensor]
 
 
@@ -44,6 +46,7 @@ class Study:
     deadline: float = float("inf")
     """Of `time.monotonic`."""
     results: dict[str, dict[str, object]] = field(default_factory=dict)
+    references: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         path = self.folder / "results.json"
@@ -112,51 +115,66 @@ class Study:
             setting = self.setting(MAIN_TILE, density, gram=False)
             methods = {method.name: method for method in catalogue(setting)}
             for chosen, name in wanted:
-                method, image = methods[chosen], self.tests[name]
 
-                def make(method: Method = method, image: Image = image) -> dict[str, object]:
+                def make(
+                    method: Method = methods[chosen], name: str = name, setting: Setting = setting
+                ) -> dict[str, object]:
                     error = features_error(
-                        self.net, image(), self.order(MAIN_TILE), method, self.block
+                        self.net,
+                        self.tests[name](),
+                        setting.order,
+                        method,
+                        self.block,
+                        self._reference(name),
                     )
                     return {"cost": method.cost, "error": error}
 
                 self._keep(f"features|{density}|{chosen}|{name}", make)
 
+    def _reference(self, name: str) -> Tensor:
+        """Return the dense features of a test image, computed once a run."""
+        if name not in self.references:
+            self.references[name] = self.net(self.tests[name]())
+        return self.references[name]
+
     def token_orders(self) -> None:
         """Energies and per-layer errors of a few methods in other token orders."""
         few = (HIGHEST, ORACLE, POOLED.format(1), POOLED.format(4))
         for order in (MAIN_TILE, *self.orders):
-            setting = self.setting(order, 0.33, gram=False)
-            self._keep(f"order|{order}", lambda setting=setting: concentration(setting))
-            if order != MAIN_TILE:
-                named = [
-                    (density, method)
-                    for density in self.densities
-                    for method in catalogue(self.setting(order, density, gram=False))
-                    if method.name in few
-                ]
-                self._measure_layers(order, named)
+            self._keep(f"order|{order}", partial(self._concentration, order))
+        for order in self.orders:
+            if all(f"layers|{order}|{name}" in self.results for name in self.tests):
+                continue
+            named = [
+                (density, method)
+                for density in self.densities
+                for method in catalogue(self.setting(order, density, gram=False))
+                if method.name in few
+            ]
+            self._measure_layers(order, named)
 
-    def run(self) -> bool:
-        """Run what is not done yet; return whether all of it is."""
+    def _concentration(self, order: str) -> dict[str, object]:
+        """Return how few blocks hold how much of the energy of single inputs, on average."""
+        energies = self.setting(order, 0.5, gram=False).record.energies
+        found: dict[str, object] = {
+            f"best {share:g}": float(best_share(energies, share).mean()) for share in (0.1, 0.2)
+        }
+        for threshold in (0.7, 0.8, 0.9):
+            kept = covering_mask(energies, threshold)[0]
+            found[f"density at {threshold:g}"] = float(kept.float().mean())
+        return found
+
+    def run(self, stages: Sequence[str] = STAGES) -> bool:
+        """Run what of these stages is not done yet; return whether all of it is."""
         with torch.inference_mode():
             try:
-                self.main_layers()
-                self.features()
-                self.token_orders()
+                if "layers" in stages:
+                    self.main_layers()
+                if "features" in stages:
+                    self.features()
+                if "orders" in stages:
+                    self.token_orders()
             except OutOfTimeError as reached:
                 print(f"out of time before {reached}; run again to go on", flush=True)
                 return False
         return True
-
-
-def concentration(setting: Setting) -> dict[str, object]:
-    """Return how few blocks hold how much of the energy of single inputs, on average."""
-    energies = setting.record.energies
-    found: dict[str, object] = {
-        f"best {share:g}": float(best_share(energies, share).mean()) for share in (0.1, 0.2)
-    }
-    for threshold in (0.7, 0.8, 0.9):
-        kept = covering_mask(energies, threshold)[0]
-        found[f"density at {threshold:g}"] = float(kept.float().mean())
-    return found
