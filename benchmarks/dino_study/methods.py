@@ -23,8 +23,23 @@ HALF = "0.5 highest, stratified sample, inverse rate"
 UNWEIGHTED = "p ~ sqrt(energy), weight 1"
 EACH = "p ~ energy^0.65, weight 1/p"
 POOLED = "highest + {} pooled a block"
+A_ROW = "p ~ sqrt(energy), mass ratio a row"
+MIXED = "p ~ energy^0.65 + {} pooled a block, half each"
 
-CORE = (PAPER, HIGHEST, HALF, UNWEIGHTED, EACH, POOLED.format(1), POOLED.format(4), ORACLE, ROUTER)
+CORE = (
+    PAPER,
+    HIGHEST,
+    HALF,
+    UNWEIGHTED,
+    A_ROW,
+    EACH,
+    POOLED.format(1),
+    POOLED.format(4),
+    MIXED.format(1),
+    MIXED.format(4),
+    ORACLE,
+    ROUTER,
+)
 """Those whose final features are compared too, the most telling ones first."""
 
 
@@ -141,7 +156,7 @@ def samples(setting: Setting) -> list[Method]:
     tail, dropped = t & ~sure, ~t
     methods.append(fixed(UNWEIGHTED, t))
     ratio = weigh.mass_ratio(energy * tail, energy * (tail | dropped))
-    methods.append(fixed("p ~ sqrt(energy), mass ratio a row", sure + tail * ratio))
+    methods.append(fixed(A_ROW, sure + tail * ratio))
     if gram is not None:
         for by_head in (False, True):
             w = weigh.fitted(gram, energy, tail, dropped, by_head=by_head)
@@ -153,8 +168,14 @@ def samples(setting: Setting) -> list[Method]:
 
 
 def pooled(setting: Setting) -> list[Method]:
-    """Highest blocks, and keys pooled from the others; all pooled keys count, used or not."""
+    """Exact blocks, and keys pooled from the others; all pooled keys count, used or not.
+
+    The mixed form keeps a sample of probabilities p and lets samples and pooled keys speak for one
+    half of the tail each: weight 1 + (1/p - 1) / 2 where a block is kept, its pooled keys with
+    weight 1/2 where not. On average over samples every block then counts once.
+    """
     energy = setting.record.mean
+    total = torch.ones(energy.shape[:-1], dtype=torch.int64)
     methods = []
     for keys in (1, 2, 4, 8):
         cost = keys / setting.block
@@ -163,6 +184,10 @@ def pooled(setting: Setting) -> list[Method]:
             continue
         s = choose.top(energy, count)
         methods.append(fixed(POOLED.format(keys), s, ~s, keys, cost))
+        if keys in (1, 4):
+            t, p = choose.proportional(energy**0.65, count * total, setting.seed)
+            exact = t * (0.5 + 0.5 / p.float())
+            methods.append(fixed(MIXED.format(keys), exact, 0.5 * ~t, keys, cost))
     return methods
 
 

@@ -94,7 +94,7 @@ def draw(study: Study, path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 5), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5.6), sharey=True, layout="constrained")
     titles = ("held-out frames of the film", "photographs")
     for axis, kind, title in zip(axes, KINDS, titles, strict=True):
         for number, method in enumerate(DRAWN):
@@ -112,13 +112,14 @@ def draw(study: Study, path: Path) -> None:
                 marker="o",
                 markersize=3,
                 linewidth=width,
-                color=f"C{number % 10}" if number < 10 else "black",
+                color=plt.get_cmap("tab20")(number),
                 label=method,
             )
         axis.set(title=title, xlabel="density (kept blocks and pooled keys over all keys)")
         axis.grid(alpha=0.3)
     axes[0].set(ylabel="relative error of a layer's attention output", ylim=(0, None))
-    axes[1].legend(fontsize=8)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=110)
     plt.close(figure)
