@@ -103,6 +103,8 @@ def draw(study: Study, path: Path) -> None:
                 for density in sorted(study.densities)
                 if (error := layer_error(study, MAIN_TILE, density, method, kind)) is not None
             ]
+            if not points:
+                continue
             style = "--" if method in {RANDOM, "neighbouring tiles", ORACLE} else "-"
             width = 2.5 if method in {PAPER, POOLED.format(4)} else 1.3
             axis.plot(
