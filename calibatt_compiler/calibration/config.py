@@ -35,6 +35,10 @@ class CalibrationConfig:
         pooled: keys that each dropped block is pooled to: it then takes part as so many mean keys
             instead of not at all, which costs `pooled / block[1]` of dense attention; 0 drops it,
             as in arXiv 2603.05503.
+        sample_power: keep of each row not the blocks of most energy but as many drawn by chance,
+            in proportion to this power of their mean energy, each weighted by the inverse of its
+            chance: nothing is left out on average. 0.65 served best in
+            `benchmarks/RESULTS.md`. Needs `keep_energies`; None keeps the highest.
         token_order: how the grid's tokens are laid out before they are cut into blocks: `raster`,
             as the model has them, or frames x height x width of a tile, such as `2x8x8`.
         cfg: which branch of classifier-free guidance is observed: `conditional` or `both`. The
@@ -69,6 +73,7 @@ class CalibrationConfig:
     share_steps: float | None = None
     merge_budget: float | None = None
     pooled: int = 0
+    sample_power: float | None = None
     token_order: str = "raster"
     cfg: Literal["conditional", "both"] = "conditional"
     num_steps: int | None = None
@@ -127,6 +132,11 @@ def _check_form(config: CalibrationConfig) -> None:
         config.pooled and width % config.pooled
     ):
         raise _error("pooled", f"0 or a divisor of {width}", config.pooled)
+    power = config.sample_power
+    if power is not None and not (_number(power) and 0 <= power <= 2):
+        raise _error("sample_power", "a power in [0, 2], or None", power)
+    if power is not None and not config.keep_energies:
+        raise _error("sample_power", "keep_energies=True beside it", "keep_energies=False")
     try:
         TokenOrder.parse(config.token_order)
     except (PlanError, TypeError) as error:

@@ -16,9 +16,11 @@ import torch
 
 from calibatt_compiler.calibration.config import CalibrationConfig, check_rho
 from calibatt_compiler.calibration.records import InputRecord, SiteSize
+from calibatt_compiler.calibration.sampling import sample
 from calibatt_compiler.calibration.schedule import Thresholds
 from calibatt_compiler.calibration.selection import agreement, count_votes, pack, select
 from calibatt_compiler.calibration.store import RunStore
+from calibatt_compiler.calibration.text import text_blocks
 from calibatt_compiler.errors import CalibrationError, OptionError
 from calibatt_compiler.plan import (
     BlockPattern,
@@ -43,6 +45,7 @@ class Selection:
         share_steps: as in `calibatt_compiler.plan.share_steps`; None: steps share equal masks only.
         merge_budget: as in `calibatt_compiler.plan.merge_intervals`; None: gaps stay.
         pooled: keys that each dropped block is pooled to.
+        sample_power: as in `CalibrationConfig`; needs stored energies.
         raised: by site, what is added to its threshold at each step, at most up to 1; such sites
             are selected again, from stored energies.
     """
@@ -52,6 +55,7 @@ class Selection:
     share_steps: float | None = None
     merge_budget: float | None = None
     pooled: int = 0
+    sample_power: float | None = None
     raised: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -65,6 +69,7 @@ def plan_from_run(
     share_steps: float | None = None,
     merge_budget: float | None = None,
     pooled: int = 0,
+    sample_power: float | None = None,
     raised: Mapping[str, float] | None = None,
 ) -> Plan:
     """Make another plan from the folder that a calibration left, without running the model.
@@ -79,6 +84,7 @@ def plan_from_run(
         share_steps: as in `CalibrationConfig`.
         merge_budget: as in `CalibrationConfig`.
         pooled: as in `CalibrationConfig`.
+        sample_power: as in `CalibrationConfig`.
         raised: by site, what is added to its threshold at each step, such as
             `Validation.raised()` of a plan of this run; needs the energies of the run.
 
@@ -94,6 +100,7 @@ def plan_from_run(
         share_steps=share_steps,
         merge_budget=merge_budget,
         pooled=pooled,
+        sample_power=sample_power,
         raised=raised or {},
     )
     return derive_plan(
@@ -181,6 +188,7 @@ def derive_plan(
             "C": used.C,
             "k": used.k,
             "rho": float(selection.rho),
+            **({} if selection.sample_power is None else {"sample_power": selection.sample_power}),
             **refiner.thresholds(),
             **{f"raised:{name}": value for name, value in selection.raised.items()},
         },
@@ -211,13 +219,37 @@ def _pattern(
         count_votes(counts, bits)
         votes += len(bits)
     mask = torch.from_numpy(agreement(counts, votes, selection.rho))
+    weight = None
+    if selection.sample_power is not None:
+        mask, weight = _sampled(store, records, size, step, mask, selection.sample_power)
     return BlockPattern.from_mask(
         mask,
         query_length=size.query_length,
         key_length=size.key_length,
         block=block,
+        weight=weight,
         pooled=selection.pooled,
     )
+
+
+def _sampled(
+    store: RunStore,
+    records: Sequence[InputRecord],
+    size: SiteSize,
+    step: int,
+    mask: torch.Tensor,
+    power: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sample as many blocks as each row of a mask keeps; those of text stay, with weight 1."""
+    total = torch.zeros(mask.shape, dtype=torch.float64)
+    votes = 0
+    for record in records:
+        energy = torch.from_numpy(store.energy(record, size.name, step))
+        total += energy.double().sum(0)
+        votes += len(energy)
+    first = records[0]
+    text = text_blocks(size.key_length, math.prod(first.grid), first.block[1], first.text)
+    return sample(total / votes, mask.sum(-1), power, text)
 
 
 def _select_again(

@@ -186,6 +186,7 @@ class CalibrationRun:
             share_steps=self.config.share_steps,
             merge_budget=self.config.merge_budget,
             pooled=self.config.pooled,
+            sample_power=self.config.sample_power,
             raised=raised or {},
         )
         return derive_plan(self._store, names, selection, cfg=self._cfg, arguments=self._arguments)

@@ -100,6 +100,17 @@ def calibrate(
             rich_help_panel=_HOW,
         ),
     ] = 0,
+    sample_power: Annotated[
+        float | None,
+        typer.Option(
+            "--sample-power",
+            metavar="POWER",
+            help="Keep a weighted random sample of blocks, drawn in proportion to this power of "
+            "their energy, such as 0.65, instead of the highest. Needs --keep-energies.",
+            rich_help_panel=_HOW,
+            show_default=False,
+        ),
+    ] = None,
     token_order: Annotated[
         str,
         typer.Option(
@@ -158,6 +169,7 @@ def calibrate(
         share_steps=share_steps,
         merge_budget=merge_budget,
         pooled=pooled,
+        sample_power=sample_power,
         token_order=token_order,
         component=component,
         keep_energies=keep_energies,

@@ -99,7 +99,8 @@ class Refiner:
         Raises:
             PlanError: its blocks have weights, which would not fit more blocks.
         """
-        if site.weighted:
+        refines = self.share_steps is not None or self.merge_budget is not None
+        if refines and site.weighted:
             raise PlanError(
                 "patterns with weights can't share steps or merge intervals",
                 expected="patterns whose kept blocks count once",

@@ -310,8 +310,31 @@ def test_dropped_blocks_are_pooled_where_it_is_asked_for(model: Model, tmp_path:
     assert errors[0] < errors[1]
 
 
+def test_a_sample_is_as_dense_as_the_highest_blocks(model: Model, tmp_path: Path) -> None:
+    config = replace(CONFIG, keep_energies=True, sample_power=0.65, run_folder=tmp_path / "run")
+    plan = observe(model, config)
+    assert plan_from_run(tmp_path / "run", sample_power=0.65) == plan
+    highest = plan_from_run(tmp_path / "run")
+    for site in plan.sites:
+        for step in range(plan.steps):
+            one, two = plan.block_mask(site, step), highest.block_mask(site, step)
+            assert torch.equal(one.sum(-1), two.sum(-1))
+    assert any(site.weighted for site in plan.sites.values())
+    assert plan.metadata.thresholds["sample_power"] == 0.65
+    plan.save(tmp_path / "a.calibatt")
+    assert Plan.load(tmp_path / "a.calibatt") == plan
+
+
 @pytest.mark.parametrize(
-    "settings", [{"pooled": 3}, {"pooled": -1}, {"token_order": "2x2"}, {"token_order": None}]
+    "settings",
+    [
+        {"sample_power": 0.65},
+        {"sample_power": 3.0, "keep_energies": True},
+        {"pooled": 3},
+        {"pooled": -1},
+        {"token_order": "2x2"},
+        {"token_order": None},
+    ],
 )
 def test_forms_that_can_not_be_are_refused(settings: dict[str, object]) -> None:
     with pytest.raises(OptionError, match=next(iter(settings))):
