@@ -13,7 +13,6 @@ import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
-from calibatt_compiler.errors import CalibattError
 from calibatt_compiler.kernels.attention import AttentionKernel
 from calibatt_compiler.runtime.lanes import Lane, Mark
 from calibatt_compiler.runtime.upcoming import Key, Upcoming, fitting
@@ -175,8 +174,8 @@ class KernelStore:
             self._retire(gone)
             with self._lane.making():
                 kernel = self._makers[key[0]].make(key[1], key[2])
-        except (CalibattError, RuntimeError, OSError, MemoryError):
-            # Whoever asks for it makes it anew, and raises then.
+        except Exception:
+            # Whatever it is: a call may be waiting. It makes the kernel anew, and raises then.
             failed = True
         with self._changed:
             if failed:

@@ -192,7 +192,8 @@ def test_a_call_waits_for_a_kernel_that_is_being_made():
     assert made == [0, 1]
 
 
-def test_what_fails_ahead_raises_when_it_is_called_for():
+@pytest.mark.parametrize("error", [KernelError("no such thing"), KeyError("no such thing")])
+def test_what_fails_ahead_raises_when_it_is_called_for(error: Exception):
     store = KernelStore(FakeLane(), budget=100)
     ahead = []
 
@@ -200,14 +201,14 @@ def test_what_fails_ahead_raises_when_it_is_called_for():
         if threading.current_thread().name == "calibatt-kernels":
             ahead.append(index)
         if index == 1:
-            raise KernelError("no such thing")
+            raise error
         return FakeKernel(1)
 
     store.add("a", [0, 1, 2], Maker(make))
     store.get("a", 0)
     wait_for(store)
     for _ in range(2):
-        with pytest.raises(KernelError, match="no such thing"):
+        with pytest.raises(type(error), match="no such thing"):
             store.get("a", 1)
     assert store.get("a", 2) is not None
     assert sorted(ahead) == [1, 2], "tried once"
