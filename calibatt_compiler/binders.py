@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from calibatt_compiler import models
@@ -16,6 +17,8 @@ from calibatt_compiler.passes.graph import example
 from calibatt_compiler.passes.rewrite import SdpaCall, Skip
 from calibatt_compiler.plan import Plan, SitePatterns
 from calibatt_compiler.plan.text import other_text
+from calibatt_compiler.runtime.kernels import KernelStore
+from calibatt_compiler.runtime.lanes import lane_of
 from calibatt_compiler.runtime.serving import Site
 from calibatt_compiler.runtime.sites import RecordingSite, SparseSite
 
@@ -36,6 +39,7 @@ class PlanBinder:
         _check_model(self._plan, inputs)
         self._size = _check_size(self._plan, inputs)
         frames, height, width = self._plan.grid
+        self._stores: dict[torch.device, KernelStore] = {}
         self.expectation = f"{frames} x {height} x {width} latent tokens"
 
     @property
@@ -72,9 +76,15 @@ class PlanBinder:
                 dtype=query.dtype,
                 head_dim=info.head_dim,
                 hopper=self._options.hopper,
+                kernels=self._store(query.device),
             )
         except KernelError as error:
             return Skip(f"no kernel: {error.problem}", mismatch=True)
+
+    def _store(self, device: torch.device) -> KernelStore:
+        if device not in self._stores:
+            self._stores[device] = KernelStore(lane_of(device))
+        return self._stores[device]
 
     def _lengths(self, planned: SitePatterns, info: SiteInfo) -> list[tuple[str, int, Any]]:
         """Return the lengths that must be equal: none where only the text's may differ."""

@@ -39,6 +39,7 @@ class AttentionKernel(Protocol):
         density: blocks really computed / all blocks; above the pattern's own density where a
             superset covers the pattern.
         reason: why another kernel than the one asked for serves, and will go on to; else None.
+        table_bytes: what its index tables take on the operands' device.
     """
 
     @property
@@ -52,6 +53,10 @@ class AttentionKernel(Protocol):
     @property
     def reason(self) -> str | None:
         """Why another kernel than the one asked for serves."""
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of index tables on the operands' device."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
         """Return the attention output.

@@ -58,6 +58,9 @@ class _Table(Protocol):
     def config(self) -> LaunchConfig | HopperConfig:
         """What it is specialised on."""
 
+    @property
+    def table_bytes(self) -> int: ...
+
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
         """Attend."""
 
@@ -164,6 +167,11 @@ class BakedAttention:
         """Calls computed again because a fixed softmax reference overflowed (Hopper only)."""
         kernels = (self.table, self._baked)
         return sum(getattr(kernel, "repairs", 0) for kernel in kernels)
+
+    @property
+    def table_bytes(self) -> int:
+        """What the table kernel holds, which serves until the baked one does, or if it can't."""
+        return self.table.table_bytes
 
     def ready(self) -> bool:
         """Whether the baked kernel serves the next call."""

@@ -99,6 +99,11 @@ class HopperAttention:
         self._repairs = torch.zeros(1, dtype=torch.int32, device=device)
 
     @property
+    def table_bytes(self) -> int:
+        """Bytes of its tables, shared or not."""
+        return self.tables.nbytes
+
+    @property
     def repairs(self) -> int:
         """Calls whose fixed softmax reference failed, and that were computed again.
 

@@ -51,6 +51,11 @@ class WithFallback:
         return self._reason or self.kernel.reason
 
     @property
+    def table_bytes(self) -> int:
+        """Bytes of tables of the kernel that serves now."""
+        return self.kernel.table_bytes
+
+    @property
     def repairs(self) -> int:
         """Calls computed again because a fixed softmax reference overflowed."""
         return int(getattr(self.kernel, "repairs", 0))

@@ -175,6 +175,12 @@ class Tables:
         return self.tiles.shape[0] - 1
 
     @property
+    def nbytes(self) -> int:
+        """Bytes that they take on the device."""
+        weight = 0 if self.weight is None else self.weight.nbytes
+        return self.tiles.nbytes + self.starts.nbytes + self.runs.nbytes + weight
+
+    @property
     def programs(self) -> int:
         """Number of programs."""
         return self.starts.shape[0] - 1

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from calibatt_compiler.errors import KernelError
 from calibatt_compiler.kernels.operands import check_operands, empty_output
+from calibatt_compiler.kernels.runs import pattern_runs
 from calibatt_compiler.plan.pattern import BlockPattern
 
 LANES = 16
@@ -46,6 +47,7 @@ class NativeCpuAttention:
     Attributes:
         kind: "native-cpu".
         density: the pattern's own density, and the pooled keys as part of it.
+        table_bytes: what its tables take.
 
     Raises:
         KernelError: there is no C++ compiler, or it fails.
@@ -59,9 +61,10 @@ class NativeCpuAttention:
         self._library = library(dtype, head_dim)
         self._specialisation = (dtype, head_dim)
         self.density = pattern.computed_density
-        runs = pattern.intervals()
+        runs = pattern_runs(pattern)
         order = _dearest_first(pattern)
         self._tables = (order, runs.offsets, runs.starts, runs.ends, runs.log_weights)
+        self.table_bytes = sum(table.nbytes for table in self._tables if table is not None)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
         """Return the attention output, (B, H, Sq, D) laid out as contiguous (B, Sq, H, D).

@@ -38,6 +38,7 @@ class ReferenceAttention:
 
     kind = "reference"
     reason = None
+    table_bytes = 0
 
     def __init__(self, pattern: BlockPattern) -> None:
         self.pattern = pattern

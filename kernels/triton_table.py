@@ -20,6 +20,7 @@ from torch import Tensor
 
 from calibatt_compiler.kernels.operands import check_operands, empty_output
 from calibatt_compiler.kernels.pooling import pool
+from calibatt_compiler.kernels.runs import pattern_runs
 from calibatt_compiler.kernels.tiles import TileSettings
 from calibatt_compiler.kernels.triton_body import (
     attend_tile,
@@ -175,29 +176,44 @@ class IntervalTables:
     weights: Tensor
     kept: Tensor
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them, in the order of the kernel's arguments."""
+        return self.offsets, self.ends, self.shifts, self.weights, self.kept
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that they take on the device."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
     @classmethod
     def upload(cls, pattern: BlockPattern, device: torch.device) -> IntervalTables:
-        """Make the tables of `pattern`; 16-bit entries where they suffice."""
-        runs = pattern.intervals()
+        """Make the tables of `pattern`; 16-bit entries where they suffice.
+
+        To a GPU they are copied from pinned memory on the current stream, and not waited for.
+        """
+        runs = pattern_runs(pattern)
         lengths = runs.ends - runs.starts
         ends = np.cumsum(lengths, dtype=np.int64)
         row_start = np.concatenate([[0], ends])[runs.offsets[:-1]]
         ends -= np.repeat(row_start, np.diff(runs.offsets))
         shifts = runs.ends - ends
         entry = np.int16 if pattern.key_blocks < 2**15 else np.int32
+        on_gpu = device.type == "cuda"
         weights = np.empty(0, dtype=np.float32)
         if runs.log_weights is not None:
             weights = runs.log_weights * np.float32(math.log2(math.e))
 
         def put(array: npt.NDArray[Any]) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+            host = torch.from_numpy(np.require(array, requirements=["C", "W"]))
+            return host.pin_memory().to(device, non_blocking=True) if on_gpu else host.to(device)
 
         return cls(
             put(runs.offsets),
             put(ends.astype(entry)),
             put(shifts.astype(entry)),
             put(weights),
-            put(pattern.bits.ravel() if pattern.pooled else pattern.bits.ravel()[:0]),
+            put(pattern.bits.ravel() if pattern.pooled else np.empty(0, dtype=np.uint8)),
         )
 
 
@@ -240,6 +256,11 @@ class TableAttention(DeviceKernel):
         self.density = pattern.computed_density
         self.tables = interval_tables(pattern, device)
 
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of its tables, shared or not."""
+        return self.tables.nbytes
+
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
         """Attend; see `ReferenceAttention` for the meaning.
 
@@ -268,11 +289,7 @@ class TableAttention(DeviceKernel):
                 k,
                 v,
                 out,
-                tables.offsets,
-                tables.ends,
-                tables.shifts,
-                tables.weights,
-                tables.kept,
+                *tables.tensors,
                 *pooled,
                 **arguments,
                 heads=pattern.heads,

@@ -168,7 +168,8 @@ def derive_plan(
         by_step = [
             _pattern(store, records, size, step, selection) for step in range(len(first.timesteps))
         ]
-        sites[size.name] = refiner.site(SitePatterns.share(by_step, size.head_dim))
+        # Packed, since all sites of a large model don't fit into memory as bits.
+        sites[size.name] = refiner.site(SitePatterns.share(by_step, size.head_dim)).packed()
     video = math.prod(first.grid)
     has_text = any(size.query_length > video for size in first.sites)
     text: Literal["dense_first", "dense_last"]

@@ -19,6 +19,7 @@ from calibatt_compiler.plan.schema import (
     Sampler,
     SiteRecord,
 )
+from calibatt_compiler.plan.stored import Entries
 from calibatt_compiler.version import PRODUCER
 
 SELECTION = 112
@@ -35,8 +36,8 @@ DERIVATION = 40
 """Bytes a block of one pattern while it is agreed upon and refined: votes, masks, intervals."""
 
 COPIES = 3
-"""How often the masks of an input, or the bits of a plan, are in memory while they are written:
-themselves, joined, and as bytes."""
+"""How often the masks of an input are in memory while they are written: themselves, joined, and as
+bytes. A plan's codes are there twice: one by one or themselves, and joined or as bytes."""
 
 SMALL = 32 << 20
 """Bytes for records, names and everything else that does not grow with the number of blocks."""
@@ -76,7 +77,9 @@ class Sizes:
         return safetensors_bytes(store.FORMAT, text, arrays)
 
     def plan_bytes(self, thresholds: Mapping[str, float], inputs: int) -> int:
-        """Bytes of the plan's file if no two steps share a pattern: at most."""
+        """Bytes of the plan's file if no two steps share a pattern and no code is shorter than
+        what it stands for: at most. Calibrated masks take about a tenth of it.
+        """
         steps = len(self.record.timesteps)
         sites = tuple(self._site(size, steps) for size in self.record.sites)
         metadata = PlanMetadata(
@@ -93,11 +96,14 @@ class Sizes:
             quality={"best_20_percent_share": 0.123456, "input_kept_mass": 0.123456},
             sites=sites,
         )
-        arrays = {
-            site.name: ("U8", self._bits(size))
-            for site, size in zip(sites, self.record.sites, strict=True)
+        bits = {size.name: math.prod(self._bits(size)) for size in self.record.sites}
+        arrays = {name: ("U8", (length,)) for name, length in bits.items()}
+        entries: dict[str, Entries] = {
+            name: (((("bits", "deflate/previous", length // steps),),) * steps)
+            for name, length in bits.items()
         }
-        return safetensors_bytes(file.FORMAT, file.to_json(metadata), arrays)
+        index = file.index({name: ("0" * 64, patterns) for name, patterns in entries.items()})
+        return safetensors_bytes(file.FORMAT, f"{index}\n{file.to_json(metadata)}", arrays)
 
     def working_bytes(self, element_size: int, device: torch.device) -> int:
         """Most memory that observing one call takes on the model's device, beside the model.
@@ -111,9 +117,9 @@ class Sizes:
     def host_bytes(self) -> int:
         """Most host memory that an input's masks and then the plan take, beside the model."""
         one_input = sum(_bytes(dtype, shape) for dtype, shape in self.arrays().values())
-        plan = sum(_bytes("U8", self._bits(size)) for size in self.record.sites)
+        bits = [_bytes("U8", self._bits(size)) for size in self.record.sites]
         largest = max(size.heads * math.prod(self._blocks(size)) for size in self.record.sites)
-        return max(COPIES * one_input, COPIES * plan + DERIVATION * largest) + SMALL
+        return max(COPIES * one_input, 2 * sum(bits) + max(bits) + DERIVATION * largest) + SMALL
 
     def _call_bytes(self, size: SiteSize, element_size: int, device: torch.device) -> int:
         from calibatt_compiler.kernels.energy import CHUNK
@@ -149,6 +155,7 @@ class Sizes:
             block_m=self.record.block[0],
             block_n=self.record.block[1],
             patterns=steps,
+            digests=("0" * 64,) * steps,
             steps=tuple(range(steps)),
             density=(1 / 3,) * steps,
         )

@@ -189,9 +189,7 @@ class PlanObserver(Observer):
 
     def _block(self, site: str) -> tuple[int, int] | None:
         planned = self._kept.plan.sites.get(site)
-        return (
-            None if planned is None else (planned.patterns[0].block_m, planned.patterns[0].block_n)
-        )
+        return None if planned is None else (planned.size.block_m, planned.size.block_n)
 
     def _order(self) -> TokenOrder:
         return self._kept.plan.token_order
@@ -215,7 +213,7 @@ def _planned(plan: Plan, size: SiteSize, block: tuple[int, int]) -> bool:
     planned = plan.sites.get(size.name)
     if planned is None:
         return False
-    first = planned.patterns[0]
+    first = planned.size
     expected = (first.heads, first.query_length, first.key_length, first.block_m, first.block_n)
     got = (size.heads, size.query_length, size.key_length, *block)
     lengths, planned_lengths = (size.query_length, size.key_length), expected[1:3]

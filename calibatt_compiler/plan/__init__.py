@@ -2,7 +2,7 @@
 
 from calibatt_compiler.plan.intervals import Intervals
 from calibatt_compiler.plan.pattern import BlockPattern
-from calibatt_compiler.plan.plan import Plan, SitePatterns
+from calibatt_compiler.plan.plan import Plan
 from calibatt_compiler.plan.refine import merge_intervals, share_steps
 from calibatt_compiler.plan.schema import (
     CalibrationInputs,
@@ -11,6 +11,7 @@ from calibatt_compiler.plan.schema import (
     Sampler,
     SiteRecord,
 )
+from calibatt_compiler.plan.site import SitePatterns
 
 __all__ = [
     "BlockPattern",

@@ -1,8 +1,9 @@
-"""The plan file: safetensors, bits as tensors, the rest as JSON in the header.
+"""The plan file: safetensors, encoded patterns as tensors, the rest as JSON in the header.
 
-The header's metadata holds one entry, `calibatt-plan`: the digest, a line break, the JSON text. The
-digest covers the text and every tensor, so that a flipped bit anywhere is noticed. Several entries
-would be written in random order by safetensors; with one, equal plans make equal files.
+The header's metadata holds one entry, `calibatt-plan`, of three lines: a checksum of the other two,
+the index (what the tensors hold, and their checksums), the record (the plan's metadata). So a
+flipped bit anywhere is noticed when a plan is opened. Several entries would be written in random
+order by safetensors; with one, equal plans make equal files.
 """
 
 from __future__ import annotations
@@ -18,15 +19,45 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pydantic
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from calibatt_compiler.errors import PlanFormatError
 from calibatt_compiler.files import replacing
-from calibatt_compiler.plan.schema import KNOWN_FEATURES, SCHEMA_VERSION, PlanMetadata
+from calibatt_compiler.plan.schema import KNOWN_FEATURES, SCHEMA_VERSION, PlanMetadata, SiteRecord
+from calibatt_compiler.plan.stored import (
+    MAX_BYTES,
+    Entries,
+    PatternSize,
+    StoredPatterns,
+    layout,
+    layout_bytes,
+)
 
 FORMAT = "calibatt-plan"
-Bits = npt.NDArray[np.uint8]
+ATTEMPTS = 100
+"""How often a file is opened anew that is replaced while it is being opened."""
+
+_MALFORMED = (ValueError, TypeError, KeyError, AttributeError)
+Codes = npt.NDArray[np.uint8]
+
+
+class StoredSite(pydantic.BaseModel):
+    """What the tensor of one site holds.
+
+    Attributes:
+        sha256: of its bytes.
+        patterns: for each pattern its arrays; see `StoredPatterns.entries`.
+    """
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+
+    sha256: str
+    patterns: Entries
+
+
+_INDEX = pydantic.TypeAdapter(dict[str, StoredSite])
 
 WEIGHTS = "/weights"
 """Ends the name of the tensor with the weights of a site."""
@@ -37,35 +68,49 @@ def to_json(metadata: PlanMetadata) -> str:
     return json.dumps(metadata.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
 
 
-def digest(text: str, tensors: Mapping[str, Bits]) -> str:
-    """SHA-256 (hex) over the JSON text and each tensor's name, shape and bytes."""
-    h = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        array = np.ascontiguousarray(tensors[name])
-        h.update(f"\0{name}\0{array.dtype.str}{array.shape}\0".encode())
-        h.update(array.data)
-    return h.hexdigest()
+def digest(text: str) -> str:
+    """SHA-256 (hex) of a text; that of a plan's record is the digest of the plan."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def header(record: str, sites: Mapping[str, StoredPatterns]) -> str:
+    """Return the entry of metadata of a plan file.
+
+    Args:
+        record: what `to_json` returned.
+        sites: patterns by site name.
+    """
+    parts = {
+        name: (hashlib.sha256(site.code.data).hexdigest(), site.entries)
+        for name, site in sites.items()
+    }
+    rest = f"{index(parts)}\n{record}"
+    return f"{digest(rest)}\n{rest}"
+
+
+def index(parts: Mapping[str, tuple[str, Entries]]) -> str:
+    """Return the index: by site name SHA-256 and entries, as canonical JSON."""
+    sites = {name: {"sha256": sha, "patterns": entries} for name, (sha, entries) in parts.items()}
+    return json.dumps(sites, sort_keys=True, separators=(",", ":"))
 
 
 def write(
-    path: str | os.PathLike[str], metadata: PlanMetadata, tensors: Mapping[str, Bits]
+    path: str | os.PathLike[str], metadata: PlanMetadata, sites: Mapping[str, StoredPatterns]
 ) -> None:
     """Write a plan file atomically.
 
     Args:
         path: the file to write or replace.
-        metadata: everything but the bits.
-        tensors: by site name, uint8 (patterns, heads, query_blocks, ceil(key_blocks / 8)); of a
-            weighted site also `<name>/weights`, uint8 (patterns, heads, query_blocks, key_blocks).
+        metadata: everything but the patterns.
+        sites: patterns by site name.
     """
-    text = to_json(metadata)
-    header = {FORMAT: f"{digest(text, tensors)}\n{text}"}
+    entry = {FORMAT: header(to_json(metadata), sites)}
     with replacing(path) as temporary:
-        save_file(dict(tensors), temporary, metadata=header)
+        save_file({name: site.code for name, site in sites.items()}, temporary, metadata=entry)
 
 
-def read(path: str | os.PathLike[str]) -> tuple[PlanMetadata, dict[str, Bits]]:
-    """Read a plan file; the inverse of `write`.
+def read(path: str | os.PathLike[str]) -> tuple[PlanMetadata, dict[str, StoredPatterns]]:
+    """Open a plan file; the inverse of `write`. The patterns are views of the mapped file.
 
     Raises:
         PlanFormatError: not a plan, cut short, changed, or of another schema.
@@ -78,35 +123,76 @@ def read(path: str | os.PathLike[str]) -> tuple[PlanMetadata, dict[str, Bits]]:
             got=path,
             remedy="check the path, or calibrate the model first",
         )
+    for _ in range(ATTEMPTS):
+        before = _identity(path)
+        try:
+            return _read(path)
+        except PlanFormatError:
+            # safetensors opens the path twice, and another file may have come to stand there.
+            if _identity(path) == before:
+                raise
+    raise _damaged(path, "it is replaced all the time")
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _read(path: Path) -> tuple[PlanMetadata, dict[str, StoredPatterns]]:
     # The header is judged before any tensor is read: weights of a model may be given by mistake.
     with _opened(path) as opened:
-        header: dict[str, str] = opened.metadata() or {}
-        if set(header) != {FORMAT}:
+        entry: dict[str, str] = opened.metadata() or {}
+        if set(entry) != {FORMAT}:
             raise PlanFormatError(
                 f"{path} is not a plan",
                 expected=f"a safetensors file with one entry of metadata, {FORMAT!r}",
-                got=f"metadata {sorted(header)}",
+                got=f"metadata {sorted(entry)}",
                 remedy="give the file that `calibatt calibrate` wrote",
             )
+        # As torch tensors they are views of the mapped file; as numpy arrays they would be copies.
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    recorded, _, text = header[FORMAT].partition("\n")
-    metadata = _parse(path, text, intact=recorded == digest(text, tensors))
-    _check_tensors(path, metadata, tensors)
-    return metadata, tensors
+    listing, record = _lines(path, entry[FORMAT])
+    metadata = _parse(path, record)
+    stored = _parse_index(path, listing)
+    codes = _codes(path, metadata, stored, tensors)
+    return metadata, {
+        site.name: StoredPatterns(
+            _size(site),
+            codes[site.name],
+            stored[site.name].patterns,
+            site.digests,
+            _kept(site),
+            f"site {site.name!r} in {path}",
+        )
+        for site in metadata.sites
+    }
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
-        with safe_open(path, framework="numpy") as opened:
+        with safe_open(path, framework="pt") as opened:
             yield opened
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (SafetensorError, OSError, RuntimeError, *_MALFORMED) as error:
         raise _damaged(path, f"safetensors can't read it: {error}") from error
 
 
-def _parse(path: Path, text: str, *, intact: bool) -> PlanMetadata:
-    if not intact:
+def _lines(path: Path, text: str) -> tuple[str, str]:
+    """Return index and record of an intact header."""
+    checksum, _, rest = text.partition("\n")
+    listing, found, record = rest.partition("\n")
+    if checksum != digest(rest):
+        if not found and '"schema_version":1' in rest:
+            raise _other_schema(path, f"schema_version 1, of versions before {SCHEMA_VERSION}")
         raise _damaged(path, "the checksum does not match the content")
+    return listing, record
+
+
+def _parse(path: Path, text: str) -> PlanMetadata:
     try:
         raw: Any = json.loads(text)
         version, requires = raw["schema_version"], frozenset(raw["requires"])
@@ -115,11 +201,8 @@ def _parse(path: Path, text: str, *, intact: bool) -> PlanMetadata:
     # The schema comes before the fields: one of another version may have others.
     if version != SCHEMA_VERSION or not requires <= KNOWN_FEATURES:
         unknown = sorted(map(str, requires - KNOWN_FEATURES))
-        raise PlanFormatError(
-            f"{path} has a schema that this version can't read",
-            expected=f"schema_version {SCHEMA_VERSION}, features {sorted(KNOWN_FEATURES)}",
-            got=f"schema_version {version!r}" + (f", features {unknown}" if unknown else ""),
-            remedy="upgrade calibatt, or calibrate again with this version",
+        raise _other_schema(
+            path, f"schema_version {version!r}" + (f", features {unknown}" if unknown else "")
         )
     try:
         return PlanMetadata.model_validate_json(text)
@@ -132,24 +215,88 @@ def _parse(path: Path, text: str, *, intact: bool) -> PlanMetadata:
         ) from error
 
 
-def _check_tensors(path: Path, metadata: PlanMetadata, tensors: Mapping[str, Bits]) -> None:
-    expected = {}
-    for site in metadata.sites:
-        columns = -(-site.key_length // site.block_n)
-        rows = (site.patterns, site.heads, -(-site.query_length // site.block_m))
-        expected[site.name] = (*rows, (columns + 7) // 8)
-        if site.weighted:
-            expected[f"{site.name}{WEIGHTS}"] = (*rows, columns)
-    got = {name: tensor.shape for name, tensor in tensors.items()}
-    if got != expected or any(tensor.dtype != np.uint8 for tensor in tensors.values()):
-        wrong = sorted(set(expected.items()) ^ set(got.items()))[:4]
+def _parse_index(path: Path, text: str) -> dict[str, StoredSite]:
+    try:
+        return _INDEX.validate_json(text)
+    except pydantic.ValidationError as error:
+        raise _damaged(path, f"its index does not parse: {describe(error)}") from error
+
+
+def _codes(
+    path: Path,
+    metadata: PlanMetadata,
+    stored: Mapping[str, StoredSite],
+    tensors: Mapping[str, torch.Tensor],
+) -> dict[str, Codes]:
+    """Return the bytes of each site's tensor, after a check that it is what the index says."""
+    sites = {site.name: site for site in metadata.sites}
+    names = set(sites)
+    wrong = sorted(names ^ set(stored) | names ^ set(tensors))[:4]
+    if not wrong:
+        wrong = [
+            f"{name}: {tensors[name].dtype} {tuple(tensors[name].shape)}"
+            for name in sorted(names)
+            if not _fits(sites[name], stored[name].patterns, tensors[name])
+        ][:4]
+    if wrong:
         raise PlanFormatError(
             f"{path} holds tensors that don't fit its sites",
-            expected="uint8 (patterns, heads, query_blocks, ceil(key_blocks / 8)) for each site, "
-            "and weights where they are recorded",
-            got=wrong or "another dtype",
+            expected="for each site uint8 (bytes,), as long as its index says, of all its patterns",
+            got=wrong,
             remedy="calibrate again, or ask whoever wrote the plan",
         )
+    codes = {name: tensor.numpy() for name, tensor in tensors.items()}
+    for name, code in codes.items():
+        code.setflags(write=False)
+        if hashlib.sha256(code.data).hexdigest() != stored[name].sha256:
+            raise _damaged(path, f"the checksum of {name!r} does not match its content")
+    return codes
+
+
+def _fits(site: SiteRecord, entries: Entries, tensor: torch.Tensor) -> bool:
+    """Whether a tensor may hold the codes of these entries, and they the patterns of a site."""
+    size = _size(site)
+    known = set(layout(size))
+    weighted = False
+    for entry in entries:
+        names = [name for name, *_ in entry]
+        if "bits" not in names or not set(names) <= known or len(set(names)) != len(names):
+            return False
+        weighted |= "weights" in names
+    length = sum(length for entry in entries for *_, length in entry)
+    return (
+        len(entries) == site.patterns
+        and weighted == site.weighted
+        and tensor.dtype == torch.uint8
+        and tuple(tensor.shape) == (length,)
+        and layout_bytes(size) <= MAX_BYTES
+    )
+
+
+def _size(site: SiteRecord) -> PatternSize:
+    return PatternSize(
+        site.heads,
+        site.query_length,
+        site.key_length,
+        site.block_m,
+        site.block_n,
+        site.pooled,
+    )
+
+
+def _kept(site: SiteRecord) -> tuple[int, ...]:
+    """Kept blocks of each pattern, from the density of the steps that use it."""
+    kept = dict(zip(site.steps, site.density, strict=True))
+    return tuple(round(kept[index] * _size(site).blocks) for index in range(site.patterns))
+
+
+def _other_schema(path: Path, got: str) -> PlanFormatError:
+    return PlanFormatError(
+        f"{path} has a schema that this version can't read",
+        expected=f"schema_version {SCHEMA_VERSION}, features {sorted(KNOWN_FEATURES)}",
+        got=got,
+        remedy="upgrade calibatt, or calibrate again with this version",
+    )
 
 
 def _damaged(path: Path, what: str) -> PlanFormatError:

@@ -42,3 +42,28 @@ def runs_of(values: npt.NDArray[np.int16]) -> tuple[Intervals, npt.NDArray[np.in
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
     runs = Intervals(offsets, start.astype(np.int32), (end + 1).astype(np.int32))
     return runs, values[row, start]
+
+
+def runs_of_bits(bits: npt.NDArray[np.uint8]) -> Intervals:
+    """Runs of set bits in each row of a packed matrix, without weights.
+
+    The same as `runs_of`, several times as fast: it is what a sampler waits for when a step begins.
+
+    Args:
+        bits: uint8 (..., bytes a row), little-endian bit order; padding bits are zero.
+    """
+    width = bits.shape[-1]
+    packed = bits.reshape(-1, width)
+    one, seven = np.uint8(1), np.uint8(7)
+    before, after = packed << one, packed >> one
+    before[:, 1:] |= packed[:, :-1] >> seven
+    after[:, :-1] |= packed[:, 1:] << seven
+    first, last = _set_bits(packed & ~before), _set_bits(packed & ~after)
+    row, start = np.divmod(first, 8 * width)
+    offsets = np.searchsorted(row, np.arange(len(packed) + 1)).astype(np.int32)
+    end = last - row * (8 * width) + 1
+    return Intervals(offsets, start.astype(np.int32), end.astype(np.int32))
+
+
+def _set_bits(packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+    return np.flatnonzero(np.unpackbits(packed.reshape(-1), bitorder="little").view(np.bool_))

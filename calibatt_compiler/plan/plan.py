@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
 
@@ -15,7 +14,7 @@ import pydantic
 import torch
 from torch import Tensor
 
-from calibatt_compiler.errors import PlanError, PlanFormatError
+from calibatt_compiler.errors import PlanError
 from calibatt_compiler.plan import file
 from calibatt_compiler.plan.order import RASTER, TokenOrder
 from calibatt_compiler.plan.pattern import BlockPattern
@@ -29,86 +28,13 @@ from calibatt_compiler.plan.schema import (
     TextPolicy,
     features,
 )
+from calibatt_compiler.plan.site import SitePatterns
+from calibatt_compiler.plan.stored import StoredPatterns
 from calibatt_compiler.plan.text import TextPosition
 from calibatt_compiler.version import PRODUCER
 
 TIMESTEP_TOLERANCE = 2.0**-8
 """Relative rounding of a timestep that passed through bfloat16, as some pipelines do."""
-
-
-@dataclass(frozen=True)
-class SitePatterns:
-    """The patterns of one site.
-
-    Attributes:
-        patterns: the distinct ones; all of one size.
-        steps: for each diffusion step, the index of its pattern.
-        head_dim: channels a head, if known.
-
-    Raises:
-        PlanError: no pattern, patterns of different sizes, or a step without a pattern.
-    """
-
-    patterns: tuple[BlockPattern, ...]
-    steps: tuple[int, ...]
-    head_dim: int | None = None
-
-    def __post_init__(self) -> None:
-        sizes = {
-            (p.heads, p.query_length, p.key_length, p.block_m, p.block_n, p.pooled)
-            for p in self.patterns
-        }
-        if len(sizes) != 1:
-            raise PlanError(
-                "the patterns of a site must be of one size",
-                expected="one (heads, query_length, key_length, block_m, block_n, pooled)",
-                got=sorted(sizes),
-                remedy="make all steps of a site with the same lengths and blocks",
-            )
-        if any(not 0 <= index < len(self.patterns) for index in self.steps):
-            raise PlanError(
-                "a step of a site has no pattern",
-                expected=f"indices from 0 to {len(self.patterns) - 1}",
-                got=self.steps,
-                remedy="build sites with SitePatterns.share, one pattern a step",
-            )
-
-    def at(self, step: int) -> BlockPattern:
-        """Return the pattern of a diffusion step."""
-        return self.patterns[self.steps[step]]
-
-    @property
-    def heads(self) -> int:
-        """Number of heads."""
-        return self.patterns[0].heads
-
-    @property
-    def query_length(self) -> int:
-        """Tokens on the query side."""
-        return self.patterns[0].query_length
-
-    @property
-    def key_length(self) -> int:
-        """Tokens on the key side."""
-        return self.patterns[0].key_length
-
-    @property
-    def weighted(self) -> bool:
-        """Whether a pattern has weights."""
-        return any(pattern.weights is not None for pattern in self.patterns)
-
-    @classmethod
-    def share(cls, by_step: Sequence[BlockPattern], head_dim: int | None = None) -> SitePatterns:
-        """Store equal patterns of several steps once."""
-        index: dict[str, int] = {}
-        distinct: list[BlockPattern] = []
-        steps = []
-        for pattern in by_step:
-            if pattern.digest not in index:
-                index[pattern.digest] = len(distinct)
-                distinct.append(pattern)
-            steps.append(index[pattern.digest])
-        return cls(tuple(distinct), tuple(steps), head_dim)
 
 
 class Plan:
@@ -264,39 +190,20 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
-        """Read a plan file and check every byte of it.
+        """Open a plan file and check every byte of it.
+
+        The file is mapped into memory, and a pattern is decoded when it is first asked for. The
+        file may be replaced meanwhile, as `save` does, but not changed in place.
 
         Raises:
             PlanFormatError: not a plan, cut short, changed, or of another schema.
-            PlanError: sizes or patterns out of range.
+            PlanError: sizes out of range. Patterns that are none raise when they are decoded.
         """
-        metadata, tensors = file.read(path)
-        sites = {}
-        for record in metadata.sites:
-            bits = tensors[record.name]
-            patterns = tuple(
-                BlockPattern(
-                    record.heads,
-                    record.query_length,
-                    record.key_length,
-                    record.block_m,
-                    record.block_n,
-                    bits[index],
-                    tensors[record.name + file.WEIGHTS][index] if record.weighted else None,
-                    record.pooled,
-                )
-                for index in range(record.patterns)
-            )
-            site = SitePatterns(patterns, record.steps, record.head_dim)
-            density = tuple(site.at(step).density for step in range(len(site.steps)))
-            if not np.allclose(density, record.density, rtol=0, atol=1e-6):
-                raise PlanFormatError(
-                    f"{os.fspath(path)} records a density that its bits don't have",
-                    expected=f"{density[:8]} for site {record.name!r}",
-                    got=record.density[:8],
-                    remedy="calibrate again, or ask whoever wrote the plan",
-                )
-            sites[record.name] = site
+        metadata, stored = file.read(path)
+        sites = {
+            record.name: SitePatterns(stored[record.name], record.steps, record.head_dim)
+            for record in metadata.sites
+        }
         return cls(metadata, sites)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -305,22 +212,17 @@ class Plan:
         Raises:
             OSError: the folder can't be written.
         """
-        file.write(path, self._metadata, self._tensors())
-
-    def _tensors(self) -> dict[str, npt.NDArray[np.uint8]]:
-        tensors = {}
-        for name, site in self._sites.items():
-            tensors[name] = np.stack([pattern.bits for pattern in site.patterns])
-            if site.weighted:
-                tensors[name + file.WEIGHTS] = np.stack(
-                    [pattern.block_weights for pattern in site.patterns]
-                )
-        return tensors
+        stored = {name: StoredPatterns.pack(site.patterns) for name, site in self._sites.items()}
+        file.write(path, self._metadata, stored)
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 (hex) over everything in the plan; part of every cache key."""
-        return file.digest(file.to_json(self._metadata), self._tensors())
+        """SHA-256 (hex) over everything in the plan; part of every cache key.
+
+        Patterns take part by their digests, so none is decoded, and how they are stored is no part
+        of it.
+        """
+        return file.digest(file.to_json(self._metadata))
 
     @property
     def metadata(self) -> PlanMetadata:
@@ -389,13 +291,8 @@ class Plan:
         """
         sites = self._sites.values() if site is None else [self._site(site)]
         steps = range(self.steps) if step is None else [self._step(step)]
-        kept = total = 0
-        for patterns in sites:
-            for index in steps:
-                pattern = patterns.at(index)
-                kept += pattern.kept
-                total += pattern.heads * pattern.query_blocks * pattern.key_blocks
-        return kept / total
+        kept = sum(patterns.kept_at(index) for patterns in sites for index in steps)
+        return kept / (len(steps) * sum(patterns.size.blocks for patterns in sites))
 
     def block_mask(self, site: str, step: int) -> Tensor:
         """Boolean (heads, query_blocks, key_blocks) of a site at a step; True is kept.
@@ -439,19 +336,21 @@ class Plan:
 
 
 def _record(name: str, site: SitePatterns) -> SiteRecord:
+    size = site.size
     return SiteRecord(
         name=name,
-        heads=site.heads,
+        heads=size.heads,
         head_dim=site.head_dim,
-        query_length=site.query_length,
-        key_length=site.key_length,
-        block_m=site.patterns[0].block_m,
-        block_n=site.patterns[0].block_n,
-        pooled=site.patterns[0].pooled,
+        query_length=size.query_length,
+        key_length=size.key_length,
+        block_m=size.block_m,
+        block_n=size.block_n,
+        pooled=size.pooled,
         weighted=site.weighted,
         patterns=len(site.patterns),
+        digests=site.digests,
         steps=site.steps,
-        density=tuple(site.at(step).density for step in range(len(site.steps))),
+        density=tuple(site.density_at(step) for step in range(len(site.steps))),
     )
 
 

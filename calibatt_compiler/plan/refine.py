@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from calibatt_compiler.errors import OptionError, PlanError
 from calibatt_compiler.plan.pattern import BlockPattern
-from calibatt_compiler.plan.plan import Plan, SitePatterns
+from calibatt_compiler.plan.plan import Plan
+from calibatt_compiler.plan.site import SitePatterns
 
 SHARE_STEPS = 0.97
 """Agreement from which on steps share one pattern, as in arXiv 2603.05503."""
@@ -108,8 +109,7 @@ class Refiner:
                 remedy="share and merge first, then make the weights",
             )
         kept = _kept(site)
-        first = site.patterns[0]
-        self._blocks += len(site.steps) * first.heads * first.query_blocks * first.key_blocks
+        self._blocks += len(site.steps) * site.size.blocks
         if self.share_steps is not None:
             site = _share(site, Fraction(str(self.share_steps)))
             self._shared += _kept(site) - kept
@@ -135,7 +135,8 @@ class Refiner:
 
 
 def _refined(plan: Plan, refiner: Refiner) -> Plan:
-    sites = {name: refiner.site(site) for name, site in plan.sites.items()}
+    # Packed, since all sites of a large model don't fit into memory as bits.
+    sites = {name: refiner.site(site).packed() for name, site in plan.sites.items()}
     before = plan.metadata.quality
     added = {name: before.get(name, 0.0) + value for name, value in refiner.figures().items()}
     return plan.with_sites(
@@ -147,7 +148,7 @@ def _refined(plan: Plan, refiner: Refiner) -> Plan:
 
 def _kept(site: SitePatterns) -> int:
     """Kept blocks, summed over the steps."""
-    return sum(site.at(step).kept for step in range(len(site.steps)))
+    return sum(site.kept_at(step) for step in range(len(site.steps)))
 
 
 def _share(site: SitePatterns, tau: Fraction) -> SitePatterns:

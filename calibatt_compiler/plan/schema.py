@@ -24,11 +24,12 @@ from pydantic import (
 from calibatt_compiler.errors import PlanError
 from calibatt_compiler.plan.order import TokenOrder
 
-SCHEMA_VERSION: Literal[1] = 1
+SCHEMA_VERSION: Literal[2] = 2
 KNOWN_FEATURES = frozenset({"pooled_keys", "token_order", "weights"})
 """Values of `PlanMetadata.requires` that this version can serve."""
 
 Size = Annotated[int, Field(ge=1, le=1 << 24)]
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Density = Annotated[float, Field(gt=0, le=1)]
 Figures = Annotated[
     Mapping[str, float],
@@ -111,9 +112,10 @@ class SiteRecord(_Record):
         block_m: tokens a query block.
         block_n: tokens a key block.
         pooled: keys that each dropped block is pooled to; 0 drops it.
-        weighted: whether kept blocks have weights, in the tensor `<name>/weights`.
+        weighted: whether kept blocks of some pattern have weights.
         head_forms: form of each head; only `blocks` exists in this schema version.
         patterns: how many distinct patterns are stored.
+        digests: `BlockPattern.digest` of each.
         steps: for each step, the index of its pattern.
         density: for each step, kept blocks / all blocks.
     """
@@ -129,6 +131,7 @@ class SiteRecord(_Record):
     weighted: bool = False
     head_forms: Literal["blocks"] = "blocks"
     patterns: Annotated[int, Field(ge=1)]
+    digests: tuple[Digest, ...]
     steps: tuple[int, ...]
     density: tuple[Density, ...]
 
@@ -136,10 +139,16 @@ class SiteRecord(_Record):
     def _check(self) -> SiteRecord:
         if any(not 0 <= index < self.patterns for index in self.steps):
             raise ValueError(f"steps must index the {self.patterns} patterns of the site")
+        if len(set(self.steps)) != self.patterns:
+            raise ValueError("each pattern must be that of some step")
+        if len(self.digests) != self.patterns:
+            raise ValueError("digests must have one entry a pattern")
         if self.name == "__metadata__":
             raise ValueError("the file format keeps this name for itself")
         if len(self.density) != len(self.steps):
             raise ValueError("density must have one entry a step")
+        if len(set(zip(self.steps, self.density, strict=True))) != self.patterns:
+            raise ValueError("steps of one pattern must have one density")
         return self
 
 
@@ -166,7 +175,7 @@ class PlanMetadata(_Record):
         sites: the attention calls.
     """
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     producer: str
     requires: tuple[str, ...] = ()
     model: ModelIdentity | None = None

@@ -85,8 +85,8 @@ def terminal(plan: Plan) -> RenderableType:
     for name in ("by step", "by head", "course"):
         sites.add_column(name, no_wrap=True)
     for name, site in plan.sites.items():
-        first = site.patterns[0]
-        steps = [site.at(step).density for step in range(plan.steps)]
+        first = site.size
+        steps = [site.density_at(step) for step in range(plan.steps)]
         heads = heads_density(site)
         sites.add_row(
             name,

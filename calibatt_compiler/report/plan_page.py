@@ -74,8 +74,8 @@ def shown_steps(plan: Plan) -> list[int]:
     """Return the steps whose masks a page shows: all, or as many as the budget allows."""
     pixels = sum(
         site.heads
-        * min(PICTURE_LIMIT, site.patterns[0].query_blocks)
-        * min(PICTURE_LIMIT, site.patterns[0].key_blocks)
+        * min(PICTURE_LIMIT, site.size.query_blocks)
+        * min(PICTURE_LIMIT, site.size.key_blocks)
         for site in plan.sites.values()
     )
     count = max(1, min(plan.steps, PIXEL_BUDGET // pixels))
@@ -121,7 +121,7 @@ def _slider(steps: list[int]) -> str:
 
 def _details(plan: Plan) -> Iterator[str]:
     for index, (name, site) in enumerate(plan.sites.items()):
-        first = site.patterns[0]
+        first = site.size
         yield (
             f'<details class="panel" data-site="{escape(name)}"{" open" if index < 2 else ""}>'
             f'<summary><b class="mono">{escape(name)}</b> <span class="soft">{site.heads} heads, '
@@ -132,10 +132,7 @@ def _details(plan: Plan) -> Iterator[str]:
 
 
 def _reduction_note(plan: Plan) -> str:
-    largest = max(
-        max(site.patterns[0].query_blocks, site.patterns[0].key_blocks)
-        for site in plan.sites.values()
-    )
+    largest = max(max(site.size.query_blocks, site.size.key_blocks) for site in plan.sites.values())
     if largest <= PICTURE_LIMIT:
         return ""
     side = -(-largest // PICTURE_LIMIT)

@@ -3,32 +3,49 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from calibatt_compiler.capture import Recorder
-from calibatt_compiler.kernels.attention import AttentionKernel, dense_attention, make_attention
+from calibatt_compiler.kernels.attention import AttentionKernel, dense_attention
 from calibatt_compiler.options import Lowering
-from calibatt_compiler.plan import BlockPattern, Plan
-from calibatt_compiler.plan.text import fit_pattern, other_text
+from calibatt_compiler.plan import Plan
+from calibatt_compiler.plan.text import other_text
+from calibatt_compiler.runtime.kernels import KernelStore, Maker
+from calibatt_compiler.runtime.lanes import lane_of
+from calibatt_compiler.runtime.making import SiteKernels
 from calibatt_compiler.runtime.order import Rearrangement, attend_in_order, rearrangement
 
 DENSE_OUTSIDE = "dense: timestep outside the plan's range"
 DENSE_MIXED = "dense: samples of one batch at different timesteps"
 DENSE_LENGTH = "dense: a sequence that is not the plan's video with text"
-FITTED_LENGTHS = 8
-"""Text lengths beside the plan's whose kernels a site keeps; the one used least recently goes."""
 DENSE_FULL = "dense: the plan keeps every block"
 
 
 class SparseSite:
     """Serves one attention call by the kernel of its step; counts what it serves.
 
+    One kernel is made at once, so that what can't be served is known when the model is compiled;
+    the others when they are needed.
+
+    Args:
+        plan: the plan.
+        name: of the site.
+        lowering: as in `CompileOptions`.
+        device: of the operands.
+        dtype: of the operands.
+        head_dim: of the operands.
+        kernels: where the kernels of the graph are held; default: a store of its own.
+
     Attributes:
         calls: calls by kind of kernel; dense calls by their reason, one of the `DENSE_` texts.
+
+    Raises:
+        KernelError: there is no kernel for this device, dtype and head dim.
     """
 
     def __init__(
@@ -41,32 +58,23 @@ class SparseSite:
         dtype: torch.dtype,
         head_dim: int,
         hopper: bool = False,
+        kernels: KernelStore | None = None,
     ) -> None:
         self._plan = plan
+        self._name = name
         self._site = plan.sites[name]
         self._steps = self._site.steps
-        self._lowering: Lowering = lowering
-        self._device, self._dtype, self._head_dim = device, dtype, head_dim
-        self._hopper = hopper
-        self._kernels: Sequence[AttentionKernel | None] = [
-            self._make(pattern, lowering) for pattern in self._site.patterns
-        ]
-        self._fitted: OrderedDict[tuple[int, tuple[int, int]], AttentionKernel | None]
-        self._fitted = OrderedDict()
+        self._device = device
+        self._made = SiteKernels(plan, name, lowering, device, dtype, head_dim, hopper)
+        self._served: dict[int, _Served] = {}
         self.calls: Counter[str] = Counter()
-
-    def _make(self, pattern: BlockPattern, lowering: Lowering) -> AttentionKernel | None:
-        # A pattern that keeps everything is served best by the stock dense kernel.
-        if pattern.density == 1.0 and lowering != "reference":
-            return None
-        return make_attention(
-            pattern,
-            lowering=lowering,
-            device=self._device,
-            dtype=self._dtype,
-            head_dim=self._head_dim,
-            hopper=self._hopper,
-        )
+        self._kernels = KernelStore(lane_of(device)) if kernels is None else kernels
+        first = next((index for index in self._steps if not self._made.is_dense(index)), None)
+        kernel = None if first is None else self._made.make(first, None)
+        self._kernels.add(name, self._steps, Maker(self._made.make, self._made.retire))
+        if first is not None and kernel is not None:
+            self._kernels.put(name, first, kernel)
+            self._note(first, kernel)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, timestep: float, scale: float) -> Tensor:
         """Attention at a timestep: sparse where the plan has a step near it, else dense."""
@@ -79,13 +87,18 @@ class SparseSite:
         if not self._serves(lengths):
             self.calls[DENSE_LENGTH] += 1
             return dense_attention(q, k, v, scale)
-        kernel = self._kernel(self._steps[step], lengths)
+        variant = self._variant(lengths)
+        kernel = self._kernels.get(self._name, step, variant)
         if kernel is None:
             self.calls[DENSE_FULL] += 1
             return dense_attention(q, k, v, scale)
         self.calls[kernel.kind] += 1
+        if variant is None:
+            self._note(self._steps[step], kernel)
         orders = [self._rearrangement(length) for length in lengths]
-        return attend_in_order(kernel, q, k, v, scale, (orders[0], orders[1]))
+        out = attend_in_order(kernel, q, k, v, scale, (orders[0], orders[1]))
+        self._kernels.launched(self._name)
+        return out
 
     def _rearrangement(self, length: int) -> Rearrangement | None:
         return rearrangement(
@@ -103,50 +116,56 @@ class SparseSite:
         # Weights are of blocks, which another text length may cut elsewhere.
         return not self._site.weighted and other_text(planned, lengths, math.prod(self._plan.grid))
 
-    def _kernel(self, index: int, lengths: tuple[int, int]) -> AttentionKernel | None:
-        """Return the kernel of a pattern, completed for another text length where it must be."""
-        position = self._plan.text_position
-        if position is None or lengths == (self._site.query_length, self._site.key_length):
-            return self._kernels[index]
-        key = (index, lengths)
-        if key not in self._fitted:
-            video = math.prod(self._plan.grid)
-            pattern = self._site.patterns[index]
-            pattern = fit_pattern(pattern, lengths, video=video, position=position)
-            # Text lengths come and go with prompts: not worth a generated kernel for each.
-            lowering: Lowering = "reference" if self._lowering == "reference" else "table"
-            self._fitted[key] = self._make(pattern, lowering)
-            if len(self._fitted) > FITTED_LENGTHS * len(self._kernels):
-                self._fitted.popitem(last=False)
-        self._fitted.move_to_end(key)
-        return self._fitted[key]
+    def _variant(self, lengths: tuple[int, int]) -> Hashable:
+        """Return what distinguishes the kernel from that of the plan's own lengths, or None."""
+        planned = (self._site.query_length, self._site.key_length)
+        return None if self._plan.text_position is None or lengths == planned else lengths
+
+    def _note(self, index: int, kernel: AttentionKernel) -> None:
+        self._served[index] = _Served(kernel.kind, kernel.density, kernel.reason)
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Kinds of kernel that serve the site now, without repetition."""
-        kinds = ("sdpa" if kernel is None else kernel.kind for kernel in self._kernels)
+        """Kinds of kernel that serve the site, as far as they were made, without repetition."""
+        kinds = [
+            "sdpa" if self._made.is_dense(index) else self._served[index].kind
+            for index in dict.fromkeys(self._steps)
+            if self._made.is_dense(index) or index in self._served
+        ]
         return tuple(dict.fromkeys(kinds))
 
     @property
     def reasons(self) -> Counter[str]:
         """Why another kernel than the one asked for serves, by number of patterns."""
         return Counter(
-            kernel.reason
-            for kernel in self._kernels
-            if kernel is not None and kernel.reason is not None
+            served.reason for served in self._served.values() if served.reason is not None
         )
 
     @property
     def repairs(self) -> int:
         """Calls computed again because a fixed softmax reference overflowed; waits for the GPU."""
-        kernels = (*self._kernels, *self._fitted.values())
-        return sum(getattr(kernel, "repairs", 0) for kernel in kernels)
+        kernels = self._kernels.held(self._name)
+        return self._made.repaired + sum(getattr(kernel, "repairs", 0) for kernel in kernels)
 
     @property
     def computed_density(self) -> float:
-        """Blocks that the kernels compute / all blocks, mean over steps."""
-        by_pattern = [1.0 if kernel is None else kernel.density for kernel in self._kernels]
-        return sum(by_pattern[index] for index in self._steps) / len(self._steps)
+        """Blocks that the kernels compute / all blocks, mean over steps.
+
+        Patterns that have not served yet count with their own density.
+        """
+        densities = [
+            self._served[index].density if index in self._served else self._site.density_at(step)
+            for step, index in enumerate(self._steps)
+        ]
+        return sum(densities) / len(densities)
+
+
+class _Served(NamedTuple):
+    """What is known of a kernel after it is gone."""
+
+    kind: str
+    density: float
+    reason: str | None
 
 
 class RecordingSite:

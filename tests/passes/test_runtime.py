@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import threading
+import weakref
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +14,9 @@ import torch
 from calibatt_compiler.errors import KernelError
 from calibatt_compiler.plan import BlockPattern, Plan, Sampler, SitePatterns
 from calibatt_compiler.plan.order import TokenOrder
-from calibatt_compiler.runtime import ops, sites
+from calibatt_compiler.runtime import making, ops, sites
+from calibatt_compiler.runtime.kernels import KernelStore
+from calibatt_compiler.runtime.lanes import HostLane
 from calibatt_compiler.runtime.serving import lookup, serving
 
 
@@ -124,3 +129,64 @@ def test_a_site_brings_tokens_into_the_plans_order_and_back(text, policy, loweri
     assert not torch.allclose(
         got, torch.nn.functional.scaled_dot_product_attention(q, k, v, raster), atol=1e-2
     )
+
+
+def stepped_masks(steps: int) -> torch.Tensor:
+    """Masks of so many steps, all different, the last one dense."""
+    masks = torch.eye(6, dtype=torch.bool).repeat(steps, 2, 1, 1)
+    for step in range(steps - 1):
+        masks[step, 0, 5, step] = True
+    masks[-1] = True
+    return masks
+
+
+def test_kernels_are_made_when_their_step_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    original = making.make_attention
+
+    def counted(pattern: BlockPattern, **where: Any) -> Any:
+        made.append(pattern.digest)
+        return original(pattern, **where)
+
+    monkeypatch.setattr(making, "make_attention", counted)
+    masks = stepped_masks(4)
+    timesteps = [4.0, 3.0, 2.0, 1.0]
+    Plan.from_masks({"a": masks}, (1, 6, 16), timesteps, (16, 16)).save(tmp_path / "p")
+    plan = Plan.load(tmp_path / "p")
+    options: Any = {"device": torch.device("cpu"), "dtype": torch.float32, "head_dim": 8}
+    site = sites.SparseSite(plan, "a", lowering="table", **options)
+    digests = plan.sites["a"].digests
+    assert made == [digests[0]]
+    assert site.kinds == ("native-cpu", "sdpa")
+    assert site.computed_density == pytest.approx(plan.density("a"))
+    q, k, v = (torch.randn(1, 2, 96, 8) for _ in range(3))
+    for timestep in (4.0, 4.0, 2.0, 1.0, 2.0):
+        mask = masks[4 - int(timestep)].repeat_interleave(16, 1).repeat_interleave(16, 2)
+        expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask[None])
+        got = site.attend(q, k, v, timestep, 8**-0.5)
+        assert torch.allclose(got, expected, atol=1e-5)
+    assert made == [digests[0], digests[2]]
+    assert site.calls == {"native-cpu": 4, sites.DENSE_FULL: 1}
+
+
+def test_what_has_no_kernel_is_known_at_once() -> None:
+    """Also where the first steps are dense, which any device serves."""
+    masks = stepped_masks(4).flip(0)
+    plan = Plan.from_masks({"a": masks}, (1, 6, 16), [4.0, 3.0, 2.0, 1.0], (16, 16))
+    options: Any = {"device": torch.device("cpu"), "head_dim": 8}
+    store = KernelStore(HostLane())
+    with pytest.raises(KernelError, match="floating-point"):
+        sites.SparseSite(plan, "a", lowering="table", dtype=torch.int32, kernels=store, **options)
+    assert store.held("a") == []
+    sites.SparseSite(plan, "a", lowering="table", dtype=torch.float32, kernels=store, **options)
+    assert len(store.held("a")) == 1
+
+
+def test_tables_of_a_graph_that_is_gone_are_gone() -> None:
+    site = make_site(torch.eye(3, dtype=torch.bool).expand(1, 2, 3, 3))
+    (kernel,) = site._kernels.held("a")
+    found = weakref.ref(kernel)
+    del kernel, site
+    assert found() is None

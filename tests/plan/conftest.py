@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
 from torch import Tensor
 
 from calibatt_compiler.plan import Plan, file
+from calibatt_compiler.plan.stored import StoredPatterns
 
 
 def random_mask(*shape: int, seed: int = 0) -> Tensor:
@@ -49,28 +50,31 @@ def make_plan() -> Callable[..., Plan]:
 
 @pytest.fixture
 def forge(tmp_path: Path, make_plan: Callable[..., Plan]) -> Callable[..., Path]:
-    """Write a plan file with changed content and a checksum that fits it.
+    """Write a plan file with changed content and checksums that fit it.
 
-    `forge(edit)`: `edit(document, tensors)` changes the parsed JSON and the tensors by name in
-    place, or returns another JSON text.
+    `forge(edit)`: `edit(document, tensors)` changes the parsed record and the codes by site name in
+    place, or returns another text of the record. `forge(edit, relist)`: `relist(index)` changes the
+    parsed index in place, or returns another text of it.
     """
 
-    def write(edit: Callable[[Any, dict[str, Any]], str | None]) -> Path:
+    def write(
+        edit: Callable[[Any, dict[str, Any]], str | None],
+        relist: Callable[[Any], str | None] = lambda index: None,
+    ) -> Path:
         plan = make_plan()
-        metadata, tensors = plan.metadata, dict(stored_bits(plan))
-        document = json.loads(file.to_json(metadata))
-        text = edit(document, tensors) or json.dumps(document)
+        stored = {name: StoredPatterns.pack(site.patterns) for name, site in plan.sites.items()}
+        document = json.loads(file.to_json(plan.metadata))
+        tensors = {name: site.code for name, site in stored.items()}
+        record = edit(document, tensors) or json.dumps(document)
+        parts = {
+            name: (hashlib.sha256(tensors[name].tobytes()).hexdigest(), site.entries)
+            for name, site in stored.items()
+            if name in tensors
+        }
+        index = json.loads(file.index(parts))
+        rest = f"{relist(index) or json.dumps(index)}\n{record}"
         path = tmp_path / "forged.safetensors"
-        header = {file.FORMAT: f"{file.digest(text, tensors)}\n{text}"}
-        save_file(tensors, path, metadata=header)
+        save_file(tensors, path, metadata={file.FORMAT: f"{file.digest(rest)}\n{rest}"})
         return path
 
     return write
-
-
-def stored_bits(plan: Plan) -> Mapping[str, file.Bits]:
-    """Return the tensors of a plan's file."""
-    return {
-        name: np.stack([pattern.bits for pattern in site.patterns])
-        for name, site in plan.sites.items()
-    }

@@ -25,8 +25,10 @@ from calibatt_compiler.plan import (
     Plan,
     Sampler,
     SitePatterns,
+    encoding,
     file,
 )
+from calibatt_compiler.plan.stored import StoredPatterns
 
 
 def small_plan() -> Plan:
@@ -85,12 +87,40 @@ def test_everything_a_plan_records_comes_back(tmp_path: Path):
 
 def test_digest_of_a_known_plan_stays():
     """Plans that people hold must keep their digest, for caches are keyed by it."""
-    assert small_plan().metadata.schema_version == 1
-    text = file.to_json(small_plan().metadata.model_copy(update={"producer": "calibatt test"}))
-    bits = np.array([[[[1], [2], [4]]], [[[5], [2], [4]]]], np.uint8)
-    assert file.digest(text, {"a": bits}) == (
-        "ee74b4dd2c3d9669b8352c9e07ac813e77987743427b77dd4a91e435897a0d39"
+    assert small_plan().metadata.schema_version == 2
+    metadata = small_plan().metadata.model_copy(update={"producer": "calibatt test"})
+    assert (
+        Plan(metadata, small_plan().sites).digest
+        == "d8f46c618722efa306c52c3069a011e9417285de2398bfe6e9eb9596be9e907f"
     )
+    assert (
+        file.digest(file.to_json(metadata))
+        == "d8f46c618722efa306c52c3069a011e9417285de2398bfe6e9eb9596be9e907f"
+    )
+
+
+@pytest.mark.parametrize(
+    "change", [{"LEVEL": 1}, {"SMALL": 0, "GAPS_BELOW": 0.0, "DEFLATE_ABOVE": 1.0}]
+)
+def test_the_digest_does_not_depend_on_the_encoding(
+    make_plan: Callable[..., Plan],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, Any],
+):
+    make_plan(steps=9, grid=(9, 10, 40)).save(tmp_path / "one")
+    for name, value in change.items():
+        monkeypatch.setattr(encoding, name, value)
+    make_plan(steps=9, grid=(9, 10, 40)).save(tmp_path / "other")
+    one, other = Plan.load(tmp_path / "one"), Plan.load(tmp_path / "other")
+    assert (tmp_path / "one").read_bytes() != (tmp_path / "other").read_bytes()
+    assert one.digest == other.digest
+    assert decode_all(one) == decode_all(other) > 0
+
+
+def decode_all(plan: Plan) -> int:
+    """Decode every pattern of a plan; return how many."""
+    return sum(len(tuple(site.patterns)) for site in plan.sites.values())
 
 
 def test_every_flipped_bit_is_noticed(tmp_path: Path):
@@ -104,7 +134,7 @@ def test_every_flipped_bit_is_noticed(tmp_path: Path):
         flipped[bit // 8] ^= 1 << bit % 8
         path.write_bytes(flipped)
         try:
-            Plan.load(path)
+            decode_all(Plan.load(path))
         except PlanFormatError:
             continue
         accepted.append(bit)
@@ -185,7 +215,7 @@ def test_weights_of_a_model_are_not_a_plan(tmp_path: Path, metadata: dict[str, s
 
 def test_forging_is_faithful(forge: Callable[..., Path], make_plan: Callable[..., Plan]):
     """Without an edit the forged file is a good one: the refusals below are for the edit."""
-    assert Plan.load(forge(lambda document, tensors: None)).density() == make_plan().density()
+    assert Plan.load(forge(lambda document, tensors: None)) == make_plan()
 
 
 def put(*steps: Any) -> Callable[[Any, Any], None]:
@@ -212,8 +242,9 @@ def drop(key: str) -> Callable[[Any, Any], None]:
 @pytest.mark.parametrize(
     ("edit", "problem"),
     [
-        (put("schema_version", 2), "schema_version 2"),
-        (put("schema_version", "1"), "schema_version '1'"),
+        (put("schema_version", 3), "schema_version 3"),
+        (put("schema_version", 1), "schema_version 1"),
+        (put("schema_version", "2"), "schema_version '2'"),
         (put("schema_version", None), "schema_version None"),
         (put("requires", ["holograms"]), r"features \['holograms'\]"),
         (put("requires", ["holograms", 7]), r"features \['7', 'holograms'\]"),
@@ -268,6 +299,12 @@ def test_another_schema_is_refused(
         put("sites", 0, "steps", [0, 1]),
         put("sites", 0, "steps", [0, 1, 3]),
         put("sites", 0, "steps", [0, 1, -1]),
+        put("sites", 0, "steps", [0, 1, 1]),
+        put("sites", 0, "patterns", 1 << 62),
+        put("sites", 0, "digests", []),
+        put("sites", 0, "digests", ["0" * 64, "1" * 64]),
+        put("sites", 0, "digests", 1, "0" * 63),
+        put("sites", 0, "digests", 1, "G" * 64),
         put("sites", 0, "head_forms", "rows"),
         put("sites", 0, "holograms", []),
         put("unheard_of", 1),
@@ -315,22 +352,17 @@ SITE = "blocks.0.attn1"
 @pytest.mark.parametrize(
     "edit",
     [
-        # sizes that are in range, but not those of the bits
-        put("sites", 0, "heads", 3),
-        put("sites", 0, "query_length", 161),
-        put("sites", 0, "key_length", 1000),
-        put("sites", 0, "key_length", 1 << 24),
-        put("sites", 0, "block_m", 16),
-        put("sites", 0, "patterns", 1 << 62),
         put("sites", 0, "name", "elsewhere"),
-        # bits that are not those of the sites
-        tensor(SITE, lambda bits: bits.astype(np.int8)),
-        tensor(SITE, lambda bits: bits.astype(np.float32)),
-        tensor(SITE, lambda bits: bits.astype(np.int64)),
-        tensor(SITE, lambda bits: bits[:-1]),
-        tensor(SITE, lambda bits: bits[..., :-1]),
-        tensor(SITE, lambda bits: bits.ravel()),
-        tensor(SITE, lambda bits: bits[:0]),
+        lambda document, tensors: document["sites"][0].update(
+            query_length=1 << 24, key_length=1 << 24
+        ),
+        tensor(SITE, lambda code: code.astype(np.int8)),
+        tensor(SITE, lambda code: code.astype(np.float32)),
+        tensor(SITE, lambda code: code.astype(np.int64)),
+        tensor(SITE, lambda code: code[:-1]),
+        tensor(SITE, lambda code: code[:0]),
+        tensor(SITE, lambda code: np.append(code, code[:1])),
+        tensor(SITE, lambda code: code.reshape(1, -1)),
         lambda document, tensors: tensors.update(extra=np.zeros(3, np.uint8)),
         lambda document, tensors: tensors.clear(),
     ],
@@ -342,31 +374,117 @@ def test_tensors_that_do_not_fit_are_refused(
         Plan.load(forge(edit))
 
 
-def test_empty_rows_and_padding_are_refused(forge: Callable[..., Path]):
-    def empty(document: Any, tensors: dict[str, Any]) -> None:
-        tensors[SITE][0, 0, 1] = 0
+@pytest.mark.parametrize(
+    "edit",
+    [
+        put("sites", 0, "heads", 3),
+        put("sites", 0, "query_length", 151),
+        put("sites", 0, "query_length", 161),
+        put("sites", 0, "key_length", 1000),
+        put("sites", 0, "key_length", 1 << 24),
+        put("sites", 0, "block_m", 16),
+        put("sites", 0, "digests", 1, "0" * 64),
+        put("sites", 0, "density", 1, 0.125),
+        tensor(SITE, lambda code: code ^ np.uint8(1)),
+        tensor(SITE, lambda code: code[::-1]),
+        tensor(SITE, lambda code: code * 0),
+    ],
+)
+def test_patterns_that_are_not_those_of_the_record_are_refused_when_decoded(
+    forge: Callable[..., Path], edit: Callable[[Any, Any], str | None]
+):
+    """No damage, for which there are checksums, but a file that contradicts itself."""
+    plan = Plan.load(forge(edit))
+    with pytest.raises(PlanError, match=r"is not what was stored|wrong shape|past the end|no kept"):
+        decode_all(plan)
+    tuple(plan.sites["blocks.1.attn1"].patterns)
 
-    def past_the_end(document: Any, tensors: dict[str, Any]) -> None:
-        tensors[SITE][0, 0, 1] |= 0x80
 
-    with pytest.raises(PlanError, match="no kept key block"):
-        Plan.load(forge(empty))
-    with pytest.raises(PlanError, match="past the end"):
-        Plan.load(forge(past_the_end))
+def entry(pattern: int, *value: Any) -> Callable[[Any], None]:
+    """Return an edit of the index: the arrays of one pattern."""
+
+    def relist(index: Any) -> None:
+        index[SITE]["patterns"][pattern] = list(value)
+
+    return relist
+
+
+@pytest.mark.parametrize(
+    ("relist", "problem"),
+    [
+        (lambda index: "{", "index does not parse"),
+        (lambda index: "[]", "index does not parse"),
+        (lambda index: index[SITE].pop("sha256") and None, "index does not parse"),
+        (lambda index: index[SITE].update(more=1), "index does not parse"),
+        (entry(0, ["bits", "magic", 3]), "index does not parse"),
+        (entry(0, ["bits", "raw", -1]), "index does not parse"),
+        (entry(0, ["bits", "raw", 1 << 60]), "index does not parse"),
+        (entry(0, ["bits", "raw"]), "index does not parse"),
+        (entry(0), "don't fit its sites"),
+        (entry(0, ["bits", "raw", 1 << 40]), "don't fit its sites"),
+        (entry(0, ["weights", "raw", 3]), "don't fit its sites"),
+        (entry(0, ["bits", "raw", 3], ["bits", "raw", 3]), "don't fit its sites"),
+        (lambda index: index[SITE]["patterns"].pop() and None, "don't fit its sites"),
+        (lambda index: index.pop(SITE) and None, "don't fit its sites"),
+        (lambda index: index[SITE].update(sha256="0" * 64), "checksum of 'blocks.0.attn1'"),
+    ],
+)
+def test_an_index_that_does_not_fit_is_refused(
+    forge: Callable[..., Path], relist: Callable[[Any], str | None], problem: str
+):
+    with pytest.raises(PlanFormatError, match=problem):
+        Plan.load(forge(lambda document, tensors: None, relist))
+
+
+def test_codes_of_another_kind_are_refused_when_decoded(forge: Callable[..., Path]):
+    def swap(index: Any) -> None:
+        for item in index[SITE]["patterns"]:
+            item[0][1] = {"raw": "gaps", "gaps": "deflate", "deflate": "gaps"}[
+                item[0][1].removesuffix("/previous")
+            ]
+
+    plan = Plan.load(forge(lambda document, tensors: None, swap))
+    for index in range(3):
+        with pytest.raises(PlanFormatError, match=f"pattern {index} of site 'blocks.0.attn1' in"):
+            plan.sites[SITE].patterns[index]
+
+
+def test_a_file_of_the_first_schema_is_told_from_a_damaged_one(tmp_path: Path):
+    text = '{"requires":[],"schema_version":1}'
+    header = {file.FORMAT: f"{'0' * 64}\n{text}"}
+    save_file({"a": np.zeros((2, 1, 3, 1), np.uint8)}, tmp_path / "p", metadata=header)
+    with pytest.raises(PlanFormatError, match=r"(?s)schema that this version.*schema_version 1"):
+        Plan.load(tmp_path / "p")
+
+
+def test_a_file_changed_in_place_is_noticed_when_decoded(tmp_path: Path):
+    path = tmp_path / "p"
+    small_plan().save(path)
+    plan = Plan.load(path)
+    with path.open("r+b") as opened:
+        opened.seek(-1, os.SEEK_END)
+        opened.write(b"\x5a")
+    with pytest.raises(PlanError):
+        decode_all(plan)
+
+
+def test_a_file_replaced_while_in_use_changes_nothing(tmp_path: Path):
+    path = tmp_path / "p"
+    small_plan().save(path)
+    plan = Plan.load(path)
+    plan_of_another_size().save(path)
+    assert decode_all(plan) == 2
+    assert plan == small_plan()
 
 
 def test_dtypes_that_numpy_lacks_are_refused(tmp_path: Path):
     plan = small_plan()
-    text, bits = file.to_json(plan.metadata), torch.ones(2, 1, 3, 1, dtype=torch.bfloat16)
-    header = {file.FORMAT: f"{'0' * 64}\n{text}"}
-    save_torch({"a": bits}, tmp_path / "p", metadata=header)
-    with pytest.raises(PlanFormatError, match="damaged"):
+    stored = {"a": StoredPatterns.pack(plan.sites["a"].patterns)}
+    header = {file.FORMAT: file.header(file.to_json(plan.metadata), stored)}
+    code = torch.ones(len(stored["a"].code), dtype=torch.bfloat16)
+    save_torch({"a": code}, tmp_path / "p", metadata=header)
+    with pytest.raises(PlanFormatError, match="tensors that don't fit its sites"):
         Plan.load(tmp_path / "p")
-
-
-def test_density_on_file_must_be_that_of_the_bits(forge: Callable[..., Path]):
-    with pytest.raises(PlanFormatError, match="density"):
-        Plan.load(forge(put("sites", 0, "density", 1, 0.125)))
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])

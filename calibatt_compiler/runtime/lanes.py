@@ -1,0 +1,87 @@
+"""Where kernels are made ahead, and how it is known that the device is done with one.
+
+On a GPU calls only queue work: a kernel whose call has returned may still be read from, minutes of
+Python later. So its memory is given back only after a mark that was queued behind its last call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+
+
+class Mark(Protocol):
+    """A place in the queue of a device."""
+
+    def synchronize(self) -> None:
+        """Wait until the device has come past it."""
+
+
+class Lane(Protocol):
+    """How kernels are made beside those that compute."""
+
+    ahead: bool
+    """Whether a thread should make coming kernels."""
+
+    def making(self) -> contextlib.AbstractContextManager[object]:
+        """Make kernels within; afterwards their tables are on the device."""
+
+    def mark(self) -> Mark | None:
+        """Mark the end of what is queued now; None if nothing ever is."""
+
+    def settle(self) -> None:
+        """Wait until the device has done all that is queued."""
+
+
+class HostLane:
+    """A CPU: calls return when they are done, and a thread beside them would only take turns."""
+
+    ahead = False
+
+    def making(self) -> contextlib.AbstractContextManager[object]:
+        """Do nothing."""
+        return contextlib.nullcontext()
+
+    def mark(self) -> Mark | None:
+        """Return None."""
+        return None
+
+    def settle(self) -> None:
+        """Do nothing."""
+
+
+class CudaLane:
+    """A GPU: tables are copied on a stream of their own, beneath what the others compute."""
+
+    ahead = True
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream: torch.cuda.Stream | None = None
+
+    @contextlib.contextmanager
+    def making(self) -> Iterator[None]:
+        """Make kernels on the stream for copies, and wait for that stream."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._stream):
+            yield
+        self._stream.synchronize()
+
+    def mark(self) -> Mark | None:
+        """Record an event on the current stream."""
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def settle(self) -> None:
+        """Wait for the GPU."""
+        torch.cuda.synchronize(self._device)
+
+
+def lane_of(device: torch.device) -> Lane:
+    """Return the lane of a device."""
+    return CudaLane(device) if device.type == "cuda" else HostLane()

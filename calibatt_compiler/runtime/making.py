@@ -1,0 +1,89 @@
+"""How the kernels of one site are made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+
+from calibatt_compiler.kernels.attention import AttentionKernel, make_attention
+from calibatt_compiler.options import Lowering
+from calibatt_compiler.plan import Plan
+from calibatt_compiler.plan.text import fit_pattern
+
+
+@dataclass
+class SiteKernels:
+    """Makes the kernels of one site, and remembers what those that are gone have counted.
+
+    Apart from the site, which holds the store that holds this: with a cycle, tables of a model that
+    is gone would stay until Python looks for cycles.
+
+    Attributes:
+        plan: the plan.
+        name: of the site.
+        lowering: as in `CompileOptions`.
+        device: of the operands.
+        dtype: of the operands.
+        head_dim: of the operands.
+        hopper: as in `CompileOptions`.
+        repaired: calls that kernels which are gone had to compute again.
+    """
+
+    plan: Plan
+    name: str
+    lowering: Lowering
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+    hopper: bool
+    repaired: int = 0
+
+    def __post_init__(self) -> None:
+        site = self.plan.sites[self.name]
+        full = {index for step, index in enumerate(site.steps) if site.density_at(step) == 1.0}
+        # A pattern that keeps everything is served best by the stock dense kernel.
+        self._dense = set() if self.lowering == "reference" or site.weighted else full
+
+    def is_dense(self, index: int) -> bool:
+        """Whether stock dense attention serves a pattern at the plan's own lengths."""
+        return index in self._dense
+
+    def make(self, index: int, lengths: Hashable) -> AttentionKernel | None:
+        """Return the kernel of a pattern; None: stock dense attention serves it.
+
+        Args:
+            index: of the pattern.
+            lengths: tokens on the query and key side, where the text is of another length than the
+                plan's and the pattern is to be completed; else None.
+
+        Raises:
+            KernelError: there is no kernel for this device, dtype and head dim.
+        """
+        if lengths is None and self.is_dense(index):
+            return None
+        pattern = self.plan.sites[self.name].patterns[index]
+        lowering = self.lowering
+        if lengths is not None:
+            position, to = self.plan.text_position, cast("tuple[int, int]", lengths)
+            assert position is not None
+            pattern = fit_pattern(pattern, to, video=math.prod(self.plan.grid), position=position)
+            # Text lengths come and go with prompts: not worth a generated kernel for each.
+            lowering = "reference" if lowering == "reference" else "table"
+            if pattern.density == 1.0 and lowering != "reference":
+                return None
+        return make_attention(
+            pattern,
+            lowering=lowering,
+            device=self.device,
+            dtype=self.dtype,
+            head_dim=self.head_dim,
+            hopper=self.hopper,
+        )
+
+    def retire(self, kernel: AttentionKernel) -> None:
+        """Keep what a kernel has counted."""
+        self.repaired += getattr(kernel, "repairs", 0)
