@@ -11,7 +11,7 @@ import torch
 
 from calibatt_compiler.capture import Recorder
 
-_DYNAMO = {
+DYNAMO = {
     "recompile_limit": 64,
     "fail_on_recompile_limit_hit": True,
     # Mochi picks the valid text tokens by nonzero, which would break the graph.
@@ -41,7 +41,7 @@ def observed(module: torch.nn.Module, observer: Recorder, inductor: bool | None)
     backend = recording_backend(observer, inductor=inductor)
     module.compile(backend=backend, dynamic=False, **extra)
     try:
-        with torch._dynamo.config.patch(_DYNAMO):
+        with torch._dynamo.config.patch(DYNAMO):
             yield
     finally:
         if previous is None:
