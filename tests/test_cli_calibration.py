@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import typer
 
 from calibatt_compiler.calibration import plan_from_run, validate_run
 from calibatt_compiler.cli.app import run
@@ -102,3 +103,43 @@ def test_dry_run_tells_and_writes_nothing(
     for word in ("time about", "1 inputs x", "host memory at most", "disk", "of plan"):
         assert word in printed
     assert not list(tmp_path.iterdir())
+
+
+def test_tune_searches_and_says_what_it_costs(
+    tiny_wan_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("optuna", reason="the extra `tune`")
+    monkeypatch.setattr("calibatt_compiler.backend._inductor", lambda gm, *_: gm.forward)
+    out = tmp_path / "search"
+    search = ["--trials", "2", "--proxy", "--block", "16", "--out", str(out)]
+    arguments = ["tune", str(tiny_wan_folder), *VIDEO, *COMMON, "--prompt", "a tree", *search]
+    assert run([*arguments, "--psnr", "30"]) == 2
+    assert "generates no video" in capsys.readouterr().err
+
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("typer.confirm", _declined)
+    assert run(arguments) == 1
+    printed = " ".join(capsys.readouterr().out.split())
+    for words in ("1 inputs to run", "2 trials x", "no video", "in all"):
+        assert words in printed
+    assert not out.exists()
+
+    assert run([*arguments, "--yes", "--speed-up", "1e-3"]) == 0
+    printed = capsys.readouterr().out
+    assert "chosen" in printed
+    found = json.loads((out / "tuning.json").read_text())
+    assert len(found["trials"]) == 2
+    assert Plan.load(out / "plan.calibatt").digest == found["chosen"]["digest"]
+
+    assert run([*arguments, "--yes", "--speed-up", "1e9"]) == 1
+    printed = capsys.readouterr().out
+    assert "0 trials x" in " ".join(printed.split())
+    assert "no trial reached the goal" in printed
+
+
+def _declined(*_: object, abort: bool) -> None:
+    assert abort
+    raise typer.Abort

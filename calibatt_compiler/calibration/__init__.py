@@ -26,27 +26,41 @@ if TYPE_CHECKING:
     from calibatt_compiler.calibration.costs import estimate
     from calibatt_compiler.calibration.derive import plan_from_run
     from calibatt_compiler.calibration.pipeline import calibrate
+    from calibatt_compiler.calibration.points import Tuning
     from calibatt_compiler.calibration.run import CalibrationRun, calibration
+    from calibatt_compiler.calibration.study import SearchSpace
+    from calibatt_compiler.calibration.tuning import tune, tuning_cost
+    from calibatt_compiler.calibration.tuning_config import TuningConfig
     from calibatt_compiler.calibration.validation import validate, validate_run
 
 __all__ = [
     "CalibrationConfig",
     "CalibrationRun",
+    "SearchSpace",
     "Thresholds",
+    "Tuning",
+    "TuningConfig",
     "calibrate",
     "calibration",
     "estimate",
     "plan_from_run",
+    "tune",
+    "tuning_cost",
     "validate",
     "validate_run",
 ]
 
 _HOMES = {
     "CalibrationRun": "run",
+    "SearchSpace": "study",
+    "Tuning": "points",
+    "TuningConfig": "tuning_config",
     "calibrate": "pipeline",
     "calibration": "run",
     "estimate": "costs",
     "plan_from_run": "derive",
+    "tune": "tuning",
+    "tuning_cost": "tuning",
     "validate": "validation",
     "validate_run": "validation",
 }

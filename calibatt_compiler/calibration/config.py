@@ -60,6 +60,9 @@ class CalibrationConfig:
             inputs be added at the end, without running the first ones again.
         restart: throw away what an earlier run left there.
         progress: show progress bars. Default: if the error stream is a terminal.
+        distributed: within an initialised process group of torch.distributed, `calibrate` shares
+            the inputs among its ranks, all of which must make the same call. False: this process
+            calibrates alone.
 
     Raises:
         OptionError: a value of the wrong type or out of range.
@@ -86,6 +89,7 @@ class CalibrationConfig:
     keep_run: bool = True
     restart: bool = False
     progress: bool | None = None
+    distributed: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "block", _sizes("block", self.block, 2))
@@ -107,7 +111,7 @@ class CalibrationConfig:
         for name, choices in (("cfg", ("conditional", "both")), ("text", (None, "first", "last"))):
             if getattr(self, name) not in choices:
                 raise _error(name, f"one of {choices}", getattr(self, name))
-        for name in ("inductor", "progress", "keep_energies", "keep_run", "restart"):
+        for name in ("inductor", "progress", "keep_energies", "keep_run", "restart", "distributed"):
             optional = name in ("inductor", "progress")
             value = getattr(self, name)
             if not (isinstance(value, bool) or (optional and value is None)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import time
@@ -26,10 +27,12 @@ from calibatt_compiler.calibration.generation import (
     samples_of,
     schedule_of,
 )
+from calibatt_compiler.calibration.observed import observed
 from calibatt_compiler.calibration.pipeline import about_pipeline, run_folder
+from calibatt_compiler.calibration.ranks import Ranks
 from calibatt_compiler.calibration.recorder import AttentionRecorder
 from calibatt_compiler.calibration.records import InputRecord
-from calibatt_compiler.calibration.run import observed
+from calibatt_compiler.calibration.run import FirstStepDone
 from calibatt_compiler.calibration.sizes import Sizes
 from calibatt_compiler.calibration.spool import Spool
 from calibatt_compiler.calibration.store import RunStore, identity_text
@@ -71,6 +74,7 @@ class Estimate:
         host_bytes: memory of the host, `device_bytes` included if the model is there.
         run_bytes: of the folder of finished inputs; 0 if it does not stay.
         plan_bytes: of the plan's file, at most: steps may share patterns.
+        processes: that share the inputs; each needs the memory.
     """
 
     inputs: int
@@ -82,6 +86,7 @@ class Estimate:
     host_bytes: int
     run_bytes: int
     plan_bytes: int
+    processes: int = 1
 
     @property
     def seconds(self) -> float:
@@ -90,7 +95,7 @@ class Estimate:
         if todo == 0:
             return 0.0
         each = self.measured.input_seconds + self.steps * self.measured.step_seconds
-        return todo * each + self.measured.warm_up_seconds
+        return math.ceil(todo / self.processes) * each + self.measured.warm_up_seconds
 
     @property
     def disk_bytes(self) -> int:
@@ -145,6 +150,7 @@ def estimate(
         host_bytes=sizes.host_bytes() + (working if parameter.device.type == "cpu" else 0),
         run_bytes=run_bytes if folder is not None and config.keep_run else 0,
         plan_bytes=0 if out is None else sizes.plan_bytes(thresholds, len(inputs)),
+        processes=Ranks.current().size if config.distributed else 1,
     )
 
 
@@ -180,7 +186,7 @@ def measure_step(
     def on_step(step: int, steps: int | None) -> None:
         tick()
         if step == 1:
-            raise _StepDone
+            raise FirstStepDone
 
     with tempfile.TemporaryDirectory(prefix="calibatt-") as folder:
         probe = _Probe(
@@ -206,7 +212,7 @@ def measure_step(
                 clock.clear()
                 probe.begin("00000", {}, samples_of(pipeline_arguments))
                 tick()
-                with suppress(_StepDone):
+                with suppress(FirstStepDone):
                     generate(pipe, seed, {**pipeline_arguments, **varying})
                     tick()
                 record = probe.whole()
@@ -223,10 +229,6 @@ def measure_step(
 
 _LONG: Any = 1 / 3
 """A share with as many digits as a measured one."""
-
-
-class _StepDone(Exception):  # noqa: N818 - no error: it ends an input early
-    pass
 
 
 class _Probe(AttentionRecorder):

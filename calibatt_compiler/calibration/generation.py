@@ -100,10 +100,10 @@ def samples_of(arguments: Mapping[str, Any]) -> int:
     return int(arguments.get("num_videos_per_prompt") or 1)
 
 
-def generate(pipe: Any, seed: int, arguments: Mapping[str, Any]) -> None:
+def generate(pipe: Any, seed: int, arguments: Mapping[str, Any]) -> Any:
     """Run the pipeline on one input, to latents unless the arguments say otherwise."""
     generator = torch.Generator("cpu").manual_seed(seed)
-    pipe(**{"output_type": "latent", **arguments}, generator=generator)
+    return pipe(**{"output_type": "latent", **arguments}, generator=generator)
 
 
 @contextmanager

@@ -55,6 +55,11 @@ class Observer(ABC):
         self._sites: dict[str, SiteSize] = {}
         self._input: InputObservation | None = None
 
+    @property
+    def joint(self) -> bool:
+        """Whether text and video share a sequence, whose length then is that of the text too."""
+        return self._text is not None
+
     @contextmanager
     def calls_are(self, branch: Branch) -> Iterator[None]:
         """Take the calls within this context for calls of a branch of guidance."""

@@ -26,7 +26,8 @@ from calibatt_compiler.calibration.generation import (
     schedule_of,
 )
 from calibatt_compiler.calibration.progress import CalibrationProgress
-from calibatt_compiler.calibration.run import recording
+from calibatt_compiler.calibration.ranks import Ranks
+from calibatt_compiler.calibration.run import CalibrationRun, FirstStepDone, recording
 from calibatt_compiler.plan import Plan
 
 log = logging.getLogger("calibatt")
@@ -47,6 +48,12 @@ def calibrate(
     moment, goes on from the last finished one and gives the same plan, bit for bit. The pipeline
     is left as it was.
 
+    Within an initialised process group of torch.distributed, every rank must make the same call,
+    with a pipeline of its own on its own device. The ranks share the inputs and the run folder,
+    rank 0 writes the plan, and all return it; it is the plan that one process makes. If a rank
+    fails or is lost, the others end within a step, and the run can be resumed with any number of
+    processes.
+
     Args:
         pipe: a pipeline with a transformer and a scheduler, on its device, ready to generate.
         prompts: one input each: a prompt, or a mapping of pipeline arguments that differ between
@@ -59,7 +66,7 @@ def calibrate(
 
     Raises:
         CalibrationError: the pipeline can't be calibrated, or the run folder belongs to another
-            run or process.
+            run or process, or another rank failed.
         OptionError: prompts, seeds or arguments that can't be used.
     """
     config = config or CalibrationConfig()
@@ -67,14 +74,10 @@ def calibrate(
     arguments = identity.describe(pipeline_arguments)
     config = replace(config, run_folder=run_folder(config, out))
     module = component_of(pipe, config.component)
+    ranks = Ranks.current() if config.distributed else Ranks()
     names = [f"{index:05d}" for index in range(len(inputs))]
+    job = _Job(pipe, module, config, names, inputs, pipeline_arguments, ranks)
     from calibatt_compiler.models import cfg_mode
-
-    progress: CalibrationProgress | None = None
-
-    def on_step(step: int, steps: int | None) -> None:
-        if progress is not None:
-            progress.step(step, steps)
 
     with (
         quiet(pipe),
@@ -86,29 +89,100 @@ def calibrate(
             cfg=cfg_mode(pipe),
             arguments=arguments,
             schedule=lambda: schedule_of(pipe.scheduler),
-            on_step=on_step,
+            on_step=job.on_step,
+            ranks=ranks,
+            task={
+                "inputs": [identity.describe({"seed": seed, **v}) for seed, v in inputs],
+                "out": None if out is None else os.path.abspath(out),
+            },
         ) as run,
     ):
-        done = sum(run.has(name) for name in names)
-        with (
-            CalibrationProgress(len(names), done, config.progress) as progress,
-            branches(module, run.branch),
-        ):
-            for name, (seed, varying) in zip(names, inputs, strict=True):
-                # Entered even if the input is stored: that checks that it is the same input.
-                about = {"seed": seed, **varying}
-                stored = run.has(name)
-                with run.input(name, about=about, samples=samples_of(pipeline_arguments)):
-                    if not stored:
-                        generate(pipe, seed, {**pipeline_arguments, **varying})
-                if not stored:
-                    progress.finished()
-        plan = run.plan(names=tuple(names))
-        if out is not None:
-            plan.save(out)
-        if out is not None and not config.keep_run:
+        job.observe(run)
+        plan = _shared_plan(run, ranks, names, out)
+        if ranks.rank == 0 and out is not None and not config.keep_run:
             run.discard()
     log.info("calibrated on %d inputs: %r", len(names), plan)
+    return plan
+
+
+class _Job:
+    """Runs this rank's share of the inputs."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        module: torch.nn.Module,
+        config: CalibrationConfig,
+        names: Sequence[str],
+        inputs: Sequence[tuple[int, Mapping[str, Any]]],
+        arguments: Mapping[str, Any],
+        ranks: Ranks,
+    ) -> None:
+        self._pipe = pipe
+        self._module = module
+        self._config = config
+        self._inputs = dict(zip(names, inputs, strict=True))
+        self._arguments = arguments
+        self._ranks = ranks
+        self._progress: CalibrationProgress | None = None
+        self._only_first = False
+
+    def on_step(self, step: int, steps: int | None) -> None:
+        """Look after the other ranks, then show the step."""
+        self._ranks.check()
+        if self._only_first and step:
+            raise FirstStepDone
+        if self._progress is not None and not self._only_first:
+            self._progress.step(step, steps)
+
+    def observe(self, run: CalibrationRun) -> None:
+        """Observe this rank's inputs; the first rank then waits for the others."""
+        ranks, samples = self._ranks, samples_of(self._arguments)
+        stored = [name for name in self._inputs if name in run.begun_with]
+        mine = ranks.share([name for name in self._inputs if name not in run.begun_with])
+        shown = self._config.progress if ranks.rank == 0 else False
+
+        def count() -> int:
+            return sum(run.has(name) for name in self._inputs)
+
+        with (
+            CalibrationProgress(len(self._inputs), len(stored), shown, count) as self._progress,
+            branches(self._module, run.branch),
+        ):
+            if ranks.rank:
+                self._only_first = True
+                run.learn_sizes(lambda: self._generate(next(iter(self._inputs))), samples)
+                self._only_first = False
+            # Stored ones are entered too: that checks that they are the same inputs.
+            for name in sorted([*stored, *mine]):
+                seed, varying = self._inputs[name]
+                with run.input(name, about={"seed": seed, **varying}, samples=samples):
+                    if name in mine:
+                        self._generate(name)
+                if name in mine:
+                    self._progress.finished()
+            if ranks.rank == 0:
+                ranks.wait_for(ranks.others, self._progress.waiting)
+
+    def _generate(self, name: str) -> None:
+        seed, varying = self._inputs[name]
+        generate(self._pipe, seed, {**self._arguments, **varying})
+
+
+def _shared_plan(
+    run: CalibrationRun, ranks: Ranks, names: Sequence[str], out: str | os.PathLike[str] | None
+) -> Plan:
+    """Let rank 0 make the plan of all inputs and write it; return it on every rank."""
+    path = run.folder / "plan.calibatt" if out is None else Path(out)
+    if ranks.rank:
+        ranks.done()
+        ranks.wait_for([0])
+        return Plan.load(path)
+    plan = run.plan(names=tuple(names))
+    if out is not None or ranks.size > 1:
+        plan.save(path)
+    ranks.done()
+    ranks.wait_until_alone()
     return plan
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -19,9 +20,16 @@ class CalibrationProgress:
         inputs: how many there are in all.
         done: how many are finished already.
         shown: show bars; None: if the error stream is a terminal.
+        count: tells how many are finished, where other processes finish some too.
     """
 
-    def __init__(self, inputs: int, done: int, shown: bool | None) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        done: int,
+        shown: bool | None,
+        count: Callable[[], int] | None = None,
+    ) -> None:
         console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -34,6 +42,7 @@ class CalibrationProgress:
             speed_estimate_period=_MEMORY,
         )
         self._done = done
+        self._count = count
         self._inputs = self._progress.add_task("inputs", total=inputs, completed=done)
         self._steps = self._progress.add_task("steps", total=None)
 
@@ -54,13 +63,20 @@ class CalibrationProgress:
         if step == 0:
             self._progress.reset(self._steps, total=steps)
         self._progress.update(self._steps, completed=step, total=steps)
+        if self._count is not None:
+            self._done = self._count()
         if steps:
             # A part of an input: the time left is known before the first one is finished.
             self._progress.update(self._inputs, completed=self._done + min(step / steps, 1.0))
 
+    def waiting(self) -> None:
+        """Note what other processes have finished meanwhile."""
+        if self._count is not None:
+            self._progress.update(self._inputs, completed=self._count())
+
     def finished(self) -> None:
         """Note that an input is finished."""
-        self._done += 1
+        self._done = self._done + 1 if self._count is None else self._count()
         self._progress.update(self._inputs, completed=self._done)
         total = self._progress.tasks[self._steps].total
         if total is not None:

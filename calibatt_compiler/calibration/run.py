@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,10 +14,12 @@ from calibatt_compiler.calibration import identity
 from calibatt_compiler.calibration.config import CalibrationConfig
 from calibatt_compiler.calibration.derive import derive_plan, select_by
 from calibatt_compiler.calibration.observation import Branch, Schedule
+from calibatt_compiler.calibration.observed import observed
+from calibatt_compiler.calibration.opening import opened
+from calibatt_compiler.calibration.ranks import Ranks
 from calibatt_compiler.calibration.recorder import AttentionRecorder
 from calibatt_compiler.calibration.spool import Spool
 from calibatt_compiler.calibration.store import RunStore
-from calibatt_compiler.capture import Recorder
 from calibatt_compiler.errors import CalibrationError
 from calibatt_compiler.plan import Plan
 from calibatt_compiler.plan.schema import CfgMode
@@ -28,12 +27,8 @@ from calibatt_compiler.plan.schema import CfgMode
 log = logging.getLogger("calibatt")
 
 
-_DYNAMO = {
-    "recompile_limit": 64,
-    "fail_on_recompile_limit_hit": True,
-    # Mochi picks the valid text tokens by nonzero, which would break the graph.
-    "capture_dynamic_output_shape_ops": True,
-}
+class FirstStepDone(Exception):  # noqa: N818 - no error: it ends an input early
+    """Ends an input after its first step."""
 
 
 class CalibrationRun:
@@ -42,6 +37,7 @@ class CalibrationRun:
     Attributes:
         config: its settings.
         folder: where finished inputs are kept.
+        begun_with: names of the inputs that were stored before; equal on all ranks.
     """
 
     def __init__(
@@ -49,20 +45,20 @@ class CalibrationRun:
         config: CalibrationConfig,
         store: RunStore,
         recorder: AttentionRecorder,
+        begun_with: tuple[str, ...] = (),
         *,
         cfg: CfgMode = "none",
         arguments: object = None,
     ) -> None:
         self.config = config
         self.folder = store.folder
+        self.begun_with = begun_with
         self._store = store
         self._recorder = recorder
         self._cfg: CfgMode = cfg
         self._arguments = arguments
         self._inside = False
         self._unnamed = 0
-        if names := store.names():
-            recorder.reference = store.record(names[0])
 
     @property
     def finished(self) -> tuple[str, ...]:
@@ -146,6 +142,26 @@ class CalibrationRun:
         """
         with self._recorder.calls_are(branch):
             yield
+
+    def learn_sizes(self, first_step: Callable[[], None], samples: int | None = None) -> None:
+        """Take the sizes of the attention calls from an input that another rank observes.
+
+        All masks are stored for the text length of the run's first input. Models whose text
+        stands apart from the video have no such length, and nothing is done; nor is it if an
+        input is stored.
+
+        Args:
+            first_step: runs the first step of that input; may raise `FirstStepDone`.
+            samples: as in `input`.
+        """
+        if not self._recorder.joint or self._recorder.reference is not None:
+            return
+        self._recorder.begin("first", {}, samples)
+        try:
+            with torch.no_grad(), suppress(FirstStepDone):
+                first_step()
+        finally:
+            self._recorder.abandon()
 
     def discard(self) -> None:
         """Delete the run folder: nothing can be resumed or selected again."""
@@ -231,6 +247,8 @@ def recording(
     arguments: object = None,
     schedule: Callable[[], Schedule | None] = lambda: None,
     on_step: Callable[[int, int | None], None] = lambda step, steps: None,
+    ranks: Ranks | None = None,
+    task: object = None,
 ) -> Iterator[CalibrationRun]:
     """Open the run folder, compile `module` in recording mode, undo both at the end.
 
@@ -242,61 +260,26 @@ def recording(
         arguments: JSON values common to all inputs.
         schedule: asked at the first call of each input for the sampler's steps.
         on_step: told of each new step.
+        ranks: that calibrate together; None: this process alone.
+        task: JSON values that all ranks must have in common beside what the run depends on.
     """
     from calibatt_compiler import models
 
+    ranks = ranks or Ranks()
+
     model = models.identify(module)
     whole = identity.of_run(module, config, about, cfg, arguments)
-    temporary = None
-    if config.run_folder is None:
-        temporary = tempfile.TemporaryDirectory(prefix="calibatt-")
-        folder = Path(temporary.name) / "run"
-    else:
-        folder = Path(config.run_folder)
-    store = RunStore(folder).open(whole, restart=config.restart)
-    try:
+    with opened(config, whole, ranks, task) as (store, finished):
         recorder = AttentionRecorder(
             config,
             model,
             models.text_position(model.class_name),
-            Spool(folder / "spool"),
+            # Ranks that spool side by side must not meet.
+            Spool(store.folder / (f"spool-{ranks.rank}" if ranks.rank else "spool")),
             schedule=schedule,
             on_step=on_step,
         )
+        if finished:
+            recorder.reference = store.record(finished[0])
         with observed(module, recorder, config.inductor):
-            yield CalibrationRun(config, store, recorder, cfg=cfg, arguments=arguments)
-    finally:
-        store.close()
-        if temporary is not None:
-            temporary.cleanup()
-
-
-@contextmanager
-def observed(module: torch.nn.Module, observer: Recorder, inductor: bool | None) -> Iterator[None]:
-    """Compile a module so that it shows its attention to an observer; undo it at the end.
-
-    Args:
-        module: what is observed.
-        observer: told of each captured graph, then of each call.
-        inductor: compile what is around attention; None: on a GPU yes, else no.
-    """
-    from calibatt_compiler.backend import recording_backend
-
-    if inductor is None:
-        inductor = any(p.device.type == "cuda" for p in module.parameters())
-    # Graphs of a recording must neither use up nor invalidate those of the user's own compile.
-    isolated = "isolate_recompiles" in inspect.signature(torch.compile).parameters
-    extra: dict[str, Any] = {"isolate_recompiles": True} if isolated else {}
-    previous = module.__dict__.get("_compiled_call_impl")
-    # Static shapes: with dynamic ones the code that serves an input would depend on the inputs
-    # before it, and a resumed run could differ from an undisturbed one in the last bit.
-    backend = recording_backend(observer, inductor=inductor)
-    module.compile(backend=backend, dynamic=False, **extra)
-    try:
-        with torch._dynamo.config.patch(_DYNAMO):
-            yield
-    finally:
-        if previous is None:
-            module.__dict__.pop("_compiled_call_impl", None)
-        else:
-            module._compiled_call_impl = previous
+            yield CalibrationRun(config, store, recorder, finished, cfg=cfg, arguments=arguments)

@@ -2,7 +2,8 @@
 
     run.json                      what the run is: model, weights, settings, arguments
     input-00000.safetensors       masks of one input, packed, with its record in the header
-    lock                          held while a process works in the folder
+    lock                          held while a process works in the folder, or several ranks do
+    rank-00000                    how a rank fares, where several work
 
 A file is written under a temporary name and renamed, so a kill at any moment loses the input in
 progress and nothing else.
@@ -10,7 +11,6 @@ progress and nothing else.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -20,7 +20,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ import pydantic
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from calibatt_compiler.calibration.lock import FolderLock
 from calibatt_compiler.calibration.records import InputRecord
 from calibatt_compiler.errors import CalibrationError
 from calibatt_compiler.files import replacing, write_text
@@ -47,26 +48,55 @@ class RunStore:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
-        self._lock: IO[str] | None = None
+        self._lock = FolderLock(self.folder)
         self._records: dict[str, InputRecord] = {}
 
-    def open(self, identity: Mapping[str, Any], *, restart: bool = False) -> Self:
+    def open(
+        self, identity: Mapping[str, Any], *, restart: bool = False, shared: bool = False
+    ) -> Self:
         """Take the folder for this process and check that it belongs to this run.
 
         Args:
             identity: JSON values that must equal those the run was begun with.
             restart: throw away what is there first.
+            shared: let other ranks of this run `join`.
 
         Raises:
             CalibrationError: another process works in it, or it belongs to another run.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._take_lock()
+        self._lock.take()
         try:
             if restart:
                 self._clear()
-            for leftover in self.folder.glob(".*.tmp*"):
-                leftover.unlink(missing_ok=True)
+            self._sweep()
+            self._check_identity(identity)
+            if shared:
+                self._lock.share()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def join(self, identity: Mapping[str, Any]) -> Self:
+        """Work in the folder that another rank of this run has opened.
+
+        Args:
+            identity: as in `open`.
+
+        Raises:
+            CalibrationError: this process does not see the folder, or the ranks run different
+                things.
+        """
+        if not (self.folder / "run.json").is_file():
+            raise CalibrationError(
+                "a rank does not see the run folder",
+                expected=f"{self.folder} on a file system that all ranks share",
+                got=f"no run there, seen from {os.uname().nodename}",
+                remedy="choose an output path (--out, out=...) that every machine sees",
+            )
+        self._lock.join()
+        try:
             self._check_identity(identity)
         except BaseException:
             self.close()
@@ -75,10 +105,7 @@ class RunStore:
 
     def close(self) -> None:
         """Let other processes have the folder."""
-        if self._lock is not None:
-            (self.folder / "lock").unlink(missing_ok=True)
-            self._lock.close()
-            self._lock = None
+        self._lock.release()
 
     def remove(self) -> None:
         """Delete the folder and all in it."""
@@ -202,38 +229,17 @@ class RunStore:
             remedy="delete that file and run the same command again: only this input is repeated",
         )
 
-    def _take_lock(self) -> None:
-        # The kernel drops the lock with its process, however it ends: a lock is never stale.
-        path = self.folder / "lock"
-        while True:
-            file = path.open("a+", encoding="utf-8")
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                file.seek(0)
-                holder = file.read().strip() or "unknown"
-                file.close()
-                raise CalibrationError(
-                    "another calibration works in the same folder",
-                    expected=f"{self.folder} for this process alone",
-                    got=f"it is held by process {holder}",
-                    remedy="wait for it, end it, or choose another output path",
-                ) from error
-            # Whoever held it may have removed the file between our open and our lock.
-            if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
-                break
-            file.close()
-        file.truncate(0)
-        file.write(f"{os.getpid()} on {os.uname().nodename}\n")
-        file.flush()
-        self._lock = file
-
     def _clear(self) -> None:
         for path in self.folder.iterdir():
             if path.name == "run.json" or path.name.startswith(("input-", ".input-", ".run-")):
                 path.unlink()
-            elif path.name == "spool":
-                shutil.rmtree(path)
+
+    def _sweep(self) -> None:
+        """Delete what killed processes left half-done."""
+        for leftover in (*self.folder.glob(".*.tmp*"), *self.folder.glob("rank-*")):
+            leftover.unlink(missing_ok=True)
+        for spool in self.folder.glob("spool*"):
+            shutil.rmtree(spool, ignore_errors=True)
 
     def _check_identity(self, identity: Mapping[str, Any]) -> None:
         path = self.folder / "run.json"

@@ -27,10 +27,10 @@ from calibatt_compiler.calibration.generation import (
 )
 from calibatt_compiler.calibration.kept import MARGIN, KeptMass, Validation, check_margin
 from calibatt_compiler.calibration.observation import InputObservation, Schedule
+from calibatt_compiler.calibration.observed import observed
 from calibatt_compiler.calibration.observer import Observer
 from calibatt_compiler.calibration.progress import CalibrationProgress
 from calibatt_compiler.calibration.records import SiteSize
-from calibatt_compiler.calibration.run import observed
 from calibatt_compiler.calibration.store import RunStore
 from calibatt_compiler.calibration.text import TextPosition
 from calibatt_compiler.errors import CalibrationError, PlanMismatchError

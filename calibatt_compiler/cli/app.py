@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from calibatt_compiler.cli import build, calibrate, compare, demo, inspect
+from calibatt_compiler.cli import build, calibrate, compare, demo, inspect, tune
 from calibatt_compiler.errors import CalibattError, PlanMismatchError
 from calibatt_compiler.version import VERSION
 
@@ -67,6 +67,7 @@ app.command("demo")(demo.demo)
 app.command("calibrate")(calibrate.calibrate)
 app.command("inspect")(inspect.inspect)
 app.command("compare")(compare.compare)
+app.command("tune")(tune.tune)
 app.command("build")(build.build)
 
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from calibatt_compiler.cli import options
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from calibatt_compiler.calibration import CalibrationConfig
+    from calibatt_compiler.report.cases import Case
 
 _HOW = "How sparse"
 
@@ -150,15 +156,16 @@ def calibrate(
     model. The plan serves one size of video and one number of steps. An interrupted run goes on
     where it stopped if the same command is given again.
 
+    On several GPUs, torchrun shares the prompts among them: torchrun --nproc-per-node=8 -m
+    calibatt_compiler calibrate ... gives the same plan.
+
     Example: calibatt calibrate Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompts prompts.txt
     --height 480 --width 832 --frames 81 --steps 50 --out wan-480p.calibatt
     """
     from rich.console import Console
 
-    from calibatt_compiler.calibration import CalibrationConfig, estimate
-    from calibatt_compiler.calibration import calibrate as run
-    from calibatt_compiler.cli import pipelines
-    from calibatt_compiler.report import costs as report
+    from calibatt_compiler.calibration import CalibrationConfig
+    from calibatt_compiler.cli import pipelines, ranks
 
     config = CalibrationConfig(
         block=(block, block),
@@ -176,30 +183,47 @@ def calibrate(
         restart=restart,
     )
     cases = pipelines.read_cases(prompts, prompt, seed)
-    place = pipelines.device_of(device)
-    pipe = pipelines.load_pipeline(model, place, pipelines.dtype_of(dtype, place))
-    arguments = pipelines.pipeline_arguments(
-        pipe,
-        {
-            "height": height,
-            "width": width,
-            "num_frames": frames,
-            "num_inference_steps": steps,
-            "guidance_scale": guidance,
-            "negative_prompt": negative_prompt,
-        },
-        settings,
-    )
+    named = {
+        "height": height,
+        "width": width,
+        "num_frames": frames,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "negative_prompt": negative_prompt,
+    }
+    place = ranks.own_device(pipelines.device_of(device))
+    with ranks.process_group() as rank:
+        if dry_run and rank:
+            return
+        pipe = pipelines.load_pipeline(model, place, pipelines.dtype_of(dtype, place))
+        arguments = pipelines.pipeline_arguments(pipe, named, settings)
+        said = _estimate if dry_run else _calibrate
+        text = said(pipe, cases, out, config, arguments)
+    if rank == 0:
+        console = Console(highlight=False, soft_wrap=True)
+        console.print(text)
+        if not dry_run:
+            console.print(f"measure it: calibatt compare {model} {out} --prompts HELD_OUT.txt")
+
+
+def _estimate(
+    pipe: Any, cases: list[Case], out: Path, config: CalibrationConfig, arguments: dict[str, Any]
+) -> RenderableType:
+    from calibatt_compiler.calibration import estimate
+    from calibatt_compiler.report import costs
+
     texts, seeds = [case.prompt for case in cases], [case.seed for case in cases]
-    console = Console(highlight=False, soft_wrap=True)
-    if dry_run:
-        costs = estimate(pipe, texts, seeds, out=out, config=config, **arguments)
-        console.print(report.terminal(costs))
-        return
-    plan = run(pipe, texts, seeds, out=out, config=config, **arguments)
-    density = plan.density()
-    console.print(
-        f"{out}: {len(plan.sites)} sites, {plan.steps} steps, sparsity {1 - density:.1%}\n"
-        f"see it:     calibatt inspect {out} --html plan.html\n"
-        f"measure it: calibatt compare {model} {out} --prompts HELD_OUT.txt"
+    return costs.terminal(estimate(pipe, texts, seeds, out=out, config=config, **arguments))
+
+
+def _calibrate(
+    pipe: Any, cases: list[Case], out: Path, config: CalibrationConfig, arguments: dict[str, Any]
+) -> RenderableType:
+    from calibatt_compiler.calibration import calibrate
+
+    texts, seeds = [case.prompt for case in cases], [case.seed for case in cases]
+    plan = calibrate(pipe, texts, seeds, out=out, config=config, **arguments)
+    return (
+        f"{out}: {len(plan.sites)} sites, {plan.steps} steps, sparsity {1 - plan.density():.1%}\n"
+        f"see it:     calibatt inspect {out} --html plan.html"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -160,6 +161,44 @@ def test_two_processes_do_not_share_a_folder_and_a_killed_one_lets_go(folder: Pa
     assert (folder / "lock").read_text().startswith(f"{os.getpid()} ")
     store.close()
     assert not (folder / "lock").exists()
+
+
+def test_ranks_share_a_folder_and_keep_others_out_until_the_last_has_gone(folder: Path) -> None:
+    first = RunStore(folder).open(IDENTITY, shared=True)
+    second = RunStore(folder).join(IDENTITY)
+    with pytest.raises(CalibrationError, match=f"held by process {os.getpid()} on"):
+        RunStore(folder).open(IDENTITY)
+    second.write(record("00001"), ARRAYS)
+    assert first.names() == ["00000", "00001"]
+    first.close()
+    with pytest.raises(CalibrationError, match="another calibration"):
+        RunStore(folder).open(IDENTITY)
+    second.close()
+    assert not (folder / "lock").exists()
+    alone = RunStore(folder).open(IDENTITY)
+    with pytest.raises(CalibrationError, match="another calibration"):
+        RunStore(folder).join(IDENTITY)
+    alone.close()
+
+
+def test_a_rank_joins_its_own_run_only(folder: Path, tmp_path: Path) -> None:
+    with closing(RunStore(folder).open(IDENTITY, shared=True)):
+        with pytest.raises(CalibrationError, match="something else"):
+            RunStore(folder).join({**IDENTITY, "format": 2})
+        with pytest.raises(CalibrationError, match="does not see"):
+            RunStore(tmp_path / "elsewhere").join(IDENTITY)
+    RunStore(folder).open(IDENTITY).close()  # neither refusal held on to the folder
+
+
+def test_half_done_work_of_any_rank_is_swept(folder: Path) -> None:
+    (folder / "spool-1").mkdir()
+    (folder / "spool-1" / "000000.npy").write_bytes(b"x")
+    (folder / "rank-00001").write_text("")
+    RunStore(folder).open(IDENTITY).close()
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "input-00000.safetensors",
+        "run.json",
+    ]
 
 
 def test_names_are_file_names(folder: Path) -> None:
