@@ -97,5 +97,9 @@ def energy_launch(
         block[1], arch=arch, dtype=q.dtype, head_dim=head_dim, with_output=with_output
     )
     group = min(settings.m, block[0] & -block[0])
-    config = tiled_config(settings, {"GROUP": group}, k.shape[2], dtype=q.dtype, head_dim=head_dim)
-    return config, EnergyParts(length_q, k.shape[2], block, group, settings.n)
+    blocks, tile_n = {"GROUP": group}, settings.n
+    if with_output:
+        # The fused kernel sums whole key blocks, for it has to keep the sums for a while.
+        blocks["KEY_TILES"], tile_n = block[1] // settings.n, block[1]
+    config = tiled_config(settings, blocks, k.shape[2], dtype=q.dtype, head_dim=head_dim)
+    return config, EnergyParts(length_q, k.shape[2], block, group, tile_n)

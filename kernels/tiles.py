@@ -64,32 +64,35 @@ _HALF_PRECISION: dict[str, tuple[tuple[int, TileSettings], ...]] = {
         (256, TileSettings(64, 32, 4, 2)),
     ),
 }
-# Scores and exponentials without values. What counts is that other programs of the multiprocessor
-# have products to do while one computes exponentials: at least two fit.
+# With the sums that are kept for energies, four warps would spill.
+_WITH_ENERGY = _HALF_PRECISION | {
+    "sm_80": ((64, TileSettings(128, 64, 8, 3)), *_HALF_PRECISION["sm_80"][1:])
+}
+# Scores and exponentials without values. What counts is that other warps of the multiprocessor have
+# products to do while one computes exponentials: on sm_90 and sm_100 two programs fit.
 _SCORES_ONLY: dict[str, tuple[tuple[int, TileSettings], ...]] = {
     "sm_80": (
-        (64, TileSettings(128, 128, 8, 2)),
-        (128, TileSettings(128, 64, 8, 2)),
-        (256, TileSettings(64, 64, 4, 2)),
+        (64, TileSettings(128, 64, 4, 3)),
+        (128, TileSettings(128, 64, 8, 3)),
+        (256, TileSettings(64, 32, 4, 2)),
     ),
     "small": (
-        (64, TileSettings(128, 64, 8, 2)),
-        (128, TileSettings(64, 64, 4, 2)),
+        (64, TileSettings(128, 64, 4, 2)),
+        (128, TileSettings(128, 64, 8, 2)),
         (256, TileSettings(64, 32, 4, 2)),
     ),
     "sm_90": (
-        (64, TileSettings(128, 128, 4, 3)),
-        (128, TileSettings(128, 128, 4, 2)),
+        (128, TileSettings(128, 128, 8, 2)),
         (256, TileSettings(64, 64, 4, 2)),
     ),
     "sm_100": (
-        (64, TileSettings(128, 128, 4, 3)),
-        (128, TileSettings(128, 128, 4, 2)),
+        (128, TileSettings(128, 128, 8, 2)),
         (256, TileSettings(64, 64, 4, 2)),
     ),
 }
 # Exact fp32 products take no tensor core: small tiles, or the accumulators spill.
 _SINGLE_PRECISION = ((64, TileSettings(32, 32, 4, 2)), (256, TileSettings(16, 32, 4, 2)))
+_SCORES_ONLY_SINGLE = ((64, TileSettings(16, 32, 4, 2)), (256, TileSettings(16, 16, 8, 2)))
 
 
 def architecture(device: torch.device) -> int:
@@ -124,6 +127,7 @@ def _family(arch: int) -> str:
 
 def _limits(
     half: dict[str, tuple[tuple[int, TileSettings], ...]],
+    single: tuple[tuple[int, TileSettings], ...],
     arch: int,
     dtype: torch.dtype,
     head_dim: int,
@@ -136,7 +140,7 @@ def _limits(
             got=head_dim,
             remedy="leave this site out of the plan, so that it runs dense",
         )
-    table = half[_family(arch)] if dtype.itemsize == 2 else _SINGLE_PRECISION
+    table = half[_family(arch)] if dtype.itemsize == 2 else single
     return next(settings for largest, settings in table if head_dim <= largest)
 
 
@@ -154,7 +158,7 @@ def tile_settings(
     Raises:
         KernelError: head_dim out of range.
     """
-    limits = _limits(_HALF_PRECISION, arch, dtype, head_dim)
+    limits = _limits(_HALF_PRECISION, _SINGLE_PRECISION, arch, dtype, head_dim)
     return TileSettings(
         m=min(limits.m, pattern.block_m & -pattern.block_m),
         n=min(limits.n, pattern.block_n & -pattern.block_n),
@@ -178,5 +182,8 @@ def energy_settings(
     Raises:
         KernelError: head_dim out of range.
     """
-    limits = _limits(_HALF_PRECISION if with_output else _SCORES_ONLY, arch, dtype, head_dim)
+    half, single = _SCORES_ONLY, _SCORES_ONLY_SINGLE
+    if with_output:
+        half, single = _WITH_ENERGY, _SINGLE_PRECISION
+    limits = _limits(half, single, arch, dtype, head_dim)
     return replace(limits, n=min(limits.n, block_n & -block_n))

@@ -123,8 +123,8 @@ def attend_tile_sums(
 ):
     """Attend the keys `first` to `first + TILE_N`; q is (M, D), acc (M, D) float32.
 
-    Returns the new acc, maximum and total, and the tile's row sums (M,) relative to that maximum.
-    Only a RAGGED tile is masked.
+    Returns the new acc, maximum and total; the tile's row sums (M,) relative to that maximum; the
+    factor (M,) by which sums relative to the last maximum shrink. Only a RAGGED tile is masked.
     """
     scores = key_scores(
         q, k_ptr, stride_ks, first, length_k, TILE_N, HEAD_DIM, PADDED_DIM, RAGGED, PRECISION
@@ -135,7 +135,7 @@ def attend_tile_sums(
     v = load_rows(v_ptr, stride_vs, first, length_k, TILE_N, HEAD_DIM, PADDED_DIM, RAGGED)
     acc = acc * shrink[:, None]
     acc = tl.dot(probability.to(v.dtype), v, acc, input_precision=PRECISION)
-    return acc, maximum, total * shrink + sums, sums
+    return acc, maximum, total * shrink + sums, sums, shrink
 
 
 @triton.jit
@@ -159,8 +159,8 @@ def attend_tile(
     log2_weight=0.0,
     WEIGHTED: tl.constexpr = False,
 ):
-    """As `attend_tile_sums`, without the tile's row sums."""
-    acc, maximum, total, _ = attend_tile_sums(
+    """As `attend_tile_sums`, without the tile's own sums."""
+    acc, maximum, total, _, _ = attend_tile_sums(
         q, k_ptr, v_ptr, stride_ks, stride_vs, first, length_k, acc, maximum, total, scale_log2,
         TILE_N, HEAD_DIM, PADDED_DIM, RAGGED, PRECISION, log2_weight, WEIGHTED,
     )  # fmt: skip

@@ -1,9 +1,11 @@
 """Dense attention and its block energies in one kernel: the energies cost next to nothing more.
 
-The online softmax has each row's sum of probabilities for each tile of keys, relative to the row
-maximum so far. They are kept until the row's log-sum-exp is known, then summed over rows. A program
-does that for one tile of queries after the other, so what is kept is a scratch buffer a program,
-not a row a query: log2 of the sums, float32 (key tiles, TILE_M), written and read through L2.
+The online softmax has each row's sum of probabilities for each key block, relative to the row
+maximum so far. They are kept until the row's log-sum-exp is known, then summed over rows by the
+program that kept them: log2 of the sums, float32 (key_blocks, TILE_M), written and read through L2.
+Programs that reuse their buffer for one tile of queries after the other would need less of it, but
+the compiler then holds the offsets of all operands in registers from tile to tile, and spills. So
+a launch serves as many tiles as fit a budget.
 """
 
 from __future__ import annotations
@@ -23,18 +25,27 @@ from calibatt_compiler.kernels.triton_body import (
 )
 from calibatt_compiler.kernels.triton_launch import STRIDES, aligned, call_arguments, on_device
 
-SCRATCH_BYTES = 256 << 20
-"""Most that the scratch of all programs may take; fewer programs run where it would take more."""
+SCRATCH_BYTES = 512 << 20
+"""Most that the sums of one launch may take; a call makes as many launches as it needs."""
 
 CHUNK = 16
-"""Key tiles whose kept sums are read at once."""
+"""Key blocks whose kept sums are read at once."""
 
 
 @triton.jit
-def keep_sums(kept_ptr, tile, sums, maximum, TILE_M: tl.constexpr):
-    """Keep log2 of a key tile's row sums (M,), -inf where all scores were -inf."""
+def keep_sums(
+    kept_ptr, tile, block_sums, sums, shrink, maximum, TILE_M: tl.constexpr, KEY_TILES: tl.constexpr
+):
+    """Add a key tile's row sums (M,) to those of its block, and keep log2 of them.
+
+    The first tile of a block forgets the block before it; each further one overwrites what is kept.
+    Where all scores were -inf, that is -inf. Returns the block's sums so far.
+    """
+    if KEY_TILES > 1:
+        sums += tl.where(tile % KEY_TILES == 0, 0.0, block_sums * shrink)
     row = tl.arange(0, TILE_M)
-    tl.store(kept_ptr + tile * TILE_M + row, tl.math.log2(sums) + maximum)
+    tl.store(kept_ptr + tile // KEY_TILES * TILE_M + row, tl.math.log2(sums) + maximum)
+    return sums
 
 
 @triton.jit
@@ -42,32 +53,31 @@ def store_energies(
     kept_ptr,
     parts_ptr,
     lse,
-    tiles,
-    key_tiles,
+    key_blocks,
     groups,
     TILE_M: tl.constexpr,
     GROUP: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Turn the kept sums of `tiles` key tiles into sums of probabilities by groups of queries.
+    """Turn the kept sums of a tile of queries into sums of probabilities by groups of queries.
 
     `lse` (M,) in units of log2; `parts_ptr` points at the tile's first group, of which `groups`
     are left.
     """
     row = tl.arange(0, TILE_M)
     group = tl.arange(0, TILE_M // GROUP)
-    for first in range(0, tiles, CHUNK):
-        tile = first + tl.arange(0, CHUNK)
-        inside = tile < tiles
+    for first in range(0, key_blocks, CHUNK):
+        block = first + tl.arange(0, CHUNK)
+        inside = block < key_blocks
         kept = tl.load(
-            kept_ptr + tile[:, None] * TILE_M + row[None, :],
+            kept_ptr + block[:, None] * TILE_M + row[None, :],
             mask=inside[:, None],
             other=-float("inf"),
         )
         probability = tl.math.exp2(kept - lse[None, :])
         sums = tl.sum(tl.reshape(probability, (CHUNK, TILE_M // GROUP, GROUP)), 2)
         tl.store(
-            parts_ptr + group[None, :] * key_tiles + tile[:, None],
+            parts_ptr + group[None, :] * key_blocks + block[:, None],
             sums,
             mask=inside[:, None] & (group < groups)[None, :],
         )
@@ -75,7 +85,15 @@ def store_energies(
 
 # Lengths and strides are not specialised, as in the attention kernels.
 @triton.jit(
-    do_not_specialize=[*STRIDES, "heads", "items", "length_q", "length_k", "groups", "key_tiles"]
+    do_not_specialize=[
+        *STRIDES,
+        "heads",
+        "first_item",
+        "length_q",
+        "length_k",
+        "groups",
+        "key_blocks",
+    ]
 )
 def attention_and_energy(
     q_ptr,
@@ -98,13 +116,14 @@ def attention_and_energy(
     stride_os,
     scale_log2,
     heads,
-    items,
+    first_item,
     length_q,
     length_k,
     groups,
-    key_tiles,
+    key_blocks,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
+    KEY_TILES: tl.constexpr,
     GROUP: tl.constexpr,
     CHUNK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -113,58 +132,59 @@ def attention_and_energy(
     RAGGED_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Attend all keys for the tiles of queries `program`, `program + programs`, ...
+    """Attend all keys for the tile of queries `first_item + program`; sum probabilities by block.
 
-    Grid: (programs,). An item is a tile of queries of one head, all `items` of a head in a row.
-    `kept_ptr` is float32 (programs, key_tiles, TILE_M), scratch; `parts_ptr` float32 (batch *
-    heads, groups, key_tiles). Strides count units of ALIGN elements. `scale_log2` > 0.
+    Grid: (tiles of this launch,); those of a head follow one another, tiles past the end of the
+    queries are not counted. `kept_ptr` is float32 (programs, key_blocks, TILE_M), scratch;
+    `parts_ptr` float32 (batch * heads, groups, key_blocks). A key block is KEY_TILES tiles. Strides
+    count units of ALIGN elements. `scale_log2` > 0.
     """
-    kept_ptr += tl.program_id(0).to(tl.int64) * key_tiles * TILE_M
+    kept_ptr += tl.program_id(0).to(tl.int64) * key_blocks * TILE_M
+    item = first_item + tl.program_id(0)
     query_tiles = tl.cdiv(length_q, TILE_M)
+    batch_head = (item // query_tiles).to(tl.int64)
+    batch, head = batch_head // heads, batch_head % heads
+    tile = item % query_tiles
+    first = tile * TILE_M
+    q_head, stride_qs = head_rows(q_ptr, stride_qb, stride_qh, stride_qs, batch, head, ALIGN)
+    k_head, stride_ks = head_rows(k_ptr, stride_kb, stride_kh, stride_ks, batch, head, ALIGN)
+    v_head, stride_vs = head_rows(v_ptr, stride_vb, stride_vh, stride_vs, batch, head, ALIGN)
+    o_head, stride_os = head_rows(o_ptr, stride_ob, stride_oh, stride_os, batch, head, ALIGN)
+    q = load_rows(q_head, stride_qs, first, length_q, TILE_M, HEAD_DIM, PADDED_DIM, True)
+    acc = tl.zeros([TILE_M, PADDED_DIM], tl.float32)
+    maximum = tl.full([TILE_M], -float("inf"), tl.float32)
+    total = tl.zeros([TILE_M], tl.float32)
+    block_sums = tl.zeros([TILE_M], tl.float32)
     whole = length_k // TILE_N
-    for item in range(tl.program_id(0), items, tl.num_programs(0)):
-        batch_head = (item // query_tiles).to(tl.int64)
-        batch, head = batch_head // heads, batch_head % heads
-        tile = item % query_tiles
-        first = tile * TILE_M
-        q_head, q_stride = head_rows(q_ptr, stride_qb, stride_qh, stride_qs, batch, head, ALIGN)
-        k_head, k_stride = head_rows(k_ptr, stride_kb, stride_kh, stride_ks, batch, head, ALIGN)
-        v_head, v_stride = head_rows(v_ptr, stride_vb, stride_vh, stride_vs, batch, head, ALIGN)
-        o_head, o_stride = head_rows(o_ptr, stride_ob, stride_oh, stride_os, batch, head, ALIGN)
-        q = load_rows(q_head, q_stride, first, length_q, TILE_M, HEAD_DIM, PADDED_DIM, True)
-        acc = tl.zeros([TILE_M, PADDED_DIM], tl.float32)
-        maximum = tl.full([TILE_M], -float("inf"), tl.float32)
-        total = tl.zeros([TILE_M], tl.float32)
-        for part in tl.range(0, whole):
-            acc, maximum, total, sums = attend_tile_sums(
-                q, k_head, v_head, k_stride, v_stride, part * TILE_N, length_k,
-                acc, maximum, total, scale_log2, TILE_N, HEAD_DIM, PADDED_DIM, False, PRECISION,
-            )  # fmt: skip
-            keep_sums(kept_ptr, part, sums, maximum, TILE_M)
-        if RAGGED_K:
-            acc, maximum, total, sums = attend_tile_sums(
-                q, k_head, v_head, k_stride, v_stride, whole * TILE_N, length_k,
-                acc, maximum, total, scale_log2, TILE_N, HEAD_DIM, PADDED_DIM, True, PRECISION,
-            )  # fmt: skip
-            keep_sums(kept_ptr, whole, sums, maximum, TILE_M)
-        store_rows(o_head, o_stride, first, length_q, acc, total, TILE_M, HEAD_DIM, PADDED_DIM)
-        row = first + tl.arange(0, TILE_M)
-        # Queries past the end count nothing.
-        lse = tl.where(row < length_q, maximum + tl.math.log2(total), float("inf"))
-        group = tile * (TILE_M // GROUP)
-        # Other threads read what this one kept, and the next item overwrites what they read.
-        tl.debug_barrier()
-        store_energies(
-            kept_ptr, parts_ptr + (batch_head * groups + group) * key_tiles, lse,
-            tl.cdiv(length_k, TILE_N), key_tiles, groups - group, TILE_M, GROUP, CHUNK,
+    for part in tl.range(0, whole):
+        acc, maximum, total, sums, shrink = attend_tile_sums(
+            q, k_head, v_head, stride_ks, stride_vs, part * TILE_N, length_k,
+            acc, maximum, total, scale_log2, TILE_N, HEAD_DIM, PADDED_DIM, False, PRECISION,
         )  # fmt: skip
-        tl.debug_barrier()
+        block_sums = keep_sums(kept_ptr, part, block_sums, sums, shrink, maximum, TILE_M, KEY_TILES)
+    if RAGGED_K:
+        acc, maximum, total, sums, shrink = attend_tile_sums(
+            q, k_head, v_head, stride_ks, stride_vs, whole * TILE_N, length_k,
+            acc, maximum, total, scale_log2, TILE_N, HEAD_DIM, PADDED_DIM, True, PRECISION,
+        )  # fmt: skip
+        keep_sums(kept_ptr, whole, block_sums, sums, shrink, maximum, TILE_M, KEY_TILES)
+    store_rows(o_head, stride_os, first, length_q, acc, total, TILE_M, HEAD_DIM, PADDED_DIM)
+    row = first + tl.arange(0, TILE_M)
+    # Queries past the end count nothing.
+    lse = tl.where(row < length_q, maximum + tl.math.log2(total), float("inf"))
+    group = tile * (TILE_M // GROUP)
+    # A thread reads what other threads of the program kept.
+    tl.debug_barrier()
+    store_energies(
+        kept_ptr, parts_ptr + (batch_head * groups + group) * key_blocks, lse,
+        key_blocks, groups - group, TILE_M, GROUP, CHUNK,
+    )  # fmt: skip
 
 
-def programs_to_run(q: Tensor, items: int, program_bytes: int, warps: int) -> int:
-    """As many programs as a GPU holds at once, of those that have an item and fit the budget."""
-    fit = multiprocessors(q.device) * (16 // warps)
-    return max(1, min(items, fit, SCRATCH_BYTES // program_bytes))
+def items_a_launch(q: Tensor, item_bytes: int) -> int:
+    """Tiles of queries whose sums fit the budget; whole rounds of the GPU's multiprocessors."""
+    fit = max(1, SCRATCH_BYTES // item_bytes)
+    return fit // multiprocessors(q.device) * multiprocessors(q.device) or fit
 
 
 def triton_attention_and_energy(
@@ -200,27 +220,27 @@ def triton_attention_and_energy(
     q, arguments = call_arguments(q, k, v, out, scale, config)
     batch, heads, length_q, _ = q.shape
     items = batch * heads * -(-length_q // config.settings.m)
-    kept_shape = (parts.key_tiles, config.settings.m)
-    program_bytes = 4 * kept_shape[0] * kept_shape[1]
-    programs = programs_to_run(q, items, program_bytes, config.settings.warps)
-    kept = sums.new_empty(programs, *kept_shape)
+    item_floats = parts.key_tiles * config.settings.m
+    step = min(items, items_a_launch(q, 4 * item_floats))
+    kept = sums.new_empty(step, item_floats)
     with on_device(q):
-        attention_and_energy[(programs,)](
-            q,
-            k,
-            v,
-            out,
-            kept,
-            sums,
-            **arguments,
-            heads=heads,
-            items=items,
-            length_q=length_q,
-            length_k=k.shape[2],
-            groups=parts.groups,
-            key_tiles=parts.key_tiles,
-            CHUNK=CHUNK,
-            **config.constexprs,
-            **config.options,
-        )
+        for first_item in range(0, items, step):
+            attention_and_energy[(min(step, items - first_item),)](
+                q,
+                k,
+                v,
+                out,
+                kept,
+                sums,
+                **arguments,
+                heads=heads,
+                first_item=first_item,
+                length_q=length_q,
+                length_k=k.shape[2],
+                groups=parts.groups,
+                key_blocks=parts.key_tiles,
+                CHUNK=CHUNK,
+                **config.constexprs,
+                **config.options,
+            )
     return out, parts.energy(sums)
