@@ -69,7 +69,8 @@ _WITH_ENERGY = _HALF_PRECISION | {
     "sm_80": ((64, TileSettings(128, 64, 8, 3)), *_HALF_PRECISION["sm_80"][1:])
 }
 # Scores and exponentials without values. What counts is that other warps of the multiprocessor have
-# products to do while one computes exponentials: on sm_90 and sm_100 two programs fit.
+# products to do while one computes exponentials (on sm_90 and sm_100 two programs fit), and that
+# the next keys are on their way meanwhile: with two stages their load starts after the exponentials.
 _SCORES_ONLY: dict[str, tuple[tuple[int, TileSettings], ...]] = {
     "sm_80": (
         (64, TileSettings(128, 64, 4, 3)),
@@ -81,12 +82,13 @@ _SCORES_ONLY: dict[str, tuple[tuple[int, TileSettings], ...]] = {
         (128, TileSettings(128, 64, 8, 2)),
         (256, TileSettings(64, 32, 4, 2)),
     ),
+    # 256 queries share each key that comes from L2, which would else be the limit.
     "sm_90": (
-        (128, TileSettings(128, 128, 8, 2)),
+        (128, TileSettings(256, 64, 8, 3)),
         (256, TileSettings(64, 64, 4, 2)),
     ),
     "sm_100": (
-        (128, TileSettings(128, 128, 8, 2)),
+        (128, TileSettings(128, 64, 8, 3)),
         (256, TileSettings(64, 64, 4, 2)),
     ),
 }
