@@ -50,27 +50,47 @@ def sustained_and_burst(
     runs: Mapping[str, Run], *, on_gpu: bool, rounds: int, block_ms: float = 60.0
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Median milliseconds of each kernel in both regimes."""
+    number = calls_a_block(runs, on_gpu=on_gpu, block_ms=block_ms)
+    return (
+        sustained(runs, number, on_gpu=on_gpu, rounds=rounds),
+        burst(runs, number, on_gpu=on_gpu),
+    )
+
+
+def calls_a_block(runs: Mapping[str, Run], *, on_gpu: bool, block_ms: float) -> dict[str, int]:
+    """How many calls in a row of each kernel fill `block_ms`."""
     once = {name: min(calls(run, 2, on_gpu)) for name, run in runs.items()}
-    number = {name: max(2, int(block_ms / t)) if on_gpu else 1 for name, t in once.items()}
+    return {name: max(2, int(block_ms / t)) if on_gpu else 1 for name, t in once.items()}
+
+
+def sustained(
+    runs: Mapping[str, Run], number: Mapping[str, int], *, on_gpu: bool, rounds: int
+) -> dict[str, float]:
+    """Median milliseconds of each kernel, in turns without idle."""
     warm_until = time.monotonic() + (1.5 if on_gpu else 0)
     while time.monotonic() < warm_until:
         for name, run in runs.items():
             calls(run, number[name], on_gpu)
-    sustained: dict[str, list[float]] = {name: [] for name in runs}
+    samples: dict[str, list[float]] = {name: [] for name in runs}
     order = list(runs)
     for turn in range(rounds):
         random.Random(turn).shuffle(order)
         for name in order:
             # The first call of a block still shares the machine with the kernel before.
             times = calls(runs[name], number[name] + on_gpu, on_gpu)
-            sustained[name] += times[on_gpu:]
-    burst: dict[str, list[float]] = {name: [] for name in runs}
+            samples[name] += times[on_gpu:]
+    return _medians(samples)
+
+
+def burst(runs: Mapping[str, Run], number: Mapping[str, int], *, on_gpu: bool) -> dict[str, float]:
+    """Median milliseconds of each kernel, each alone after half a second of idle."""
+    samples: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(2 if on_gpu else 1):
         for name, run in runs.items():
             if on_gpu:
                 time.sleep(0.5)
-            burst[name] += calls(run, max(2, number[name] // 2), on_gpu)[on_gpu:]
-    return _medians(sustained), _medians(burst)
+            samples[name] += calls(run, max(2, number[name] // 2), on_gpu)[on_gpu:]
+    return _medians(samples)
 
 
 def _medians(samples: Mapping[str, list[float]]) -> dict[str, float]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from calibatt_compiler.errors import KernelError
 from calibatt_compiler.kernels.attention import dense_attention, triton_serves
+from calibatt_compiler.kernels.tiles import MAX_HEAD_DIM
 
 
 def block_energy(
@@ -24,10 +25,12 @@ def block_energy(
     block: tuple[int, int] = (128, 128),
     scale: float | None = None,
     lse: Tensor | None = None,
+    queries: float = 1.0,
 ) -> Tensor:
     """Return the block energies of dense attention, never holding a full attention matrix.
 
-    Deterministic: equal operands on one device give equal bits.
+    Deterministic: equal operands on one device give equal bits. On a GPU one pass over the keys
+    with the log-sum-exp, two without it.
 
     Args:
         q: (B, H, Sq, D), any strides.
@@ -36,6 +39,8 @@ def block_energy(
         scale: factor on the scores; default 1 / sqrt(D).
         lse: float (B, H, Sq), natural log-sum-exp of the scaled scores, if a dense kernel has
             returned it already.
+        queries: 1 / n: take the means over the queries 0, n, 2n, ... of each query block only, in
+            1 / n of the time; n must divide the query block.
 
     Returns:
         float32 (B, H, query_blocks, key_blocks), contiguous.
@@ -45,11 +50,16 @@ def block_energy(
     """
     _check(q, k, block, lse)
     factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    every = _stride(queries, block)
+    if every > 1:
+        # The block is a multiple of the stride: what is left of each block is a smaller block.
+        q, block = q[:, :, ::every], (block[0] // every, block[1])
+        lse = None if lse is None else lse[:, :, ::every]
     if q.device.type == "cpu":
         from calibatt_compiler.kernels.native_cpu import native_energy
 
         return native_energy(q, k, None, block, factor, lse)[1]
-    if triton_serves(q.device, q.dtype) and q.shape[-1] <= 256:
+    if triton_serves(q.device, q.dtype) and q.shape[-1] <= MAX_HEAD_DIM:
         from calibatt_compiler.kernels.triton_energy import triton_energy
 
         return triton_energy(q, k, block, factor, lse)
@@ -63,10 +73,13 @@ def attention_with_energy(
     *,
     block: tuple[int, int] = (128, 128),
     scale: float | None = None,
+    queries: float = 1.0,
+    fused: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return dense attention's output and its block energies.
 
-    On a CPU one pass serves both; elsewhere stock SDPA gives the output.
+    On a CPU one pass serves both. On a GPU it is one kernel for both, or stock SDPA, which also
+    gives the log-sum-exp, and a pass for the energies.
 
     Args:
         q: (B, H, Sq, D), any strides.
@@ -74,6 +87,8 @@ def attention_with_energy(
         v: (B, H, Sk, D), same dtype and device.
         block: tokens a query block, tokens a key block.
         scale: factor on the scores; default 1 / sqrt(D).
+        queries: as for `block_energy`; the output is always that of all queries.
+        fused: on a GPU, one kernel (True) or SDPA and a pass (False); default: see `fuses`.
 
     Returns:
         The output (B, H, Sq, D), laid out as contiguous (B, Sq, H, D), in the dtype of q; the
@@ -91,13 +106,55 @@ def attention_with_energy(
             remedy="pass k and v of one attention call",
         )
     factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    if q.device.type == "cpu":
+    every = _stride(queries, block)
+    if q.device.type == "cpu" and every == 1:
         from calibatt_compiler.kernels.native_cpu import native_energy
 
         out, energy = native_energy(q, k, v, block, factor, None)
         assert out is not None
         return out, energy
-    return dense_attention(q, k, v, factor), block_energy(q, k, block=block, scale=factor)
+    known: Tensor | None = None
+    if not (triton_serves(q.device, q.dtype) and q.shape[-1] <= MAX_HEAD_DIM):
+        out = dense_attention(q, k, v, factor)
+    elif fuses(q.dtype, q.shape[-1]) if fused is None and every == 1 else fused:
+        from calibatt_compiler.kernels.triton_fused_energy import triton_attention_and_energy
+
+        if every > 1 or not fuses(q.dtype, q.shape[-1]):
+            raise KernelError(
+                "one kernel can't give output and these energies",
+                expected="bfloat16 or float16, head dim up to 128, queries=1",
+                got=f"{q.dtype}, head dim {q.shape[-1]}, queries={queries}",
+                remedy="leave out fused=True",
+            )
+        return triton_attention_and_energy(q, k, v, block, factor)
+    else:
+        from calibatt_compiler.kernels.dense_lse import dense_attention_and_lse
+
+        out, known = dense_attention_and_lse(q, k, v, factor)
+    return out, block_energy(q, k, block=block, scale=factor, lse=known, queries=queries)
+
+
+def fuses(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether one kernel gives output and energies by default on a GPU.
+
+    By work, not by measurement (docs/energies.md): the pass for the energies repeats half of the
+    products and all exponentials of dense attention, the fused kernel repeats nothing but is a
+    portable one. In float32 and for large heads it would spill.
+    """
+    return dtype.itemsize == 2 and head_dim <= 128
+
+
+def _stride(queries: float, block: tuple[int, int]) -> int:
+    """n of `queries` = 1 / n."""
+    stride = round(1 / queries) if 0 < queries <= 1 else 0
+    if not stride or abs(stride * queries - 1) > 1e-6 or block[0] % stride:
+        raise KernelError(
+            "the share of queries is out of range",
+            expected=f"1 / n where n divides the query block of {block[0]} tokens",
+            got=queries,
+            remedy="use 1, 1/2, 1/4 or 1/8",
+        )
+    return stride
 
 
 CHUNK = 1 << 26

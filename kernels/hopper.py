@@ -6,7 +6,6 @@ default: see `attention.make_attention`.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -32,6 +31,7 @@ from calibatt_compiler.kernels.hopper_launch import (
 )
 from calibatt_compiler.kernels.hopper_schedule import key_runs, make_schedule, tail_weights
 from calibatt_compiler.kernels.operands import check_operands, check_specialisation, empty_output
+from calibatt_compiler.kernels.tiles import multiprocessors
 from calibatt_compiler.kernels.triton_launch import on_device
 from calibatt_compiler.plan.pattern import BlockPattern
 
@@ -255,9 +255,3 @@ def shared_tables(
         if first_blocks is None:
             _tables[key] = found
     return found
-
-
-@cache
-def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of a GPU."""
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)

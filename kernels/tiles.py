@@ -6,7 +6,8 @@ holds upper limits; the tile is the largest power of two that divides the block 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING
 
 from calibatt_compiler.errors import KernelError
@@ -63,8 +64,37 @@ _HALF_PRECISION: dict[str, tuple[tuple[int, TileSettings], ...]] = {
         (256, TileSettings(64, 32, 4, 2)),
     ),
 }
+# With the sums that are kept for energies, four warps would spill.
+_WITH_ENERGY = _HALF_PRECISION | {
+    "sm_80": ((64, TileSettings(128, 64, 8, 3)), *_HALF_PRECISION["sm_80"][1:])
+}
+# Scores and exponentials without values. What counts is that other warps of the multiprocessor have
+# products to do while one computes exponentials (on sm_90 and sm_100 two programs fit), and that
+# the next keys are on their way meanwhile: with two stages their load starts after the exponentials.
+_SCORES_ONLY: dict[str, tuple[tuple[int, TileSettings], ...]] = {
+    "sm_80": (
+        (64, TileSettings(128, 64, 4, 3)),
+        (128, TileSettings(128, 64, 8, 3)),
+        (256, TileSettings(64, 32, 4, 2)),
+    ),
+    "small": (
+        (64, TileSettings(128, 64, 4, 2)),
+        (128, TileSettings(128, 64, 8, 2)),
+        (256, TileSettings(64, 32, 4, 2)),
+    ),
+    # 256 queries share each key that comes from L2, which would else be the limit.
+    "sm_90": (
+        (128, TileSettings(256, 64, 8, 3)),
+        (256, TileSettings(64, 64, 4, 2)),
+    ),
+    "sm_100": (
+        (128, TileSettings(128, 64, 8, 3)),
+        (256, TileSettings(64, 64, 4, 2)),
+    ),
+}
 # Exact fp32 products take no tensor core: small tiles, or the accumulators spill.
 _SINGLE_PRECISION = ((64, TileSettings(32, 32, 4, 2)), (256, TileSettings(16, 32, 4, 2)))
+_SCORES_ONLY_SINGLE = ((64, TileSettings(16, 32, 4, 2)), (256, TileSettings(16, 16, 8, 2)))
 
 
 def architecture(device: torch.device) -> int:
@@ -77,6 +107,16 @@ def architecture(device: torch.device) -> int:
     return major * 10 + minor
 
 
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 1 for a CPU (interpreter)."""
+    if device.type != "cuda":
+        return 1
+    import torch
+
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def _family(arch: int) -> str:
     if arch == 80:
         return "sm_80"
@@ -85,6 +125,25 @@ def _family(arch: int) -> str:
     if 100 <= arch < 120:
         return "sm_100"
     return "small"
+
+
+def _limits(
+    half: dict[str, tuple[tuple[int, TileSettings], ...]],
+    single: tuple[tuple[int, TileSettings], ...],
+    arch: int,
+    dtype: torch.dtype,
+    head_dim: int,
+) -> TileSettings:
+    """The table's row for a head dim, which it checks."""
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise KernelError(
+            "no kernel for this head dimension",
+            expected=f"1 to {MAX_HEAD_DIM}",
+            got=head_dim,
+            remedy="leave this site out of the plan, so that it runs dense",
+        )
+    table = half[_family(arch)] if dtype.itemsize == 2 else single
+    return next(settings for largest, settings in table if head_dim <= largest)
 
 
 def tile_settings(
@@ -101,18 +160,32 @@ def tile_settings(
     Raises:
         KernelError: head_dim out of range.
     """
-    if not 1 <= head_dim <= MAX_HEAD_DIM:
-        raise KernelError(
-            "no kernel for this head dimension",
-            expected=f"1 to {MAX_HEAD_DIM}",
-            got=head_dim,
-            remedy="leave this site out of the plan, so that it runs dense",
-        )
-    table = _HALF_PRECISION[_family(arch)] if dtype.itemsize == 2 else _SINGLE_PRECISION
-    limits = next(settings for largest, settings in table if head_dim <= largest)
+    limits = _limits(_HALF_PRECISION, _SINGLE_PRECISION, arch, dtype, head_dim)
     return TileSettings(
         m=min(limits.m, pattern.block_m & -pattern.block_m),
         n=min(limits.n, pattern.block_n & -pattern.block_n),
         warps=limits.warps,
         stages=limits.stages,
     )
+
+
+def energy_settings(
+    block_n: int, *, arch: int, dtype: torch.dtype, head_dim: int, with_output: bool
+) -> TileSettings:
+    """Choose tiles of the kernels of block energies: any query block, a part of a key block.
+
+    Args:
+        block_n: tokens a key block, which the tile divides.
+        arch: compute capability as one number.
+        dtype: of queries and keys.
+        head_dim: elements a head.
+        with_output: for the kernel that also computes the attention output.
+
+    Raises:
+        KernelError: head_dim out of range.
+    """
+    half, single = _SCORES_ONLY, _SCORES_ONLY_SINGLE
+    if with_output:
+        half, single = _WITH_ENERGY, _SINGLE_PRECISION
+    limits = _limits(half, single, arch, dtype, head_dim)
+    return replace(limits, n=min(limits.n, block_n & -block_n))

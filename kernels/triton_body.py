@@ -12,13 +12,14 @@ import triton.language as tl
 
 
 @triton.jit
-def head_pointer(ptr, stride_b, stride_h, batch, head, ALIGN: tl.constexpr):
-    """Pointer to token 0 of one head; the strides count units of ALIGN elements.
+def head_rows(ptr, stride_b, stride_h, stride_s, batch, head, ALIGN: tl.constexpr):
+    """Pointer to token 0 of one head, and the distance of two tokens in elements.
 
-    The multiplication by a literal is what tells the compiler that 16-byte loads are aligned: a
-    hint on an argument gets lost when functions are inlined.
+    The strides count units of ALIGN elements. The multiplication by a literal is what tells the
+    compiler that 16-byte loads are aligned: a hint on an argument gets lost when functions are
+    inlined.
     """
-    return ptr + (batch * stride_b + head * stride_h) * ALIGN
+    return ptr + (batch * stride_b + head * stride_h) * ALIGN, stride_s * ALIGN
 
 
 @triton.jit
@@ -53,15 +54,40 @@ def load_rows(
 
 
 @triton.jit
-def online_softmax_update(scores, maximum, total, scale_log2, log2_weight, WEIGHTED: tl.constexpr):
-    """Fold a tile of raw scores (M, N) into the running row maximum (M,) and row sum (M,).
+def key_scores(
+    q,
+    k_ptr,
+    stride_ks,
+    first,
+    length_k,
+    TILE_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    RAGGED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Raw scores (M, N) of q (M, D) against the keys `first` to `first + TILE_N`.
+
+    With RAGGED, keys from `length_k` on score -inf, which stays so under a positive scale.
+    """
+    k = load_rows(k_ptr, stride_ks, first, length_k, TILE_N, HEAD_DIM, PADDED_DIM, RAGGED)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if RAGGED:
+        inside = first + tl.arange(0, TILE_N) < length_k
+        scores = tl.where(inside[None, :], scores, -float("inf"))
+    return scores
+
+
+@triton.jit
+def online_softmax_update(scores, maximum, scale_log2, log2_weight, WEIGHTED: tl.constexpr):
+    """Fold a tile of raw scores (M, N) into the running row maximum (M,).
 
     The maximum is kept in units of log2, scaled; `scale_log2` = softmax scale * log2(e) > 0. If
     WEIGHTED, `log2_weight`, a scalar or (1, N), is added to the scaled scores.
 
     Returns:
-        Probabilities (M, N) relative to the new maximum; the factor (M,) by which earlier sums
-        shrink; the new maximum; the new sum.
+        Probabilities (M, N) relative to the new maximum; their row sums (M,); the factor (M,) by
+        which earlier sums shrink; the new maximum.
     """
     if WEIGHTED:
         scores = scores * scale_log2 + log2_weight
@@ -71,7 +97,45 @@ def online_softmax_update(scores, maximum, total, scale_log2, log2_weight, WEIGH
     reference = tl.where(higher == -float("inf"), 0.0, higher)
     probability = tl.math.exp2(scores * scale_log2 - reference[:, None])
     shrink = tl.math.exp2(maximum - reference)
-    return probability, shrink, higher, total * shrink + tl.sum(probability, 1)
+    return probability, tl.sum(probability, 1), shrink, higher
+
+
+@triton.jit
+def attend_tile_sums(
+    q,
+    k_ptr,
+    v_ptr,
+    stride_ks,
+    stride_vs,
+    first,
+    length_k,
+    acc,
+    maximum,
+    total,
+    scale_log2,
+    TILE_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    RAGGED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    log2_weight=0.0,
+    WEIGHTED: tl.constexpr = False,
+):
+    """Attend the keys `first` to `first + TILE_N`; q is (M, D), acc (M, D) float32.
+
+    Returns the new acc, maximum and total; the tile's row sums (M,) relative to that maximum; the
+    factor (M,) by which sums relative to the last maximum shrink. Only a RAGGED tile is masked.
+    """
+    scores = key_scores(
+        q, k_ptr, stride_ks, first, length_k, TILE_N, HEAD_DIM, PADDED_DIM, RAGGED, PRECISION
+    )
+    probability, sums, shrink, maximum = online_softmax_update(
+        scores, maximum, scale_log2, log2_weight, WEIGHTED
+    )
+    v = load_rows(v_ptr, stride_vs, first, length_k, TILE_N, HEAD_DIM, PADDED_DIM, RAGGED)
+    acc = acc * shrink[:, None]
+    acc = tl.dot(probability.to(v.dtype), v, acc, input_precision=PRECISION)
+    return acc, maximum, total * shrink + sums, sums, shrink
 
 
 @triton.jit
@@ -95,21 +159,11 @@ def attend_tile(
     log2_weight=0.0,
     WEIGHTED: tl.constexpr = False,
 ):
-    """Attend the keys `first` to `first + TILE_N`; q is (M, D), acc (M, D) float32.
-
-    Returns the new acc, maximum and total. Only a RAGGED tile is masked.
-    """
-    k = load_rows(k_ptr, stride_ks, first, length_k, TILE_N, HEAD_DIM, PADDED_DIM, RAGGED)
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    if RAGGED:
-        inside = first + tl.arange(0, TILE_N) < length_k
-        scores = tl.where(inside[None, :], scores, -float("inf"))
-    probability, shrink, maximum, total = online_softmax_update(
-        scores, maximum, total, scale_log2, log2_weight, WEIGHTED
-    )
-    v = load_rows(v_ptr, stride_vs, first, length_k, TILE_N, HEAD_DIM, PADDED_DIM, RAGGED)
-    acc = acc * shrink[:, None]
-    acc = tl.dot(probability.to(v.dtype), v, acc, input_precision=PRECISION)
+    """As `attend_tile_sums`, without the tile's own sums."""
+    acc, maximum, total, _, _ = attend_tile_sums(
+        q, k_ptr, v_ptr, stride_ks, stride_vs, first, length_k, acc, maximum, total, scale_log2,
+        TILE_N, HEAD_DIM, PADDED_DIM, RAGGED, PRECISION, log2_weight, WEIGHTED,
+    )  # fmt: skip
     return acc, maximum, total
 
 

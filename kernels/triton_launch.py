@@ -59,6 +59,14 @@ def launch_config(
     Raises:
         KernelError: dtype or head_dim that no portable kernel takes.
     """
+    check_dtype(dtype)
+    tiles = settings or tile_settings(pattern, arch=arch, dtype=dtype, head_dim=head_dim)
+    blocks = {"ROW_TILES": pattern.block_m // tiles.m, "KEY_TILES": pattern.block_n // tiles.n}
+    return tiled_config(tiles, blocks, pattern.key_length, dtype=dtype, head_dim=head_dim)
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Raise `KernelError` unless the portable kernels take a dtype."""
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise KernelError(
             "no Triton kernel for this dtype",
@@ -66,17 +74,34 @@ def launch_config(
             got=dtype,
             remedy="run the model under bfloat16 autocast, or take lowering='reference'",
         )
-    tiles = settings or tile_settings(pattern, arch=arch, dtype=dtype, head_dim=head_dim)
+
+
+def tiled_config(
+    tiles: TileSettings,
+    blocks: dict[str, int],
+    key_length: int,
+    *,
+    dtype: torch.dtype,
+    head_dim: int,
+) -> LaunchConfig:
+    """Compile-time arguments of a kernel with these tiles.
+
+    Args:
+        tiles: how it is tiled and launched.
+        blocks: arguments that say how tiles and blocks relate.
+        key_length: keys of the call.
+        dtype: of the operands.
+        head_dim: elements a head.
+    """
     elements = ALIGNMENT // dtype.itemsize
     constexprs: dict[str, int | str | bool] = {
         "TILE_M": tiles.m,
         "TILE_N": tiles.n,
-        "ROW_TILES": pattern.block_m // tiles.m,
-        "KEY_TILES": pattern.block_n // tiles.n,
+        **blocks,
         "HEAD_DIM": head_dim,
         "PADDED_DIM": max(16, 1 << (head_dim - 1).bit_length()),
         "ALIGN": elements if head_dim % elements == 0 else 1,
-        "RAGGED_K": pattern.key_length % tiles.n != 0,
+        "RAGGED_K": key_length % tiles.n != 0,
         # float32 operands mean that the caller wants float32 results: no TF32.
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
     }
@@ -110,18 +135,27 @@ def aligned(tensor: Tensor, config: LaunchConfig) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
+def stride_arguments(config: LaunchConfig, **tensors: Tensor) -> dict[str, int]:
+    """Stride arguments by name, for tensors (B, H, S, D) by the letter that the kernel calls them.
+
+    They count units of ALIGN elements: see `head_rows`.
+    """
+    align = config.constexprs["ALIGN"]
+    assert isinstance(align, int)
+    return {
+        f"stride_{letter}{axis}": tensor.stride(number) // align
+        for letter, tensor in tensors.items()
+        for number, axis in enumerate("bhs")
+    }
+
+
 def call_arguments(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, scale: float | None, config: LaunchConfig
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Return the queries to pass (other ones if scale <= 0), strides and scale by name.
-
-    Strides count units of ALIGN elements: see `head_pointer`.
-    """
+    """Return the queries to pass (other ones if scale <= 0), strides and scale by name."""
     q, scale = positive_scale(q, scale)
-    align = config.constexprs["ALIGN"]
-    assert isinstance(align, int)
-    values = [tensor.stride(axis) // align for tensor in (q, k, v, o) for axis in (0, 1, 2)]
-    return q, dict(zip(STRIDES, values, strict=True), scale_log2=scale * math.log2(math.e))
+    strides = stride_arguments(config, q=q, k=k, v=v, o=o)
+    return q, {**strides, "scale_log2": scale * math.log2(math.e)}
 
 
 def positive_scale(q: Tensor, scale: float | None) -> tuple[Tensor, float]:

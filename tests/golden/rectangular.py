@@ -9,7 +9,7 @@ import triton.language as tl
 
 from calibatt_compiler.kernels.triton_body import (
     attend_tile,
-    head_pointer,
+    head_rows,
     load_rows,
     split_tiles,
     store_rows,
@@ -88,14 +88,18 @@ def baked_attention(
     end_block = tl.where(end > start, end, end_block)
     tiles, ragged = split_tiles(blocks, end_block, 890, KEY_TILES, TILE_N)
     first = tile * TILE_M
-    q_head = head_pointer(q_ptr, stride_qb, stride_qh, batch, head, ALIGN)
-    k_head = head_pointer(k_ptr, stride_kb, stride_kh, batch, head, ALIGN)
-    v_head = head_pointer(v_ptr, stride_vb, stride_vh, batch, head, ALIGN)
-    o_head = head_pointer(o_ptr, stride_ob, stride_oh, batch, head, ALIGN)
-    stride_qs = stride_qs * ALIGN
-    stride_ks = stride_ks * ALIGN
-    stride_vs = stride_vs * ALIGN
-    stride_os = stride_os * ALIGN
+    q_head, stride_qs = head_rows(
+        q_ptr, stride_qb, stride_qh, stride_qs, batch, head, ALIGN
+    )
+    k_head, stride_ks = head_rows(
+        k_ptr, stride_kb, stride_kh, stride_ks, batch, head, ALIGN
+    )
+    v_head, stride_vs = head_rows(
+        v_ptr, stride_vb, stride_vh, stride_vs, batch, head, ALIGN
+    )
+    o_head, stride_os = head_rows(
+        o_ptr, stride_ob, stride_oh, stride_os, batch, head, ALIGN
+    )
     q = load_rows(q_head, stride_qs, first, 700, TILE_M, HEAD_DIM, PADDED_DIM, True)
     acc = tl.zeros([TILE_M, PADDED_DIM], tl.float32)
     maximum = tl.full([TILE_M], -float("inf"), tl.float32)

@@ -5,6 +5,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from calibatt_compiler.errors import KernelError
+from calibatt_compiler.kernels import dense_lse
 from calibatt_compiler.kernels import energy as energy_module
 from calibatt_compiler.kernels.energy import attention_with_energy, block_energy
 from calibatt_compiler.kernels.energy_reference import reference_energy
@@ -126,6 +127,97 @@ def test_values_that_do_not_fit_are_refused(operands):
         attention_with_energy(q, k, v[:, :, 1:])
 
 
+@pytest.mark.parametrize("every", [2, 4, 16])
+def test_a_share_of_the_queries_gives_their_means(operands, every):
+    q, k, v = operands(query_length=203, key_length=75)
+    block = (64, 32)
+    # The last query block has 11 queries: at every=16, one of them counts.
+    exact = torch.stack(
+        [
+            reference_energy(q[:, :, first : first + 64 : every], k, block=block)[:, :, 0]
+            for first in range(0, 203, 64)
+        ],
+        2,
+    )
+    lse = torch.logsumexp(q @ k.mT * 64**-0.5, -1)
+    for known in (None, lse):
+        energy = block_energy(q, k, block=block, lse=known, queries=1 / every)
+        torch.testing.assert_close(energy, exact.float())
+    out, energy = attention_with_energy(q, k, v, block=block, queries=1 / every)
+    torch.testing.assert_close(energy, exact.float())
+    torch.testing.assert_close(out, scaled_dot_product_attention(q, k, v))
+    assert out.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("queries", [0.0, -1.0, 2.0, 0.3, 1 / 3, 1 / 128, float("nan")])
+def test_a_share_of_no_stride_is_refused(operands, queries):
+    q, k, v = operands()
+    with pytest.raises(KernelError, match="share of queries"):
+        block_energy(q, k, block=(64, 64), queries=queries)
+    with pytest.raises(KernelError, match="share of queries"):
+        attention_with_energy(q, k, v, block=(64, 64), queries=queries)
+
+
+@pytest.fixture
+def gpu_calls(monkeypatch):
+    """Take the way of a GPU with tensors that have no data; what is called is written down."""
+    calls = []
+    triton_energy = pytest.importorskip("calibatt_compiler.kernels.triton_energy")
+    fused = pytest.importorskip("calibatt_compiler.kernels.triton_fused_energy")
+    monkeypatch.setattr(energy_module, "triton_serves", lambda device, dtype: True)
+
+    def scores_only(q, k, block, scale, lse):
+        calls.append(("pass", tuple(q.shape), block, None if lse is None else tuple(lse.shape)))
+        return torch.empty(0)
+
+    def one_kernel(q, k, v, block, scale):
+        calls.append(("fused", tuple(q.shape), block))
+        return torch.empty_like(q), torch.empty(0)
+
+    def dense(q, k, v, scale):
+        calls.append(("dense", scale))
+        return torch.empty_like(q), q.new_empty(q.shape[:3])
+
+    monkeypatch.setattr(triton_energy, "triton_energy", scores_only)
+    monkeypatch.setattr(fused, "triton_attention_and_energy", one_kernel)
+    monkeypatch.setattr(dense_lse, "dense_attention_and_lse", dense)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "arguments", "expected"),
+    [
+        (torch.bfloat16, 128, {}, ["fused"]),
+        (torch.bfloat16, 128, {"fused": False}, ["dense", "pass"]),
+        (torch.bfloat16, 128, {"queries": 0.25}, ["dense", "pass"]),
+        (torch.float16, 256, {}, ["dense", "pass"]),
+        (torch.float32, 64, {}, ["dense", "pass"]),
+    ],
+)
+def test_on_a_gpu_keys_are_passed_over_once_more_at_most(
+    gpu_calls, dtype, head_dim, arguments, expected
+):
+    q, k, v = (torch.empty(1, 2, 300, head_dim, dtype=dtype, device="meta") for _ in range(3))
+    attention_with_energy(q, k, v, scale=0.5, **arguments)
+    assert [call[0] for call in gpu_calls] == expected
+    if expected[-1] == "pass":
+        rows, block = (75, 32) if "queries" in arguments else (300, 128)
+        assert gpu_calls == [
+            ("dense", 0.5),
+            ("pass", (1, 2, rows, head_dim), (block, 128), (1, 2, rows)),
+        ]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "queries"), [(torch.bfloat16, 0.5), (torch.float32, 1.0)], ids=str
+)
+def test_what_one_kernel_can_not_do_is_refused(gpu_calls, dtype, queries):
+    q, k, v = (torch.empty(1, 2, 300, 64, dtype=dtype, device="meta") for _ in range(3))
+    with pytest.raises(KernelError, match="one kernel"):
+        attention_with_energy(q, k, v, queries=queries, fused=True)
+    assert gpu_calls == []
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("size", SIZES)
@@ -149,7 +241,30 @@ def test_gpu_kernel_equals_the_definition(operands, accuracy, size, head_dim, dt
     accuracy(energy, exact, yardstick, factor=64).check()
     lse = torch.logsumexp(q.double() @ k.double().mT * head_dim**-0.5, -1)
     accuracy(block_energy(q, k, block=block, lse=lse), exact, yardstick, factor=64).check()
-    out, same = attention_with_energy(q, k, v, block=block)
-    assert torch.equal(same, energy)
     dense = scaled_dot_product_attention(q.double(), k.double(), v.double())
-    accuracy(out, dense, scaled_dot_product_attention(q, k, v)).check()
+    for fused in {False, energy_module.fuses(dtype, head_dim)}:
+        out, found = attention_with_energy(q, k, v, block=block, fused=fused)
+        accuracy(found, exact, yardstick, factor=64).check()
+        accuracy(out, dense, scaled_dot_product_attention(q, k, v)).check()
+        assert out.transpose(1, 2).is_contiguous()
+        again = attention_with_energy(q, k, v, block=block, fused=fused)
+        assert torch.equal(again[0], out)
+        assert torch.equal(again[1], found)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("backend", list(dense_lse.OPERATORS), ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 36])
+def test_log_sum_exp_of_each_kernel_of_sdpa(operands, accuracy, backend, head_dim):
+    q, k, v = operands(
+        batch=2, query_length=333, key_length=200, head_dim=head_dim, dtype=torch.bfloat16,
+        device="cuda",
+    )  # fmt: skip
+    with torch.nn.attention.sdpa_kernel(backend):
+        if dense_lse.chosen_backend(q, k, v, 0.2) != backend:
+            pytest.skip("SDPA does not take it for these operands")
+        out, lse = dense_lse.dense_attention_and_lse(q, k, v, 0.2)
+        assert torch.equal(out, scaled_dot_product_attention(q, k, v, scale=0.2))
+    exact = torch.logsumexp(q.double() @ k.double().mT * 0.2, -1)
+    torch.testing.assert_close(lse.double(), exact, rtol=1e-5, atol=1e-4)
