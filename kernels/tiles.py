@@ -70,7 +70,7 @@ _WITH_ENERGY = _HALF_PRECISION | {
 }
 # Scores and exponentials without values. What counts is that other warps of the multiprocessor have
 # products to do while one computes exponentials (on sm_90 and sm_100 two programs fit), and that
-# the next keys are on their way meanwhile: with two stages their load starts after the exponentials.
+# the next keys are on their way meanwhile: of two stages one is loaded after the exponentials.
 _SCORES_ONLY: dict[str, tuple[tuple[int, TileSettings], ...]] = {
     "sm_80": (
         (64, TileSettings(128, 64, 4, 3)),
