@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from attention_cases import Size
 from attention_kernels import DENSE as DENSE_ATTENTION
-from attention_kernels import Operands, _fa3_function
+from attention_kernels import Operands, fa3_function
 from torch import Tensor
 
 from calibatt_compiler.kernels.energy import attention_with_energy, block_energy
@@ -89,7 +89,7 @@ def _lse(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def fa3_and_pass(operands: Operands, size: Size) -> Measured:
     """FlashAttention-3 with its log-sum-exp, and the pass for the energies."""
-    function = _fa3_function()
+    function = fa3_function()
     q, k, _ = operands
     turned = [x.transpose(1, 2) for x in operands]
 
