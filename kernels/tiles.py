@@ -161,6 +161,9 @@ def tile_settings(
         KernelError: head_dim out of range.
     """
     limits = _limits(_HALF_PRECISION, _SINGLE_PRECISION, arch, dtype, head_dim)
+    if pattern.weights is not None or pattern.pooled:
+        # Scaled scores beside raw ones: larger tiles, or fewer warps, would spill.
+        limits = replace(limits, n=min(limits.n, 32), warps=max(limits.warps, 8))
     return TileSettings(
         m=min(limits.m, pattern.block_m & -pattern.block_m),
         n=min(limits.n, pattern.block_n & -pattern.block_n),
