@@ -82,14 +82,11 @@ class StepTime:
 def cost_of(plan: Plan) -> float:
     """Share of dense attention that a plan computes: kept blocks, and pooled keys of the others.
 
-    Pooled keys are counted for every block, as the kernel's tables hold them: `pooled / block`.
+    Pooled keys are counted for every block, as the kernels attend those of every block:
+    `pooled / block`, the same for all patterns of a site.
     """
-    pooled = sum(
-        site.at(step).pooled / site.at(step).block_n
-        for site in plan.sites.values()
-        for step in range(plan.steps)
-    )
-    return plan.density() + pooled / (len(plan.sites) * plan.steps)
+    first = [site.at(0) for site in plan.sites.values()]
+    return plan.density() + sum(each.pooled / each.block_n for each in first) / len(first)
 
 
 def front(points: Sequence[Point]) -> list[Point]:

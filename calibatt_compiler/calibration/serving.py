@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 from calibatt_compiler.capture import CaptureInfo
 from calibatt_compiler.plan import Plan
+from calibatt_compiler.runtime.kernels import TABLE_BUDGET, KernelStore
+from calibatt_compiler.runtime.lanes import lane_of
 from calibatt_compiler.runtime.sites import SparseSite
+
+BUDGET = 4 * TABLE_BUDGET
+"""Bytes of tables to hold of one plan: when steps are timed, a few far apart come again and again,
+and making their tables anew would be timed too."""
 
 
 class PlanServer:
@@ -26,6 +32,7 @@ class PlanServer:
     def __init__(self) -> None:
         self._plan: Plan | None = None
         self._sites: dict[tuple[str, str, torch.device, torch.dtype], SparseSite] = {}
+        self._stores: dict[tuple[str, torch.device], KernelStore] = {}
 
     def use(self, plan: Plan | None) -> None:
         """Serve another plan from now on; None: all attention dense, by the stock kernel."""
@@ -34,6 +41,7 @@ class PlanServer:
     def forget(self) -> None:
         """Free the tables of all plans that were served."""
         self._sites.clear()
+        self._stores.clear()
 
     def on_capture(self, capture: CaptureInfo) -> None:
         """Nothing to note: each call is looked at when it comes."""
@@ -59,8 +67,16 @@ class PlanServer:
                 device=q.device,
                 dtype=q.dtype,
                 head_dim=q.shape[3],
+                kernels=self._store(plan, q.device),
             )
         return self._sites[key].attend(q, k, v, timestep, scale)
+
+    def _store(self, plan: Plan, device: torch.device) -> KernelStore:
+        """Sites are added as the first forward pass calls them: in the order of the graph."""
+        key = (plan.digest, device)
+        if key not in self._stores:
+            self._stores[key] = KernelStore(lane_of(device), budget=BUDGET)
+        return self._stores[key]
 
 
 def _fits(plan: Plan, site: str, q: Tensor, k: Tensor) -> bool:

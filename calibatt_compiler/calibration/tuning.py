@@ -23,13 +23,17 @@ from calibatt_compiler.calibration.study import JOURNAL, Study
 from calibatt_compiler.calibration.trials import TIMING_STEPS, Bench
 from calibatt_compiler.calibration.tuning_config import TuningConfig
 from calibatt_compiler.calibration.validation import validate_run
-from calibatt_compiler.errors import CalibrationError
+from calibatt_compiler.errors import CalibrationError, OptionError
 from calibatt_compiler.files import write_text
 from calibatt_compiler.plan import Plan
 from calibatt_compiler.report.compare import Progress, Silent
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+
+_OF_SELECTION = ("rho", "share_steps", "merge_budget", "sample_power")
+"""Settings of a calibration that the stored energies don't depend on, but the trials do."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +87,9 @@ def tuning_cost(
     """
     tuning = tuning or TuningConfig()
     folder = Path(out)
-    recording = estimate(
-        pipe, prompts, seeds, config=_recording(config, folder), **pipeline_arguments
-    )
+    config = _recording(config, folder)
+    _check_form(config, tuning)
+    recording = estimate(pipe, prompts, seeds, config=config, **pipeline_arguments)
     journal = folder / "study.journal"
     done = 0
     if journal.exists():
@@ -132,6 +136,7 @@ def tune(
     tuning, progress = tuning or TuningConfig(), progress or Silent()
     folder = Path(out)
     config = _recording(config, folder)
+    _check_form(config, tuning)
     inputs = read_inputs(prompts, seeds, pipeline_arguments)
     with _held(folder):
         _check(folder, config, tuning, inputs)
@@ -175,6 +180,7 @@ class _Search:
             **asdict(knobs),
             share_steps=self._config.share_steps,
             merge_budget=self._config.merge_budget,
+            sample_power=self._config.sample_power,
         )
 
     def ends(self) -> tuple[Plan, Plan]:
@@ -212,6 +218,24 @@ def _recording(config: CalibrationConfig | None, folder: Path) -> CalibrationCon
     )
 
 
+def _check_form(config: CalibrationConfig, tuning: TuningConfig) -> None:
+    """Refuse settings of the calibration that the search would pass over, or can't judge."""
+    if config.pooled not in tuning.space.pooled:
+        problem, expected = "pooled is not in the search space", f"one of {tuning.space.pooled}"
+        got: object = config.pooled
+    elif tuning.proxy and config.sample_power is not None:
+        problem, expected = "the proxy can't judge sampled blocks", "sample_power=None"
+        got = config.sample_power
+    else:
+        return
+    raise OptionError(
+        problem,
+        expected=expected,
+        got=got,
+        remedy="set SearchSpace(pooled=...) for pooled keys, and proxy=False for samples",
+    )
+
+
 @contextmanager
 def _held(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
@@ -233,7 +257,7 @@ def _check(
     path = folder / "search.json"
     about = {name: getattr(tuning, name) for name in ("videos", "proxy", "seed")}
     about |= {"space": asdict(tuning.space)}
-    about |= {name: getattr(config, name) for name in ("rho", "share_steps", "merge_budget")}
+    about |= {name: getattr(config, name) for name in _OF_SELECTION}
     about |= {"inputs": [identity.describe({"seed": seed, **varying}) for seed, varying in inputs]}
     text = json.dumps(about, indent=2, sort_keys=True) + "\n"
     if not path.exists():

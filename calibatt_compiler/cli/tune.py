@@ -117,12 +117,15 @@ def tune(
             got="--psnr",
             remedy="leave --proxy out",
         )
-    config = CalibrationConfig(block=(block, block), token_order=token_order, component=component)
+    keys = _numbers(pooled)
+    config = CalibrationConfig(
+        pooled=keys[0], block=(block, block), token_order=token_order, component=component
+    )
     tuning = TuningConfig(
         trials=trials,
         videos=videos,
         proxy=proxy,
-        space=SearchSpace(pooled=_numbers(pooled)),
+        space=SearchSpace(pooled=keys),
         seed=search_seed,
         speed_up=speed_up,
         fidelity=psnr,

@@ -79,6 +79,23 @@ def test_settings_that_cannot_be_searched() -> None:
         TuningConfig(proxy=True, space=SearchSpace(pooled=(0, 1)))
 
 
+def test_settings_that_a_search_would_pass_over(tiny_wan_pipeline: Any, tmp_path: Path) -> None:
+    for changes, message in (
+        ({"pooled": 1}, "search space"),
+        ({"sample_power": 1.0, "keep_energies": True}, "sampled"),
+    ):
+        config = replace(CONFIG, **changes)
+        for action in (tune, tuning_cost):
+            with pytest.raises(OptionError, match=message):
+                action(
+                    tiny_wan_pipeline,
+                    PROMPTS,
+                    out=tmp_path,
+                    config=config,
+                    tuning=TuningConfig(proxy=True),
+                )
+
+
 def score(knobs: Knobs) -> Point:
     """A made-up trade: fidelity rises with A and k, and so does the cost."""
     return Point(knobs, 20 + 10 * knobs.A + math.log(knobs.k), knobs.A**2 + knobs.C, knobs.rho, "d")
