@@ -82,6 +82,7 @@ class KernelStore:
         self._failed: set[Key] = set()
         self._changed = threading.Condition()
         self._making: Key | None = None
+        self._reserved = 0  # bytes of the kernel that is being made ahead
         self._working = False
         self._settled = False  # whether every kernel is held: then there is nothing to make ahead
         # Before the kernels go with the store, the device must be done with them.
@@ -168,7 +169,9 @@ class KernelStore:
                 self._settled = everything
                 self._working = False
                 return False
-            gone = self._victims(self._sizes.get(key, self._largest), keep=set(wanted))
+            size = self._sizes.get(key, self._largest)
+            gone = self._victims(size, keep=set(wanted))
+            self._reserved = size
         kernel, failed = None, False
         try:
             self._retire(gone)
@@ -178,8 +181,12 @@ class KernelStore:
             # Whatever it is: a call may be waiting. It makes the kernel anew, and raises then.
             failed = True
         with self._changed:
+            self._reserved = 0
             if failed:
                 self._failed.add(key)
+            elif self._held and self.bytes + _size(kernel) > self.budget:
+                # A call has made kernels meanwhile, and needed more than was left to it.
+                self._retire([(key, _Held(kernel))])
             else:
                 self._hold(key, kernel)
                 self.counts.ahead += 1
@@ -196,7 +203,7 @@ class KernelStore:
 
     def _victims(self, size: int, keep: set[Key]) -> list[tuple[Key, _Held]]:
         """Take kernels out, those used last first, so that `size` bytes fit."""
-        excess = self.bytes + size - self.budget
+        excess = self.bytes + self._reserved + size - self.budget
         if excess <= 0:
             return []
         wanted = self._wanted()[0]
