@@ -121,7 +121,7 @@ def demo(
     main = next(iter(plans.values()))
     write_page(main, out / "inspect.html", title="The demo's plan")
     config = ComparisonConfig(
-        arguments=arguments, further_cases=None, timed_steps=2 if quick else 4
+        arguments=arguments, timed_steps=2 if quick else 4
     )
     results = Results(out, fps=12)
     with progress:
