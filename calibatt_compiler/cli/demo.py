@@ -120,9 +120,7 @@ def demo(
     plans = calibrate_plans(pipe, chosen.calibration, arguments, out / "plan.calibatt")
     main = next(iter(plans.values()))
     write_page(main, out / "inspect.html", title="The demo's plan")
-    config = ComparisonConfig(
-        arguments=arguments, timed_steps=2 if quick else 4
-    )
+    config = ComparisonConfig(arguments=arguments, timed_steps=2 if quick else 4)
     results = Results(out, fps=12)
     with progress:
         comparison = run_comparison(
