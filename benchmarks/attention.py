@@ -15,14 +15,13 @@ after each case, with a picture. The exit status is 1 if one of our kernels is w
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -33,9 +32,9 @@ os.environ.setdefault("CALIBATT_CACHE_DIR", _folder.name)
 
 from attention_cases import MASKS, SIZES, Case, make_operands, make_pattern  # noqa: E402
 from attention_kernels import ALL, DENSE, Contestant, Operands  # noqa: E402
+from attention_record import write_record  # noqa: E402
 from attention_timing import beat, relative_error, sustained_and_burst  # noqa: E402
 
-from calibatt_compiler.files import write_text  # noqa: E402
 from calibatt_compiler.plan.pattern import BlockPattern  # noqa: E402
 
 DENSITIES = (0.1, 0.2, 0.32, 0.375, 0.6, 1.0)
@@ -162,12 +161,7 @@ def save(results: Sequence[Result], device: str, out: Path | None) -> None:
     """Write what there is so far, and a picture of it."""
     if out is None:
         return
-    out.mkdir(parents=True, exist_ok=True)
-    import triton
-
-    versions = {"torch": torch.__version__, "triton": triton.__version__}
-    record = {"device": device, **versions, "results": [asdict(result) for result in results]}
-    write_text(out / "attention.json", json.dumps(record, indent=1))
+    write_record(out / "attention.json", device, results)
     picture(results, device, out / "attention.png")
 
 

@@ -12,22 +12,20 @@ written to OUT/energy.json after each case. The exit status is 1 if a result is 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from attention_cases import SIZES, Size, make_operands
 from attention_kernels import Contestant, Operands
+from attention_record import write_record
 from attention_timing import beat, calls_a_block, relative_error, sustained
 from energy_kernels import ALL, DENSE, SWEEP, Measured
 from torch import Tensor
-
-from calibatt_compiler.files import write_text
 
 AIM = 0.45
 CHECK_KERNELS = ("math", "cpu", "energies alone", "energies alone 1/4")
@@ -158,12 +156,7 @@ def save(results: Sequence[Result], device: str, out: Path | None) -> None:
     """Write what there is so far."""
     if out is None:
         return
-    out.mkdir(parents=True, exist_ok=True)
-    import triton
-
-    versions = {"torch": torch.__version__, "triton": triton.__version__}
-    record = {"device": device, **versions, "results": [asdict(result) for result in results]}
-    write_text(out / "energy.json", json.dumps(record, indent=1))
+    write_record(out / "energy.json", device, results)
 
 
 def compile_only() -> None:

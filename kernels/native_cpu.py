@@ -24,7 +24,6 @@ from torch import Tensor
 
 from calibatt_compiler.errors import KernelError
 from calibatt_compiler.kernels.operands import check_operands, empty_output
-from calibatt_compiler.kernels.runs import pattern_runs
 from calibatt_compiler.plan.pattern import BlockPattern
 
 LANES = 16
@@ -61,7 +60,7 @@ class NativeCpuAttention:
         self._library = library(dtype, head_dim)
         self._specialisation = (dtype, head_dim)
         self.density = pattern.computed_density
-        runs = pattern_runs(pattern)
+        runs = pattern.intervals()
         order = _dearest_first(pattern)
         self._tables = (order, runs.offsets, runs.starts, runs.ends, runs.log_weights)
         self.table_bytes = sum(table.nbytes for table in self._tables if table is not None)

@@ -65,18 +65,18 @@ class ReferenceAttention:
         key_block = torch.arange(pattern.key_length) // pattern.block_n
         k, v = k.to(exact), v.to(exact)
         pooled = (pool(k, pattern), pool(v, pattern)) if pattern.pooled else None
+        parts = part_bias(pattern).to(k) if pattern.pooled else None
         for head, row in product(range(pattern.heads), range(pattern.query_blocks)):
             rows = slice(row * pattern.block_m, (row + 1) * pattern.block_m)
             kept = mask[head, row, key_block].nonzero().squeeze(1).to(q.device)
             keys, values = k[:, head, kept], v[:, head, kept]
             bias = log_weights[head, row, key_block].to(keys)[kept]
-            if pooled is not None:
-                parts = part_bias(pattern)[head, row].to(keys)
+            if pooled is not None and parts is not None:
                 keys, values = (
                     torch.cat([x, y[:, head]], 1)
                     for x, y in zip((keys, values), pooled, strict=True)
                 )
-                bias = torch.cat([bias, parts])
+                bias = torch.cat([bias, parts[head, row]])
             scores = q[:, head, rows].to(exact) @ keys.mT * scale + bias
             out[:, head, rows] = (scores.softmax(-1) @ values).to(q.dtype)
         return out

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from calibatt_compiler.kernels.operands import check_operands, empty_output
 from calibatt_compiler.kernels.pooling import pool
-from calibatt_compiler.kernels.runs import pattern_runs
 from calibatt_compiler.kernels.tiles import TileSettings
 from calibatt_compiler.kernels.triton_body import (
     attend_tile,
@@ -188,7 +187,7 @@ class IntervalTables:
 
         To a GPU they are copied from pinned memory on the current stream, and not waited for.
         """
-        runs = pattern_runs(pattern)
+        runs = pattern.intervals()
         lengths = runs.ends - runs.starts
         ends = np.cumsum(lengths, dtype=np.int64)
         row_start = np.concatenate([[0], ends])[runs.offsets[:-1]]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from calibatt_compiler.errors import PlanError
 from calibatt_compiler.plan import weights as block_weights
-from calibatt_compiler.plan.intervals import Intervals, runs_of
+from calibatt_compiler.plan.intervals import Intervals, runs_of, runs_of_bits
 
 MAX_LENGTH = 1 << 24
 """Longest sequence a pattern may describe, in tokens: above it a size is taken for damage."""
@@ -231,12 +231,10 @@ class BlockPattern:
 
     def intervals(self) -> Intervals:
         """Kept key blocks as sorted runs of one weight, row by row."""
-        codes = self.numpy_mask().astype(np.int16) - 1
-        if self.weights is not None:
-            codes += self.weights
-        runs, values = runs_of(codes.reshape(-1, self.key_blocks))
         if self.weights is None:
-            return runs
+            return runs_of_bits(self.bits)
+        codes = self.numpy_mask().astype(np.int16) - 1 + self.weights
+        runs, values = runs_of(codes.reshape(-1, self.key_blocks))
         return replace(runs, log_weights=block_weights.log_weight(values.astype(np.uint8)))
 
     def kv_blocks(self) -> tuple[Tensor, Tensor]:

@@ -239,7 +239,7 @@ class Plan:
         """Latent tokens (frames, height, width)."""
         return self._metadata.grid
 
-    @property
+    @cached_property
     def token_order(self) -> TokenOrder:
         """How the grid's tokens are laid out before they are cut into blocks."""
         return TokenOrder.parse(self._metadata.token_order)
