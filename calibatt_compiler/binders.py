@@ -76,6 +76,7 @@ class PlanBinder:
                 dtype=query.dtype,
                 head_dim=info.head_dim,
                 hopper=self._options.hopper,
+                monitor=self._options.monitor,
                 kernels=self._store(query.device),
             )
         except KernelError as error:

@@ -28,6 +28,9 @@ class CompileOptions:
             number of heads): run `dense`, counted in the summary, or raise an `error`.
         inductor: settings handed on to Inductor, such as `{"max_autotune": True}`.
         hopper: take the kernel for Hopper GPUs where it serves. Off until its speed is measured.
+        monitor: of so many calls of a site, look at one: a few of its queries are attended densely,
+            and the attention mass that the plan keeps of theirs stands in the summary beside the
+            mass that it was calibrated to keep. 0 looks at none.
 
     Raises:
         OptionError: from `parse`, for an unknown key or a value out of range.
@@ -38,6 +41,7 @@ class CompileOptions:
     on_mismatch: OnMismatch = "dense"
     inductor: Mapping[str, Any] = field(default_factory=dict)
     hopper: bool = False
+    monitor: int = 0
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> CompileOptions:
@@ -69,6 +73,14 @@ class CompileOptions:
                 expected="True or False",
                 got=repr(given["hopper"]),
                 remedy="leave it out for the default",
+            )
+        monitor = given.get("monitor", 0)
+        if not isinstance(monitor, int) or isinstance(monitor, bool) or monitor < 0:
+            raise OptionError(
+                "option 'monitor' must be a number of calls",
+                expected="0, or how many calls of a site there are for one that is looked at",
+                got=repr(monitor),
+                remedy="leave it out, or use 50",
             )
         inductor = given.get("inductor", {})
         if not isinstance(inductor, Mapping) or not all(isinstance(key, str) for key in inductor):

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from calibatt_compiler.calibration.config import CalibrationConfig
 from calibatt_compiler.calibration.schedule import Thresholds
 from calibatt_compiler.errors import CalibrationError, OptionError
 from calibatt_compiler.plan import Plan
@@ -145,7 +143,7 @@ class KeptMass:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self._thresholds = _thresholds(plan.metadata.thresholds)
+        self._thresholds = Thresholds.recorded(plan.metadata.thresholds)
         shapes = {name: (plan.steps, site.heads) for name, site in plan.sites.items()}
         self._total = {name: np.zeros(shape) for name, shape in shapes.items()}
         self._worst = {name: np.ones(shape) for name, shape in shapes.items()}
@@ -247,10 +245,3 @@ def check_margin(margin: float) -> None:
             got=repr(margin),
             remedy=f"leave it out for {MARGIN}",
         )
-
-
-def _thresholds(recorded: Mapping[str, float]) -> Thresholds | None:
-    """Return A, C and k of a plan, or None of one that was made from masks."""
-    if not {"A", "C", "k"} <= set(recorded):
-        return None
-    return CalibrationConfig(A=recorded["A"], C=recorded["C"], k=recorded["k"]).thresholds(1)

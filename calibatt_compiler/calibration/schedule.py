@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -19,6 +20,13 @@ class Thresholds:
     A: float
     C: float
     k: float
+
+    @classmethod
+    def recorded(cls, figures: Mapping[str, float]) -> Thresholds | None:
+        """Return those of `PlanMetadata.thresholds`; None of a plan that was made from masks."""
+        if not {"A", "C", "k"} <= set(figures):
+            return None
+        return cls(figures["A"], figures["C"], figures["k"])
 
     def at(self, step: int, steps: int) -> float:
         """Return eps at `step` (0 is the noisiest) of `steps`."""

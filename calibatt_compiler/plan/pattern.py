@@ -206,6 +206,11 @@ class BlockPattern:
         bits = np.unpackbits(self.bits, axis=-1, count=self.key_blocks, bitorder="little")
         return bits.astype(np.bool_)
 
+    def row_mask(self, row: int) -> npt.NDArray[np.bool_]:
+        """Boolean (heads, key_blocks): what one row of query blocks keeps."""
+        bits = np.unpackbits(self.bits[:, row], axis=-1, count=self.key_blocks, bitorder="little")
+        return bits.astype(np.bool_)
+
     @property
     def block_weights(self) -> npt.NDArray[np.uint8]:
         """Codes of weights, uint8 (heads, query_blocks, key_blocks); 0: the block counts once."""

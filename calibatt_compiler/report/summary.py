@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 
 from calibatt_compiler.errors import CaptureError
+from calibatt_compiler.report.drift import Drift
 from calibatt_compiler.runtime.graph import CompiledGraph
 from calibatt_compiler.runtime.sites import SparseSite
 
@@ -36,6 +37,7 @@ class SiteRow:
         dense_calls: calls served dense, by reason.
         reasons: why another kernel than the one asked for serves, by number of patterns.
         repairs: calls computed again because a fixed softmax reference overflowed.
+        drift: what monitored calls keep; None if none was looked at.
     """
 
     name: str
@@ -47,6 +49,7 @@ class SiteRow:
     dense_calls: Mapping[str, int]
     reasons: Mapping[str, int] = field(default_factory=dict)
     repairs: int = 0
+    drift: Drift | None = None
 
 
 class GraphReport:
@@ -83,6 +86,7 @@ class GraphReport:
                     dense_calls=dense,
                     reasons=dict(served.reasons),
                     repairs=served.repairs,
+                    drift=Drift.of(self._plan, name, served.monitor),
                 )
             )
         return rows
@@ -139,6 +143,7 @@ class Summary:
                     "dense_calls": dict(row.dense_calls),
                     "reasons": dict(row.reasons),
                     "repairs": row.repairs,
+                    "drift": None if row.drift is None else asdict(row.drift),
                 }
                 for row in self.rows
             ],
@@ -158,7 +163,23 @@ class Summary:
             + [f"{n} patterns by another kernel: {why}" for why, n in reasons.most_common()]
             + [f"{repairs} calls computed again: scores overflowed their softmax reference"]
             * (repairs > 0)
+            + self._drift_notes()
         )
+
+    def _drift_notes(self) -> list[str]:
+        """Return, in words, what monitored calls keep; nothing if no call was looked at."""
+        watched = [(row.name, row.drift) for row in self.rows if row.drift is not None]
+        if not watched:
+            return []
+        samples = sum(drift.samples for _, drift in watched)
+        kept = sum(drift.samples * drift.kept for _, drift in watched) / samples
+        notes = [f"monitor: {kept:.3f} of attention mass kept, {samples} calls looked at"]
+        drifted = [(name, drift) for name, drift in watched if drift.drifted]
+        return notes + [
+            f"monitor: {name} keeps {drift.kept:.3f}, was calibrated to {drift.calibrated:.3f}: "
+            "validate the plan on such inputs (calibatt inspect --validate)"
+            for name, drift in drifted
+        ]
 
     def __rich__(self) -> Group:
         from rich.box import SIMPLE_HEAD

@@ -12,6 +12,7 @@ import torch
 from calibatt_compiler.kernels.attention import AttentionKernel, make_attention
 from calibatt_compiler.options import Lowering
 from calibatt_compiler.plan import Plan
+from calibatt_compiler.plan.pattern import BlockPattern
 from calibatt_compiler.plan.text import fit_pattern
 
 
@@ -52,6 +53,15 @@ class SiteKernels:
         """Whether stock dense attention serves a pattern at the plan's own lengths."""
         return index in self._dense
 
+    def pattern(self, index: int, lengths: Hashable) -> BlockPattern:
+        """Return a pattern, completed for `lengths` as in `make`."""
+        pattern = self.plan.sites[self.name].patterns[index]
+        if lengths is None:
+            return pattern
+        position, to = self.plan.text_position, cast("tuple[int, int]", lengths)
+        assert position is not None
+        return fit_pattern(pattern, to, video=math.prod(self.plan.grid), position=position)
+
     def make(self, index: int, lengths: Hashable) -> AttentionKernel | None:
         """Return the kernel of a pattern; None: stock dense attention serves it.
 
@@ -65,12 +75,9 @@ class SiteKernels:
         """
         if lengths is None and self.is_dense(index):
             return None
-        pattern = self.plan.sites[self.name].patterns[index]
+        pattern = self.pattern(index, lengths)
         lowering = self.lowering
         if lengths is not None:
-            position, to = self.plan.text_position, cast("tuple[int, int]", lengths)
-            assert position is not None
-            pattern = fit_pattern(pattern, to, video=math.prod(self.plan.grid), position=position)
             # Text lengths come and go with prompts: not worth a generated kernel for each.
             lowering = "reference" if lowering == "reference" else "table"
             if pattern.density == 1.0 and lowering != "reference":

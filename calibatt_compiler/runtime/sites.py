@@ -18,6 +18,7 @@ from calibatt_compiler.plan.text import other_text
 from calibatt_compiler.runtime.kernels import KernelStore, Maker
 from calibatt_compiler.runtime.lanes import lane_of
 from calibatt_compiler.runtime.making import SiteKernels
+from calibatt_compiler.runtime.monitor import KeptMassMonitor
 from calibatt_compiler.runtime.order import Rearrangement, attend_in_order, rearrangement
 
 DENSE_OUTSIDE = "dense: timestep outside the plan's range"
@@ -39,10 +40,13 @@ class SparseSite:
         device: of the operands.
         dtype: of the operands.
         head_dim: of the operands.
+        hopper: as in `CompileOptions`.
+        monitor: as in `CompileOptions`.
         kernels: where the kernels of the graph are held; default: a store of its own.
 
     Attributes:
         calls: calls by kind of kernel; dense calls by their reason, one of the `DENSE_` texts.
+        monitor: what watches the attention mass kept; None if nothing does.
 
     Raises:
         KernelError: there is no kernel for this device, dtype and head dim.
@@ -58,6 +62,7 @@ class SparseSite:
         dtype: torch.dtype,
         head_dim: int,
         hopper: bool = False,
+        monitor: int = 0,
         kernels: KernelStore | None = None,
     ) -> None:
         self._plan = plan
@@ -68,6 +73,9 @@ class SparseSite:
         self._made = SiteKernels(plan, name, lowering, device, dtype, head_dim, hopper)
         self._served: dict[int, _Served] = {}
         self.calls: Counter[str] = Counter()
+        # What a weighted sample keeps is no measure of how well it serves.
+        watched = monitor and not self._site.weighted
+        self.monitor = KeptMassMonitor(name, monitor) if watched else None
         self._kernels = KernelStore(lane_of(device)) if kernels is None else kernels
         first = next((index for index in self._steps if not self._made.is_dense(index)), None)
         kernel = None if first is None else self._made.make(first, None)
@@ -98,6 +106,16 @@ class SparseSite:
         orders = [self._rearrangement(length) for length in lengths]
         out = attend_in_order(kernel, q, k, v, scale, (orders[0], orders[1]))
         self._kernels.launched(self._name)
+        if self.monitor is not None and self.monitor.due():
+            index = self._steps[step]
+            self.monitor.sample(
+                step,
+                lambda: self._made.pattern(index, variant),
+                q,
+                k,
+                scale,
+                (orders[0], orders[1]),
+            )
         return out
 
     def _rearrangement(self, length: int) -> Rearrangement | None:

@@ -86,3 +86,15 @@ def test_bfloat16_models_are_served_in_bfloat16(wan):
     assert got.dtype == torch.bfloat16
     assert (got - expected).norm() < 0.05 * expected.norm()
     assert calibatt_compiler.summary(compiled).sparse_calls == 2
+
+
+def test_the_monitor_is_in_the_summary(wan):
+    compiled = compiled_with(wan, lowering="reference", monitor=1)
+    assert torch.equal(
+        compiled(**wan.arguments(900.0))[0],
+        compiled_with(wan, lowering="reference")(**wan.arguments(900.0))[0],
+    )
+    summary = calibatt_compiler.summary(compiled)
+    assert all(row.drift.samples == 1 for row in summary.rows if row.status == "sparse")
+    assert any(note.startswith("monitor: ") for note in summary.notes())
+    assert summary.to_dict()["sites"][0]["drift"]["calibrated"] is None

@@ -32,6 +32,8 @@ from calibatt_compiler.report.summary import SiteRow, Summary
         ({"plan": "x", "on_mismatch": "ignore"}, OptionError, "dense, error"),
         ({"plan": "x", "inductor": ["max_autotune"]}, OptionError, "mapping"),
         ({"plan": "x", "hopper": "yes"}, OptionError, "boolean"),
+        ({"plan": "x", "monitor": True}, OptionError, "number of calls"),
+        ({"plan": "x", "monitor": -1}, OptionError, "number of calls"),
     ],
 )
 def test_bad_options(wan, options, error, words):
