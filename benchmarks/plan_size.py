@@ -115,14 +115,14 @@ def _timed(entry: SitePatterns, step: int) -> float:
 
 
 def _peak_mb() -> float:
-    return _memory_mb("VmHWM")
+    return memory_mb("VmHWM")
 
 
 def _anonymous_mb() -> float:
-    return _memory_mb("RssAnon")
+    return memory_mb("RssAnon")
 
 
-def _memory_mb(name: str) -> float:
+def memory_mb(name: str) -> float:
     """Memory of this process, as Linux names it: `VmHWM` at its peak, `RssAnon` in no file."""
     status = Path("/proc/self/status")
     if not status.exists():

@@ -50,6 +50,7 @@ def compare(
             show_default=False,
         ),
     ] = None,
+    component: options.Component = "transformer",
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     lowering: options.Lowering = "baked",
@@ -93,10 +94,10 @@ def compare(
         "guidance_scale": guidance,
         "negative_prompt": negative_prompt,
     }
-    arguments = pipelines.arguments_of_plan(pipe, first)
-    arguments |= pipelines.pipeline_arguments(pipe, named, settings)
+    arguments = pipelines.arguments_for_plan(pipe, first, named, settings)
     config = ComparisonConfig(
         arguments=arguments,
+        component=component,
         dense=cast("DenseKind", dense),
         lowering=checked.lowering,
         rounds=rounds,

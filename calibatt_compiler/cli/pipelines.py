@@ -226,13 +226,36 @@ def pipeline_arguments(
     return arguments
 
 
+def arguments_for_plan(
+    pipe: Any, plan: Plan, named: Mapping[str, object], settings: Sequence[str] | None
+) -> dict[str, Any]:
+    """Return the arguments that were given, as `pipeline_arguments` does, the plan's for the rest.
+
+    Raises:
+        OptionError: as `pipeline_arguments`; the number of steps is neither given nor told.
+    """
+    arguments = arguments_of_plan(pipe, plan) | pipeline_arguments(pipe, named, settings)
+    steps = "num_inference_steps"
+    if steps not in arguments and steps in inspect.signature(type(pipe).__call__).parameters:
+        raise OptionError(
+            "the number of steps is needed",
+            expected="--steps: the pipeline has two transformers, and a plan knows those of one",
+            got="none",
+            remedy="give the number of steps that the plan was calibrated with",
+        )
+    return arguments
+
+
 def arguments_of_plan(pipe: Any, plan: Plan) -> dict[str, Any]:
     """Return the size and the number of steps that a plan was made for, where they can be told.
 
-    A size in pixels is the latent grid times the patch times the decoder's compression.
+    A size in pixels is the latent grid times the patch times the decoder's compression. The steps
+    can't be told of a pipeline with two transformers, each of which has some of them.
     """
     known = inspect.signature(type(pipe).__call__).parameters
-    arguments: dict[str, Any] = {"num_inference_steps": plan.steps}
+    arguments: dict[str, Any] = {}
+    if getattr(pipe, "transformer_2", None) is None:
+        arguments["num_inference_steps"] = plan.steps
     config = getattr(pipe.transformer, "config", {})
     patch = config.get("patch_size")
     if isinstance(patch, int):

@@ -48,8 +48,7 @@ def measure(
     chosen = cases()
     place = pipelines.device_of(device)
     pipe = pipelines.load_pipeline(source, place, pipelines.dtype_of(dtype, place))
-    arguments = pipelines.arguments_of_plan(pipe, plan)
-    arguments |= pipelines.pipeline_arguments(pipe, named, settings)
+    arguments = pipelines.arguments_for_plan(pipe, plan, named, settings)
     return validate(
         pipe,
         plan,

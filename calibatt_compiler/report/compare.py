@@ -59,7 +59,7 @@ class Comparer:
         self._pipe = pipe
         self._config = config
         self._progress = progress
-        self._model: nn.Module = pipe.transformer
+        self._model: nn.Module = _component(pipe, config.component)
 
     def dense(self) -> nn.Module:
         """Return the model that the sparse ones are measured against."""
@@ -102,7 +102,7 @@ class Comparer:
 
     def _frames(self, module: nn.Module, case: Case) -> Frames:
         generator = torch.Generator("cpu").manual_seed(case.seed)
-        self._pipe.transformer = module
+        setattr(self._pipe, self._config.component, module)
         try:
             output = self._pipe(
                 prompt=case.prompt,
@@ -118,7 +118,7 @@ class Comparer:
                 remedy="check height, width, frames and what was given with --set",
             ) from error
         finally:
-            self._pipe.transformer = self._model
+            setattr(self._pipe, self._config.component, self._model)
         return to_bytes(np.asarray(output.frames[0]))
 
 
@@ -137,7 +137,7 @@ def compare(
     """Generate videos dense and sparse from the same prompts and seeds; measure quality and time.
 
     Args:
-        pipe: a diffusers pipeline with a `transformer`, on its device.
+        pipe: a diffusers pipeline, on its device.
         cases: prompts and seeds; better none that the plans were calibrated on.
         plans: by label; the first is the main one.
         config: how.
@@ -147,7 +147,7 @@ def compare(
 
     Raises:
         PlanMismatchError: a plan does not fit the model or the size of the video.
-        PipelineError: no cases or plans, or the pipeline refuses its arguments.
+        PipelineError: no cases or plans, no such component, or the pipeline refuses its arguments.
     """
     if not cases or not plans or DENSE in plans:
         raise PipelineError(
@@ -163,7 +163,7 @@ def compare(
     modules |= {label: comparer.sparse(plan) for label, plan in plans.items()}
     device = torch.device(pipe._execution_device)
     if device.type == "cuda" and config.lowering == "baked":
-        _build(plans, device, pipe.transformer.dtype, progress)
+        _build(plans, device, getattr(pipe, config.component).dtype, progress)
     progress.start("compiling", len(modules))
     for module in modules.values():
         comparer.warm_up(module, cases[0])
@@ -211,6 +211,19 @@ def compare(
         config=config,
         device=device_name(device),
     )
+
+
+def _component(pipe: Any, name: str) -> nn.Module:
+    module = getattr(pipe, name, None)
+    if not isinstance(module, nn.Module):
+        names = [key for key, value in pipe.components.items() if isinstance(value, nn.Module)]
+        raise PipelineError(
+            f"the pipeline has no {name}",
+            expected=f"one of its modules: {', '.join(names)}",
+            got=f"{name}: {type(module).__name__}",
+            remedy="name the transformer that the plan was made for (--component)",
+        )
+    return module
 
 
 def _build(

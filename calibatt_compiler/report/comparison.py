@@ -38,6 +38,7 @@ class ComparisonConfig:
         rounds: how often each step is timed; at least 5.
         timed_steps: how many steps of the schedule are timed.
         further_cases: how many cases the plans after the first are run on. Default: all.
+        component: which module of the pipeline the plans are for; others stay as they are.
     """
 
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -46,6 +47,7 @@ class ComparisonConfig:
     rounds: int = 5
     timed_steps: int = 6
     further_cases: int | None = None
+    component: str = "transformer"
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,7 @@ class Comparison:
             "schema": 1,
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "model": self.model,
+            "component": self.config.component,
             "device": self.device,
             "threads": torch.get_num_threads(),
             "python": platform.python_version(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import signal
@@ -161,6 +162,26 @@ def test_a_compiled_transformer_is_unwrapped_and_put_back(
     finally:
         pipe.transformer = plain
     assert plan == calibrate(pipe, PROMPTS[:1], config=CONFIG, **arguments)
+
+
+def test_each_of_two_transformers_gets_the_steps_that_it_runs(
+    tiny_wan_folder: Path, tiny_wan_arguments: dict[str, int]
+) -> None:
+    """As in Wan 2.2: one transformer for noisy steps, one for the others."""
+    from diffusers import WanPipeline
+
+    pipe = WanPipeline.from_pretrained(tiny_wan_folder)
+    pipe.register_modules(transformer_2=copy.deepcopy(pipe.transformer))
+    pipe.register_to_config(boundary_ratio=0.8)
+    plans = [
+        calibrate(pipe, PROMPTS[:1], config=replace(CONFIG, component=name), **tiny_wan_arguments)
+        for name in ("transformer", "transformer_2")
+    ]
+    pipe.scheduler.set_timesteps(tiny_wan_arguments["num_inference_steps"])
+    timesteps = tuple(pipe.scheduler.timesteps.tolist())
+    assert tuple(t for plan in plans for t in plan.timesteps) == timesteps
+    assert all(plan.steps for plan in plans)
+    assert plans[0].step_of(timesteps[-1]) is None
 
 
 def test_what_cannot_be_used_is_refused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Iterator
@@ -13,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from calibatt_compiler.cli.pipelines import arguments_of_plan, load_pipeline
-from calibatt_compiler.errors import PipelineError, PlanMismatchError
+from calibatt_compiler.cli.pipelines import arguments_for_plan, arguments_of_plan, load_pipeline
+from calibatt_compiler.errors import OptionError, PipelineError, PlanMismatchError
 from calibatt_compiler.plan import Plan
 from calibatt_compiler.report.cases import Case
 from calibatt_compiler.report.compare import compare, to_bytes
@@ -166,3 +167,34 @@ def test_frames_are_rounded_to_8_bits():
     assert to_bytes(frames).tolist() == [0, 0, 0, 1, 255, 255]
     same = np.array([3, 4], np.uint8)
     assert to_bytes(same) is same
+
+
+def test_one_of_two_transformers_is_compared(
+    pipe: Any, tiny_wan_arguments: dict[str, int], tiny_wan_grid: tuple[int, int, int]
+):
+    """As in Wan 2.2; the transformer that has no plan runs as it is."""
+    plan = plan_of(pipe, tiny_wan_grid, 3, keep=0.2)
+    pipe.register_modules(transformer_2=copy.deepcopy(pipe.transformer))
+    pipe.register_to_config(boundary_ratio=0.8)
+    before = pipe.transformer, pipe.transformer_2
+    config = ComparisonConfig(
+        arguments=tiny_wan_arguments, dense="eager", timed_steps=1, component="transformer_2"
+    )
+    try:
+        with pytest.raises(OptionError, match="number of steps"):
+            arguments_for_plan(pipe, plan, {}, None)
+        assert arguments_for_plan(pipe, plan, {"num_inference_steps": 3}, None)
+        comparison = compare(pipe, CASES[:1], {"late": plan}, config)
+        assert (pipe.transformer, pipe.transformer_2) == before
+    finally:
+        pipe.register_modules(transformer_2=None)
+        pipe.register_to_config(boundary_ratio=None)
+    assert comparison.main.summary.sparse_calls > 0
+    assert 0 < comparison.main.psnr < 100
+    assert comparison.to_dict()["component"] == "transformer_2"
+
+
+def test_a_component_that_is_not_there(pipe: Any, tiny_wan_grid: tuple[int, int, int]):
+    plan = plan_of(pipe, tiny_wan_grid, 3, keep=0.2)
+    with pytest.raises(PipelineError, match="no transformer_2"):
+        compare(pipe, CASES, {"a": plan}, ComparisonConfig(component="transformer_2"))
