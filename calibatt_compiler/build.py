@@ -2,52 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 
 from calibatt_compiler.errors import PlanError
+from calibatt_compiler.kernels.cache import Target
 from calibatt_compiler.kernels.compiler import BuildReport, KernelSpec, shared_compiler
-from calibatt_compiler.plan import Plan
+from calibatt_compiler.plan import BlockPattern, Plan, SitePatterns
+
+HOPPER = 90
+"""Compute capability of Hopper GPUs."""
 
 
-def specs_of(
-    plan: Plan, archs: Sequence[int], dtype: torch.dtype, head_dim: int | None = None
-) -> list[KernelSpec]:
-    """Return what a plan needs compiled: each distinct pattern once for each GPU generation.
+class PlanSpecs(Collection[KernelSpec]):
+    """What a plan needs compiled: each distinct pattern once for each GPU generation.
 
-    Patterns that keep every block are left out: the stock dense kernel serves them.
+    Iterating decodes one pattern after the other, so that the patterns of a large plan are never
+    in memory together. Those that keep every block are left out, for the stock dense kernel serves
+    them; so are those with weights or pooled keys, which have no generated kernel.
 
     Args:
         plan: the plan.
         archs: compute capabilities, each as one number, such as 90.
         dtype: of the model.
         head_dim: channels a head, for sites of which the plan does not record it.
+        hopper: for sm_90, the kernels of the option `hopper` instead of the portable ones.
 
     Raises:
         PlanError: the plan does not record the channels of a head, and none were given.
     """
-    specs: dict[tuple[object, ...], KernelSpec] = {}
-    for name, site in plan.sites.items():
-        channels = site.head_dim or head_dim
-        if channels is None:
-            raise PlanError(
-                f"the plan does not say how many channels a head of {name} has",
-                expected="a plan from `calibatt calibrate`, or --head-dim",
-                got="a plan made from masks",
-                remedy="give --head-dim, such as 128 for Wan",
-            )
-        for pattern in site.patterns:
-            if pattern.density == 1.0:
+
+    def __init__(
+        self,
+        plan: Plan,
+        archs: Sequence[int],
+        dtype: torch.dtype,
+        head_dim: int | None = None,
+        *,
+        hopper: bool = False,
+    ) -> None:
+        self._dtype = dtype
+        self._hopper = hopper
+        found: dict[tuple[str, int, int], tuple[SitePatterns, int]] = {}
+        for name, site in plan.sites.items():
+            channels = site.head_dim or head_dim
+            if channels is None:
+                raise PlanError(
+                    f"the plan does not say how many channels a head of {name} has",
+                    expected="a plan from `calibatt calibrate`, or --head-dim",
+                    got="a plan made from masks",
+                    remedy="give --head-dim, such as 128 for Wan",
+                )
+            if site.weighted or site.size.pooled:
                 continue
-            for arch in archs:
-                spec = KernelSpec(pattern, dtype, channels, arch)
-                specs[spec.key] = spec
-    return list(specs.values())
+            for step, index in enumerate(site.steps):
+                if site.kept_at(step) == site.size.blocks:
+                    continue
+                for arch in archs:
+                    found.setdefault((site.digests[index], channels, arch), (site, index))
+        self._found = found
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def __iter__(self) -> Iterator[KernelSpec]:
+        for (_, channels, arch), (site, index) in self._found.items():
+            yield self._spec(site.patterns[index], channels, arch)
+
+    def __contains__(self, spec: object) -> bool:
+        if not isinstance(spec, KernelSpec):
+            return False
+        known = (spec.pattern.digest, spec.head_dim, spec.arch) in self._found
+        return known and self._spec(spec.pattern, spec.head_dim, spec.arch).key == spec.key
+
+    def _spec(self, pattern: BlockPattern, head_dim: int, arch: int) -> KernelSpec:
+        target: Target = "hopper" if self._hopper and arch == HOPPER else "portable"
+        return KernelSpec(pattern, self._dtype, head_dim, arch, target=target)
 
 
 def build_for_device(
-    specs: Sequence[KernelSpec], on_progress: Callable[[int, int], object] | None = None
+    specs: Collection[KernelSpec], on_progress: Callable[[int, int], object] | None = None
 ) -> BuildReport:
     """Compile kernels with the compiler that this process's models wait for."""
     return shared_compiler().build(specs, on_progress)

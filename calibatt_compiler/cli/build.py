@@ -37,6 +37,12 @@ def build(
             show_default=False,
         ),
     ] = None,
+    hopper: Annotated[
+        bool,
+        typer.Option(
+            "--hopper", help="For sm_90: the kernels that the compile option hopper=True takes."
+        ),
+    ] = False,
     workers: Annotated[
         int | None,
         typer.Option(
@@ -60,7 +66,7 @@ def build(
     import torch
     from rich.console import Console
 
-    from calibatt_compiler.build import specs_of
+    from calibatt_compiler.build import PlanSpecs
     from calibatt_compiler.cli.pipelines import dtype_of
     from calibatt_compiler.cli.progress import TerminalProgress
     from calibatt_compiler.kernels.compiler import KernelCompiler
@@ -69,7 +75,9 @@ def build(
 
     loaded = Plan.load(plan)
     targets = _archs(arch)
-    specs = specs_of(loaded, targets, dtype_of(dtype, torch.device("cuda")), head_dim)
+    specs = PlanSpecs(
+        loaded, targets, dtype_of(dtype, torch.device("cuda")), head_dim, hopper=hopper
+    )
     with TerminalProgress() as progress, KernelCompiler(workers) as compiler:
         progress.start(f"compiling kernels, {compiler.workers} at a time", len(specs))
         report = compiler.build(specs, lambda *_: progress.advance())

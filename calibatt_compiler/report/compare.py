@@ -230,11 +230,12 @@ def _build(
     plans: Mapping[str, Plan], device: torch.device, dtype: torch.dtype, progress: Progress
 ) -> None:
     """Compile the plans' kernels first: a model would otherwise be timed on its stand-in kernel."""
-    from calibatt_compiler.build import arch_of, build_for_device, specs_of
+    from calibatt_compiler.build import PlanSpecs, arch_of, build_for_device
 
-    specs = [spec for plan in plans.values() for spec in specs_of(plan, [arch_of(device)], dtype)]
-    progress.start("compiling kernels", len(specs))
-    build_for_device(specs, lambda *_: progress.advance())
+    wanted = [PlanSpecs(plan, [arch_of(device)], dtype) for plan in plans.values()]
+    progress.start("compiling kernels", sum(map(len, wanted)))
+    for specs in wanted:
+        build_for_device(specs, lambda *_: progress.advance())
 
 
 def _compile(model: nn.Module, **settings: Any) -> nn.Module:

@@ -1,0 +1,103 @@
+"""What a plan needs compiled, asked for a little at a time."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from calibatt_compiler.build import PlanSpecs
+from calibatt_compiler.errors import PlanError
+from calibatt_compiler.kernels.compiler import AHEAD, CompiledSource, KernelCompiler, KernelSpec
+from calibatt_compiler.plan import BlockPattern, Plan, Sampler, SitePatterns
+
+GRID = (1, 16, 12)
+STEPS = 3
+
+
+def pattern(seed: int, *, pooled: int = 0) -> BlockPattern:
+    mask = torch.rand(2, 3, 3, generator=torch.Generator().manual_seed(seed)) < 0.4
+    mask |= torch.eye(3, dtype=torch.bool)
+    return BlockPattern.from_mask(mask, block=(64, 64), pooled=pooled)
+
+
+def plan_of(head_dim: int | None = 64) -> Plan:
+    """Four distinct patterns that need a kernel, one that keeps all, one with pooled keys."""
+    full = BlockPattern.dense(2, math.prod(GRID), math.prod(GRID), (64, 64))
+    sites = {
+        "a": SitePatterns.share([full, pattern(1), pattern(2)], head_dim),
+        "b": SitePatterns.share([pattern(2), pattern(3), pattern(4)], head_dim),
+        "c": SitePatterns.share([pattern(5, pooled=2)] * STEPS, head_dim),
+    }
+    return Plan.create(sites, grid=GRID, sampler=Sampler(timesteps=(3.0, 2.0, 1.0)))
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_each_pattern_that_has_a_generated_kernel_comes_once(stored, tmp_path: Path):
+    plan = plan_of()
+    if stored:
+        plan.save(tmp_path / "p")
+        plan = Plan.load(tmp_path / "p")
+    specs = PlanSpecs(plan, [80, 90], torch.bfloat16)
+    found = list(specs)
+    assert len(found) == len(specs) == 8
+    digests = {pattern(seed).digest for seed in (1, 2, 3, 4)}
+    assert {(spec.pattern.digest, spec.arch) for spec in found} == {
+        (digest, arch) for digest in digests for arch in (80, 90)
+    }
+    assert {(spec.target, spec.head_dim) for spec in found} == {("portable", 64)}
+    assert found[0] in specs
+    assert KernelSpec(pattern(9), torch.bfloat16, 64, 90) not in specs
+    assert KernelSpec(pattern(1), torch.float16, 64, 90) not in specs
+
+
+def test_hopper_kernels_are_for_hopper_gpus():
+    specs = PlanSpecs(plan_of(), [80, 90], torch.bfloat16, hopper=True)
+    assert {(spec.arch, spec.target) for spec in specs} == {(80, "portable"), (90, "hopper")}
+
+
+def test_the_channels_of_a_head_must_be_known():
+    with pytest.raises(PlanError, match="channels"):
+        PlanSpecs(plan_of(None), [90], torch.bfloat16)
+    assert len(PlanSpecs(plan_of(None), [90], torch.bfloat16, 128)) == 4
+
+
+def test_specs_are_asked_for_as_they_are_compiled(monkeypatch: pytest.MonkeyPatch):
+    asked = done = most = 0
+
+    class Counted(PlanSpecs):
+        def __len__(self) -> int:
+            return 40
+
+        def __iter__(self):
+            nonlocal asked, most
+            for seed in range(40):
+                asked += 1
+                most = max(most, asked - done)
+                yield KernelSpec(pattern(100 + seed % 30), torch.bfloat16, 64, 90)
+
+    def progress(now: int, total: int) -> None:
+        nonlocal done
+        assert total == 40
+        done = now
+
+    monkeypatch.setattr("calibatt_compiler.kernels.compiler._Worker", FakeWorker)
+    with KernelCompiler(workers=1) as pool:
+        report = pool.build(Counted(plan_of(), [90], torch.bfloat16), progress)
+    assert done == 40
+    assert len(report.compiled) == 30
+    assert not report.failed
+    assert most <= AHEAD + 2
+
+
+class FakeWorker:
+    """Answers at once."""
+
+    def run(self, job: str, timeout: float) -> dict[str, object]:
+        source = CompiledSource("d", "v", Path("s"), 0.0, 0.0, False)
+        return {"ok": True, **vars(source), "source_path": "s"}
+
+    def stop(self) -> None:
+        """Nothing runs."""
