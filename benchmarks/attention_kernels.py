@@ -7,6 +7,7 @@ out in silence.
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -119,8 +120,10 @@ def table(pattern: BlockPattern, operands: Operands) -> Contestant:
 def _baked(hopper: bool) -> Callable[[BlockPattern, Operands], Contestant]:
     def make(pattern: BlockPattern, operands: Operands) -> Contestant:
         from calibatt_compiler.kernels.baked import BakedAttention
+        from calibatt_compiler.kernels.cover import CoverLimits
 
-        kernel = BakedAttention(pattern, **_where(operands), max_added_density=1.0, hopper=hopper)
+        limits = CoverLimits(widening=math.inf)
+        kernel = BakedAttention(pattern, **_where(operands), limits=limits, hopper=hopper)
         if not kernel.wait(BAKED_SECONDS):
             raise RuntimeError(kernel.reason or f"not compiled after {BAKED_SECONDS:.0f} s")
         return _ours(pattern, operands, kernel)

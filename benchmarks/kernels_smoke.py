@@ -38,6 +38,7 @@ from torch import Tensor  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
 from calibatt_compiler.kernels.baked import BakedAttention  # noqa: E402
+from calibatt_compiler.kernels.cover import CoverLimits  # noqa: E402
 from calibatt_compiler.kernels.tiles import TileSettings  # noqa: E402
 from calibatt_compiler.kernels.triton_energy import triton_energy  # noqa: E402
 from calibatt_compiler.kernels.triton_table import TableAttention  # noqa: E402
@@ -268,7 +269,7 @@ def measure(shape: Shape, sweep: bool) -> Result:
     )
     where: dict[str, Any] = {"device": DEVICE, "dtype": DTYPE, "head_dim": shape.head_dim}
     start = time.perf_counter()
-    baked = BakedAttention(pattern, **where, max_added_density=1.0)
+    baked = BakedAttention(pattern, **where, limits=CoverLimits(widening=math.inf))
     covered = time.perf_counter() - start
     served = baked.wait(120)
     result = Result(shape, pattern.density, baked.added_density)

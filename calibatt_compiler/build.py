@@ -9,6 +9,7 @@ import torch
 from calibatt_compiler.errors import PlanError
 from calibatt_compiler.kernels.cache import Target
 from calibatt_compiler.kernels.compiler import BuildReport, KernelSpec, shared_compiler
+from calibatt_compiler.kernels.cover import WIDENED
 from calibatt_compiler.plan import BlockPattern, Plan, SitePatterns
 
 HOPPER = 90
@@ -78,7 +79,7 @@ class PlanSpecs(Collection[KernelSpec]):
 
     def _spec(self, pattern: BlockPattern, head_dim: int, arch: int) -> KernelSpec:
         target: Target = "hopper" if self._hopper and arch == HOPPER else "portable"
-        return KernelSpec(pattern, self._dtype, head_dim, arch, target=target)
+        return KernelSpec(pattern, self._dtype, head_dim, arch, WIDENED, target)
 
 
 def build_for_device(

@@ -1,8 +1,9 @@
 """Attention by a kernel generated from the pattern: the key blocks are literals in its source.
 
-Compiling takes seconds, so it happens in the background; until then the table kernel serves the
-same covered pattern. Both take the same tiles in the same order with the same arithmetic, so the
-switch changes no bit of the output.
+Covering and compiling take seconds, so they happen in the background, and the table kernel serves
+until then. Both take the same tiles in the same order with the same arithmetic, so the switch
+changes no bit of the output: in the background only covers that add nothing are made. One that adds
+a few blocks is taken where `calibatt build` has made it before.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from calibatt_compiler.errors import KernelError
 from calibatt_compiler.kernels.cache import (
     CacheEntry,
     Target,
+    find_entry,
     get_entry,
     is_compiled,
     load_kernel,
@@ -29,7 +31,7 @@ from calibatt_compiler.kernels.compiler import (
     KernelSpec,
     shared_compiler,
 )
-from calibatt_compiler.kernels.cover import LITERAL_BUDGET, MAX_INTERVALS
+from calibatt_compiler.kernels.cover import EXACT, WIDENED, CoverLimits
 from calibatt_compiler.kernels.hopper_launch import HopperConfig
 from calibatt_compiler.kernels.operands import check_operands, empty_output
 from calibatt_compiler.kernels.triton_launch import (
@@ -44,9 +46,6 @@ from calibatt_compiler.kernels.triton_table import TableAttention
 from calibatt_compiler.plan.pattern import BlockPattern
 
 log = logging.getLogger("calibatt")
-
-MAX_ADDED_DENSITY = 0.05
-"""Above it a cover costs more time than literals can win back: the table serves the exact mask."""
 
 
 class _Table(Protocol):
@@ -82,9 +81,8 @@ class BakedAttention:
         device: "cuda", or "cpu" under the Triton interpreter, where nothing is compiled.
         dtype: of q, k and v.
         head_dim: elements a head.
-        literal_budget: literals the source may hold; a mask that needs more is covered.
-        max_intervals: intervals a row may have; likewise.
-        max_added_density: where a cover would add more, the table kernel serves the exact mask.
+        limits: make a cover within these now, and its kernel in the background. Default: take what
+            `calibatt build` has made, else have a kernel of the exact mask made.
         compiler: who compiles; default the process's own.
         hopper: take the Hopper kernel and its tables instead of the portable ones.
 
@@ -104,9 +102,7 @@ class BakedAttention:
         device: torch.device,
         dtype: torch.dtype,
         head_dim: int,
-        literal_budget: int = LITERAL_BUDGET,
-        max_intervals: int = MAX_INTERVALS,
-        max_added_density: float = MAX_ADDED_DENSITY,
+        limits: CoverLimits | None = None,
         compiler: KernelCompiler | None = None,
         hopper: bool = False,
     ) -> None:
@@ -118,38 +114,45 @@ class BakedAttention:
         self._future: Future[CompiledSource] | None = None
         self._entry: CacheEntry | None = None
         where: dict[str, Any] = {"device": device, "dtype": dtype, "head_dim": head_dim}
+        if device.type == "cpu" and limits is None:
+            limits = WIDENED  # interpreted: there is nothing to wait for
+        self._limits = limits or EXACT
+        entry: CacheEntry | None = None
         try:
             if pattern.weights is not None or pattern.pooled:
                 raise KernelError("generated source has no weights and no pooled keys yet")
-            entry = get_entry(
-                pattern,
-                literal_budget=literal_budget,
-                max_intervals=max_intervals,
-                target=self._target,
-            )
-            added = entry.covering.added_density
-            if added > max_added_density:
-                self.reason = (
-                    f"{literal_budget} literals cover the mask only with {added:.3f} more density"
-                )
-            else:
-                self._entry, self.added_density = entry, added
-                self.pattern = entry.covering.pattern
+            entry = get_entry(pattern, limits, self._target) if limits else self._built(pattern)
         except (KernelError, OSError) as error:
-            self.reason = str(error)
+            self.reason = getattr(error, "problem", str(error))
+        if entry is not None:
+            self._take(entry)
         self.table: _Table = self._make_table(where)
-        if self._entry is None:
+        if self.reason is not None:
             log.info("the table kernel serves pattern %s: %s", pattern.digest[:12], self.reason)
             return
         self._where = where
-        compiled = all(is_compiled(self._entry, variant) for variant in self._variants(dtype))
-        if device.type == "cpu" or compiled:
+        if entry is not None and (device.type == "cpu" or self._compiled(entry, dtype)):
             self._switch()
         else:
-            limits = (literal_budget, max_intervals)
             arch = self.table.arch
-            spec = KernelSpec(pattern, dtype, head_dim, arch, *limits, self._target)
+            spec = KernelSpec(pattern, dtype, head_dim, arch, self._limits, self._target)
             self._future = (compiler or shared_compiler()).submit(spec)
+
+    def _built(self, pattern: BlockPattern) -> CacheEntry | None:
+        """Return the entry that lies in the cache, of `calibatt build` first; None without one.
+
+        Raises:
+            CoverError: there is none, for the mask takes too many literals.
+        """
+        built = find_entry(pattern, WIDENED, self._target)
+        if built is not None:
+            self._limits = WIDENED
+            return built
+        return find_entry(pattern, EXACT, self._target)
+
+    def _take(self, entry: CacheEntry) -> None:
+        self._entry, self.added_density = entry, entry.covering.added_density
+        self.pattern = entry.covering.pattern
 
     @property
     def kind(self) -> str:
@@ -179,7 +182,9 @@ class BakedAttention:
             future, self._future = self._future, None
             error = None if future.cancelled() else future.exception()
             if future.cancelled() or error is not None:
-                self.reason = str(error) if error is not None else "compiling was cancelled"
+                self.reason = getattr(error, "problem", str(error))
+                if future.cancelled():
+                    self.reason = "compiling was cancelled"
             else:
                 self._switch()
         return self._baked is not None
@@ -223,16 +228,20 @@ class BakedAttention:
             return HopperAttention(self.pattern, **where)
         return TableAttention(self.pattern, **where)
 
-    def _variants(self, dtype: torch.dtype) -> list[str]:
-        """Names of the compiled kernels that a call takes."""
+    def _compiled(self, entry: CacheEntry, dtype: torch.dtype) -> bool:
+        """Whether all kernels that a call takes are compiled."""
         config = self.table.config
         if isinstance(config, HopperConfig):
-            return [config.variant_name(repair=repair) for repair in config.repairs]
-        return [variant_name(config, arch=self.table.arch, dtype=dtype)]
+            names = [config.variant_name(repair=repair) for repair in config.repairs]
+        else:
+            names = [variant_name(config, arch=self.table.arch, dtype=dtype)]
+        return all(is_compiled(entry, name) for name in names)
 
     def _switch(self) -> None:
-        assert self._entry is not None
         try:
+            if self._entry is None:
+                self._take(get_entry(self.pattern, self._limits, self._target))
+            assert self._entry is not None
             if self._target == "hopper":
                 from calibatt_compiler.kernels.hopper import HopperLiterals
 

@@ -26,7 +26,13 @@ import torch
 from calibatt_compiler.errors import CalibattError
 from calibatt_compiler.files import write_text
 from calibatt_compiler.kernels import codegen, codegen_hopper
-from calibatt_compiler.kernels.cover import Covering, cover_pattern
+from calibatt_compiler.kernels.cover import (
+    EXACT,
+    CoverError,
+    Covering,
+    CoverLimits,
+    cover_pattern,
+)
 from calibatt_compiler.kernels.cover_form import Cover
 from calibatt_compiler.kernels.triton_launch import LaunchConfig
 from calibatt_compiler.options import cache_dir
@@ -83,20 +89,26 @@ def generator_version() -> str:
     return h.hexdigest()
 
 
-def entry_digest(
-    pattern: BlockPattern, literal_budget: int, max_intervals: int, target: Target = "portable"
-) -> str:
+def entry_digest(pattern: BlockPattern, limits: CoverLimits, target: Target = "portable") -> str:
     """Key of the entry that serves `pattern` under these limits."""
-    key = f"{target} {pattern.digest} {literal_budget} {max_intervals} {generator_version()}"
+    key = f"{target} {pattern.digest} {limits} {generator_version()}"
     return hashlib.sha256(key.encode()).hexdigest()[:32]
 
 
+def find_entry(
+    pattern: BlockPattern, limits: CoverLimits, target: Target = "portable"
+) -> CacheEntry | None:
+    """Return the entry of `pattern` if a whole one lies in the cache.
+
+    Raises:
+        CoverError: what lies there says that the pattern can't be covered within the limits.
+    """
+    digest = entry_digest(pattern, limits, target)
+    return _load(pattern, digest, cache_dir() / digest, target)
+
+
 def get_entry(
-    pattern: BlockPattern,
-    *,
-    literal_budget: int,
-    max_intervals: int,
-    target: Target = "portable",
+    pattern: BlockPattern, limits: CoverLimits = EXACT, target: Target = "portable"
 ) -> CacheEntry:
     """Return the entry of `pattern`, generated now unless a whole one lies in the cache.
 
@@ -104,12 +116,15 @@ def get_entry(
         KernelError: the pattern can't be covered within the limits.
         OSError: the cache folder can't be written.
     """
-    digest = entry_digest(pattern, literal_budget, max_intervals, target)
-    folder = cache_dir() / digest
-    found = _load(pattern, digest, folder, target)
+    found = find_entry(pattern, limits, target)
     if found is not None:
         return found
-    covering = cover_pattern(pattern, literal_budget=literal_budget, max_intervals=max_intervals)
+    digest = entry_digest(pattern, limits, target)
+    try:
+        covering = cover_pattern(pattern, limits)
+    except CoverError as error:
+        _keep(pattern, digest, target, {"declined": error.problem}, "")
+        raise
     generate = codegen_hopper.generate_hopper if target == "hopper" else codegen.generate
     source = generate(covering.cover, pattern)
     record = {
@@ -118,6 +133,15 @@ def get_entry(
         "denoted": covering.pattern.digest,
         "cover": covering.cover.to_json(),
     }
+    existing = _keep(pattern, digest, target, record, source)
+    return existing or CacheEntry(digest, cache_dir() / digest, covering, target)
+
+
+def _keep(
+    pattern: BlockPattern, digest: str, target: Target, record: dict[str, object], source: str
+) -> CacheEntry | None:
+    """Write an entry, whole or not at all; return the one that another process has written."""
+    folder = cache_dir() / digest
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{digest}-"))
     try:
@@ -137,13 +161,15 @@ def get_entry(
             return existing
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return CacheEntry(digest, folder, covering, target)
+    return None
 
 
 def _load(pattern: BlockPattern, digest: str, folder: Path, target: Target) -> CacheEntry | None:
     """Read an entry; None, with the reason logged, unless it is there and whole."""
     try:
         record = json.loads((folder / "entry.json").read_text(encoding="utf-8"))
+        if "declined" in record:
+            raise CoverError(str(record["declined"]))
         source = (folder / "kernel.py").read_bytes()
         if hashlib.sha256(source).hexdigest() != record["source_sha256"]:
             raise ValueError("the source does not have its checksum")
@@ -160,6 +186,8 @@ def _load(pattern: BlockPattern, digest: str, folder: Path, target: Target) -> C
         return CacheEntry(digest, folder, covering, target)
     except FileNotFoundError:
         return None
+    except CoverError:
+        raise
     except (OSError, KeyError, TypeError, ValueError, IndexError, CalibattError) as error:
         log.warning("kernel cache: %s is damaged (%s); it is generated again", folder, error)
         return None

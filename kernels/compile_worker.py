@@ -28,6 +28,7 @@ from calibatt_compiler.kernels.cache import (
     record_compiled,
     variant_name,
 )
+from calibatt_compiler.kernels.cover import CoverError, CoverLimits
 from calibatt_compiler.kernels.offline import compile_offline
 from calibatt_compiler.kernels.triton_launch import launch_config
 from calibatt_compiler.plan.pattern import BlockPattern
@@ -58,12 +59,7 @@ def compile_job(job: dict[str, Any]) -> dict[str, Any]:
     """Generate and compile one kernel; a kernel that is compiled already costs a look-up."""
     pattern = decode_pattern(job["pattern"])
     start = time.perf_counter()
-    entry = get_entry(
-        pattern,
-        literal_budget=job["literal_budget"],
-        max_intervals=job["max_intervals"],
-        target=job["target"],
-    )
+    entry = get_entry(pattern, CoverLimits(**job["limits"]), job["target"])
     variants = _hopper_variants if job["target"] == "hopper" else _portable_variants
     cached, names = True, []
     for variant, compile_variant in variants(entry, pattern, job):
@@ -121,10 +117,13 @@ def main() -> None:
     for line in sys.stdin:
         try:
             answer = {"ok": True, **compile_job(json.loads(line))}
+        except CoverError as error:
+            answer = {"ok": False, "declined": True, "reason": error.problem}
         except Exception as error:
             # One broken kernel must not stop the others; the table kernel serves its site.
             trace = traceback.format_exc()
-            answer = {"ok": False, "reason": f"{type(error).__name__}: {error}", "trace": trace}
+            reason = f"{type(error).__name__}: {error}"
+            answer = {"ok": False, "declined": False, "reason": reason, "trace": trace}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 

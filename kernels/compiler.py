@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ import torch
 
 from calibatt_compiler.errors import KernelError
 from calibatt_compiler.kernels.cache import Target
-from calibatt_compiler.kernels.cover import LITERAL_BUDGET, MAX_INTERVALS
+from calibatt_compiler.kernels.cover import EXACT, CoverError, CoverLimits
 from calibatt_compiler.plan.pattern import BlockPattern
 
 log = logging.getLogger("calibatt")
@@ -48,8 +48,7 @@ class KernelSpec:
         dtype: of the operands: float16, bfloat16 or float32.
         head_dim: of the operands.
         arch: compute capability as one number, such as 90.
-        literal_budget: literals the source may hold.
-        max_intervals: intervals a row may have.
+        limits: what its cover may take.
         target: whose kernel: the portable one, or Hopper's, which runs on sm_90 only.
     """
 
@@ -57,16 +56,14 @@ class KernelSpec:
     dtype: torch.dtype
     head_dim: int
     arch: int
-    literal_budget: int = LITERAL_BUDGET
-    max_intervals: int = MAX_INTERVALS
+    limits: CoverLimits = EXACT
     target: Target = "portable"
 
     @property
-    def key(self) -> tuple[str, str, str, int, int, int, int]:
+    def key(self) -> tuple[object, ...]:
         """Equal for specs that one compiled kernel serves."""
-        limits = (self.literal_budget, self.max_intervals)
         kind = (self.target, self.pattern.digest, str(self.dtype))
-        return (*kind, self.head_dim, self.arch, *limits)
+        return (*kind, self.head_dim, self.arch, self.limits)
 
     def job(self) -> str:
         """One line for a worker."""
@@ -78,8 +75,7 @@ class KernelSpec:
                 "dtype": str(self.dtype).removeprefix("torch."),
                 "head_dim": self.head_dim,
                 "arch": self.arch,
-                "literal_budget": self.literal_budget,
-                "max_intervals": self.max_intervals,
+                "limits": asdict(self.limits),
                 "target": self.target,
             }
         )
@@ -112,10 +108,13 @@ class BuildReport:
 
     Attributes:
         compiled: kernels that are ready, those from the cache included.
-        failed: reasons of those that are not, by pattern digest.
+        declined: reasons of those that are not to be, for their masks take too many literals, by
+            pattern digest.
+        failed: reasons of the others that are not ready, likewise.
     """
 
     compiled: list[CompiledSource] = field(default_factory=list)
+    declined: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
 
 
@@ -151,7 +150,8 @@ class KernelCompiler:
     def submit(self, spec: KernelSpec) -> Future[CompiledSource]:
         """Queue a kernel; equal specs share one future.
 
-        The future raises `KernelError` if the kernel can't be compiled.
+        The future raises `CoverError` if the mask takes too many literals, `KernelError` if the
+        kernel can't be compiled.
         """
         with self._lock:
             if self._closed:
@@ -193,6 +193,8 @@ class KernelCompiler:
                     told.add(future)
                     try:
                         report.compiled.append(future.result())
+                    except CoverError as error:
+                        report.declined[digests[0]] = str(error)
                     except KernelError as error:
                         report.failed[digests[0]] = str(error)
                 for _ in digests:
@@ -243,6 +245,8 @@ class KernelCompiler:
                 if result.pop("ok"):
                     result["source_path"] = Path(result["source_path"])
                     future.set_result(CompiledSource(**result))
+                elif result.get("declined"):
+                    future.set_exception(CoverError(result["reason"]))
                 else:
                     log.debug("%s", result["trace"])
                     self._fail(spec, future, result["reason"])

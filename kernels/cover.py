@@ -22,14 +22,32 @@ import torch
 
 from calibatt_compiler.errors import KernelError
 from calibatt_compiler.kernels.cover_form import Cover
-from calibatt_compiler.kernels.cover_merge import Merger
+from calibatt_compiler.kernels.cover_merge import Merger, TooManyBlocks
 from calibatt_compiler.plan.pattern import BlockPattern
 
-LITERAL_BUDGET = 2048
-"""Literals a kernel may hold by default: interval bounds, and one row boundary a segment."""
 
-MAX_INTERVALS = 16
-"""Intervals a row may have by default: their bounds stay in registers while the kernel runs."""
+@dataclass(frozen=True)
+class CoverLimits:
+    """What a cover may take.
+
+    Attributes:
+        literals: that a kernel may hold: interval bounds, and one row boundary a segment.
+        intervals: that a row may have: their bounds stay in registers while the kernel runs.
+        widening: blocks that may be added / blocks that the mask keeps; 0: the mask itself.
+    """
+
+    literals: int = 2048
+    intervals: int = 16
+    widening: float = 0.0
+
+
+EXACT = CoverLimits()
+"""What is generated without being asked for: the table kernel, which serves meanwhile, gives the
+same bits."""
+
+WIDENED = CoverLimits(widening=0.05)
+"""What `calibatt build` generates. Literals win about a tenth over tables (RESULTS.md), so a cover
+that adds more than half of that is not worth it."""
 
 
 @dataclass(frozen=True)
@@ -47,33 +65,39 @@ class Covering:
     added_density: float
 
 
-def cover_pattern(
-    pattern: BlockPattern,
-    *,
-    literal_budget: int = LITERAL_BUDGET,
-    max_intervals: int = MAX_INTERVALS,
-) -> Covering:
-    """Cover `pattern` within `literal_budget` literals and `max_intervals` intervals a row.
+class CoverError(KernelError):
+    """A mask can't be covered within its limits."""
+
+
+def cover_pattern(pattern: BlockPattern, limits: CoverLimits = EXACT) -> Covering:
+    """Cover `pattern` within limits.
 
     Exact when the exact form fits both. Equal heads share one form, which counts once.
 
     Raises:
-        KernelError: a budget too small for even one interval a head (three literals), or
-            max_intervals below 3 (a prefix, a band, a suffix).
+        CoverError: a cover would add more than `limits.widening`; the search ends as soon as
+            that is certain.
+        KernelError: a budget too small for even one interval a head (three literals), or less than
+            3 intervals a row (a prefix, a band, a suffix).
     """
     mask = pattern.numpy_mask()
     forms, head_forms = _distinct_heads(mask)
-    if literal_budget < 3 * len(forms) or max_intervals < 3:
+    if limits.literals < 3 * len(forms) or limits.intervals < 3:
         raise KernelError(
             "the budget of literals is too small to cover this pattern at all",
             expected=f"at least {3 * len(forms)} literals and 3 intervals a row",
-            got=f"{literal_budget} literals, {max_intervals} intervals",
+            got=f"{limits.literals} literals, {limits.intervals} intervals",
             remedy="raise the budget, or take lowering='table'",
         )
     aligned = pattern.block_m % pattern.block_n == 0
     slope = pattern.block_m // pattern.block_n if aligned else 1
-    work = Merger([mask[head] for head in forms], slope, literal_budget, max_intervals)
-    segments = work.run()
+    rows = [mask[head] for head in forms]
+    allowed = limits.widening * pattern.kept
+    work = Merger(rows, slope, limits.literals, limits.intervals, allowed)
+    try:
+        segments = work.run()
+    except TooManyBlocks as error:
+        raise _too_large(limits) from error
     cover = Cover(
         pattern.query_blocks,
         pattern.key_blocks,
@@ -85,6 +109,8 @@ def cover_pattern(
     assert not (mask & ~denoted).any(), "a cover must keep every block of its mask"
     if added == 0:
         return Covering(cover, pattern, 0.0)
+    if added > allowed:
+        raise _too_large(limits)
     superset = BlockPattern.from_mask(
         torch.from_numpy(denoted),
         query_length=pattern.query_length,
@@ -92,6 +118,15 @@ def cover_pattern(
         block=(pattern.block_m, pattern.block_n),
     )
     return Covering(cover, superset, added / denoted.size)
+
+
+def _too_large(limits: CoverLimits) -> CoverError:
+    if not limits.widening:
+        return CoverError(f"the mask takes more than {limits.literals} literals")
+    return CoverError(
+        f"{limits.literals} literals cover the mask only with over {limits.widening:.0%} of its "
+        "blocks added"
+    )
 
 
 def _distinct_heads(mask: npt.NDArray[np.bool_]) -> tuple[list[int], list[int]]:

@@ -6,6 +6,7 @@ Bit sets are Python integers: a union is one `|`, counting runs one shift and on
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -65,6 +66,10 @@ def _clipped_sum(offset: int, slope: int, rows: tuple[int, int], low: int, high:
     return low * (rising - first) + middle + high * (last - flat)
 
 
+class TooManyBlocks(Exception):  # noqa: N818 - no error: it ends a search early
+    """The cover would add far more blocks than are allowed."""
+
+
 @dataclass
 class _Piece:
     """A segment in the making: its rows' blocks as bit sets, and the form chosen for them."""
@@ -96,7 +101,11 @@ class _Piece:
 
 
 class Merger:
-    """Greedy merging of the rows of all heads under one budget."""
+    """Greedy merging of the rows of all heads under one budget.
+
+    Raises:
+        TooManyBlocks: from `run`, when twice `max_added` blocks are added.
+    """
 
     def __init__(
         self,
@@ -104,8 +113,11 @@ class Merger:
         slope: int,
         literal_budget: int,
         max_intervals: int,
+        max_added: float = math.inf,
     ) -> None:
         self.slope = slope
+        self.max_added = max_added
+        self.added = 0
         self.budget = literal_budget
         self.max_intervals = max_intervals
         self.rows, self.columns = (int(size) for size in heads[0].shape)
@@ -328,10 +340,11 @@ class Merger:
             both.right.left = both
         self.literals += both.literals - a.literals - b.literals
         self.pieces.append(both)
+        self._account(both.added - a.added - b.added)
 
     def _fill(self, piece: _Piece, gaps: int) -> None:
         """Add the blocks `gaps` to the form that `piece` has."""
-        before = piece.literals
+        before, added = piece.literals, piece.added
         if piece.diagonal:
             piece.sheared |= gaps
             piece.intervals = _count_runs(piece.sheared) + self._edges(piece.head)
@@ -342,6 +355,13 @@ class Merger:
             piece.added = (piece.last - piece.first) * piece.straight.bit_count() - piece.kept
         piece.version += 1
         self.literals += piece.literals - before
+        self._account(piece.added - added)
+
+    def _account(self, blocks: int) -> None:
+        self.added += blocks
+        # Not at the limit itself: another form of the same rows may give a few blocks back.
+        if self.added > 2 * self.max_added:
+            raise TooManyBlocks
 
     def _terms(self, piece: _Piece) -> tuple[Term, ...]:
         if not piece.diagonal:

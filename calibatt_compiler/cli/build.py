@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import Annotated
 
 import typer
@@ -88,6 +89,8 @@ def build(
         + ", ".join(f"sm_{target}" for target in targets)
         + f"; {cached} were there before"
     )
+    for reason, count in Counter(report.declined.values()).items():
+        console.print(f"{count} have none, the kernel with tables serves them: {reason}")
     if report.failed:
         for digest, reason in report.failed.items():
             console.print(f"pattern {digest[:12]}: {reason}", markup=False)

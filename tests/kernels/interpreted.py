@@ -7,6 +7,7 @@ Prints one JSON line a case: its name and the largest error against the referenc
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 
 from calibatt_compiler.kernels.baked import BakedAttention
-from calibatt_compiler.kernels.cover import cover_pattern
+from calibatt_compiler.kernels.cover import CoverLimits, cover_pattern
 from calibatt_compiler.kernels.reference import ReferenceAttention
 from calibatt_compiler.kernels.triton_table import TableAttention
 from calibatt_compiler.plan.pattern import BlockPattern
@@ -104,13 +105,13 @@ def main() -> None:
     made = pattern(random_mask(2, 8, 8, 0.4, 5), 250, 250, (32, 32))
     q, k, v = (torch.randn(1, 2, 250, 64) for _ in range(3))
     where = {"device": CPU, "dtype": torch.float32, "head_dim": 64}
-    baked = BakedAttention(made, **where, literal_budget=24, max_added_density=1.0)
+    baked = BakedAttention(made, **where, limits=CoverLimits(24, widening=math.inf))
     assert baked.added_density > 0
     assert baked.density > made.density
-    superset = cover_pattern(made, literal_budget=24).pattern
+    superset = cover_pattern(made, CoverLimits(24, widening=math.inf)).pattern
     error = (baked(q, k, v) - ReferenceAttention(superset)(q, k, v)).abs().max().item()
     print(json.dumps({"case": "covered", "error": error, "allowed": 5e-6}))
-    declined = BakedAttention(made, **where, literal_budget=24)
+    declined = BakedAttention(made, **where, limits=CoverLimits(24))
     assert declined.kind == "triton-table"
     assert declined.density == made.density
     assert declined.reason is not None

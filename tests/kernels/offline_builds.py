@@ -6,6 +6,7 @@ A process of its own: it puts a stand-in driver in Triton's place. Prints one JS
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import tempfile
@@ -18,7 +19,7 @@ from triton import knobs
 
 from calibatt_compiler.kernels import cache
 from calibatt_compiler.kernels.compiler import KernelCompiler, KernelSpec
-from calibatt_compiler.kernels.cover import LITERAL_BUDGET, MAX_INTERVALS
+from calibatt_compiler.kernels.cover import CoverLimits
 from calibatt_compiler.kernels.offline import compile_offline, table_arguments
 from calibatt_compiler.kernels.operands import empty_output
 from calibatt_compiler.kernels.triton_launch import call_arguments, launch_config
@@ -72,7 +73,7 @@ def main() -> None:
     with KernelCompiler(workers=2) as compiler:
         report = compiler.build(specs)
     assert not report.failed, report.failed
-    entry = cache.get_entry(made, literal_budget=LITERAL_BUDGET, max_intervals=MAX_INTERVALS)
+    entry = cache.get_entry(made, CoverLimits(widening=math.inf))
 
     for arch in archs:
         for head_dim in (64, 128):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -13,7 +14,9 @@ from torch import Tensor
 from calibatt_compiler.errors import KernelError
 from calibatt_compiler.kernels import baked
 from calibatt_compiler.kernels.baked import BakedAttention
+from calibatt_compiler.kernels.cache import get_entry
 from calibatt_compiler.kernels.compiler import CompiledSource, KernelCompiler, KernelSpec
+from calibatt_compiler.kernels.cover import EXACT, CoverError, CoverLimits
 from calibatt_compiler.plan.pattern import BlockPattern
 
 
@@ -144,7 +147,7 @@ def test_wrong_operands_are_the_callers_error(
 def test_a_covered_mask_reports_what_it_adds(make: Callable[..., BakedAttention]) -> None:
     exact = make()
     assert exact.added_density == 0
-    covered = make(literal_budget=16, max_added_density=1.0)
+    covered = make(limits=CoverLimits(16, widening=math.inf))
     assert covered.added_density > 0
     assert covered.density == pytest.approx(exact.density + covered.added_density)
 
@@ -152,12 +155,65 @@ def test_a_covered_mask_reports_what_it_adds(make: Callable[..., BakedAttention]
 def test_a_cover_that_adds_too_much_is_declined(
     make: Callable[..., BakedAttention], compiler: ManualCompiler
 ) -> None:
-    kernel = make(literal_budget=16, max_added_density=0.01)
+    kernel = make(limits=CoverLimits(16, widening=0.01))
     assert kernel.added_density == 0
     assert kernel.reason is not None
     assert "16 literals" in kernel.reason
     assert not compiler.specs
     assert not kernel.wait()
+
+
+def test_a_mask_of_too_many_literals_is_left_to_the_table(
+    make: Callable[..., BakedAttention], compiler: ManualCompiler
+) -> None:
+    kernel = make()
+    compiler.future.set_exception(CoverError("the mask takes more than 2048 literals"))
+    assert not kernel.wait()
+    assert kernel.reason == "the mask takes more than 2048 literals"
+
+
+def test_nothing_is_covered_while_a_model_waits(
+    make: Callable[..., BakedAttention], compiler: ManualCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    covered = []
+    monkeypatch.setattr(
+        "calibatt_compiler.kernels.cache.cover_pattern", lambda *_: covered.append(1)
+    )
+    make()
+    assert not covered
+    assert compiler.specs[0].limits == EXACT
+
+
+def test_what_was_built_before_is_taken_first(
+    make: Callable[..., BakedAttention],
+    compiler: ManualCompiler,
+    random_pattern: Callable[..., BlockPattern],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A cover that adds blocks serves from the first call on, or not at all: no bit changes."""
+    built = CoverLimits(200, widening=0.5)
+    monkeypatch.setattr(baked, "WIDENED", built)
+    assert make().added_density == 0
+    entry = get_entry(random_pattern(heads=2, query_length=300), built)
+    kernel = make()
+    assert kernel.added_density == entry.covering.added_density
+    assert kernel.pattern.digest == entry.covering.pattern.digest
+    assert compiler.specs[-1].limits == built
+
+
+def test_what_was_declined_before_is_not_tried_again(
+    make: Callable[..., BakedAttention],
+    compiler: ManualCompiler,
+    random_pattern: Callable[..., BlockPattern],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    few = CoverLimits(16)
+    monkeypatch.setattr(baked, "EXACT", few)
+    with pytest.raises(CoverError):
+        get_entry(random_pattern(heads=2, query_length=300), few)
+    kernel = make()
+    assert kernel.reason == "the mask takes more than 16 literals"
+    assert not compiler.specs
 
 
 def test_an_unwritable_cache_leaves_the_table(
@@ -166,6 +222,6 @@ def test_an_unwritable_cache_leaves_the_table(
     blocked = tmp_path / "file"
     blocked.write_text("")
     monkeypatch.setenv("CALIBATT_CACHE_DIR", str(blocked))
-    kernel = make()
+    kernel = make(limits=CoverLimits())
     assert kernel.kind == "triton-table"
     assert kernel.reason is not None

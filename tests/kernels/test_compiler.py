@@ -18,9 +18,10 @@ from calibatt_compiler.errors import KernelError
 from calibatt_compiler.kernels import cache, compiler
 from calibatt_compiler.kernels.compile_worker import decode_pattern, encode_pattern
 from calibatt_compiler.kernels.compiler import KernelCompiler, KernelSpec
+from calibatt_compiler.kernels.cover import CoverLimits
 from calibatt_compiler.plan.pattern import BlockPattern
 
-LIMITS = {"literal_budget": 512, "max_intervals": 8}
+LIMITS = CoverLimits(512, 8)
 
 
 @pytest.fixture
@@ -64,13 +65,13 @@ def specs(pattern: BlockPattern, head_dims: list[int]) -> list[KernelSpec]:
 
 
 def test_an_entry_is_generated_once_and_read_again(pattern: BlockPattern) -> None:
-    first = cache.get_entry(pattern, **LIMITS)
+    first = cache.get_entry(pattern, LIMITS)
     stamp = first.source_path.stat().st_mtime_ns
-    again = cache.get_entry(pattern, **LIMITS)
+    again = cache.get_entry(pattern, LIMITS)
     assert again.source_path.stat().st_mtime_ns == stamp
     assert again.covering.cover == first.covering.cover
     assert again.covering.pattern.digest == first.covering.pattern.digest
-    assert cache.get_entry(pattern, literal_budget=64, max_intervals=8).digest != first.digest
+    assert cache.get_entry(pattern, CoverLimits(64, 8, 1.0)).digest != first.digest
 
 
 @pytest.mark.parametrize("name", ["kernel.py", "entry.json"])
@@ -78,17 +79,17 @@ def test_an_entry_is_generated_once_and_read_again(pattern: BlockPattern) -> Non
 def test_a_damaged_entry_is_generated_again(
     pattern: BlockPattern, name: str, damage: bytes | None
 ) -> None:
-    entry = cache.get_entry(pattern, **LIMITS)
+    entry = cache.get_entry(pattern, LIMITS)
     source = entry.source_path.read_text()
     if damage is None:
         (entry.folder / name).unlink()
     else:
         (entry.folder / name).write_bytes(damage)
-    assert cache.get_entry(pattern, **LIMITS).source_path.read_text() == source
+    assert cache.get_entry(pattern, LIMITS).source_path.read_text() == source
 
 
 def test_no_temporary_folders_stay(pattern: BlockPattern, folder: Path) -> None:
-    entry = cache.get_entry(pattern, **LIMITS)
+    entry = cache.get_entry(pattern, LIMITS)
     assert [path.name for path in folder.iterdir()] == [entry.digest]
 
 
@@ -173,12 +174,13 @@ def test_kill_9_while_entries_are_written_leaves_whole_ones_only(
     script = (
         "import torch\n"
         "from calibatt_compiler.kernels.cache import get_entry\n"
+        "from calibatt_compiler.kernels.cover import CoverLimits\n"
         "from calibatt_compiler.plan.pattern import BlockPattern\n"
         "print('go', flush=True)\n"
         "for seed in range(10**6):\n"
         "    draw = torch.rand(1, 4, 4, generator=torch.Generator().manual_seed(seed))\n"
         "    mask = (draw < 0.5) | torch.eye(4).bool()\n"
-        "    get_entry(BlockPattern.from_mask(mask), literal_budget=512, max_intervals=8)\n"
+        "    get_entry(BlockPattern.from_mask(mask), CoverLimits(512, 8))\n"
     )
     child = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, env={**os.environ}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calibatt_compiler.errors import KernelError, PlanFormatError
-from calibatt_compiler.kernels.cover import cover_pattern
+from calibatt_compiler.kernels.cover import CoverError, CoverLimits, cover_pattern
 from calibatt_compiler.kernels.cover_form import ROW, Cover
 from calibatt_compiler.plan.pattern import BlockPattern
 
@@ -86,7 +87,7 @@ def masks(draw: st.DrawFn) -> Mask:
 @settings(max_examples=150, deadline=None)
 def test_cover_is_a_superset_within_its_limits(mask: Mask, budget: int, intervals: int) -> None:
     pattern = pattern_of(mask)
-    result = cover_pattern(pattern, literal_budget=budget, max_intervals=intervals)
+    result = cover_pattern(pattern, CoverLimits(budget, intervals, math.inf))
     denoted = result.cover.mask()
     assert (denoted >= mask).all()
     assert result.cover.literals <= budget
@@ -98,6 +99,32 @@ def test_cover_is_a_superset_within_its_limits(mask: Mask, budget: int, interval
         assert result.added_density == 0
         assert result.pattern is pattern
     assert Cover.from_json(result.cover.to_json()) == result.cover
+
+
+def scattered(heads: int, blocks: int) -> BlockPattern:
+    draw = torch.rand(heads, blocks, blocks, generator=torch.Generator().manual_seed(0))
+    return pattern_of(((draw < 0.4) | torch.eye(blocks).bool()).numpy())
+
+
+@pytest.mark.parametrize("widening", [0.0, 0.05, 0.5])
+def test_a_search_ends_when_too_much_is_added(widening: float) -> None:
+    pattern = scattered(2, 40)
+    with pytest.raises(CoverError, match="100 literals"):
+        cover_pattern(pattern, CoverLimits(100, 16, widening))
+
+
+@pytest.mark.parametrize("budget", [100, 300, 600, 900])
+def test_the_early_end_decides_as_the_whole_search_does(budget: int) -> None:
+    pattern = scattered(1, 30)
+    whole = cover_pattern(pattern, CoverLimits(budget, 16, math.inf))
+    added = whole.pattern.kept - pattern.kept
+    for widening in (0.0, 0.02, 0.1, 0.3, 0.6, 1.0):
+        limits = CoverLimits(budget, 16, widening)
+        if added <= widening * pattern.kept:
+            assert cover_pattern(pattern, limits).pattern.digest == whole.pattern.digest
+        else:
+            with pytest.raises(CoverError):
+                cover_pattern(pattern, limits)
 
 
 @given(masks())
@@ -132,10 +159,10 @@ def test_frame_local_rectangles_take_a_segment_a_frame_and_equal_heads_share_it(
 
 def test_ragged_masks_are_covered_with_little_added() -> None:
     mask = ragged(banded(4, 128, stride=18, width=5, columns=10))
-    result = cover_pattern(pattern_of(mask), literal_budget=2048)
+    result = cover_pattern(pattern_of(mask), CoverLimits(2048, widening=math.inf))
     assert result.cover.literals <= 2048
     assert result.added_density < 0.08
-    smaller = cover_pattern(pattern_of(mask), literal_budget=512)
+    smaller = cover_pattern(pattern_of(mask), CoverLimits(512, widening=math.inf))
     assert smaller.cover.literals <= 512
     assert result.added_density < smaller.added_density < 0.25
 
@@ -159,7 +186,7 @@ def test_a_mask_of_wan_720p_takes_seconds() -> None:
 def test_a_random_mask_ends_in_something_dense_not_in_an_endless_search() -> None:
     mask = np.random.default_rng(0).random((4, 96, 96)) < 0.35
     mask |= np.eye(96, dtype=bool)
-    result = cover_pattern(pattern_of(mask), literal_budget=200)
+    result = cover_pattern(pattern_of(mask), CoverLimits(200, widening=math.inf))
     assert result.cover.literals <= 200
     assert (result.cover.mask() >= mask).all()
 
@@ -168,7 +195,7 @@ def test_a_random_mask_ends_in_something_dense_not_in_an_endless_search() -> Non
 def test_hopeless_limits_are_refused(budget: int, intervals: int) -> None:
     pattern = pattern_of(banded(4, 8, stride=3, width=0, columns=1))
     with pytest.raises(KernelError, match="budget"):
-        cover_pattern(pattern, literal_budget=budget, max_intervals=intervals)
+        cover_pattern(pattern, CoverLimits(budget, intervals, math.inf))
 
 
 def test_a_damaged_cover_is_refused() -> None:

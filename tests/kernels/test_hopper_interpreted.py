@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from calibatt_compiler.errors import KernelError
+from calibatt_compiler.kernels.cover import CoverLimits
 from calibatt_compiler.plan.pattern import BlockPattern
 
 pytest.importorskip("triton", reason="Gluon is part of triton")
@@ -287,7 +288,7 @@ def test_literals_give_the_bits_of_the_tables(
     assert baked.kind == "hopper-baked", baked.reason
     assert baked.added_density == 0
     assert torch.equal(baked(q, k, v), HopperAttention(pattern, **where)(q, k, v))
-    entry = get_entry(pattern, literal_budget=512, max_intervals=16, target="hopper")
+    entry = get_entry(pattern, CoverLimits(512, widening=math.inf), "hopper")
     literals = HopperLiterals(entry, pattern, **where)
     assert literals.tables.runs.numel() == 1
     with pytest.raises(KernelError, match="literals: True"):
