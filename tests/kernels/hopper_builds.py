@@ -7,7 +7,6 @@ Arguments: names of variants to build; default all.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import subprocess
@@ -22,7 +21,7 @@ from triton import knobs
 
 from calibatt_compiler.kernels import cache
 from calibatt_compiler.kernels.compiler import KernelCompiler, KernelSpec
-from calibatt_compiler.kernels.cover import CoverLimits
+from calibatt_compiler.kernels.cover import EXACT
 from calibatt_compiler.kernels.hopper_launch import HopperConfig
 from calibatt_compiler.kernels.hopper_offline import compile_counts, compile_hopper
 from calibatt_compiler.plan.pattern import BlockPattern
@@ -90,7 +89,7 @@ def build_literals() -> None:
     with KernelCompiler(workers=1) as compiler:
         report = compiler.build([KernelSpec(made, BF16, 128, 90, target="hopper")])
     assert not report.failed, report.failed
-    entry = cache.get_entry(made, CoverLimits(widening=math.inf), "hopper")
+    entry = cache.get_entry(made, EXACT, "hopper")
     config = HopperConfig(128, 128, BF16, True, True)
     for repair in config.repairs:
         assert cache.is_compiled(entry, config.variant_name(repair=repair))

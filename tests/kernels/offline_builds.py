@@ -6,7 +6,6 @@ A process of its own: it puts a stand-in driver in Triton's place. Prints one JS
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import tempfile
@@ -19,7 +18,7 @@ from triton import knobs
 
 from calibatt_compiler.kernels import cache
 from calibatt_compiler.kernels.compiler import KernelCompiler, KernelSpec
-from calibatt_compiler.kernels.cover import CoverLimits
+from calibatt_compiler.kernels.cover import EXACT
 from calibatt_compiler.kernels.offline import compile_offline, table_arguments
 from calibatt_compiler.kernels.operands import empty_output
 from calibatt_compiler.kernels.triton_launch import call_arguments, launch_config
@@ -73,7 +72,7 @@ def main() -> None:
     with KernelCompiler(workers=2) as compiler:
         report = compiler.build(specs)
     assert not report.failed, report.failed
-    entry = cache.get_entry(made, CoverLimits(widening=math.inf))
+    entry = cache.get_entry(made, EXACT)
 
     for arch in archs:
         for head_dim in (64, 128):
