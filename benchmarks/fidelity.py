@@ -1,0 +1,112 @@
+"""How near sparse videos come to dense ones: our plans, an oracle and the peers' patterns.
+
+    pip install -e '.[report,pipelines,benchmarks]'
+    python benchmarks/fidelity.py compare --out results --densities 0.3,0.5 --prompts 2
+
+All methods at equal density on held-out prompts and seeds, against the dense video of the same
+prompt and seed: PSNR, SSIM, a distance by features of a DINOv2, flicker. Everything is kept below
+--out: run it again to go on where it stopped. Writes a JSON record, a table and a picture of the
+curves. `--quick` runs all of it at a tiny size and measures nothing.
+
+Equal density means: key work / that of dense attention is the wanted number, over all attention
+calls of a video. Our plan's thresholds decide how that is shared out over steps, layers, heads and
+rows. The oracle and the peers may keep as many blocks as our plan at each step of each layer, so
+they profit from that part of calibration too; the oracle shares them out over heads and rows by
+one threshold, the others evenly over all rows. All use the same blocks and the same kernel; no
+step is dense for one and sparse for another. Our two further forms (a weighted sample, pooled keys)
+have thresholds of their own by which their work, pooled keys counted, comes out the same.
+
+A larger model than the demo's is trained on a GPU, in runs of ten minutes that go on where the last
+one stopped:
+
+    python benchmarks/fidelity.py train --run-seconds 540      again and again until it says so
+    python benchmarks/fidelity.py compare --model examples/tiny_wan/work/mid/model \\
+        --settings examples/tiny_wan/mid.json --out results-mid
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from fidelity_study.perceptual import pretrained
+from fidelity_study.report import table, write
+from fidelity_study.setting import Setting
+from fidelity_study.study import Study
+
+from calibatt_compiler.cli import pipelines
+from calibatt_compiler.cli.demo import find, read_settings
+
+QUICK = {"height": 64, "width": 96, "num_frames": 9, "num_inference_steps": 3}
+QUICK_DENSITY, QUICK_BLOCK, QUICK_C = 0.6, 16, 0.85
+
+
+def numbers(text: str) -> list[float]:
+    """Read numbers with commas between them."""
+    return [float(part) for part in text.split(",")]
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Compare, report; 3 if the time was up before the end."""
+    device = pipelines.device_of(options.device)
+    dtype = pipelines.dtype_of(options.dtype, device)
+    pipe = pipelines.load_pipeline(str(options.model or find("model")), device, dtype)
+    chosen = read_settings(options.settings or find("demo.json"))
+    arguments = {**chosen.arguments, **(QUICK if options.quick else {})}
+    arguments = pipelines.pipeline_arguments(pipe, arguments, options.set)
+    prompts, inputs = (1, 2) if options.quick else (options.prompts, options.inputs)
+    setting = Setting(
+        arguments=arguments,
+        calibration=chosen.calibration[:inputs],
+        held_out=chosen.held_out[:prompts],
+        densities=[QUICK_DENSITY] if options.quick else options.densities,
+        block=QUICK_BLOCK if options.quick else options.block,
+        C=QUICK_C if options.quick else options.C,
+        k=options.k,
+        token_order=options.token_order,
+        inductor=options.inductor,
+    )
+    perceptual = None
+    if not (options.quick or options.without_features):
+        perceptual = pretrained(options.features or options.out / "features", device)
+    deadline = time.monotonic() + 60 * options.minutes
+    study = Study(pipe, setting, options.out, perceptual, deadline)
+    finished = study.run()
+    write(study)
+    print(table(study))
+    return 0 if finished else 3
+
+
+def main() -> None:
+    """Parse the arguments and run."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    commands = parser.add_subparsers(required=True)
+    add = commands.add_parser("compare", help="compare methods on a trained pipeline")
+    add.add_argument("--out", type=Path, default=Path("fidelity-results"), help="folder of results")
+    add.add_argument("--model", type=Path, help="a pipeline's folder; default: the demo's model")
+    add.add_argument("--settings", type=Path, help="prompts and sizes; default: the demo's")
+    add.add_argument("--set", action="append", metavar="NAME=VALUE", help="pipeline argument")
+    add.add_argument("--densities", type=numbers, default=[0.2, 0.3, 0.5], metavar="D,D")
+    add.add_argument("--prompts", type=int, default=4, help="held-out prompts")
+    add.add_argument("--inputs", type=int, default=8, help="calibration prompts")
+    add.add_argument("--block", type=int, default=32, help="tokens a query block and a key block")
+    add.add_argument("--C", type=float, default=0.999, help="our threshold at the first step")
+    add.add_argument("--k", type=float, default=8.0, help="how fast it falls")
+    add.add_argument("--token-order", help="also our plan in this order, such as 2x4x4")
+    add.add_argument("--features", type=Path, help="folder of DINOv2's weights, as dino.py --work")
+    add.add_argument("--without-features", action="store_true", help="no perceptual distance")
+    add.add_argument("--device", default="auto")
+    add.add_argument("--dtype", default="auto")
+    add.add_argument("--inductor", action=argparse.BooleanOptionalAction, help="default: on a GPU")
+    add.add_argument("--minutes", type=float, default=float("inf"), help="stop after these")
+    add.add_argument("--quick", action="store_true", help="tiny sizes: shows that all works")
+    add.set_defaults(run=compare)
+    options = parser.parse_args()
+    torch.set_grad_enabled(False)
+    raise SystemExit(options.run(options))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""The methods compared, each at the same share of the dense key work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from fidelity_study.patterns import Budget, Choices, Family, peer_plan, random_plan
+from fidelity_study.plans import Form
+from fidelity_study.serve import Method, Planned, oracle, router
+
+from calibatt_compiler.plan import Plan
+
+OURS, ORDERED, SAMPLED, POOLED = "ours", "ordered", "sampled", "pooled"
+ORACLE, ROUTER, RANDOM = "oracle", "router", "random"
+
+TITLES = {
+    OURS: "calibrated plan (ours)",
+    ORDERED: "calibrated plan in token order {order} (ours)",
+    SAMPLED: "calibrated, weighted sample, power 0.65 (ours)",
+    POOLED: "calibrated, 4 pooled keys a dropped block (ours)",
+    ORACLE: "per-input oracle (online)",
+    ROUTER: "pooled top-k, SpargeAttn's selector (online)",
+    "tiles": "sliding tiles (STA)",
+    "radial": "radial decay (Radial Attention)",
+    "heads": "spatial and temporal heads (SVG)",
+    RANDOM: "random",
+}
+"""All methods, in the order of tables."""
+
+FORMS = {OURS: Form(), SAMPLED: Form(sample_power=0.65), POOLED: Form(pooled=4)}
+"""Plans of ours that come from one recording in raster order."""
+
+RANDOM_SEED = 2026
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What methods of one density are made from.
+
+    Attributes:
+        plans: of ours, by method.
+        families: the peers' patterns.
+        choices: by family, which variant each head takes.
+    """
+
+    plans: Mapping[str, Plan]
+    families: Mapping[str, Family]
+    choices: Mapping[str, Choices]
+
+    @property
+    def budget(self) -> Budget:
+        """What every method but our own variants may keep, by site and step."""
+        return Budget.of(self.plans[OURS])
+
+
+def make(name: str, bench: Bench) -> Method:
+    """Return a method, ready to serve one video."""
+    ours = bench.plans[OURS]
+    if name in bench.plans:
+        return Planned(bench.plans[name])
+    if name in bench.families:
+        family, choices = bench.families[name], bench.choices[name]
+        return Planned(peer_plan(family, bench.budget, choices, ours))
+    others: dict[str, Callable[[], Method]] = {
+        ORACLE: lambda: oracle(bench.budget, ours),
+        ROUTER: lambda: router(bench.budget, ours),
+        RANDOM: lambda: Planned(random_plan(bench.budget, ours, RANDOM_SEED)),
+    }
+    return others[name]()

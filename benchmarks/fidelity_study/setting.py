@@ -1,0 +1,60 @@
+"""What is compared, and how."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fidelity_study.methods import ORDERED, TITLES
+
+from calibatt_compiler.report.cases import Case
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Everything that results depend on, beside the model.
+
+    Attributes:
+        arguments: of the pipeline, common to all videos.
+        calibration: prompts and seeds that plans are made from.
+        held_out: others, that all is measured on.
+        densities: key work / that of dense attention.
+        block: tokens a query block and a key block.
+        C: threshold of the first step of our plans.
+        k: how fast it falls.
+        rho: share of the inputs that must agree.
+        token_order: a second order for our plan, such as `2x4x4`.
+        inductor: compile what is around attention; None: on a GPU.
+    """
+
+    arguments: Mapping[str, Any]
+    calibration: Sequence[Case]
+    held_out: Sequence[Case]
+    densities: Sequence[float]
+    block: int
+    C: float
+    k: float
+    rho: float = 0.5
+    token_order: str | None = None
+    inductor: bool | None = None
+
+    @property
+    def methods(self) -> list[str]:
+        """Names of what is compared."""
+        return [name for name in TITLES if name != ORDERED or self.token_order is not None]
+
+    def title(self, method: str) -> str:
+        """Return what a method is called in tables."""
+        return TITLES[method].format(order=self.token_order)
+
+    def key(self, method: str, density: float, case: Case) -> str:
+        """Return the name of a result."""
+        name = f"{method} {self.token_order}" if method == ORDERED else method
+        return f"{name}|{density:g}|{name_of(case)}"
+
+
+def name_of(case: Case) -> str:
+    """Return a short name of a prompt and seed, fit for a file."""
+    return f"{case.seed}-{hashlib.sha256(case.prompt.encode()).hexdigest()[:8]}"

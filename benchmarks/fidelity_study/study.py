@@ -1,0 +1,208 @@
+"""The stages of the comparison; each result is kept as soon as it is there."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from fidelity_study.methods import FORMS, ORDERED, OURS, Bench, make
+from fidelity_study.ours import OurPlans
+from fidelity_study.patterns import Choices, Family, families
+from fidelity_study.perceptual import Frames, Perceptual
+from fidelity_study.profile import Profile
+from fidelity_study.serve import Dense, Method, Switch
+from fidelity_study.setting import Setting, name_of
+
+from calibatt_compiler.calibration.generation import generate
+from calibatt_compiler.calibration.observed import observed
+from calibatt_compiler.calibration.pipeline import about_pipeline
+from calibatt_compiler.files import replacing, write_text
+from calibatt_compiler.plan import Plan
+from calibatt_compiler.report.cases import Case
+from calibatt_compiler.report.compare import to_bytes
+from calibatt_compiler.report.quality import measure
+
+Result = Mapping[str, float | None]
+
+
+class OutOfTimeError(Exception):
+    """The time that a run was given is over; the next run goes on."""
+
+
+@dataclass
+class Study:
+    """One pipeline, and the folder where results are kept.
+
+    Attributes:
+        pipe: a diffusers pipeline on its device.
+        setting: what is compared.
+        folder: where everything goes.
+        perceptual: the distance by features; None leaves it out.
+        deadline: of `time.monotonic`, after which no video is begun.
+        results: by `key`: psnr (dB, None for equal videos), ssim, flicker, perceptual (None if it
+            was left out), density (measured) and seconds of the video.
+    """
+
+    pipe: Any
+    setting: Setting
+    folder: Path
+    perceptual: Perceptual | None = None
+    deadline: float = math.inf
+    results: dict[str, Result] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_identity(self.folder, self._identity())
+        path = self.folder / "results.json"
+        if path.exists():
+            self.results = json.loads(path.read_text("utf-8"))
+        self._switch = Switch()
+
+    def run(self) -> bool:
+        """Do what is not done yet; return whether all of it is."""
+        if not self.missing():
+            return True
+        self.pipe.set_progress_bar_config(disable=True)
+        try:
+            plans = self._our_plans()
+            peers = families(plans[self.setting.densities[0], OURS].grid, self.setting.block)
+            with observed(self.pipe.transformer, self._switch, self.setting.inductor):
+                benches = self._benches(plans, peers)
+                for case in self.setting.held_out:
+                    self._compare(case, benches)
+        except OutOfTimeError as reached:
+            print(f"out of time before {reached}; run again to go on", flush=True)
+        return not self.missing()
+
+    def missing(self) -> list[str]:
+        """Keys of the results that are not there."""
+        keys = [
+            self.setting.key(name, density, case)
+            for case in self.setting.held_out
+            for density in self.setting.densities
+            for name in self.setting.methods
+        ]
+        return [name for name in keys if name not in self.results]
+
+    def _our_plans(self) -> dict[tuple[float, str], Plan]:
+        ours = OurPlans(self.pipe, self.setting, self.folder)
+        names = [*FORMS, *([ORDERED] if self.setting.token_order else [])]
+        return {(d, name): ours.plan(name, d) for d in self.setting.densities for name in names}
+
+    def _benches(
+        self, plans: Mapping[tuple[float, str], Plan], peers: Mapping[str, Family]
+    ) -> dict[float, Bench]:
+        """Put together what methods are made from, with the variants that heads have chosen."""
+        benches = {
+            density: Bench({n: plan for (d, n), plan in plans.items() if d == density}, peers, {})
+            for density in self.setting.densities
+        }
+        files = {density: self.folder / f"choices-{density:g}.json" for density in benches}
+        missing = {d: bench.budget for d, bench in benches.items() if not files[d].exists()}
+        if missing:
+            self._check_time("the choice of variants")
+            profile = Profile(peers, missing, plans[self.setting.densities[0], OURS])
+            self._video(self.setting.calibration[0], profile)
+            for density in missing:
+                chosen = {name: profile.choices(density, name) for name in peers}
+                write_text(files[density], json.dumps(chosen))
+            print("variants of the peers' patterns are chosen", flush=True)
+        for density, bench in benches.items():
+            read: dict[str, Choices] = json.loads(files[density].read_text("utf-8"))
+            benches[density] = replace(bench, choices=read)
+        return benches
+
+    def _compare(self, case: Case, benches: Mapping[float, Bench]) -> None:
+        """Measure all methods on one prompt and seed."""
+        wanted = [
+            (density, name)
+            for density in benches
+            for name in self.setting.methods
+            if self.setting.key(name, density, case) not in self.results
+        ]
+        if not wanted:
+            return
+        dense = self._dense(case)
+        features = None if self.perceptual is None else self.perceptual.features(dense)
+        for density, name in wanted:
+            self._check_time(self.setting.key(name, density, case))
+            method = make(name, benches[density])
+            began = time.monotonic()
+            frames = self._video(case, method)
+            seconds = time.monotonic() - began
+            quality = measure(dense, frames)
+            distance = None
+            if self.perceptual is not None and features is not None:
+                distance = self.perceptual.distance(features, self.perceptual.features(frames))
+            self.results[self.setting.key(name, density, case)] = {
+                "psnr": quality.psnr if math.isfinite(quality.psnr) else None,
+                "ssim": quality.ssim,
+                "flicker": quality.flicker,
+                "perceptual": distance,
+                "density": method.density(),
+                "seconds": seconds,
+            }
+            write_text(self.folder / "results.json", json.dumps(self.results, indent=1))
+            what = self.setting.key(name, density, case)
+            print(f"{what}: {quality.psnr:.2f} dB, {seconds:.0f} s", flush=True)
+
+    def _dense(self, case: Case) -> Frames:
+        """Return the dense video of a case, generated once."""
+        path = self.folder / f"dense-{name_of(case)}.npy"
+        if not path.exists():
+            self._check_time(f"the dense video of {case.prompt!r}")
+            frames = self._video(case, Dense())
+            with replacing(path) as temporary, temporary.open("wb") as file:
+                np.save(file, frames, allow_pickle=False)
+        found: Frames = np.load(path, allow_pickle=False)
+        return found
+
+    def _video(self, case: Case, method: Method) -> Frames:
+        """Generate one video with a method; uint8 (frames, height, width, 3)."""
+        self._switch.method = method
+        arguments = {**self.setting.arguments, "prompt": case.prompt, "output_type": "np"}
+        output = generate(self.pipe, case.seed, arguments)
+        return to_bytes(np.asarray(output.frames[0]))
+
+    def _check_time(self, what: str) -> None:
+        if time.monotonic() > self.deadline:
+            raise OutOfTimeError(what)
+
+    def _identity(self) -> dict[str, Any]:
+        setting = asdict(self.setting)
+        # Further densities, prompts and orders can be added to what is there.
+        for name in ("densities", "held_out", "token_order"):
+            del setting[name]
+        return {
+            **about_pipeline(self.pipe),
+            "dtype": str(self.pipe.transformer.dtype),
+            "device": torch.device(self.pipe._execution_device).type,
+            "perceptual": self.perceptual is not None,
+            **setting,
+        }
+
+
+def check_identity(folder: Path, wanted: Mapping[str, Any]) -> None:
+    """Note down what the folder is of, or check that it is of the same.
+
+    Raises:
+        SystemExit: it holds results of something else.
+    """
+    path = folder / "run.json"
+    text = json.dumps(wanted, indent=1, sort_keys=True, default=str)
+    if not path.exists():
+        write_text(path, text)
+        return
+    found, now = json.loads(path.read_text("utf-8")), json.loads(text)
+    differing = sorted(name for name in {*found, *now} if found.get(name) != now.get(name))
+    if differing:
+        raise SystemExit(
+            f"{folder} holds results of other settings ({', '.join(differing)}): choose another "
+            "--out, or delete it"
+        )
