@@ -30,7 +30,6 @@ import argparse
 import time
 from pathlib import Path
 
-import torch
 from fidelity_study.perceptual import pretrained
 from fidelity_study.report import table, write
 from fidelity_study.setting import Setting
@@ -79,6 +78,14 @@ def compare(options: argparse.Namespace) -> int:
     return 0 if finished else 3
 
 
+def train(options: argparse.Namespace) -> int:
+    """Train for a while; 3 if there is more to do."""
+    from fidelity_study.train import Training
+
+    extra = () if options.log_every is None else ("--log-every", str(options.log_every))
+    return 0 if Training(options.size, options.run_seconds, extra=extra).run() else 3
+
+
 def main() -> None:
     """Parse the arguments and run."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
@@ -103,8 +110,12 @@ def main() -> None:
     add.add_argument("--minutes", type=float, default=float("inf"), help="stop after these")
     add.add_argument("--quick", action="store_true", help="tiny sizes: shows that all works")
     add.set_defaults(run=compare)
+    add = commands.add_parser("train", help="train a larger model of examples/tiny_wan")
+    add.add_argument("--size", default="mid", help="of examples/tiny_wan/settings.py")
+    add.add_argument("--run-seconds", type=float, default=540.0, help="limit of this run")
+    add.add_argument("--log-every", type=int, help="steps; time is looked at as often")
+    add.set_defaults(run=train)
     options = parser.parse_args()
-    torch.set_grad_enabled(False)
     raise SystemExit(options.run(options))
 
 

@@ -63,6 +63,16 @@ def load_checkpoint(folder: Path) -> tuple[Groups, dict[str, Any]]:
     return groups, meta
 
 
+def read_meta(folder: Path) -> dict[str, Any] | None:
+    """Return the metadata of a checkpoint, None if there is none."""
+    path = folder / "part-0.safetensors"
+    if not path.exists():
+        return None
+    with safe_open(path, framework="pt") as file:
+        meta: dict[str, Any] = json.loads(file.metadata()["meta"])
+    return meta
+
+
 def append_log(path: Path, record: dict[str, float | int]) -> None:
     """Add one JSON line to a training log."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 from safetensors.numpy import save_file
-from settings import CLIPS, FULL, SMOKE, WORK, VideoSize, load_shots
+from settings import SIZES, SMOKE, WORK, Shot, VideoSize, add_size
 
 if TYPE_CHECKING:
     import av
@@ -35,7 +35,6 @@ ARCHIVE = (
 )
 FILM = "moviepy_10_minutes/resources/bbb.mp4"
 FILM_SHA256 = "475fbbf34c4c367998f80c29ea03b15a743941179b12da3373fc6706e68621d0"
-QUALITY = 95
 
 
 def check(path: Path, expected: str) -> None:
@@ -81,7 +80,7 @@ def chosen_frames(film: Path, wanted: set[int]) -> Iterator[tuple[int, av.VideoF
                 return
 
 
-def shrink(image: Image.Image, size: VideoSize) -> bytes:
+def shrink(image: Image.Image, size: VideoSize, quality: int) -> bytes:
     """Cut the image's middle to the aspect of ``size``, resize it and return it as WebP."""
     scale = min(image.width / size.width, image.height / size.height)
     width, height = size.width * scale, size.height * scale
@@ -89,35 +88,45 @@ def shrink(image: Image.Image, size: VideoSize) -> bytes:
     box = (left, top, left + width, top + height)
     small = image.resize((size.width, size.height), Image.Resampling.LANCZOS, box=box)
     buffer = io.BytesIO()
-    small.save(buffer, "WEBP", quality=QUALITY, method=4)
+    small.save(buffer, "WEBP", quality=quality, method=4)
     return buffer.getvalue()
+
+
+def write_clips(path: Path, shots: list[Shot], images: list[bytes]) -> None:
+    """Write the clip file: the encoded frames of all shots, one shot after another."""
+    lengths = np.array([len(image) for image in images], dtype=np.int64)
+    tensors = {
+        "images": np.frombuffer(b"".join(images), dtype=np.uint8),
+        "ends": np.cumsum(lengths),
+    }
+    counts = [{"name": shot.name, "frames": shot.frames} for shot in shots]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    save_file(tensors, temporary, {"shots": json.dumps(counts)})
+    temporary.rename(path)
+    size = lengths.sum() / 1e6
+    print(f"{path}: {len(images)} frames of {len(shots)} shots, {size:.1f} MB")
 
 
 def main() -> None:
     """Write the clip file."""
     parser = argparse.ArgumentParser(description=__doc__)
+    add_size(parser)
     parser.add_argument("--work", type=Path, default=WORK, help="folder of the downloads")
-    parser.add_argument("--out", type=Path, default=CLIPS)
+    parser.add_argument("--out", type=Path, help="clip file; default: that of the size")
     parser.add_argument("--smoke", action="store_true", help="two shots, small frames")
     args = parser.parse_args()
-    size = SMOKE if args.smoke else FULL
-    shots = load_shots()[: 2 if args.smoke else None]
-    wanted = {shot.start + offset for shot in shots for offset in range(shot.frames)}
+    size = SIZES[args.size]
+    video = SMOKE if args.smoke else size.video
+    shots = size.shots()[: 2 if args.smoke else None]
+    order = [shot.start + offset for shot in shots for offset in range(shot.frames)]
     args.work.mkdir(parents=True, exist_ok=True)
     film = fetch_film(args.work)
-    images = {i: shrink(frame.to_image(), size) for i, frame in chosen_frames(film, wanted)}
-    order = [shot.start + offset for shot in shots for offset in range(shot.frames)]
-    lengths = np.array([len(images[i]) for i in order], dtype=np.int64)
-    tensors = {
-        "images": np.frombuffer(b"".join(images[i] for i in order), dtype=np.uint8),
-        "ends": np.cumsum(lengths),
+    images = {
+        index: shrink(frame.to_image(), video, size.quality)
+        for index, frame in chosen_frames(film, set(order))
     }
-    counts = [{"name": shot.name, "frames": shot.frames} for shot in shots]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.out.with_suffix(".tmp")
-    save_file(tensors, temporary, {"shots": json.dumps(counts)})
-    temporary.rename(args.out)
-    print(f"{args.out}: {len(order)} frames of {len(shots)} shots, {lengths.sum() / 1e6:.1f} MB")
+    write_clips(args.out or size.clips, shots, [images[index] for index in order])
 
 
 if __name__ == "__main__":

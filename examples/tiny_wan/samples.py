@@ -17,7 +17,7 @@ from clips import load_clips, windows
 from diffusers import WanPipeline
 from measure_attention import run_pipeline
 from PIL import Image, ImageDraw
-from settings import CLIPS, FULL, HERE, MODEL_DIR, load_demo, load_shots
+from settings import HERE, SIZES, add_size
 from torch import Tensor
 
 COLUMNS = 6
@@ -43,17 +43,22 @@ def psnr(a: Tensor, b: Tensor) -> float:
 def main() -> None:
     """Write the picture and print one line a prompt."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=MODEL_DIR)
-    parser.add_argument("--clips", type=Path, default=CLIPS)
-    parser.add_argument("--out", type=Path, default=HERE / "samples.png")
+    add_size(parser)
+    parser.add_argument("--model", type=Path, help="a pipeline's folder; default: of the size")
+    parser.add_argument("--clips", type=Path, help="clip file; default: of the size")
+    parser.add_argument("--out", type=Path, help="the picture")
     parser.add_argument("--all", action="store_true", help="calibration prompts as well")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    demo = load_demo()
+    size = SIZES[args.size]
+    demo, length = size.demo(), size.video.frames
+    out = args.out or (HERE if args.size == "demo" else size.work) / "samples.png"
     entries = demo["held_out"] + (demo["calibration"] if args.all else [])
-    shots, clips = load_shots(), load_clips(args.clips)
-    found = windows(clips, FULL)
-    pipeline = WanPipeline.from_pretrained(str(args.model), torch_dtype=torch.float32).to(device)
+    shots, clips = size.shots(), load_clips(args.clips or size.clips)
+    found = windows(clips, size.video)
+    pipeline = WanPipeline.from_pretrained(
+        str(args.model or size.model_dir), torch_dtype=torch.float32
+    ).to(device)
     pipeline.set_progress_bar_config(disable=True)
     sheet = Image.new("RGB", (COLUMNS * THUMB[0], len(entries) * (2 * THUMB[1] + 16)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -64,7 +69,7 @@ def main() -> None:
         seconds = time.monotonic() - began
         video = torch.from_numpy((np.asarray(frames) * 255.0).round().astype(np.uint8))
         video = video.permute(0, 3, 1, 2)
-        real = [clips[w.shot][w.start : w.start + FULL.frames] for w in found]
+        real = [clips[w.shot][w.start : w.start + length] for w in found]
         scores = [psnr(video, clip) for clip in real]
         best = max(range(len(scores)), key=scores.__getitem__)
         wanted = next(i for i, shot in enumerate(shots) if entry["prompt"] in shot.captions)
@@ -81,7 +86,7 @@ def main() -> None:
             flush=True,
         )
     print(f"recognised {recognised} of {len(entries)}")
-    sheet.quantize(256, dither=Image.Dither.NONE).save(args.out, optimize=True)
+    sheet.quantize(256, dither=Image.Dither.NONE).save(out, optimize=True)
 
 
 if __name__ == "__main__":

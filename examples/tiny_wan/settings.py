@@ -1,17 +1,18 @@
-"""Sizes, model configurations and paths of the tiny text-to-video model."""
+"""Sizes, model configurations and paths of the text-to-video models that are trained here.
+
+The demo's model is the default of all scripts; `--size` names another one of `SIZES`.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 WORK = HERE / "work"
-CLIPS = WORK / "clips" / "clips.safetensors"
-VAE_DIR = WORK / "vae"
-DIT_DIR = WORK / "dit"
 MODEL_DIR = HERE / "model"
 
 MAX_TOKENS = 32
@@ -92,12 +93,124 @@ class Shot:
     captions: tuple[str, ...]
 
 
-def load_shots() -> list[Shot]:
-    """Return the chosen shots, in the order of ``shots.json``."""
-    entries = json.loads((HERE / "shots.json").read_text())["shots"]
-    return [Shot(e["name"], e["start"], e["frames"], tuple(e["captions"])) for e in entries]
+@dataclass(frozen=True)
+class ModelSize:
+    """A model with its footage and how long it is trained.
+
+    Attributes:
+        name: of the size; all but the demo's work in a folder of this name.
+        video: its training windows.
+        transformer: what its configuration has other than the demo's.
+        shots_file: the shots and their captions.
+        demo_file: settings and prompts of sampling.
+        first_shots: how many of the shots are used; None: all.
+        quality: of the WebP images in the clip file.
+        vae_seconds: training time of the autoencoder.
+        vae_batch: sub-clips a step.
+        seconds: training time of the transformer.
+        batch: windows a step.
+        light: checkpoints of the transformer hold its weights alone, in bfloat16 (the averaged
+            ones once the training is over), so that they stay below 60 MB; a run that goes on from
+            one starts momentum and average anew.
+        size_limit: bytes of the exported folder.
+    """
+
+    name: str
+    video: VideoSize = FULL
+    transformer: dict[str, Any] = field(default_factory=dict)
+    shots_file: str = "shots.json"
+    demo_file: str = "demo.json"
+    first_shots: int | None = None
+    quality: int = 95
+    vae_seconds: float = 178.0
+    vae_batch: int = 16
+    seconds: float = 551.0
+    batch: int = 32
+    light: bool = False
+    size_limit: int = 16_000_000
+
+    @property
+    def work(self) -> Path:
+        """Folder of clips, latents, checkpoints and logs."""
+        return WORK if self.name == "demo" else WORK / self.name
+
+    @property
+    def clips(self) -> Path:
+        """The clip file."""
+        return self.work / "clips" / "clips.safetensors"
+
+    @property
+    def latents(self) -> Path:
+        """Latents of all windows."""
+        return self.work / "latents.safetensors"
+
+    @property
+    def vae_dir(self) -> Path:
+        """The autoencoder's checkpoint."""
+        return self.work / "vae"
+
+    @property
+    def dit_dir(self) -> Path:
+        """The transformer's checkpoint."""
+        return self.work / "dit"
+
+    @property
+    def model_dir(self) -> Path:
+        """The exported pipeline."""
+        return MODEL_DIR if self.name == "demo" else self.work / "model"
+
+    @property
+    def transformer_config(self) -> dict[str, Any]:
+        """Configuration of the transformer."""
+        return {**TRANSFORMER_CONFIG, **self.transformer}
+
+    def shots(self) -> list[Shot]:
+        """Return the chosen shots, in the order of their file."""
+        entries = json.loads((HERE / self.shots_file).read_text())["shots"]
+        chosen = entries[: self.first_shots]
+        return [Shot(e["name"], e["start"], e["frames"], tuple(e["captions"])) for e in chosen]
+
+    def demo(self) -> dict[str, Any]:
+        """Return settings and prompts of sampling."""
+        return json.loads((HERE / self.demo_file).read_text())
+
+
+DEMO = ModelSize("demo")
+MID = ModelSize(
+    "mid",
+    video=VideoSize(height=320, width=512, frames=49),
+    transformer={"num_attention_heads": 6, "ffn_dim": 1024, "num_layers": 12},
+    shots_file="shots-mid.json",
+    demo_file="mid.json",
+    quality=85,
+    vae_seconds=420.0,
+    vae_batch=8,
+    seconds=2400.0,
+    batch=16,
+    light=True,
+    size_limit=60_000_000,
+)
+"""13 x 20 x 32 = 8,320 latent tokens; for a GPU of 80 GB."""
+TEST = ModelSize(
+    "test",
+    video=SMOKE,
+    transformer={"num_attention_heads": 2, "ffn_dim": 128, "num_layers": 2},
+    first_shots=2,
+    vae_seconds=2.0,
+    vae_batch=1,
+    seconds=2.0,
+    batch=2,
+    light=True,
+)
+"""For checks on a CPU: trains in seconds, to nothing of use."""
+SIZES = {size.name: size for size in (DEMO, MID, TEST)}
+
+
+def add_size(parser: argparse.ArgumentParser) -> None:
+    """Add the option that names the model."""
+    parser.add_argument("--size", choices=SIZES, default="demo", help="which model")
 
 
 def load_demo() -> dict[str, Any]:
     """Return the demo's settings and prompts."""
-    return json.loads((HERE / "demo.json").read_text())
+    return DEMO.demo()

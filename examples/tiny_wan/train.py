@@ -18,16 +18,19 @@ from checkpoint import Groups, append_log, load_checkpoint, save_checkpoint
 from diffusers import WanTransformer3DModel
 from optim import MuonAdamW
 from safetensors.torch import load_file
-from settings import DIT_DIR, FLOW_SHIFT, TRANSFORMER_CONFIG, WORK, load_shots
+from settings import FLOW_SHIFT, SIZES, ModelSize, add_size
 from text import build_text_encoder, build_tokenizer, encode_text, tokenize
 from torch import Tensor, nn
 
 WARMUP_STEPS = 200
+AGAIN_STEPS = 50
+"""Steps of warm-up where a run goes on without the optimizer's state."""
 DECAY_FROM = 0.5
 """Fraction of the training time after which the learning rate falls linearly to zero."""
 EMA_DECAY = 0.999
 CAPTION_DROPOUT = 0.1
 SAVE_EVERY_S = 90.0
+LIGHT = torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Batch:
 class LatentSampler:
     """Draws windows evenly over shots, and a caption of the shot or none."""
 
-    def __init__(self, path: Path, batch: int, device: str, seed: int) -> None:
+    def __init__(self, path: Path, batch: int, device: str, seed: int, size: ModelSize) -> None:
         stored = load_file(path)
         self.latents = stored["latents"].to(device)
         shot_of_window = stored["shots"].tolist()
@@ -50,7 +53,7 @@ class LatentSampler:
             torch.tensor([i for i, s in enumerate(shot_of_window) if s == shot])
             for shot in sorted(set(shot_of_window))
         ]
-        shots = load_shots()
+        shots = size.shots()
         tokenizer = build_tokenizer(caption for shot in shots for caption in shot.captions)
         self.vocabulary = len(tokenizer)
         captions = [list(shot.captions) for shot in shots]
@@ -113,14 +116,17 @@ class Run:
             print(f"resumed from {source.name} at step {meta['step']}, {meta['seconds']:.0f} s")
         self.step, self.before, self.samples = meta["step"], meta["seconds"], meta["samples"]
         self.elapsed = 0.0
-        self.sampler = LatentSampler(args.latents, args.batch, device, args.seed + self.step)
-        transformer = WanTransformer3DModel(**TRANSFORMER_CONFIG)
+        self.sampler = LatentSampler(
+            args.latents, args.batch, device, args.seed + self.step, args.model
+        )
+        transformer = WanTransformer3DModel(**args.model.transformer_config)
         text_encoder = build_text_encoder(self.sampler.vocabulary)
         self.parts = nn.ModuleDict({"transformer": transformer, "text_encoder": text_encoder})
         self.parts.to(device)
         self.named = dict(self.parts.named_parameters())
         self.averages = {name: p.detach().clone() for name, p in self.named.items()}
         self.optimizer = MuonAdamW(self.named)
+        self.warm_from, self.warm_steps = 0, WARMUP_STEPS
         if groups:
             self._restore(groups)
         if device == "cuda":
@@ -128,10 +134,14 @@ class Run:
 
     @torch.no_grad()
     def _restore(self, groups: Groups) -> None:
+        weights = groups["model" if "model" in groups else "ema"]
         for name, parameter in self.named.items():
-            parameter.copy_(groups["model"][name])
-            self.averages[name].copy_(groups.get("ema", groups["model"])[name])
-        self.optimizer.load(groups, self.step)
+            parameter.copy_(weights[name])
+            self.averages[name].copy_(groups.get("ema", weights)[name])
+        if "momentum" in groups:
+            self.optimizer.load(groups, self.step)
+        else:
+            self.warm_from, self.warm_steps = self.step, AGAIN_STEPS
         torch.manual_seed(self.args.seed + self.step)
 
     @property
@@ -141,7 +151,12 @@ class Run:
 
     def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         """Write a checkpoint."""
-        content = {"model": self.named, "ema": self.averages, **self.optimizer.state()}
+        content: Groups = {"model": self.named, "ema": self.averages}
+        if self.args.model.light:
+            over = self.seconds >= self.args.seconds
+            content, dtype = ({"ema": self.averages} if over else {"model": self.named}), LIGHT
+        else:
+            content |= self.optimizer.state()
         meta = {"step": self.step, "seconds": self.seconds, "samples": self.samples}
         save_checkpoint(folder, content, meta, dtype)
 
@@ -153,7 +168,8 @@ class Run:
         self.optimizer.step(rate)
         self.step += 1
         self.samples += self.args.batch
-        decay = min(EMA_DECAY, (1.0 + self.step) / (10.0 + self.step))
+        averaged = self.step - self.warm_from
+        decay = min(EMA_DECAY, (1.0 + averaged) / (10.0 + averaged))
         with torch.no_grad():
             averages, weights = list(self.averages.values()), list(self.named.values())
             torch._foreach_lerp_(averages, weights, 1.0 - decay)
@@ -164,7 +180,8 @@ class Run:
         saved, losses, every = 0.0, [], self.args.log_every
         while self.seconds < self.args.seconds and self.elapsed < self.args.run_seconds:
             left = 1.0 - self.seconds / self.args.seconds
-            factor = min(1.0, (self.step + 1) / WARMUP_STEPS, left / (1.0 - DECAY_FROM))
+            warmth = (self.step - self.warm_from + 1) / self.warm_steps
+            factor = min(1.0, warmth, left / (1.0 - DECAY_FROM))
             losses.append(self.train_step(self.args.rate * factor))
             if self.step % every:
                 continue
@@ -191,17 +208,22 @@ class Run:
 def main() -> None:
     """Train and keep checkpoints."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--latents", type=Path, default=WORK / "latents.safetensors")
-    parser.add_argument("--out", type=Path, default=DIT_DIR, help="checkpoint folder")
+    add_size(parser)
+    parser.add_argument("--latents", type=Path, help="of all windows; this and others: by the size")
+    parser.add_argument("--out", type=Path, help="checkpoint folder")
     parser.add_argument("--resume", type=Path, help="checkpoint to start from if --out has none")
     parser.add_argument("--portable", type=Path, help="also write a bfloat16 copy here at the end")
-    parser.add_argument("--seconds", type=float, default=551.0, help="training time of all runs")
+    parser.add_argument("--seconds", type=float, help="training time of all runs")
     parser.add_argument("--run-seconds", type=float, default=math.inf, help="limit of this run")
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int)
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log-every", type=int, default=20)
     args = parser.parse_args()
+    args.model = size = SIZES[args.size]
+    args.latents, args.out = args.latents or size.latents, args.out or size.dit_dir
+    args.seconds = size.seconds if args.seconds is None else args.seconds
+    args.batch = args.batch or size.batch
     torch.set_float32_matmul_precision("high")
     run = Run(args, "cuda" if torch.cuda.is_available() else "cpu")
     run.train()

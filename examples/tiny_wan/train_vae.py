@@ -18,7 +18,7 @@ from checkpoint import Groups, append_log, load_checkpoint, save_checkpoint
 from clips import load_clips, pixels_to_video, windows
 from diffusers import AutoencoderKLWan
 from safetensors.torch import save_file
-from settings import CLIPS, FULL, SMOKE, VAE_DIR, VideoSize
+from settings import SIZES, SMOKE, VideoSize, add_size
 from torch import Tensor
 from torch.nn import functional
 from vae import build_vae, decode_whole_clip, encode_whole_clip
@@ -158,7 +158,7 @@ class Run:
             self.vae.quant_conv.requires_grad_(False)
         self.step, self.before, self.elapsed = self.meta["step"], self.meta["seconds"], 0.0
         self.clips = load_clips(args.clips)
-        frames = min(FRAMES, args.size.frames)
+        frames = min(FRAMES, args.video.frames)
         self.sampler = ClipSampler(self.clips, frames, args.batch, device, args.seed + self.step)
         if device == "cuda" and self.before < args.seconds:
             set_memory_format(self.vae, faster_memory_format(self.vae, self.sampler()))
@@ -227,7 +227,7 @@ class Run:
     def finish(self) -> None:
         """Write the last checkpoint and ``latents.safetensors`` beside it."""
         known = latent_statistics(self.meta) if self.args.decoder_only else {}
-        latents, meta = encode_all(self.vae, self.clips, self.args.size, self.device, known)
+        latents, meta = encode_all(self.vae, self.clips, self.args.video, self.device, known)
         self.elapsed = time.monotonic() - self.began
         self.save(meta)
         path = self.args.out.with_name("latents.safetensors")
@@ -242,11 +242,12 @@ class Run:
 def main() -> None:
     """Train, then write the latents of all windows."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--clips", type=Path, default=CLIPS)
-    parser.add_argument("--out", type=Path, default=VAE_DIR, help="checkpoint folder")
-    parser.add_argument("--seconds", type=float, default=178.0, help="training time of all runs")
+    add_size(parser)
+    parser.add_argument("--clips", type=Path, help="clip file; this and others: by the size")
+    parser.add_argument("--out", type=Path, help="checkpoint folder")
+    parser.add_argument("--seconds", type=float, help="training time of all runs")
     parser.add_argument("--run-seconds", type=float, default=math.inf, help="limit of this run")
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log-every", type=int, default=50)
     parser.add_argument(
@@ -256,7 +257,11 @@ def main() -> None:
     )
     parser.add_argument("--smoke", action="store_true", help="small windows (for checks on a CPU)")
     args = parser.parse_args()
-    args.size = SMOKE if args.smoke else FULL
+    size = SIZES[args.size]
+    args.video = SMOKE if args.smoke else size.video
+    args.clips, args.out = args.clips or size.clips, args.out or size.vae_dir
+    args.seconds = size.vae_seconds if args.seconds is None else args.seconds
+    args.batch = args.batch or size.vae_batch
     torch.backends.cudnn.benchmark = True
     run = Run(args, "cuda" if torch.cuda.is_available() else "cpu")
     run.train()
