@@ -65,7 +65,7 @@ def compare(options: argparse.Namespace) -> int:
         C=QUICK_C if options.quick else options.C,
         k=options.k,
         token_order=options.token_order,
-        inductor=options.inductor,
+        inductor=not options.quick if options.inductor is None else options.inductor,
     )
     perceptual = None
     if not (options.quick or options.without_features):
@@ -83,7 +83,14 @@ def train(options: argparse.Namespace) -> int:
     from fidelity_study.train import Training
 
     extra = () if options.log_every is None else ("--log-every", str(options.log_every))
-    return 0 if Training(options.size, options.run_seconds, extra=extra).run() else 3
+    training = Training(
+        options.size,
+        options.run_seconds,
+        vae_seconds=options.vae_seconds,
+        seconds=options.seconds,
+        extra=extra,
+    )
+    return 0 if training.run() else 3
 
 
 def main() -> None:
@@ -106,13 +113,15 @@ def main() -> None:
     add.add_argument("--without-features", action="store_true", help="no perceptual distance")
     add.add_argument("--device", default="auto")
     add.add_argument("--dtype", default="auto")
-    add.add_argument("--inductor", action=argparse.BooleanOptionalAction, help="default: on a GPU")
+    add.add_argument("--inductor", action=argparse.BooleanOptionalAction, help="default: yes")
     add.add_argument("--minutes", type=float, default=float("inf"), help="stop after these")
     add.add_argument("--quick", action="store_true", help="tiny sizes: shows that all works")
     add.set_defaults(run=compare)
     add = commands.add_parser("train", help="train a larger model of examples/tiny_wan")
     add.add_argument("--size", default="mid", help="of examples/tiny_wan/settings.py")
     add.add_argument("--run-seconds", type=float, default=540.0, help="limit of this run")
+    add.add_argument("--vae-seconds", type=float, help="training time of the autoencoder")
+    add.add_argument("--seconds", type=float, help="training time of the transformer")
     add.add_argument("--log-every", type=int, help="steps; time is looked at as often")
     add.set_defaults(run=train)
     options = parser.parse_args()

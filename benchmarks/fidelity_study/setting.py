@@ -26,7 +26,7 @@ class Setting:
         k: how fast it falls.
         rho: share of the inputs that must agree.
         token_order: a second order for our plan, such as `2x4x4`.
-        inductor: compile what is around attention; None: on a GPU.
+        inductor: compile what is around attention.
     """
 
     arguments: Mapping[str, Any]
@@ -38,7 +38,7 @@ class Setting:
     k: float
     rho: float = 0.5
     token_order: str | None = None
-    inductor: bool | None = None
+    inductor: bool = True
 
     @property
     def methods(self) -> list[str]:

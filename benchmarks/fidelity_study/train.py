@@ -2,7 +2,8 @@
 
 One call does as much as its time allows: footage, then autoencoder, then transformer, then the
 pipeline's folder. The next call goes on from the checkpoints. What a machine without network needs
-to go on is below `examples/tiny_wan/work/<size>`: `clips`, `vae`, `dit`; latents are made anew.
+to go on is below `examples/tiny_wan/work/<size>`: `clips`, `vae`, `dit`; latents are made anew if
+they are not there.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ class Training:
     Args:
         size: name of the model's size.
         run_seconds: of this run.
+        vae_seconds: training time of the autoencoder over all runs; default: the size's.
+        seconds: training time of the transformer over all runs; default: the size's.
         extra: further arguments of both trainings.
         least: seconds with less of which no stage is begun.
     """
@@ -38,10 +41,14 @@ class Training:
         size: str,
         run_seconds: float,
         *,
+        vae_seconds: float | None = None,
+        seconds: float | None = None,
         extra: tuple[str, ...] = (),
         least: float = LEAST_SECONDS,
     ) -> None:
         self.size: ModelSize = SIZES[size]
+        self._vae_seconds = self.size.vae_seconds if vae_seconds is None else vae_seconds
+        self._seconds = self.size.seconds if seconds is None else seconds
         self._end = time.monotonic() + run_seconds
         self._extra = extra
         self._least = least
@@ -57,15 +64,18 @@ class Training:
         if not size.clips.exists():
             self._script("prepare_data.py")
         stages = (
-            ("train_vae.py", size.vae_dir, size.vae_seconds),
-            ("train.py", size.dit_dir, size.seconds),
+            ("train_vae.py", size.vae_dir, self._vae_seconds),
+            ("train.py", size.dit_dir, self._seconds),
         )
         for script, folder, seconds in stages:
-            latents_missing = script == "train_vae.py" and not size.latents.exists()
-            if not (trained(folder, seconds) or self.left < self._least) or latents_missing:
-                self._script(script, "--run-seconds", f"{max(0.0, self.left):.0f}", *self._extra)
+            done = trained(folder, seconds)
+            if done and (size.latents.exists() or script != "train_vae.py"):
+                continue
+            if self.left >= self._least:
+                limits = ("--run-seconds", f"{self.left:.0f}", "--seconds", f"{seconds:g}")
+                self._script(script, *limits, *self._extra)
             if not trained(folder, seconds):
-                print(f"{size.name}: {script} has more to do; run the same command again")
+                print(f"{size.name}: there is more to do; run the same command again")
                 return False
         if not (size.model_dir / "model_index.json").exists():
             self._script("export.py")
