@@ -81,8 +81,8 @@ class Profile:
             for name, family in self._families.items():
                 blocks = self._blocks[name]
                 for variant, rank in family.variants.items():
-                    rows = nearest(rank, counts)[:, blocks.of_query]
-                    kept = p * rows[:, :, blocks.of_key].to(p.device)
+                    rows = nearest(rank, counts)[:, blocks.of_query].to(p.device)
+                    kept = p * rows[:, :, blocks.of_key.to(p.device)]
                     out = kept @ values / kept.sum(-1, keepdim=True).clamp_min(1e-30)
                     error = (out - dense).square().sum((0, 2, 3)).cpu()
                     at = self._errors[Key(density, name, variant)]

@@ -228,7 +228,7 @@ def router(budget: Budget, plan: Plan) -> Online:
     """
 
     def select(q: Tensor, k: Tensor, site: str, step: int, scale: float) -> Tensor:
-        score = pooled_scores(q, k, plan.sites[site].size.block_m)
+        score = pooled_scores(q.float(), k.float(), plan.sites[site].size.block_m)
         return top(score, budget.counts(site, step).to(q.device))
 
     return Online(select, budget, plan)

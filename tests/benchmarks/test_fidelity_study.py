@@ -68,6 +68,49 @@ def test_a_plan_is_served_by_the_pattern_of_the_step(plan: Plan):
         method.density()
 
 
+def test_a_plan_gives_the_video_that_the_backend_gives(
+    tiny_wan_pipeline, tiny_wan_arguments, tiny_wan_grid, monkeypatch
+):
+    from fidelity_study.serve import Dense, Planned, Switch
+
+    from calibatt_compiler.calibration.observed import observed
+
+    torch._dynamo.reset()
+    pipe, model = tiny_wan_pipeline, tiny_wan_pipeline.transformer
+    arguments = {**tiny_wan_arguments, "prompt": "a bird", "output_type": "latent"}
+    pipe.scheduler.set_timesteps(arguments["num_inference_steps"])
+    timesteps = pipe.scheduler.timesteps.tolist()
+    blocks = -(-math.prod(tiny_wan_grid) // 32)
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.rand(2, len(timesteps), 2, blocks, blocks, generator=generator) < 0.4
+    masks |= torch.eye(blocks, dtype=torch.bool)
+    sites = {f"blocks.{index}.attn1": mask for index, mask in enumerate(masks)}
+    plan = Plan.from_masks(sites, tiny_wan_grid, timesteps, (32, 32))
+
+    def latents() -> torch.Tensor:
+        return pipe(generator=torch.Generator().manual_seed(5), **arguments).frames
+
+    switch = Switch()
+    with observed(model, switch, False):
+        dense = latents()
+        switch.method = method = Planned(plan)
+        sparse = latents()
+        switch.method = Dense()
+        assert torch.equal(latents(), dense), "one compiled model, methods come and go"
+    assert method.density() == pytest.approx(plan.density())
+    monkeypatch.setattr(
+        "calibatt_compiler.backend._inductor", lambda gm, inputs, settings: gm.forward
+    )
+    torch._dynamo.reset()
+    try:
+        pipe.transformer = torch.compile(model, backend="calibatt", options={"plan": plan})
+        backend = latents()
+    finally:
+        pipe.transformer = model
+    assert torch.equal(sparse, backend)
+    assert not torch.equal(sparse, dense)
+
+
 def test_pooled_keys_count_in_the_density(plan: Plan):
     from fidelity_study.serve import computed_density
 
