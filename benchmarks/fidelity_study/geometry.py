@@ -128,6 +128,15 @@ def temporal(grid: Grid) -> Measure:
     return lambda queries, keys: (index(queries)[:, None] - index(keys)).abs().float()
 
 
+def whole_frame(measure: Measure) -> Measure:
+    """Return a measure by which all tokens of one frame are at no distance."""
+
+    def nearer(queries: Tensor, keys: Tensor) -> Tensor:
+        return measure(queries, keys).masked_fill(queries[:, None, 0] == keys[:, 0], 0.0)
+
+    return nearer
+
+
 def with_sink(measure: Measure) -> Measure:
     """Return a measure to which the keys of the first frame are nearest to every query."""
 

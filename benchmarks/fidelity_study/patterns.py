@@ -20,6 +20,7 @@ from fidelity_study.geometry import (
     spatial,
     temporal,
     tiles_apart,
+    whole_frame,
     with_sink,
 )
 from torch import Tensor
@@ -103,7 +104,8 @@ def families(grid: Grid, block: int) -> dict[str, Family]:
 
     - `tiles`: Sliding Tile Attention (arXiv 2502.04507): tokens in tiles of one block each, a
       window of tiles around the query's; windows of four shapes, as its search has by head.
-    - `radial`: Radial Attention, the window scaled to the number of blocks.
+    - `radial`: Radial Attention, the window scaled to the number of blocks; its release scales the
+      windows of other frames alone and keeps the query's own frame whole: offered too.
     - `heads`: spatial and temporal heads of Sparse VideoGen.
 
     The first frame as a sink, which the last two have, takes a larger share of a short video than
@@ -129,7 +131,7 @@ def families(grid: Grid, block: int) -> dict[str, Family]:
     windows = {name: ranks(tiles_apart(tile, s), at, block) for name, s in shapes.items()}
     return {
         "tiles": Family(in_tiles, windows),
-        "radial": raster({"radial": radial(grid)}),
+        "radial": raster({"all": radial(grid), "own whole": whole_frame(radial(grid))}),
         "heads": raster({"spatial": spatial(grid), "temporal": temporal(grid)}),
     }
 

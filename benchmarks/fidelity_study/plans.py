@@ -21,6 +21,10 @@ NEAR = 0.005
 """How far a plan's density may be from the wanted one."""
 
 
+class NoPlanError(Exception):
+    """A form has no plan of the wanted density."""
+
+
 @dataclass(frozen=True)
 class Form:
     """A kind of plan of ours.
@@ -93,7 +97,7 @@ class Recording:
         """Return the plan of a form whose computed density comes nearest to the wanted one.
 
         Raises:
-            SystemExit: the first steps' thresholds, or the pooled keys, alone take more.
+            NoPlanError: the thresholds of the first steps, or the pooled keys, alone take more.
         """
         pooled = form.pooled / self._record.block[1]
         low, high = 1e-6, 1.0
@@ -114,9 +118,9 @@ class Recording:
         )
         found = computed_density(plan)
         if abs(found - density) > NEAR + 1 / self._blocks:
-            raise SystemExit(
-                f"{form} has no plan of density {density}, the nearest has {found:.3f}: ask for "
-                "another density, or for a lower --C or a higher --k (thresholds of early steps)"
+            raise NoPlanError(
+                f"no plan of density {density:g}, the nearest has {found:.3f}: a lower --C or a "
+                "higher --k (thresholds of early steps) would leave more to late ones"
             )
         return plan
 

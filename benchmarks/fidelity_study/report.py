@@ -132,6 +132,7 @@ def record(study: Study) -> dict[str, Any]:
             }
             for density in setting.densities
         },
+        "absent": dict(study.absent),
         "videos": dict(study.results),
         "complete": not study.missing(),
     }

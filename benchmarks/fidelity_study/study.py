@@ -16,6 +16,7 @@ from fidelity_study.methods import FORMS, ORDERED, OURS, Bench, make
 from fidelity_study.ours import OurPlans
 from fidelity_study.patterns import Choices, Family, families
 from fidelity_study.perceptual import Frames, Perceptual
+from fidelity_study.plans import NoPlanError
 from fidelity_study.profile import Profile
 from fidelity_study.serve import Dense, Method, Switch
 from fidelity_study.setting import Setting, name_of
@@ -46,8 +47,9 @@ class Study:
         folder: where everything goes.
         perceptual: the distance by features; None leaves it out.
         deadline: of `time.monotonic`, after which no video is begun.
-        results: by `key`: psnr (dB, None for equal videos), ssim, flicker, perceptual (None if it
-            was left out), density (measured) and seconds of the video.
+        absent: why a method has nothing to compare at a density, by `method|density`.
+        results: by `Setting.key`: psnr (dB, None for equal videos), ssim, flicker, perceptual
+            (None if it was left out), density (measured) and seconds of the video.
     """
 
     pipe: Any
@@ -56,12 +58,12 @@ class Study:
     perceptual: Perceptual | None = None
     deadline: float = math.inf
     results: dict[str, Result] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_identity(self.folder, self._identity())
-        path = self.folder / "results.json"
-        if path.exists():
-            self.results = json.loads(path.read_text("utf-8"))
+        self.results = _read(self.folder / "results.json")
+        self.absent = _read(self.folder / "absent.json")
         self._switch = Switch()
 
     def run(self) -> bool:
@@ -86,14 +88,28 @@ class Study:
             self.setting.key(name, density, case)
             for case in self.setting.held_out
             for density in self.setting.densities
-            for name in self.setting.methods
+            for name in self.methods(density)
         ]
         return [name for name in keys if name not in self.results]
 
+    def methods(self, density: float) -> list[str]:
+        """Names of what is compared at a density."""
+        return [name for name in self.setting.methods if f"{name}|{density:g}" not in self.absent]
+
     def _our_plans(self) -> dict[tuple[float, str], Plan]:
         ours = OurPlans(self.pipe, self.setting, self.folder)
-        names = [*FORMS, *([ORDERED] if self.setting.token_order else [])]
-        return {(d, name): ours.plan(name, d) for d in self.setting.densities for name in names}
+        plans = {}
+        for density in self.setting.densities:
+            for name in (name for name in self.methods(density) if name in (*FORMS, ORDERED)):
+                try:
+                    plans[density, name] = ours.plan(name, density)
+                except NoPlanError as why:
+                    if name == OURS:
+                        raise SystemExit(str(why)) from why
+                    self.absent[f"{name}|{density:g}"] = str(why)
+                    write_text(self.folder / "absent.json", json.dumps(self.absent, indent=1))
+                    print(f"{name} is left out: {why}", flush=True)
+        return plans
 
     def _benches(
         self, plans: Mapping[tuple[float, str], Plan], peers: Mapping[str, Family]
@@ -123,7 +139,7 @@ class Study:
         wanted = [
             (density, name)
             for density in benches
-            for name in self.setting.methods
+            for name in self.methods(density)
             if self.setting.key(name, density, case) not in self.results
         ]
         if not wanted:
@@ -186,6 +202,11 @@ class Study:
             "perceptual": self.perceptual is not None,
             **setting,
         }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    return found
 
 
 def check_identity(folder: Path, wanted: Mapping[str, Any]) -> None:

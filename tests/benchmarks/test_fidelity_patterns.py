@@ -166,6 +166,21 @@ def test_a_radial_window_halves_with_the_bits_of_the_distance():
     assert measure(query, keys)[0].tolist() == [x / 8 for x in (1, 2, 4, 4, 8, 8, 8, 8, 16)]
 
 
+def test_a_whole_frame_comes_before_all_other_frames():
+    from fidelity_study.geometry import places, radial, ranks, whole_frame
+
+    grid = (3, 4, 16)  # four blocks a frame
+    rank = ranks(whole_frame(radial(grid)), places(grid, TokenOrder(None)), 16)
+    for row in range(12):
+        own = rank[row].view(3, 4)[row // 4]
+        assert sorted(own.tolist()) == [0, 1, 2, 3]
+    assert not all(
+        sorted(rank[row].view(3, 4)[row // 4].tolist()) == [0, 1, 2, 3]
+        for rank in [ranks(radial(grid), places(grid, TokenOrder(None)), 16)]
+        for row in range(12)
+    )
+
+
 @given(heads=st.integers(1, 5), rows=st.integers(1, 20), share=st.floats(0, 1))
 @settings(max_examples=60, deadline=None)
 def test_blocks_are_shared_out_evenly(heads, rows, share):

@@ -305,6 +305,51 @@ def test_the_study_goes_on_where_it_stopped(
         module.Study(tiny_wan_pipeline, dataclasses.replace(setting, k=2.0), killed)
 
 
+def test_a_form_without_a_plan_is_left_out(
+    tiny_wan_pipeline, tiny_wan_arguments, tmp_path, monkeypatch
+):
+    from fidelity_study import study as module
+    from fidelity_study.methods import POOLED, TITLES
+    from fidelity_study.plans import Form, NoPlanError, Recording
+    from fidelity_study.report import record, table
+    from fidelity_study.setting import Setting
+
+    torch._dynamo.reset()
+    frames = np.zeros((9, 32, 32, 3), dtype=np.uint8)
+
+    def served(self, case, method):  # nothing is generated: only what is asked for counts
+        method.density = lambda: 0.3
+        method.choices = lambda density, family: {}
+        return frames
+
+    monkeypatch.setattr(module.Study, "_video", served)
+    monkeypatch.setattr(module, "make", lambda name, bench: type("Method", (), {})())
+    setting = Setting(
+        arguments={**tiny_wan_arguments, "num_inference_steps": 2},
+        calibration=[Case("a big rabbit", 1)],
+        held_out=[Case("the rabbit runs", 11)],
+        densities=[0.3],
+        block=16,
+        C=0.1,
+        k=1.0,
+        inductor=False,
+    )
+    monkeypatch.setitem(module.FORMS, POOLED, dataclasses.replace(module.FORMS[POOLED], pooled=8))
+    found = module.Study(tiny_wan_pipeline, setting, tmp_path)
+    assert found.run()
+    assert list(found.absent) == ["pooled|0.3"]  # its pooled keys alone are half of the work
+    assert len(found.results) == len(TITLES) - 2
+    assert not module.Study(tiny_wan_pipeline, setting, tmp_path).missing()
+    assert TITLES[POOLED] not in table(found)
+    assert "no plan of density 0.3" in record(found)["absent"]["pooled|0.3"]
+    folder = tmp_path / "calibrated-raster.calibatt.calibration"
+    with pytest.raises(NoPlanError, match="no plan of density"):  # the first step takes it all
+        Recording(folder, C=0.999, k=1.0, rho=0.5).plan(0.3, Form())
+    for density in (0.2, 0.5, 0.9):
+        plan = Recording(folder, C=0.1, k=1.0, rho=0.5).plan(density, Form())
+        assert plan.density() == pytest.approx(density, abs=0.01)
+
+
 def test_quick_runs_all_methods(tmp_path, monkeypatch, capsys):
     import fidelity
     from fidelity_study.methods import ORDERED, TITLES
