@@ -21,7 +21,7 @@ one stopped:
 
     python benchmarks/fidelity.py train --run-seconds 540      again and again until it says so
     python benchmarks/fidelity.py compare --model examples/tiny_wan/work/mid/model \\
-        --settings examples/tiny_wan/mid.json --out results-mid
+        --settings examples/tiny_wan/mid.json --inputs 16 --block 64 --out results-mid
 """
 
 from __future__ import annotations
