@@ -13,7 +13,8 @@ calls of a video. Our plan's thresholds decide how that is shared out over steps
 rows. The oracle and the peers may keep as many blocks as our plan at each step of each layer, so
 they profit from that part of calibration too; the oracle shares them out over heads and rows by
 one threshold, the others evenly over all rows. All use the same blocks and the same kernel; no
-step is dense for one and sparse for another. Our two further forms (a weighted sample, pooled keys)
+step is dense for one and sparse for another. With `--even` the peers keep the same number of blocks
+at each step of each layer, as many in all. Our two further forms (a weighted sample, pooled keys)
 have thresholds of their own by which their work, pooled keys counted, comes out the same.
 
 A larger model than the demo's is trained on a GPU, in runs of ten minutes that go on where the last
@@ -65,6 +66,7 @@ def compare(options: argparse.Namespace) -> int:
         C=QUICK_C if options.quick else options.C,
         k=options.k,
         token_order=options.token_order,
+        even=options.even,
         inductor=not options.quick if options.inductor is None else options.inductor,
     )
     perceptual = None
@@ -109,6 +111,7 @@ def main() -> None:
     add.add_argument("--C", type=float, default=0.999, help="our threshold at the first step")
     add.add_argument("--k", type=float, default=8.0, help="how fast it falls")
     add.add_argument("--token-order", help="also our plan in this order, such as 2x4x4")
+    add.add_argument("--even", action="store_true", help="peers keep the same at each step")
     add.add_argument("--features", type=Path, help="folder of DINOv2's weights, as dino.py --work")
     add.add_argument("--without-features", action="store_true", help="no perceptual distance")
     add.add_argument("--device", default="auto")

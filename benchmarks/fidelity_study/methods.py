@@ -28,6 +28,9 @@ TITLES = {
 }
 """All methods, in the order of tables."""
 
+PEERS = ("tiles", "radial", "heads", ROUTER, RANDOM)
+"""Those that know nothing of our plan but how much it keeps."""
+
 FORMS = {OURS: Form(), SAMPLED: Form(sample_power=0.65), POOLED: Form(pooled=4)}
 """Plans of ours that come from one recording in raster order."""
 
@@ -42,16 +45,19 @@ class Bench:
         plans: of ours, by method.
         families: the peers' patterns.
         choices: by family, which variant each head takes.
+        even: the peers keep the same number of blocks at each step of each site, instead of what
+            our plan keeps there.
     """
 
     plans: Mapping[str, Plan]
     families: Mapping[str, Family]
     choices: Mapping[str, Choices]
+    even: bool = False
 
     @property
     def budget(self) -> Budget:
-        """What every method but our own variants may keep, by site and step."""
-        return Budget.of(self.plans[OURS])
+        """What the peers may keep, by site and step."""
+        return (Budget.even if self.even else Budget.of)(self.plans[OURS])
 
 
 def make(name: str, bench: Bench) -> Method:
@@ -63,7 +69,7 @@ def make(name: str, bench: Bench) -> Method:
         family, choices = bench.families[name], bench.choices[name]
         return Planned(peer_plan(family, bench.budget, choices, ours))
     others: dict[str, Callable[[], Method]] = {
-        ORACLE: lambda: oracle(bench.budget, ours),
+        ORACLE: lambda: oracle(Budget.of(ours), ours),
         ROUTER: lambda: router(bench.budget, ours),
         RANDOM: lambda: Planned(random_plan(bench.budget, ours, RANDOM_SEED)),
     }

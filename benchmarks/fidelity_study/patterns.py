@@ -32,7 +32,7 @@ from calibatt_compiler.plan.pattern import BlockPattern
 
 @dataclass(frozen=True)
 class Budget:
-    """How many blocks each site may keep at each step: what our plan of that density keeps.
+    """How many blocks each site may keep at each step.
 
     Attributes:
         kept: by site, one number a step, over all heads.
@@ -56,6 +56,14 @@ class Budget:
             for name, site in plan.sites.items()
         }
         return cls(kept, size.heads, size.query_blocks)
+
+    @classmethod
+    def even(cls, plan: Plan) -> Budget:
+        """Return as many blocks as a plan keeps in all, the same at each step of each site."""
+        own = cls.of(plan)
+        total = sum(sum(by_step) for by_step in own.kept.values())
+        shares = row_counts(total, len(own.kept), plan.steps).tolist()
+        return cls(dict(zip(own.kept, shares, strict=True)), own.heads, own.blocks)
 
     def counts(self, site: str, step: int) -> Tensor:
         """Return the blocks of each row, int64 (H, R)."""

@@ -132,6 +132,7 @@ def record(study: Study) -> dict[str, Any]:
             }
             for density in setting.densities
         },
+        "peers_budget": "the same at each step" if setting.even else "our plan's, step by step",
         "absent": dict(study.absent),
         "videos": dict(study.results),
         "complete": not study.missing(),
@@ -139,8 +140,9 @@ def record(study: Study) -> dict[str, Any]:
 
 
 def write(study: Study) -> None:
-    """Write fidelity.json, fidelity.md and fidelity.png into the study's folder."""
+    """Write fidelity.json, .md and .png, or fidelity-even.*, into the study's folder."""
+    name = "fidelity-even" if study.setting.even else "fidelity"
     text = json.dumps(record(study), indent=1, allow_nan=False)
-    write_text(study.folder / "fidelity.json", text + "\n")
-    write_text(study.folder / "fidelity.md", table(study) + "\n")
-    draw(study, study.folder / "fidelity.png")
+    write_text(study.folder / f"{name}.json", text + "\n")
+    write_text(study.folder / f"{name}.md", table(study) + "\n")
+    draw(study, study.folder / f"{name}.png")

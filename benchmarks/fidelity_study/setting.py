@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fidelity_study.methods import ORDERED, TITLES
+from fidelity_study.methods import ORDERED, PEERS, TITLES
 
 from calibatt_compiler.report.cases import Case
 
@@ -26,6 +26,7 @@ class Setting:
         k: how fast it falls.
         rho: share of the inputs that must agree.
         token_order: a second order for our plan, such as `2x4x4`.
+        even: see `methods.Bench`.
         inductor: compile what is around attention.
     """
 
@@ -38,6 +39,7 @@ class Setting:
     k: float
     rho: float = 0.5
     token_order: str | None = None
+    even: bool = False
     inductor: bool = True
 
     @property
@@ -47,11 +49,14 @@ class Setting:
 
     def title(self, method: str) -> str:
         """Return what a method is called in tables."""
-        return TITLES[method].format(order=self.token_order)
+        title = TITLES[method].format(order=self.token_order)
+        return f"{title}, steps alike" if self.even and method in PEERS else title
 
     def key(self, method: str, density: float, case: Case) -> str:
         """Return the name of a result."""
         name = f"{method} {self.token_order}" if method == ORDERED else method
+        if self.even and method in PEERS:
+            name += " even"
         return f"{name}|{density:g}|{name_of(case)}"
 
 

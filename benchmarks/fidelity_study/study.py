@@ -115,11 +115,13 @@ class Study:
         self, plans: Mapping[tuple[float, str], Plan], peers: Mapping[str, Family]
     ) -> dict[float, Bench]:
         """Put together what methods are made from, with the variants that heads have chosen."""
+        even = self.setting.even
         benches = {
-            density: Bench({n: plan for (d, n), plan in plans.items() if d == density}, peers, {})
+            density: Bench({n: p for (d, n), p in plans.items() if d == density}, peers, {}, even)
             for density in self.setting.densities
         }
-        files = {density: self.folder / f"choices-{density:g}.json" for density in benches}
+        ending = "-even.json" if even else ".json"
+        files = {density: self.folder / f"choices-{density:g}{ending}" for density in benches}
         missing = {d: bench.budget for d, bench in benches.items() if not files[d].exists()}
         if missing:
             self._check_time("the choice of variants")
@@ -192,8 +194,8 @@ class Study:
 
     def _identity(self) -> dict[str, Any]:
         setting = asdict(self.setting)
-        # Further densities, prompts and orders can be added to what is there.
-        for name in ("densities", "held_out", "token_order"):
+        # Further densities, prompts, orders and budgets can be added to what is there.
+        for name in ("densities", "held_out", "token_order", "even"):
             del setting[name]
         return {
             **about_pipeline(self.pipe),

@@ -234,6 +234,19 @@ def test_every_static_peer_keeps_what_our_plan_keeps(grid, density):
     assert not torch.equal(a, b)
 
 
+def test_an_even_budget_is_as_large_and_alike_at_all_steps():
+    from fidelity_study.patterns import Budget, random_plan
+
+    plan = calibrated((4, 4, 8), 16, 0.4)
+    own, even = Budget.of(plan), Budget.even(plan)
+    shares = [kept for by_step in even.kept.values() for kept in by_step]
+    assert sum(shares) == sum(kept for by_step in own.kept.values() for kept in by_step)
+    assert max(shares) - min(shares) <= 1
+    assert even.density() == pytest.approx(plan.density())
+    assert len(set(own.kept["blocks.0.attn1"])) > 1, "the plan's own steps differ"
+    assert random_plan(even, plan, 1).density() == pytest.approx(plan.density())
+
+
 def test_heads_take_their_own_variants():
     from fidelity_study.patterns import Budget, families, peer_plan
 

@@ -231,7 +231,7 @@ def test_the_study_goes_on_where_it_stopped(
     tiny_wan_pipeline, tiny_wan_arguments, tmp_path, monkeypatch
 ):
     from fidelity_study import study as module
-    from fidelity_study.methods import TITLES
+    from fidelity_study.methods import PEERS, TITLES
     from fidelity_study.report import table, write
     from fidelity_study.setting import Setting
 
@@ -294,7 +294,13 @@ def test_the_study_goes_on_where_it_stopped(
             assert row["density"] == pytest.approx(budget), name
         assert row["density"] == pytest.approx(density, abs=0.17), name
         assert row["psnr"] > 10
+    even = module.Study(tiny_wan_pipeline, dataclasses.replace(setting, even=True), killed)
+    assert {key.split("|")[0] for key in even.missing()} == {f"{name} even" for name in PEERS}
+    assert even.run()
+    assert len(even.results) == len(finished.results) + 2 * len(PEERS)
     write(finished)
+    write(even)
+    assert "random, steps alike" in (killed / "fidelity-even.md").read_text()
     text = table(finished)
     assert all(setting.title(name) in text for name in TITLES)
     record = json.loads((killed / "fidelity.json").read_text())
