@@ -31,6 +31,7 @@ import argparse
 import time
 from pathlib import Path
 
+from fidelity_study.methods import TITLES
 from fidelity_study.perceptual import pretrained
 from fidelity_study.report import table, write
 from fidelity_study.setting import Setting
@@ -46,6 +47,14 @@ QUICK_DENSITY, QUICK_BLOCK, QUICK_C = 0.6, 16, 0.85
 def numbers(text: str) -> list[float]:
     """Read numbers with commas between them."""
     return [float(part) for part in text.split(",")]
+
+
+def names(text: str) -> list[str]:
+    """Read names of methods with commas between them."""
+    found = text.split(",")
+    if unknown := set(found) - set(TITLES):
+        raise argparse.ArgumentTypeError(f"no such methods: {', '.join(sorted(unknown))}")
+    return found
 
 
 def compare(options: argparse.Namespace) -> int:
@@ -67,6 +76,7 @@ def compare(options: argparse.Namespace) -> int:
         k=options.k,
         token_order=options.token_order,
         even=options.even,
+        only=options.methods,
         inductor=not options.quick if options.inductor is None else options.inductor,
     )
     perceptual = None
@@ -111,6 +121,7 @@ def main() -> None:
     add.add_argument("--C", type=float, default=0.999, help="our threshold at the first step")
     add.add_argument("--k", type=float, default=8.0, help="how fast it falls")
     add.add_argument("--token-order", help="also our plan in this order, such as 2x4x4")
+    add.add_argument("--methods", type=names, metavar="M,M", help=f"of {', '.join(TITLES)}")
     add.add_argument("--even", action="store_true", help="peers keep the same at each step")
     add.add_argument("--features", type=Path, help="folder of DINOv2's weights, as dino.py --work")
     add.add_argument("--without-features", action="store_true", help="no perceptual distance")

@@ -27,6 +27,7 @@ class Setting:
         rho: share of the inputs that must agree.
         token_order: a second order for our plan, such as `2x4x4`.
         even: see `methods.Bench`.
+        only: names of the methods to compare, of `methods.TITLES`; None: all.
         inductor: compile what is around attention.
     """
 
@@ -40,12 +41,14 @@ class Setting:
     rho: float = 0.5
     token_order: str | None = None
     even: bool = False
+    only: Sequence[str] | None = None
     inductor: bool = True
 
     @property
     def methods(self) -> list[str]:
         """Names of what is compared."""
-        return [name for name in TITLES if name != ORDERED or self.token_order is not None]
+        offered = [name for name in TITLES if name != ORDERED or self.token_order is not None]
+        return [name for name in offered if self.only is None or name in self.only]
 
     def title(self, method: str) -> str:
         """Return what a method is called in tables."""

@@ -100,7 +100,9 @@ class Study:
         ours = OurPlans(self.pipe, self.setting, self.folder)
         plans = {}
         for density in self.setting.densities:
-            for name in (name for name in self.methods(density) if name in (*FORMS, ORDERED)):
+            # The plan that all budgets come from is made in any case.
+            wanted = {OURS, *self.methods(density)}
+            for name in (name for name in (*FORMS, ORDERED) if name in wanted):
                 try:
                     plans[density, name] = ours.plan(name, density)
                 except NoPlanError as why:
@@ -122,6 +124,8 @@ class Study:
         }
         ending = "-even.json" if even else ".json"
         files = {density: self.folder / f"choices-{density:g}{ending}" for density in benches}
+        if not set(peers) & set(self.setting.methods):
+            return benches
         missing = {d: bench.budget for d, bench in benches.items() if not files[d].exists()}
         if missing:
             self._check_time("the choice of variants")
@@ -194,8 +198,8 @@ class Study:
 
     def _identity(self) -> dict[str, Any]:
         setting = asdict(self.setting)
-        # Further densities, prompts, orders and budgets can be added to what is there.
-        for name in ("densities", "held_out", "token_order", "even"):
+        # Further densities, prompts, orders, budgets and methods can be added to what is there.
+        for name in ("densities", "held_out", "token_order", "even", "only"):
             del setting[name]
         return {
             **about_pipeline(self.pipe),

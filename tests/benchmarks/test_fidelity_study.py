@@ -349,6 +349,10 @@ def test_a_form_without_a_plan_is_left_out(
     assert len(found.results) == len(TITLES) - 2
     assert not module.Study(tiny_wan_pipeline, setting, tmp_path).missing()
     assert TITLES[POOLED] not in table(found)
+    few = dataclasses.replace(setting, only=["oracle", "random"])
+    assert module.Study(tiny_wan_pipeline, few, tmp_path / "few").run()
+    assert not (tmp_path / "few" / "choices-0.3.json").exists(), "no head has a choice to make"
+    assert len(json.loads((tmp_path / "few" / "results.json").read_text())) == 2
     assert "no plan of density 0.3" in record(found)["absent"]["pooled|0.3"]
     folder = tmp_path / "calibrated-raster.calibatt.calibration"
     with pytest.raises(NoPlanError, match="no plan of density"):  # the first step takes it all
