@@ -118,7 +118,12 @@ def main() -> None:
     add.add_argument("--prompts", type=int, default=4, help="held-out prompts")
     add.add_argument("--inputs", type=int, default=8, help="calibration prompts")
     add.add_argument("--block", type=int, default=32, help="tokens a query block and a key block")
-    add.add_argument("--C", type=float, default=0.999, help="our threshold at the first step")
+    add.add_argument(
+        "--C",
+        type=float,
+        default=0.999,
+        help="our threshold at the first step; a small one: no other than at later ones",
+    )
     add.add_argument("--k", type=float, default=8.0, help="how fast it falls")
     add.add_argument("--token-order", help="also our plan in this order, such as 2x4x4")
     add.add_argument("--methods", type=names, metavar="M,M", help=f"of {', '.join(TITLES)}")
