@@ -87,6 +87,12 @@ class SitePatterns:
             return self.patterns.repetitive[index]
         return repetitive_heads(self.patterns[index])
 
+    @property
+    def repetitive_share(self) -> float:
+        """Share of the heads that are repetitive, mean over the steps."""
+        heads = sum(self.repetitive_at(step) for step in range(len(self.steps)))
+        return heads / (self.size.heads * len(self.steps))
+
     def density_at(self, step: int) -> float:
         """Kept blocks / all blocks at a diffusion step."""
         return self.kept_at(step) / self.size.blocks

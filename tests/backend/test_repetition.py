@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import re
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 import calibatt_compiler
 from calibatt_compiler.calibration.text import text_blocks
@@ -65,6 +68,20 @@ def check(case: Any, lowering: str) -> None:
         assert (got - expected).abs().max() < 2e-5 * scale
         assert (case.dense(timestep) - expected).abs().max() > 1e-2 * scale
     assert served(compiled) == [(name, len(FLAGS), {}) for name in case.sites]
+
+
+def test_the_summary_says_which_sites_copy(wan: Any) -> None:
+    case = repetitive(wan, TokenOrder())
+    compiled = torch.compile(case.model, backend="calibatt", options={"plan": case.plan})
+    compiled(**case.arguments(900.0))
+    summary = calibatt_compiler.summary(compiled)
+    sparse = [row for row in summary.rows if row.status == "sparse"]
+    assert [row.repetitive for row in sparse] == [1 / 2, 1 / 2]
+    assert summary.to_dict()["sites"][0]["repetitive"] == 1 / 2
+    out = io.StringIO()
+    Console(file=out, width=80).print(summary)
+    assert re.search(r"blocks\.0\.attn1 .* 50% +0\.", out.getvalue())
+    assert "copy: heads that copy rows" in out.getvalue()
 
 
 def served(compiled: Any) -> list[tuple[str, int, Any]]:
