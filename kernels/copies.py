@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
@@ -91,16 +92,20 @@ class DeviceCopies:
     def upload(cls, pattern: BlockPattern, device: torch.device) -> DeviceCopies | None:
         """Return the tables of a pattern on a device, None if no head is repetitive.
 
-        To a GPU they are copied from pinned memory on the current stream, and not waited for.
+        To a GPU the flags are copied from pinned memory on the current stream, and not waited for;
+        shared tables are, but they are copied once.
         """
         tables = copy_tables(pattern)
         if tables is None or pattern.repetitive is None:
             return None
         key = (pattern.copies, pattern.query_length, str(device))
-        shared = _shared.get(key)
-        if shared is None:
-            both = (to_device(table, device) for table in (tables.computed, tables.targets))
-            shared = _shared[key] = _Shared(*both)
+        # Another thread may launch on another stream as soon as it finds them.
+        with _lock:
+            shared = _shared.get(key)
+            if shared is None:
+                both = (table.copy() for table in (tables.computed, tables.targets))
+                shared = _Shared(*(torch.from_numpy(table).to(device) for table in both))
+                _shared[key] = shared
         return cls(to_device(pattern.repetitive.view(np.uint8), device), shared)
 
 
@@ -114,6 +119,7 @@ NO_COPIES: dict[str, Any] = {
 """Arguments of a kernel for patterns without repetitive heads."""
 
 _shared: WeakValueDictionary[tuple[RowCopies | None, int, str], _Shared] = WeakValueDictionary()
+_lock = threading.Lock()
 
 
 def to_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:
