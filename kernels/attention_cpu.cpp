@@ -74,6 +74,20 @@ inline int64_t token_at(const int32_t* tokens, int64_t position) {
   return tokens ? tokens[position] : position;
 }
 
+// Which queries the rows of a head are. A repetitive head has `count` rows, at the positions
+// `computed`; the output of each goes to its `targets`, (slots, count), up to a negative one.
+struct HeadRows {
+  int64_t count;
+  const int32_t* computed = nullptr;  // null: a row for each position
+  const int32_t* targets = nullptr;
+  int64_t slots = 1;
+
+  int64_t position(int64_t row) const { return token_at(computed, row); }
+  int64_t target(int64_t row, int64_t slot) const {
+    return targets ? targets[slot * count + row] : row;
+  }
+};
+
 // Keys (length_k, HEAD_DIM) to panels [key / LANES][HEAD_DIM][LANES]; keys past the end are zero.
 void pack_keys(
     const ELEMENT* keys, int64_t stride, const int32_t* tokens, int64_t first, int64_t length,
@@ -215,10 +229,10 @@ void accumulate(Tile& tile, int64_t rows, const VALUE* values, int64_t keys) {
 
 // Queries of a tile, scaled; those past the end are zero, and so is all else.
 void begin(
-    Tile& tile, const ELEMENT* q, int64_t stride, const int32_t* tokens, int64_t first,
-    int64_t rows, VALUE scale) {
+    Tile& tile, const ELEMENT* q, int64_t stride, const int32_t* tokens, const HeadRows& of_head,
+    int64_t first, int64_t rows, VALUE scale) {
   for (int64_t row = 0; row < rows; ++row) {
-    const ELEMENT* query = q + token_at(tokens, first + row) * stride;
+    const ELEMENT* query = q + token_at(tokens, of_head.position(first + row)) * stride;
     for (int64_t d = 0; d < HEAD_DIM; ++d)
       tile.q[row * HEAD_DIM + d] = static_cast<VALUE>(query[d]) * scale;
   }
@@ -229,12 +243,17 @@ void begin(
 }
 
 void finish(
-    const Tile& tile, ELEMENT* out, int64_t stride, const int32_t* tokens, int64_t first,
-    int64_t rows) {
+    const Tile& tile, ELEMENT* out, int64_t stride, const int32_t* tokens, const HeadRows& of_head,
+    int64_t first, int64_t rows) {
   for (int64_t row = 0; row < rows; ++row) {
-    ELEMENT* result = out + token_at(tokens, first + row) * stride;
+    ELEMENT* result = out + token_at(tokens, of_head.target(first + row, 0)) * stride;
     for (int64_t d = 0; d < HEAD_DIM; ++d)
       result[d] = static_cast<ELEMENT>(tile.out[row * PADDED_DIM + d] / tile.sum[row]);
+    for (int64_t slot = 1; slot < of_head.slots; ++slot) {
+      const int64_t target = of_head.target(first + row, slot);
+      if (target < 0) break;
+      std::memcpy(out + token_at(tokens, target) * stride, result, HEAD_DIM * sizeof(ELEMENT));
+    }
   }
 }
 
@@ -327,14 +346,17 @@ struct Pooled {
 }  // namespace
 
 // Attend the kept intervals. `order` lists rows (head * query_blocks + query block), dearest first;
-// `query_tokens` and `key_tokens`, or null, name the model's token at each position. The next ones are the pattern's intervals, in blocks, with their weights. If `pooled` is not 0, each
-// dropped key block, of which `kept` has one bit that is not set, takes part as `pooled` mean keys.
+// `query_tokens` and `key_tokens`, or null, name the model's token at each position. The next ones
+// are the pattern's intervals, in blocks, with their weights. If `pooled` is not 0, each dropped
+// key block, of which `kept` has one bit that is not set, takes part as `pooled` mean keys. Heads
+// of which `repetitive`, or null, is not 0 compute and copy as `HeadRows` says.
 extern "C" void attend(
     const int64_t* sizes, const int64_t* strides, const ELEMENT* q, const ELEMENT* k,
     const ELEMENT* v, ELEMENT* out, double scale, const int32_t* query_tokens,
     const int32_t* key_tokens, const int32_t* order, const int32_t* offsets,
     const int32_t* starts, const int32_t* ends, const float* log_weights, int64_t pooled,
-    const uint8_t* kept, int threads) {
+    const uint8_t* kept, const uint8_t* repetitive, const int32_t* computed,
+    const int32_t* targets, int64_t count, int64_t slots, int threads) {
   const Sizes s = *reinterpret_cast<const Sizes*>(sizes);
   const Strides* by_operand = reinterpret_cast<const Strides*>(strides);
   const Strides qs = by_operand[0], os = by_operand[3];
@@ -348,28 +370,31 @@ extern "C" void attend(
     const int64_t keys_at = (item * s.heads + head) * s.padded_keys();
     const VALUE* keys = packed.keys.get() + keys_at * HEAD_DIM;
     const VALUE* values = packed.values.get() + keys_at * PADDED_DIM;
-    const int64_t last = std::min((block + 1) * s.block_m, s.length_q);
+    const bool copies = repetitive && repetitive[head];
+    const HeadRows of_head =
+        copies ? HeadRows{count, computed, targets, slots} : HeadRows{s.length_q};
+    const int64_t last = std::min((block + 1) * s.block_m, of_head.count);
     Tile tile;
     VALUE step_sum[ROWS];
     for (int64_t first = block * s.block_m; first < last; first += ROWS) {
       const int64_t rows = std::min(ROWS, last - first);
-      const int64_t computed = (rows + GROUP - 1) / GROUP * GROUP;
+      const int64_t padded = (rows + GROUP - 1) / GROUP * GROUP;
       const ELEMENT* queries = q + item * qs.batch + head * qs.head;
-      begin(tile, queries, qs.token, query_tokens, first, rows, scale);
+      begin(tile, queries, qs.token, query_tokens, of_head, first, rows, scale);
       for (int32_t run = offsets[row]; run < offsets[row + 1]; ++run) {
         const int64_t end = std::min(ends[run] * s.block_n, s.length_k);
         const VALUE log_weight = log_weights ? log_weights[run] : 0;
         for (int64_t key = starts[run] * s.block_n; key < end; key += STEP) {
-          const int64_t count = std::min(STEP, end - key);
-          score(tile, computed, keys + key * HEAD_DIM, count);
-          online_softmax(tile, computed, count, log_weight, step_sum);
-          accumulate(tile, computed, values + key * PADDED_DIM, count);
+          const int64_t step = std::min(STEP, end - key);
+          score(tile, padded, keys + key * HEAD_DIM, step);
+          online_softmax(tile, padded, step, log_weight, step_sum);
+          accumulate(tile, padded, values + key * PADDED_DIM, step);
         }
       }
       if (pooled)
-        parts.attend(tile, computed, item * s.heads + head, kept + row * ((s.key_blocks() + 7) / 8));
+        parts.attend(tile, padded, item * s.heads + head, kept + row * ((s.key_blocks() + 7) / 8));
       ELEMENT* results = out + item * os.batch + head * os.head;
-      finish(tile, results, os.token, query_tokens, first, rows);
+      finish(tile, results, os.token, query_tokens, of_head, first, rows);
     }
   }
 }
@@ -383,6 +408,7 @@ extern "C" void attend_with_energy(
   const Strides* by_operand = reinterpret_cast<const Strides*>(strides);
   const Strides qs = by_operand[0], os = by_operand[3];
   const Packed packed(s, k, by_operand[1], v, by_operand[2], nullptr, threads);
+  const HeadRows every{s.length_q};
   const int64_t blocks = s.key_blocks(), table = s.batch * s.heads * s.query_blocks();
 #pragma omp parallel num_threads(threads)
   {
@@ -403,7 +429,7 @@ extern "C" void attend_with_energy(
         const int64_t rows = std::min(ROWS, last - first);
         const int64_t computed = (rows + GROUP - 1) / GROUP * GROUP;
         const ELEMENT* queries = q + item * qs.batch + head * qs.head;
-        begin(tile, queries, qs.token, nullptr, first, rows, scale);
+        begin(tile, queries, qs.token, nullptr, every, first, rows, scale);
         for (int64_t c = 0; c < blocks; ++c) {
           VALUE* sum = sums.get() + c * ROWS;
           std::fill(sum, sum + ROWS, VALUE(0));
@@ -418,8 +444,8 @@ extern "C" void attend_with_energy(
           }
           std::copy(tile.top, tile.top + ROWS, references.get() + c * ROWS);
         }
-        if (v)
-          finish(tile, out + item * os.batch + head * os.head, os.token, nullptr, first, rows);
+        ELEMENT* results = out + item * os.batch + head * os.head;
+        if (v) finish(tile, results, os.token, nullptr, every, first, rows);
         const VALUE* given = lse ? lse + matrix * s.length_q + first : nullptr;
         for (int64_t c = 0; c < blocks; ++c) {
           VALUE total = 0;

@@ -31,6 +31,7 @@ from calibatt_compiler.kernels.compiler import (
     KernelSpec,
     shared_compiler,
 )
+from calibatt_compiler.kernels.copies import DeviceCopies
 from calibatt_compiler.kernels.cover import EXACT, WIDENED, CoverLimits
 from calibatt_compiler.kernels.hopper_launch import HopperConfig
 from calibatt_compiler.kernels.operands import check_operands, empty_output
@@ -259,6 +260,7 @@ class _GeneratedKernel(DeviceKernel):
     def __init__(self, entry: CacheEntry, pattern: BlockPattern, **where: Any) -> None:
         super().__init__(pattern, **where)
         self.kernel = load_kernel(entry)
+        self.copies = DeviceCopies.upload(pattern, self.device)
         self.launched = False
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
@@ -270,7 +272,14 @@ class _GeneratedKernel(DeviceKernel):
         q, arguments = call_arguments(q, k, v, out, scale, config)
         with on_device(q):
             self.kernel[grid(pattern, config, q.shape[0])](
-                q, k, v, out, **arguments, **config.constexprs, **config.options
+                q, k, v, out, **self._tables(), **arguments, **config.constexprs, **config.options
             )
         self.launched = True
         return out
+
+    def _tables(self) -> dict[str, Tensor]:
+        """Tables of copied rows; the rest is in the source."""
+        if self.copies is None:
+            return {}
+        shared = self.copies.shared
+        return {"computed_ptr": shared.computed, "targets_ptr": shared.targets}

@@ -32,6 +32,7 @@ from calibatt_compiler.kernels.cover import (
     Covering,
     CoverLimits,
     cover_pattern,
+    denoted_pattern,
 )
 from calibatt_compiler.kernels.cover_form import Cover
 from calibatt_compiler.kernels.triton_launch import LaunchConfig
@@ -44,6 +45,7 @@ Target = Literal["portable", "hopper"]
 """Whose source is generated: a whole kernel in Triton, or the key blocks of the Hopper kernel."""
 
 _GENERATOR = (
+    "copies.py",
     "cover.py",
     "cover_merge.py",
     "cover_form.py",
@@ -174,12 +176,7 @@ def _load(pattern: BlockPattern, digest: str, folder: Path, target: Target) -> C
         if hashlib.sha256(source).hexdigest() != record["source_sha256"]:
             raise ValueError("the source does not have its checksum")
         cover = Cover.from_json(record["cover"])
-        denoted = BlockPattern.from_mask(
-            torch.from_numpy(cover.mask()),
-            query_length=pattern.query_length,
-            key_length=pattern.key_length,
-            block=(pattern.block_m, pattern.block_n),
-        )
+        denoted = denoted_pattern(cover, pattern)
         if denoted.digest != record["denoted"]:
             raise ValueError("the cover does not denote its mask")
         covering = Covering(cover, denoted, float(record["added_density"]))

@@ -6,6 +6,8 @@ equal source and share one compiled kernel. Tiles, head dim and dtype stay param
 
 from __future__ import annotations
 
+import numpy as np
+
 from calibatt_compiler.kernels.codegen_forms import (
     TRITON,
     check_key_blocks,
@@ -13,8 +15,11 @@ from calibatt_compiler.kernels.codegen_forms import (
     docstring,
     form_function,
 )
+from calibatt_compiler.kernels.copies import copy_tables
 from calibatt_compiler.kernels.cover_form import Cover
 from calibatt_compiler.plan.pattern import BlockPattern
+
+_PLAIN = ("load_rows", "store_rows")
 
 ENTRY_POINT = "baked_attention"
 """Name of the kernel in generated source."""
@@ -24,12 +29,7 @@ import triton
 import triton.language as tl
 
 from calibatt_compiler.kernels.triton_body import (
-    attend_tile,
-    head_rows,
-    load_rows,
-    split_tiles,
-    store_rows,
-)
+{names})
 """
 
 _SIGNATURE = """\
@@ -44,7 +44,7 @@ def baked_attention(
     k_ptr,
     v_ptr,
     o_ptr,
-    stride_qb: tl.int64,
+{tables}    stride_qb: tl.int64,
     stride_qh: tl.int64,
     stride_qs,
     stride_kb: tl.int64,
@@ -73,7 +73,19 @@ def baked_attention(
     row = tile // ROW_TILES
 """
 
-_LOAD_QUERIES = """\
+_TABLES = """\
+    computed_ptr,
+    targets_ptr,
+"""
+
+_COMPUTED_ROWS = """\
+    # These heads compute {rows} rows and copy the others.
+{repetitive}    rows = tl.where(repetitive, {rows}, {length_q})
+    if tile * TILE_M >= rows:
+        return
+"""
+
+_HEADS = """\
     first = tile * TILE_M
     q_head, stride_qs = head_rows(
         q_ptr, stride_qb, stride_qh, stride_qs, batch, head, ALIGN
@@ -87,7 +99,19 @@ _LOAD_QUERIES = """\
     o_head, stride_os = head_rows(
         o_ptr, stride_ob, stride_oh, stride_os, batch, head, ALIGN
     )
+"""
+
+_LOAD = """\
     q = load_rows(q_head, stride_qs, first, {length_q}, TILE_M, HEAD_DIM, PADDED_DIM, True)
+"""
+
+_GATHER = """\
+    q = gather_rows(
+        q_head, stride_qs, computed_ptr, repetitive, first, rows, TILE_M, HEAD_DIM, PADDED_DIM
+    )
+"""
+
+_BEGIN = """\
     acc = tl.zeros([TILE_M, PADDED_DIM], tl.float32)
     maximum = tl.full([TILE_M], -float("inf"), tl.float32)
     total = tl.zeros([TILE_M], tl.float32)
@@ -104,7 +128,17 @@ _ATTEND = """\
                 q, k_head, v_head, stride_ks, stride_vs, {length_k} // TILE_N * TILE_N, {length_k},
                 acc, maximum, total, scale_log2, TILE_N, HEAD_DIM, PADDED_DIM, True, PRECISION,
             )
+"""
+
+_STORE = """\
     store_rows(o_head, stride_os, first, {length_q}, acc, total, TILE_M, HEAD_DIM, PADDED_DIM)
+"""
+
+_SCATTER = """\
+    scatter_rows(
+        o_head, stride_os, targets_ptr, repetitive, {slots}, first, rows, acc, total,
+        TILE_M, HEAD_DIM, PADDED_DIM,
+    )
 """
 
 
@@ -113,29 +147,53 @@ def generate(cover: Cover, pattern: BlockPattern) -> str:
 
     Args:
         cover: the mask in symbolic form.
-        pattern: its lengths and block sizes; the bits are not looked at.
+        pattern: its lengths, block sizes and repetitive heads; the bits are not looked at.
 
     Returns:
-        Source of a module whose `baked_attention` takes the arguments of `triton_launch`.
+        Source of a module whose `baked_attention` takes the arguments of `triton_launch`, and, if
+        a head is repetitive, the tables of `kernels.copies`.
 
     Raises:
         KernelError: more key blocks than an interval's bounds can name.
     """
     check_key_blocks(cover)
-    parts = [docstring(cover, pattern), _IMPORTS]
+    copies = copy_tables(pattern)
+    parts = [docstring(cover, pattern), _imports(copies is not None)]
     for index, form in enumerate(cover.forms):
         parts.append("\n" + form_function(index, form, cover, TRITON))
     lengths = {"length_q": pattern.query_length, "length_k": pattern.key_length}
-    kernel = [_SIGNATURE.format(heads=pattern.heads)]
+    tables = "" if copies is None else _TABLES
+    kernel = [_SIGNATURE.format(heads=pattern.heads, tables=tables)]
+    if copies is not None:
+        slots, rows = copies.targets.shape
+        lengths |= {"rows": rows, "slots": slots}
+        kernel.append(_COMPUTED_ROWS.format(**lengths, repetitive=_repetitive(pattern)))
     kernel += choose_form(cover)
     kernel += _positions(cover.max_intervals, pattern.key_length)
-    kernel.append(_LOAD_QUERIES.format(**lengths))
+    kernel += [_HEADS, (_LOAD if copies is None else _GATHER).format(**lengths), _BEGIN]
     kernel.append("    for position in tl.range(0, tiles):\n        shift = shift_0\n")
     for k in range(1, cover.max_intervals):
         kernel.append(f"        shift = tl.where(position >= tiles_{k}, shift_{k}, shift)\n")
     kernel.append(_ATTEND.format(**lengths))
+    kernel.append((_STORE if copies is None else _SCATTER).format(**lengths))
     parts.append("\n" + "".join(kernel))
     return "\n".join(parts)
+
+
+def _imports(copies: bool) -> str:
+    by_form = ("gather_rows", "scatter_rows") if copies else _PLAIN
+    names = sorted(("attend_tile", "head_rows", "split_tiles", *by_form))
+    return _IMPORTS.format(names="".join(f"    {name},\n" for name in names))
+
+
+def _repetitive(pattern: BlockPattern) -> str:
+    """Lines that set `repetitive` from `head`."""
+    assert pattern.repetitive is not None
+    edges = np.flatnonzero(np.diff(pattern.repetitive, prepend=False, append=False)).reshape(-1, 2)
+    (first, last), *others = edges.tolist()
+    lines = [f"    repetitive = (head >= {first}) & (head < {last})\n"]
+    lines += [f"    repetitive |= (head >= {first}) & (head < {last})\n" for first, last in others]
+    return "".join(lines)
 
 
 def _positions(intervals: int, key_length: int) -> list[str]:

@@ -15,6 +15,7 @@ import time
 import traceback
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -29,14 +30,24 @@ from calibatt_compiler.kernels.cache import (
     variant_name,
 )
 from calibatt_compiler.kernels.cover import CoverError, CoverLimits
-from calibatt_compiler.kernels.offline import compile_offline
+from calibatt_compiler.kernels.offline import baked_arguments, compile_offline
 from calibatt_compiler.kernels.triton_launch import launch_config
+from calibatt_compiler.plan.copies import RowCopies
+from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.pattern import BlockPattern
 
 
 def encode_pattern(pattern: BlockPattern) -> dict[str, Any]:
     """A pattern as JSON values."""
     bits = base64.b64encode(zlib.compress(pattern.bits.tobytes(), 1)).decode()
+    copies = None
+    if pattern.copies is not None and pattern.repetitive is not None:
+        order = str(pattern.copies.order)
+        copies = {
+            "heads": np.flatnonzero(pattern.repetitive).tolist(),
+            **asdict(pattern.copies),
+            "order": order,
+        }
     return {
         "heads": pattern.heads,
         "query_length": pattern.query_length,
@@ -44,15 +55,23 @@ def encode_pattern(pattern: BlockPattern) -> dict[str, Any]:
         "block_m": pattern.block_m,
         "block_n": pattern.block_n,
         "bits": bits,
+        "copies": copies,
     }
 
 
 def decode_pattern(data: dict[str, Any]) -> BlockPattern:
     """Inverse of `encode_pattern`."""
-    sizes = {name: value for name, value in data.items() if name != "bits"}
+    sizes = {name: value for name, value in data.items() if name not in ("bits", "copies")}
     rows = -(-sizes["query_length"] // sizes["block_m"])
     bits = np.frombuffer(zlib.decompress(base64.b64decode(data["bits"])), np.uint8)
-    return BlockPattern(**sizes, bits=bits.reshape(sizes["heads"], rows, -1))
+    pattern = {**sizes, "bits": bits.reshape(sizes["heads"], rows, -1)}
+    if data["copies"] is None:
+        return BlockPattern(**pattern)
+    copies = dict(data["copies"])
+    repetitive = np.isin(np.arange(sizes["heads"]), copies.pop("heads"))
+    order = TokenOrder.parse(copies.pop("order"))
+    rows_copied = RowCopies(tuple(copies.pop("grid")), order=order, **copies)
+    return BlockPattern(**pattern, copies=rows_copied, repetitive=repetitive)
 
 
 def compile_job(job: dict[str, Any]) -> dict[str, Any]:
@@ -87,7 +106,8 @@ def _portable_variants(entry: CacheEntry, pattern: BlockPattern, job: dict[str, 
 
     def compile_kernel() -> Any:
         kernel = load_kernel(entry)
-        return compile_offline(kernel, arch=arch, dtype=dtype, config=config, extra={})
+        extra = baked_arguments(copies=pattern.repetitive is not None)
+        return compile_offline(kernel, arch=arch, dtype=dtype, config=config, extra=extra)
 
     yield variant_name(config, arch=arch, dtype=dtype), compile_kernel
 

@@ -14,11 +14,10 @@ fewest added blocks for each literal saved. Merges that add nothing always happe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from calibatt_compiler.errors import KernelError
 from calibatt_compiler.kernels.cover_form import Cover
@@ -80,7 +79,7 @@ def cover_pattern(pattern: BlockPattern, limits: CoverLimits = EXACT) -> Coverin
         KernelError: a budget too small for even one interval a head (three literals), or less than
             3 intervals a row (a prefix, a band, a suffix).
     """
-    mask = pattern.numpy_mask()
+    mask = _filled(pattern)
     forms, head_forms = _distinct_heads(mask)
     if limits.literals < 3 * len(forms) or limits.intervals < 3:
         raise KernelError(
@@ -104,20 +103,29 @@ def cover_pattern(pattern: BlockPattern, limits: CoverLimits = EXACT) -> Coverin
         forms=tuple(tuple(segments[form]) for form in range(len(forms))),
         head_forms=tuple(head_forms),
     )
-    denoted = cover.mask()
-    added = int(denoted.sum()) - pattern.kept
-    assert not (mask & ~denoted).any(), "a cover must keep every block of its mask"
+    superset = denoted_pattern(cover, pattern)
+    added = superset.kept - pattern.kept
+    assert not (pattern.bits & ~superset.bits).any(), "a cover must keep every block of its mask"
     if added == 0:
         return Covering(cover, pattern, 0.0)
     if added > allowed:
         raise _too_large(limits)
-    superset = BlockPattern.from_mask(
-        torch.from_numpy(denoted),
-        query_length=pattern.query_length,
-        key_length=pattern.key_length,
-        block=(pattern.block_m, pattern.block_n),
-    )
-    return Covering(cover, superset, added / denoted.size)
+    return Covering(cover, superset, added / mask.size)
+
+
+def denoted_pattern(cover: Cover, pattern: BlockPattern) -> BlockPattern:
+    """Return `pattern` with the blocks that a cover of it denotes, in the rows that it computes."""
+    mask = cover.mask() & pattern.computed_rows()[..., None]
+    return replace(pattern, bits=np.packbits(mask, axis=-1, bitorder="little"))
+
+
+def _filled(pattern: BlockPattern) -> npt.NDArray[np.bool_]:
+    """The mask, with rows that are not computed like the last one that is: no row is empty."""
+    mask, computed = pattern.numpy_mask(), pattern.computed_rows()
+    for head in np.flatnonzero(~computed.all(1)).tolist():
+        rows = int(computed[head].sum())
+        mask[head, rows:] = mask[head, rows - 1]
+    return mask
 
 
 def _too_large(limits: CoverLimits) -> CoverError:

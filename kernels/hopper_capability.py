@@ -94,6 +94,8 @@ def operand_reason(dtype: torch.dtype, head_dim: int, pattern: BlockPattern) -> 
         return f"its tables name at most {MAX_BLOCKS} blocks a side"
     if pattern.pooled:
         return "it takes no pooled keys"
+    if pattern.repetitive is not None:
+        return "it has no repetitive heads"
     if pattern.weights is not None and not one_weight_a_row(pattern.weights):
         return "it takes one weight a row of blocks, this pattern has rows with several"
     return None

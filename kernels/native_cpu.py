@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from calibatt_compiler.errors import KernelError
+from calibatt_compiler.kernels.copies import copy_tables
 from calibatt_compiler.kernels.operands import check_operands, empty_output
 from calibatt_compiler.plan.pattern import BlockPattern
 
@@ -63,7 +64,14 @@ class NativeCpuAttention:
         runs = pattern.intervals()
         order = _dearest_first(pattern)
         self._tables = (order, runs.offsets, runs.starts, runs.ends, runs.log_weights)
-        self.table_bytes = sum(table.nbytes for table in self._tables if table is not None)
+        copies = copy_tables(pattern)
+        self._copies: tuple[npt.NDArray[Any] | None, ...] = (None, None, None)
+        self._count, self._slots = 0, 0
+        if copies is not None:
+            self._copies = (pattern.repetitive, copies.computed, copies.targets)
+            self._slots, self._count = copies.targets.shape
+        tables = (*self._tables, *self._copies)
+        self.table_bytes = sum(table.nbytes for table in tables if table is not None)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
         """Return the attention output, (B, H, Sq, D) laid out as contiguous (B, Sq, H, D).
@@ -121,6 +129,8 @@ class NativeCpuAttention:
             *(_pointer(table) for table in self._tables),
             ctypes.c_int64(pattern.pooled),
             _pointer(pattern.bits),
+            *(_pointer(table) for table in self._copies),
+            *(ctypes.c_int64(size) for size in (self._count, self._slots)),
             ctypes.c_int(torch.get_num_threads()),
         )
         return out
@@ -211,9 +221,12 @@ def library(dtype: torch.dtype, head_dim: int) -> Any:
 def _dearest_first(pattern: BlockPattern) -> npt.NDArray[np.int32]:
     """Rows of blocks by falling work, so that no core is left with a long one at the end."""
     kept = pattern.numpy_mask().sum(-1)
-    last = pattern.query_length - (pattern.query_blocks - 1) * pattern.block_m
-    tokens = np.full(pattern.query_blocks, pattern.block_m)
-    tokens[-1] = last
+    copies = copy_tables(pattern)
+    lengths = np.full((pattern.heads, 1), pattern.query_length)
+    if copies is not None:
+        lengths[pattern.repetitive] = len(copies.computed)
+    starts = np.arange(pattern.query_blocks) * pattern.block_m
+    tokens = (lengths - starts).clip(0, pattern.block_m)
     return np.argsort(-(kept * tokens).ravel(), kind="stable").astype(np.int32)
 
 

@@ -75,7 +75,12 @@ def compile_offline(
 
 
 def table_arguments(
-    dtype: torch.dtype, entry: torch.dtype = torch.int16, *, weighted: bool = False, pooled: int = 0
+    dtype: torch.dtype,
+    entry: torch.dtype = torch.int16,
+    *,
+    weighted: bool = False,
+    pooled: int = 0,
+    copies: bool = False,
 ) -> dict[str, Any]:
     """The table kernel's own run-time arguments, for `compile_offline`; `dtype` of the operands."""
     pointers = {
@@ -86,6 +91,15 @@ def table_arguments(
         "kept_ptr": torch.uint8,
         "pooled_k_ptr": dtype,
         "pooled_v_ptr": dtype,
+        "repetitive_ptr": torch.uint8 if copies else None,
+        "computed_ptr": torch.int32 if copies else None,
+        "targets_ptr": torch.int32 if copies else None,
     }
-    sizes = dict.fromkeys(("heads", "query_blocks", "length_q", "length_k", "parts"), 16)
-    return pointers | sizes | {"WEIGHTED": weighted, "POOLED": pooled}
+    names = ("heads", "query_blocks", "length_q", "length_k", "parts", "computed_rows", "slots")
+    forms = {"WEIGHTED": weighted, "POOLED": pooled, "COPIES": copies}
+    return pointers | dict.fromkeys(names, 16) | forms
+
+
+def baked_arguments(*, copies: bool) -> dict[str, Any]:
+    """A generated kernel's own run-time arguments, for `compile_offline`."""
+    return {"computed_ptr": torch.int32, "targets_ptr": torch.int32} if copies else {}

@@ -7,6 +7,11 @@ For head `h` and query block `r` of a pattern, with `J` the tokens of all key bl
 with `w[j]` the weight of the block of `j`, 1 unless the pattern says otherwise. If the pattern
 pools dropped blocks, their pooled keys and values (see `kernels.pooling`) take part as well.
 
+In a repetitive head block `r` holds the positions `computed[r * block_m : (r + 1) * block_m]` of
+`BlockPattern.copies`, and every position takes the output that `sources` names:
+
+    out[i] = out[computed[sources[i]]]
+
 Otherwise dropped keys take no part: a NaN or an infinity in a dropped block changes nothing, one in
 a kept block does what it does in dense attention.
 """
@@ -16,6 +21,7 @@ from __future__ import annotations
 import math
 from itertools import product
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -66,8 +72,12 @@ class ReferenceAttention:
         k, v = k.to(exact), v.to(exact)
         pooled = (pool(k, pattern), pool(v, pattern)) if pattern.pooled else None
         parts = part_bias(pattern).to(k) if pattern.pooled else None
+        computed = pattern.computed_rows()
         for head, row in product(range(pattern.heads), range(pattern.query_blocks)):
-            rows = slice(row * pattern.block_m, (row + 1) * pattern.block_m)
+            if not computed[head, row]:
+                continue
+            rows = _positions(pattern, head)[row * pattern.block_m : (row + 1) * pattern.block_m]
+            rows = rows.to(q.device)
             kept = mask[head, row, key_block].nonzero().squeeze(1).to(q.device)
             keys, values = k[:, head, kept], v[:, head, kept]
             bias = log_weights[head, row, key_block].to(keys)[kept]
@@ -79,7 +89,26 @@ class ReferenceAttention:
                 bias = torch.cat([bias, parts[head, row]])
             scores = q[:, head, rows].to(exact) @ keys.mT * scale + bias
             out[:, head, rows] = (scores.softmax(-1) @ values).to(q.dtype)
+        _copy(out, pattern)
         return out
+
+
+def _positions(pattern: BlockPattern, head: int) -> Tensor:
+    """Positions that a head computes, int64, increasing."""
+    if pattern.copies is None or pattern.repetitive is None or not pattern.repetitive[head]:
+        return torch.arange(pattern.query_length)
+    return torch.from_numpy(pattern.copies.computed(pattern.query_length).astype(np.int64))
+
+
+def _copy(out: Tensor, pattern: BlockPattern) -> None:
+    """Give each position of the repetitive heads of `out` (B, H, Sq, D) the output it takes."""
+    if pattern.copies is None or pattern.repetitive is None:
+        return
+    length = pattern.query_length
+    taken = pattern.copies.computed(length)[pattern.copies.sources(length)]
+    positions = torch.from_numpy(taken.astype(np.int64)).to(out.device)
+    for head in np.flatnonzero(pattern.repetitive).tolist():
+        out[:, head] = out[:, head, positions]
 
 
 def masked_dense_attention(
@@ -87,6 +116,7 @@ def masked_dense_attention(
 ) -> Tensor:
     """Dense SDPA under the pattern expanded to tokens, in the operands' own dtype: tests' oracle.
 
+    Repetitive heads are computed in full, then their rows are copied.
     Quadratic in memory. With float64 operands it is the exact answer; with low-precision ones its
     error against float64 is the yardstick for the error that a kernel may make.
 
@@ -102,12 +132,16 @@ def masked_dense_attention(
     """
     if pattern.weights is None and not pattern.pooled:
         mask = pattern.token_mask().to(q.device)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        _copy(out, pattern)
+        return out
     blocks = torch.from_numpy(pattern.log_weights()).double()
     bias = torch.where(pattern.mask(), blocks, -torch.inf).repeat_interleave(pattern.block_n, -1)
     bias = bias[..., : pattern.key_length]
     if pattern.pooled:
         bias = torch.cat([bias, part_bias(pattern)], -1)
         k, v = (torch.cat([x, pool(x, pattern)], 2) for x in (k, v))
-    mask = bias.repeat_interleave(pattern.block_m, 1)[:, : pattern.query_length].to(q)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    mask = pattern.rows_to_tokens(bias).to(q)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    _copy(out, pattern)
+    return out

@@ -54,6 +54,32 @@ def load_rows(
 
 
 @triton.jit
+def gather_rows(
+    ptr,
+    stride,
+    computed_ptr,
+    repetitive,
+    first,
+    rows,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+):
+    """As a ragged `load_rows` of a head that has `rows` rows.
+
+    Row i of a head that is `repetitive` is the token `computed[i]`, else the token i.
+    """
+    row = first + tl.arange(0, ROWS)
+    column = tl.arange(0, PADDED_DIM)
+    computed = tl.load(computed_ptr + row, mask=repetitive & (row < rows), other=0)
+    token = tl.cast(tl.where(repetitive, computed, row), tl.int64)
+    inside = (row < rows)[:, None]
+    if HEAD_DIM != PADDED_DIM:
+        inside = inside & (column < HEAD_DIM)[None, :]
+    return tl.load(ptr + token[:, None] * stride + column[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
 def key_scores(
     q,
     k_ptr,
@@ -222,3 +248,37 @@ def store_rows(
     result = acc / total[:, None]
     pointers = start + row[:, None] * stride_os + column[None, :]
     tl.store(pointers, result.to(o_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def scatter_rows(
+    o_ptr,
+    stride_os,
+    targets_ptr,
+    repetitive,
+    slots,
+    first,
+    rows,
+    acc,
+    total,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+):
+    """As `store_rows` of a head that has `rows` rows.
+
+    Row i of a head that is `repetitive` goes to the tokens `targets[:slots, i]` that are not below
+    0, else to the token i.
+    """
+    row = first + tl.arange(0, ROWS)
+    column = tl.arange(0, PADDED_DIM)
+    result = (acc / total[:, None]).to(o_ptr.dtype.element_ty)
+    target = row
+    for slot in range(tl.where(repetitive, slots, 1)):
+        if repetitive:
+            target = tl.load(targets_ptr + slot * rows + row, mask=row < rows, other=-1)
+        inside = ((row < rows) & (target >= 0))[:, None]
+        if HEAD_DIM != PADDED_DIM:
+            inside = inside & (column < HEAD_DIM)[None, :]
+        pointers = o_ptr + tl.cast(target, tl.int64)[:, None] * stride_os + column[None, :]
+        tl.store(pointers, result, mask=inside)

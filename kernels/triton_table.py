@@ -6,26 +6,23 @@ until that site's baked kernel is compiled.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Any
-from weakref import WeakValueDictionary
-
-import numpy as np
-import numpy.typing as npt
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from calibatt_compiler.kernels.copies import NO_COPIES, DeviceCopies
+from calibatt_compiler.kernels.interval_tables import interval_tables
 from calibatt_compiler.kernels.operands import check_operands, empty_output
 from calibatt_compiler.kernels.pooling import pool
 from calibatt_compiler.kernels.tiles import TileSettings
 from calibatt_compiler.kernels.triton_body import (
     attend_tile,
+    gather_rows,
     head_rows,
     load_rows,
     part_bias,
+    scatter_rows,
     split_tiles,
     store_rows,
 )
@@ -42,7 +39,11 @@ from calibatt_compiler.plan.pattern import BlockPattern
 
 # Integers are not specialised: a stride or a length that happens to be 1 or a multiple of 16 must
 # not compile another kernel.
-@triton.jit(do_not_specialize=[*STRIDES, "heads", "query_blocks", "length_q", "length_k", "parts"])
+@triton.jit(
+    do_not_specialize=[
+        *STRIDES, "heads", "query_blocks", "length_q", "length_k", "parts", "computed_rows", "slots"
+    ]
+)  # fmt: skip
 def table_attention(
     q_ptr,
     k_ptr,
@@ -55,6 +56,9 @@ def table_attention(
     kept_ptr,
     pooled_k_ptr,
     pooled_v_ptr,
+    repetitive_ptr,
+    computed_ptr,
+    targets_ptr,
     stride_qb: tl.int64,
     stride_qh: tl.int64,
     stride_qs,
@@ -73,6 +77,8 @@ def table_attention(
     length_q,
     length_k,
     parts,
+    computed_rows,
+    slots,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
     ROW_TILES: tl.constexpr,
@@ -84,6 +90,7 @@ def table_attention(
     PRECISION: tl.constexpr,
     WEIGHTED: tl.constexpr,
     POOLED: tl.constexpr,
+    COPIES: tl.constexpr,
 ):
     """Attention of TILE_M queries of one head over the intervals of their row of blocks.
 
@@ -92,7 +99,9 @@ def table_attention(
     blocks up to the end of each interval) and `shifts` (key block minus its position among the
     kept ones); if WEIGHTED, the entry's `weights` is added to the log2 scores of its interval.
     If POOLED, pooled keys and values (B, H, parts, D), contiguous, follow for the blocks of which
-    the row's bits in `kept` are not set, POOLED to a block.
+    the row's bits in `kept` are not set, POOLED to a block. If COPIES, the heads of which
+    `repetitive` is not 0 have `computed_rows` rows, at the positions `computed`; the output of each
+    goes to its `targets` (slots, computed_rows).
     """
     tile = tl.program_id(0)
     batch = tl.program_id(1) // heads
@@ -102,7 +111,17 @@ def table_attention(
     k_head, stride_ks = head_rows(k_ptr, stride_kb, stride_kh, stride_ks, batch, head, ALIGN)
     v_head, stride_vs = head_rows(v_ptr, stride_vb, stride_vh, stride_vs, batch, head, ALIGN)
     o_head, stride_os = head_rows(o_ptr, stride_ob, stride_oh, stride_os, batch, head, ALIGN)
-    q = load_rows(q_head, stride_qs, first, length_q, TILE_M, HEAD_DIM, PADDED_DIM, True)
+    if COPIES:
+        repetitive = tl.load(repetitive_ptr + head) != 0
+        length_q = tl.where(repetitive, computed_rows, length_q)
+        if first >= length_q:
+            return
+        q = gather_rows(
+            q_head, stride_qs, computed_ptr, repetitive, first, length_q, TILE_M, HEAD_DIM,
+            PADDED_DIM,
+        )  # fmt: skip
+    else:
+        q = load_rows(q_head, stride_qs, first, length_q, TILE_M, HEAD_DIM, PADDED_DIM, True)
     acc = tl.zeros([TILE_M, PADDED_DIM], tl.float32)
     maximum = tl.full([TILE_M], -float("inf"), tl.float32)
     total = tl.zeros([TILE_M], tl.float32)
@@ -150,78 +169,13 @@ def table_attention(
                 parts, acc, maximum, total, scale_log2, TILE_N, HEAD_DIM, PADDED_DIM, True,
                 PRECISION, bias[None, :], True,
             )  # fmt: skip
-    store_rows(o_head, stride_os, first, length_q, acc, total, TILE_M, HEAD_DIM, PADDED_DIM)
-
-
-@dataclass(frozen=True, eq=False)
-class IntervalTables:
-    """A pattern's intervals on a device, packed row after row.
-
-    Attributes:
-        offsets: int32 (heads * query_blocks + 1), first entry of each row.
-        ends: int16 or int32 (entries), kept blocks of the row up to the end of each interval.
-        shifts: likewise, key block minus its position among the kept blocks of its row.
-        weights: float32 (entries), log2 of each interval's weight; empty if all count once.
-        kept: uint8 (heads * query_blocks * bytes a row), a bit a key block; empty without pooling.
-    """
-
-    offsets: Tensor
-    ends: Tensor
-    shifts: Tensor
-    weights: Tensor
-    kept: Tensor
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All of them, in the order of the kernel's arguments."""
-        return self.offsets, self.ends, self.shifts, self.weights, self.kept
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that they take on the device."""
-        return sum(tensor.nbytes for tensor in self.tensors)
-
-    @classmethod
-    def upload(cls, pattern: BlockPattern, device: torch.device) -> IntervalTables:
-        """Make the tables of `pattern`; 16-bit entries where they suffice.
-
-        To a GPU they are copied from pinned memory on the current stream, and not waited for.
-        """
-        runs = pattern.intervals()
-        lengths = runs.ends - runs.starts
-        ends = np.cumsum(lengths, dtype=np.int64)
-        row_start = np.concatenate([[0], ends])[runs.offsets[:-1]]
-        ends -= np.repeat(row_start, np.diff(runs.offsets))
-        shifts = runs.ends - ends
-        entry = np.int16 if pattern.key_blocks < 2**15 else np.int32
-        on_gpu = device.type == "cuda"
-        weights = np.empty(0, dtype=np.float32)
-        if runs.log_weights is not None:
-            weights = runs.log_weights * np.float32(math.log2(math.e))
-
-        def put(array: npt.NDArray[Any]) -> Tensor:
-            host = torch.from_numpy(np.require(array, requirements=["C", "W"]))
-            return host.pin_memory().to(device, non_blocking=True) if on_gpu else host.to(device)
-
-        return cls(
-            put(runs.offsets),
-            put(ends.astype(entry)),
-            put(shifts.astype(entry)),
-            put(weights),
-            put(pattern.bits.ravel() if pattern.pooled else np.empty(0, dtype=np.uint8)),
-        )
-
-
-_tables: WeakValueDictionary[tuple[str, str], IntervalTables] = WeakValueDictionary()
-
-
-def interval_tables(pattern: BlockPattern, device: torch.device) -> IntervalTables:
-    """Tables of `pattern` on `device`, shared by the kernels of equal patterns while one lives."""
-    key = (pattern.digest, str(device))
-    tables = _tables.get(key)
-    if tables is None:
-        tables = _tables[key] = IntervalTables.upload(pattern, device)
-    return tables
+    if COPIES:
+        scatter_rows(
+            o_head, stride_os, targets_ptr, repetitive, slots, first, length_q, acc, total,
+            TILE_M, HEAD_DIM, PADDED_DIM,
+        )  # fmt: skip
+    else:
+        store_rows(o_head, stride_os, first, length_q, acc, total, TILE_M, HEAD_DIM, PADDED_DIM)
 
 
 class TableAttention(DeviceKernel):
@@ -250,11 +204,12 @@ class TableAttention(DeviceKernel):
         super().__init__(pattern, device=device, dtype=dtype, head_dim=head_dim, settings=settings)
         self.density = pattern.computed_density
         self.tables = interval_tables(pattern, device)
+        self.copies = DeviceCopies.upload(pattern, device)
 
     @property
     def table_bytes(self) -> int:
         """Bytes of its tables, shared or not."""
-        return self.tables.nbytes
+        return self.tables.nbytes + (0 if self.copies is None else self.copies.nbytes)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
         """Attend; see `ReferenceAttention` for the meaning.
@@ -286,6 +241,7 @@ class TableAttention(DeviceKernel):
                 out,
                 *tables.tensors,
                 *pooled,
+                **(NO_COPIES if self.copies is None else self.copies.arguments()),
                 **arguments,
                 heads=pattern.heads,
                 query_blocks=pattern.query_blocks,
@@ -294,6 +250,7 @@ class TableAttention(DeviceKernel):
                 parts=pattern.key_blocks * pattern.pooled,
                 POOLED=pattern.pooled,
                 WEIGHTED=pattern.weights is not None,
+                COPIES=self.copies is not None,
                 **config.constexprs,
                 **config.options,
             )

@@ -1,5 +1,6 @@
 """The artefact: what calibration writes and every later stage reads."""
 
+from calibatt_compiler.plan.copies import RowCopies
 from calibatt_compiler.plan.intervals import Intervals
 from calibatt_compiler.plan.pattern import BlockPattern
 from calibatt_compiler.plan.plan import Plan
@@ -20,6 +21,7 @@ __all__ = [
     "ModelIdentity",
     "Plan",
     "PlanMetadata",
+    "RowCopies",
     "Sampler",
     "SitePatterns",
     "SiteRecord",

@@ -161,11 +161,11 @@ def _read(path: Path) -> tuple[PlanMetadata, dict[str, StoredPatterns]]:
     codes = _codes(path, metadata, stored, tensors)
     return metadata, {
         site.name: StoredPatterns(
-            _size(site),
+            _size(metadata, site),
             codes[site.name],
             stored[site.name].patterns,
             site.digests,
-            _kept(site),
+            *_figures(site),
             f"site {site.name!r} in {path}",
         )
         for site in metadata.sites
@@ -236,7 +236,7 @@ def _codes(
         wrong = [
             f"{name}: {tensors[name].dtype} {tuple(tensors[name].shape)}"
             for name in sorted(names)
-            if not _fits(sites[name], stored[name].patterns, tensors[name])
+            if not _fits(metadata, sites[name], stored[name].patterns, tensors[name])
         ][:4]
     if wrong:
         raise PlanFormatError(
@@ -253,27 +253,29 @@ def _codes(
     return codes
 
 
-def _fits(site: SiteRecord, entries: Entries, tensor: torch.Tensor) -> bool:
+def _fits(metadata: PlanMetadata, site: SiteRecord, entries: Entries, tensor: torch.Tensor) -> bool:
     """Whether a tensor may hold the codes of these entries, and they the patterns of a site."""
-    size = _size(site)
+    size = _size(metadata, site)
     known = set(layout(size))
-    weighted = False
+    weighted, mixed = False, []
     for entry in entries:
         names = [name for name, *_ in entry]
         if "bits" not in names or not set(names) <= known or len(set(names)) != len(names):
             return False
         weighted |= "weights" in names
+        mixed.append("repetitive" in names)
     length = sum(length for entry in entries for *_, length in entry)
     return (
         len(entries) == site.patterns
         and weighted == site.weighted
+        and mixed == [count > 0 for count in _figures(site)[1]]
         and tensor.dtype == torch.uint8
         and tuple(tensor.shape) == (length,)
         and layout_bytes(size) <= MAX_BYTES
     )
 
 
-def _size(site: SiteRecord) -> PatternSize:
+def _size(metadata: PlanMetadata, site: SiteRecord) -> PatternSize:
     return PatternSize(
         site.heads,
         site.query_length,
@@ -281,13 +283,18 @@ def _size(site: SiteRecord) -> PatternSize:
         site.block_m,
         site.block_n,
         site.pooled,
+        metadata.copies(site),
     )
 
 
-def _kept(site: SiteRecord) -> tuple[int, ...]:
-    """Kept blocks of each pattern, from the density of the steps that use it."""
-    kept = dict(zip(site.steps, site.density, strict=True))
-    return tuple(round(kept[index] * _size(site).blocks) for index in range(site.patterns))
+def _figures(site: SiteRecord) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Kept blocks and repetitive heads of each pattern, from those of the steps that use it."""
+    of_step = zip(site.density, site.repetitive or [0] * len(site.steps), strict=True)
+    by_pattern = dict(zip(site.steps, of_step, strict=True))
+    rows, columns = -(-site.query_length // site.block_m), -(-site.key_length // site.block_n)
+    figures = [by_pattern[index] for index in range(site.patterns)]
+    kept = tuple(round(density * site.heads * rows * columns) for density, _ in figures)
+    return kept, tuple(repetitive for _, repetitive in figures)
 
 
 def _other_schema(path: Path, got: str) -> PlanFormatError:

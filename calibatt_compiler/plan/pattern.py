@@ -17,12 +17,9 @@ from torch import Tensor
 
 from calibatt_compiler.errors import PlanError
 from calibatt_compiler.plan import weights as block_weights
+from calibatt_compiler.plan.copies import RowCopies, check_repetitive, check_rows
 from calibatt_compiler.plan.intervals import Intervals, runs_of, runs_of_bits
-
-MAX_LENGTH = 1 << 24
-"""Longest sequence a pattern may describe, in tokens: above it a size is taken for damage."""
-
-MAX_HEADS = 1 << 12
+from calibatt_compiler.plan.sizes import check_sizes
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +29,10 @@ class BlockPattern:
     Query block `r` holds the tokens `r * block_m` to `min((r + 1) * block_m, query_length)`, key
     block `c` likewise with `block_n` and `key_length`; the two lengths are independent. The last
     block of either may be ragged.
+
+    In a repetitive head query block `r` holds the positions `r * block_m` to `(r + 1) * block_m` of
+    `copies.computed(query_length)` instead; the query blocks past the last of these keep nothing
+    and are not computed. Each token takes the output that `copies.sources` names.
 
     Attributes:
         heads: number of heads.
@@ -46,10 +47,13 @@ class BlockPattern:
         pooled: keys that each dropped block is pooled to; 0 drops it. Sub-block `j` of `pooled`
             equal parts of a dropped block takes part as one key and one value, the means of its
             tokens, that count as many times as it has tokens.
+        copies: what repetitive heads compute and copy; may be there without such a head.
+        repetitive: bool (heads,), which heads are repetitive; None if none is. Read-only.
 
     Raises:
-        PlanError: sizes out of range, bits or weights of another shape, or a query block with no
-            kept key block (its softmax would be empty).
+        PlanError: sizes out of range, bits or weights of another shape, a query block with no
+            kept key block (its softmax would be empty), a repetitive head with weights or with
+            blocks for rows that it does not compute.
     """
 
     heads: int
@@ -60,6 +64,8 @@ class BlockPattern:
     bits: npt.NDArray[np.uint8]
     weights: npt.NDArray[np.uint8] | None = None
     pooled: int = 0
+    copies: RowCopies | None = None
+    repetitive: npt.NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
         check_sizes(self.heads, self.query_length, self.key_length, self.block_m, self.block_n)
@@ -79,18 +85,16 @@ class BlockPattern:
                 got="bits set in the padding",
                 remedy="calibrate again; the plan was written by something else or is damaged",
             )
-        empty = ~self.bits.any(axis=-1)
-        if empty.any():
-            head, row = (int(i) for i in np.argwhere(empty)[0])
-            raise PlanError(
-                "a query block has no kept key block, so its attention is undefined",
-                expected="at least one kept key block in each row",
-                got=f"{int(empty.sum())} empty rows, first: head {head}, query block {row}",
-                remedy="keep the diagonal block of each row, or lower the agreement threshold",
-            )
+        if self.copies is not None:
+            self.copies.computed(self.query_length)  # which checks that the grid is in the sequence
+        if self.repetitive is not None:
+            check_repetitive(self.repetitive, self.heads, self.copies)
+            if not self.repetitive.any():
+                object.__setattr__(self, "repetitive", None)
+        check_rows(self.bits, self.computed_rows(), repetitive=self.repetitive is not None)
         self.bits.setflags(write=False)
         if self.weights is not None:
-            block_weights.check(self.weights, self.numpy_mask())
+            block_weights.check(self.weights, self.numpy_mask(), self.repetitive)
             if not self.weights.any():
                 object.__setattr__(self, "weights", None)
         if not 0 <= self.pooled <= self.block_n or (self.pooled and self.block_n % self.pooled):
@@ -111,6 +115,8 @@ class BlockPattern:
         block: tuple[int, int] = (128, 128),
         weight: Tensor | None = None,
         pooled: int = 0,
+        repetitive: npt.NDArray[np.bool_] | None = None,
+        copies: RowCopies | None = None,
     ) -> BlockPattern:
         """Pack a boolean block mask.
 
@@ -121,10 +127,13 @@ class BlockPattern:
             block: tokens a query block, tokens a key block.
             weight: float like `mask`, how many times each kept block counts; default once.
             pooled: keys that each dropped block is pooled to.
+            repetitive: bool (heads,), heads whose rows of the mask are not looked at: they attend
+                all keys from the rows that they compute.
+            copies: what these compute and copy.
 
         Raises:
-            PlanError: not a boolean 3-D tensor, lengths that don't fit, an empty row, or weights
-                out of range.
+            PlanError: not a boolean 3-D tensor, lengths that don't fit, an empty row, weights out
+                of range, or repetitive heads without copies.
         """
         if mask.dtype != torch.bool or mask.dim() != 3:
             raise PlanError(
@@ -146,9 +155,17 @@ class BlockPattern:
                 got=f"{(rows, columns)}",
                 remedy="check the block size and the number of tokens",
             )
+        if repetitive is not None:
+            repetitive = np.array(repetitive)
+            check_repetitive(repetitive, heads, copies)
+            assert copies is not None
+            dense = np.arange(rows) < -(-len(copies.computed(query_length)) // block[0])
+            flags = torch.tensor(repetitive, device=mask.device)[:, None, None]
+            mask = mask.where(~flags, torch.from_numpy(dense).to(mask.device)[:, None])
+            weight = None if weight is None else weight.where(~flags.to(weight.device), 1.0)
         bits = np.packbits(mask.cpu().numpy(), axis=-1, bitorder="little")
         codes = None if weight is None else block_weights.encode(mask, weight)
-        return cls(heads, query_length, key_length, block[0], block[1], bits, codes, pooled)
+        return cls(heads, query_length, key_length, *block, bits, codes, pooled, copies, repetitive)
 
     @classmethod
     def dense(
@@ -187,11 +204,20 @@ class BlockPattern:
     @property
     def computed_density(self) -> float:
         """Density with the work that pooled keys are: each row attends those of every block."""
-        return self.density + self.pooled / self.block_n
+        return self.density + self.pooled / self.block_n * float(self.computed_rows().mean())
+
+    def computed_rows(self) -> npt.NDArray[np.bool_]:
+        """Boolean (heads, query_blocks): False past the last row of a repetitive head."""
+        rows = np.ones((self.heads, self.query_blocks), dtype=np.bool_)
+        if self.repetitive is not None:
+            assert self.copies is not None
+            computed = -(-len(self.copies.computed(self.query_length)) // self.block_m)
+            rows[self.repetitive, computed:] = False
+        return rows
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 (hex) over sizes and bits: equal patterns share kernels."""
+        """SHA-256 (hex) over sizes, bits and what else is there: equal patterns share kernels."""
         sizes = (self.heads, self.query_length, self.key_length, self.block_m, self.block_n)
         h = hashlib.sha256(repr(sizes).encode())
         h.update(np.ascontiguousarray(self.bits).tobytes())
@@ -199,6 +225,8 @@ class BlockPattern:
             h.update(b"weights" + np.ascontiguousarray(self.weights).tobytes())
         if self.pooled:
             h.update(b"pooled %d" % self.pooled)
+        if self.repetitive is not None:
+            h.update(f"copies {self.copies}".encode() + self.repetitive.tobytes())
         return h.hexdigest()
 
     def numpy_mask(self) -> npt.NDArray[np.bool_]:
@@ -223,16 +251,30 @@ class BlockPattern:
         return block_weights.log_weight(self.block_weights)
 
     def mask(self) -> Tensor:
-        """Boolean tensor (heads, query_blocks, key_blocks) on the CPU; True is kept."""
+        """Boolean tensor (heads, query_blocks, key_blocks) on the CPU; True is kept.
+
+        The rows of a repetitive head are those of the queries that it computes.
+        """
         return torch.from_numpy(self.numpy_mask())
 
     def token_mask(self) -> Tensor:
         """Boolean tensor (heads, query_length, key_length): the mask expanded to tokens.
 
+        In a repetitive head a token that copies has the keys of the one that it copies.
         Quadratic in the sequence length: for tests and references only.
         """
-        mask = self.mask().repeat_interleave(self.block_m, 1).repeat_interleave(self.block_n, 2)
-        return mask[:, : self.query_length, : self.key_length]
+        mask = self.mask().repeat_interleave(self.block_n, 2)[..., : self.key_length]
+        return self.rows_to_tokens(mask)
+
+    def rows_to_tokens(self, rows: Tensor) -> Tensor:
+        """Return (heads, query_length, ...) from values (heads, query_blocks, ...) of its rows."""
+        tokens = rows.repeat_interleave(self.block_m, 1)[:, : self.query_length]
+        if self.repetitive is not None:
+            assert self.copies is not None
+            source = torch.from_numpy(self.copies.sources(self.query_length).astype(np.int64))
+            flags = torch.from_numpy(np.flatnonzero(self.repetitive))
+            tokens[flags] = rows[flags][:, source // self.block_m]
+        return tokens
 
     def intervals(self) -> Intervals:
         """Kept key blocks as sorted runs of one weight, row by row."""
@@ -250,30 +292,3 @@ class BlockPattern:
         count = mask.sum(-1, dtype=torch.int32)
         indices = torch.argsort((~mask).to(torch.uint8), dim=-1, stable=True).to(torch.int32)
         return count, indices
-
-
-def check_sizes(heads: int, query_length: int, key_length: int, block_m: int, block_n: int) -> None:
-    """Raise `PlanError` unless all sizes are integers in a sensible range."""
-    limits = (
-        ("heads", heads, MAX_HEADS),
-        ("query_length", query_length, MAX_LENGTH),
-        ("key_length", key_length, MAX_LENGTH),
-        ("block_m", block_m, 1024),
-        ("block_n", block_n, 1024),
-    )
-    for name, value, limit in limits:
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
-            raise PlanError(
-                f"{name} of a pattern is out of range",
-                expected=f"an integer from 1 to {limit}",
-                got=repr(value),
-                remedy="check the plan's sizes, or calibrate again",
-            )
-    for name, value in (("block_m", block_m), ("block_n", block_n)):
-        if value % 16:
-            raise PlanError(
-                f"{name} of a pattern can't be tiled",
-                expected="a multiple of 16",
-                got=value,
-                remedy="use blocks of 32, 64 or 128 tokens",
-            )

@@ -91,6 +91,7 @@ class Plan:
                 got=file.describe(error),
                 remedy="check grid, timesteps and the number of steps of each site",
             ) from error
+        _check_copies(metadata, sites)
         return cls(metadata, sites)
 
     @classmethod
@@ -186,6 +187,7 @@ class Plan:
                 got=file.describe(error),
                 remedy="give each site one pattern a step of the plan",
             ) from error
+        _check_copies(metadata, sites)
         return Plan(metadata, sites)
 
     @classmethod
@@ -297,6 +299,8 @@ class Plan:
     def block_mask(self, site: str, step: int) -> Tensor:
         """Boolean (heads, query_blocks, key_blocks) of a site at a step; True is kept.
 
+        The rows of a repetitive head are those of the queries that it computes.
+
         Raises:
             PlanError: no such site or step.
         """
@@ -337,6 +341,8 @@ class Plan:
 
 def _record(name: str, site: SitePatterns) -> SiteRecord:
     size = site.size
+    repetitive = tuple(site.repetitive_at(step) for step in range(len(site.steps)))
+    anchor_rows = size.copies.anchor_rows if size.copies is not None and any(repetitive) else 0
     return SiteRecord(
         name=name,
         heads=size.heads,
@@ -347,11 +353,27 @@ def _record(name: str, site: SitePatterns) -> SiteRecord:
         block_n=size.block_n,
         pooled=size.pooled,
         weighted=site.weighted,
+        head_forms="mixed" if anchor_rows else "blocks",
+        anchor_rows=anchor_rows,
         patterns=len(site.patterns),
         digests=site.digests,
         steps=site.steps,
         density=tuple(site.density_at(step) for step in range(len(site.steps))),
+        repetitive=repetitive if anchor_rows else (),
     )
+
+
+def _check_copies(metadata: PlanMetadata, sites: Mapping[str, SitePatterns]) -> None:
+    """Raise `PlanError` if repetitive heads copy other rows than those of the plan's video."""
+    for record in metadata.sites:
+        expected, got = metadata.copies(record), sites[record.name].size.copies
+        if expected is not None and got != expected:
+            raise PlanError(
+                f"the repetitive heads of site {record.name!r} copy the rows of another video",
+                expected=expected,
+                got=got,
+                remedy="make their RowCopies from grid, text and token order of the plan",
+            )
 
 
 def _sampler(timesteps: Sequence[float]) -> Sampler:

@@ -34,6 +34,7 @@ def share_steps(plan: Plan, tau: float = SHARE_STEPS) -> Plan:
     them all; else it begins a new group. Two masks agree if their intersection over union, counted
     over all heads, is at least `tau`. A mask lies within the OR, so its agreement with it is the
     quotient of their kept blocks: no step keeps more than 1 / tau times the blocks that it kept.
+    Steps share only if the same heads are repetitive in them.
 
     Args:
         plan: is left as it is.
@@ -158,15 +159,23 @@ def _share(site: SitePatterns, tau: Fraction) -> SitePatterns:
     size = 0
     for step in reversed(range(len(site.steps))):
         pattern = site.at(step)
-        union = group if pattern is group else _union(group, pattern)
+        alike = _same_heads(group, pattern)
+        union = _union(group, pattern) if alike and pattern is not group else group
         smallest = min(fewest, pattern.kept)
-        if smallest >= tau * union.kept:
+        if alike and smallest >= tau * union.kept:
             group, fewest, size = union, smallest, size + 1
         else:
             by_step += [group] * size
             group, fewest, size = pattern, pattern.kept, 1
     by_step += [group] * size
     return SitePatterns.share(by_step[::-1], site.head_dim)
+
+
+def _same_heads(a: BlockPattern, b: BlockPattern) -> bool:
+    """Whether the same heads are repetitive: else a row is of other queries."""
+    if a.repetitive is None or b.repetitive is None:
+        return a.repetitive is b.repetitive
+    return bool((a.repetitive == b.repetitive).all())
 
 
 def _union(a: BlockPattern, b: BlockPattern) -> BlockPattern:

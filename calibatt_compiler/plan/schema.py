@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -18,14 +18,17 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
+    SerializerFunctionWrapHandler,
+    model_serializer,
     model_validator,
 )
 
 from calibatt_compiler.errors import PlanError
+from calibatt_compiler.plan.copies import RowCopies
 from calibatt_compiler.plan.order import TokenOrder
 
 SCHEMA_VERSION: Literal[2] = 2
-KNOWN_FEATURES = frozenset({"pooled_keys", "token_order", "weights"})
+KNOWN_FEATURES = frozenset({"pooled_keys", "repetition", "token_order", "weights"})
 """Values of `PlanMetadata.requires` that this version can serve."""
 
 Size = Annotated[int, Field(ge=1, le=1 << 24)]
@@ -113,7 +116,10 @@ class SiteRecord(_Record):
         block_n: tokens a key block.
         pooled: keys that each dropped block is pooled to; 0 drops it.
         weighted: whether kept blocks of some pattern have weights.
-        head_forms: form of each head; only `blocks` exists in this schema version.
+        head_forms: `blocks`: every head is a set of blocks; `mixed`: some head of some pattern is
+            repetitive.
+        anchor_rows: rows of a frame that repetitive heads compute; 0 if there is none.
+        repetitive: for each step, how many heads are repetitive; empty if there is none.
         patterns: how many distinct patterns are stored.
         digests: `BlockPattern.digest` of each.
         steps: for each step, the index of its pattern.
@@ -129,11 +135,13 @@ class SiteRecord(_Record):
     block_n: Annotated[int, Field(ge=16, le=1024, multiple_of=16)]
     pooled: Annotated[int, Field(ge=0, le=1024)] = 0
     weighted: bool = False
-    head_forms: Literal["blocks"] = "blocks"
+    head_forms: Literal["blocks", "mixed"] = "blocks"
+    anchor_rows: Annotated[int, Field(ge=0, le=1 << 24)] = 0
     patterns: Annotated[int, Field(ge=1)]
     digests: tuple[Digest, ...]
     steps: tuple[int, ...]
     density: tuple[Density, ...]
+    repetitive: tuple[Annotated[int, Field(ge=0)], ...] = ()
 
     @model_validator(mode="after")
     def _check(self) -> SiteRecord:
@@ -149,7 +157,31 @@ class SiteRecord(_Record):
             raise ValueError("density must have one entry a step")
         if len(set(zip(self.steps, self.density, strict=True))) != self.patterns:
             raise ValueError("steps of one pattern must have one density")
+        if self.head_forms == "mixed":
+            self._check_mixed()
+        elif self.anchor_rows or self.repetitive:
+            raise ValueError("head_forms says that no head is repetitive")
         return self
+
+    def _check_mixed(self) -> None:
+        if not self.anchor_rows or not any(self.repetitive):
+            raise ValueError("mixed head_forms need anchor_rows and repetitive heads")
+        if len(self.repetitive) != len(self.steps) or max(self.repetitive) > self.heads:
+            raise ValueError("repetitive must have one entry a step, at most all heads")
+        if len(set(zip(self.steps, self.repetitive, strict=True))) != self.patterns:
+            raise ValueError("steps of one pattern must have as many repetitive heads")
+
+    @model_serializer(mode="wrap")
+    def _written(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what is said of repetitive heads where there is none.
+
+        So plans without them keep the digests that they had before there were such heads.
+        """
+        record: dict[str, Any] = serialize(self)
+        if self.head_forms == "blocks":
+            record.pop("anchor_rows", None)
+            record.pop("repetitive", None)
+        return record
 
 
 class PlanMetadata(_Record):
@@ -207,7 +239,31 @@ class PlanMetadata(_Record):
                     f"site {site.name} has {len(site.steps)} steps, the sampler has "
                     f"{len(self.sampler.timesteps)}"
                 )
+            try:
+                self.copies(site)
+            except PlanError as error:
+                raise ValueError(f"site {site.name}: {error.problem}") from error
         return self
+
+    def copies(self, site: SiteRecord) -> RowCopies | None:
+        """Return what the repetitive heads of a site copy; None if there are none.
+
+        Raises:
+            PlanError: the rows of the grid can't be found in the site's sequence.
+        """
+        if not site.anchor_rows:
+            return None
+        text = site.query_length - math.prod(self.grid)
+        if text < 0 or (text and self.text_policy not in ("dense_first", "dense_last")):
+            raise PlanError(
+                "repetitive heads need to know where the grid's tokens are",
+                expected=f"queries of {self.grid} tokens; or with text, all its blocks kept, and "
+                "text_policy dense_first or dense_last",
+                got=f"{site.query_length} queries, text_policy {self.text_policy}",
+                remedy="leave repetitive heads out of this site",
+            )
+        first = text if self.text_policy == "dense_first" else 0
+        return RowCopies(self.grid, site.anchor_rows, first, TokenOrder.parse(self.token_order))
 
 
 def features(token_order: str, sites: Iterable[SiteRecord]) -> frozenset[str]:
@@ -215,6 +271,7 @@ def features(token_order: str, sites: Iterable[SiteRecord]) -> frozenset[str]:
     sites = tuple(sites)
     used = {
         "pooled_keys": any(site.pooled for site in sites),
+        "repetition": any(site.head_forms == "mixed" for site in sites),
         "token_order": token_order != "raster",
         "weights": any(site.weighted for site in sites),
     }

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from calibatt_compiler.errors import PlanError
 from calibatt_compiler.plan.pattern import BlockPattern
-from calibatt_compiler.plan.stored import PatternSize, StoredPatterns
+from calibatt_compiler.plan.stored import PatternSize, StoredPatterns, repetitive_heads
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class SitePatterns:
         if len(sizes) != 1 and not stored:
             raise PlanError(
                 "the patterns of a site must be of one size",
-                expected="one (heads, query_length, key_length, block_m, block_n, pooled)",
+                expected="one (heads, query_length, key_length, block_m, block_n, pooled, copies)",
                 got=sorted(sizes, key=repr),
-                remedy="make all steps of a site with the same lengths and blocks",
+                remedy="make all steps of a site with the same lengths, blocks and copies",
             )
         if set(self.steps) != set(range(len(self.patterns))):
             raise PlanError(
@@ -79,6 +79,19 @@ class SitePatterns:
         if isinstance(self.patterns, StoredPatterns):
             return self.patterns.kept[index]
         return self.patterns[index].kept
+
+    def repetitive_at(self, step: int) -> int:
+        """Repetitive heads at a diffusion step."""
+        index = self.steps[step]
+        if isinstance(self.patterns, StoredPatterns):
+            return self.patterns.repetitive[index]
+        return repetitive_heads(self.patterns[index])
+
+    @property
+    def repetitive_share(self) -> float:
+        """Share of the heads that are repetitive, mean over the steps."""
+        heads = sum(self.repetitive_at(step) for step in range(len(self.steps)))
+        return heads / (self.size.heads * len(self.steps))
 
     def density_at(self, step: int) -> float:
         """Kept blocks / all blocks at a diffusion step."""

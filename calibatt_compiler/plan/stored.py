@@ -14,6 +14,7 @@ from pydantic import Field
 
 from calibatt_compiler.errors import PlanFormatError
 from calibatt_compiler.plan import encoding
+from calibatt_compiler.plan.copies import RowCopies
 from calibatt_compiler.plan.pattern import BlockPattern
 
 CACHED = 2
@@ -40,6 +41,7 @@ class PatternSize:
     block_m: int
     block_n: int
     pooled: int = 0
+    copies: RowCopies | None = None
 
     @classmethod
     def of(cls, pattern: BlockPattern) -> PatternSize:
@@ -51,6 +53,7 @@ class PatternSize:
             pattern.block_m,
             pattern.block_n,
             pattern.pooled,
+            pattern.copies,
         )
 
     @property
@@ -75,6 +78,7 @@ def layout(size: PatternSize) -> dict[str, tuple[type[np.generic], tuple[int, ..
     return {
         "bits": (np.uint8, (*rows, (size.key_blocks + 7) // 8)),
         "weights": (np.uint8, (*rows, size.key_blocks)),
+        "repetitive": (np.uint8, (size.heads,)),
     }
 
 
@@ -87,8 +91,9 @@ def layout_bytes(size: PatternSize) -> int:
 
 def arrays_of(pattern: BlockPattern) -> dict[str, npt.NDArray[Any]]:
     """Return the arrays that a pattern consists of, by name: `bits`, and others if it has them."""
-    weights = {} if pattern.weights is None else {"weights": pattern.weights}
-    return {"bits": pattern.bits, **weights}
+    repetitive = None if pattern.repetitive is None else pattern.repetitive.view(np.uint8)
+    others = {"weights": pattern.weights, "repetitive": repetitive}
+    return {"bits": pattern.bits, **{k: array for k, array in others.items() if array is not None}}
 
 
 def pattern_of(size: PatternSize, arrays: Mapping[str, npt.NDArray[Any]]) -> BlockPattern:
@@ -96,7 +101,11 @@ def pattern_of(size: PatternSize, arrays: Mapping[str, npt.NDArray[Any]]) -> Blo
 
     Raises:
         PlanError: sizes or arrays that make no pattern.
+        ValueError: flags of heads that are neither 0 nor 1.
     """
+    repetitive = arrays.get("repetitive")
+    if repetitive is not None and (repetitive > 1).any():
+        raise ValueError("a flag of a repetitive head is neither 0 nor 1")
     return BlockPattern(
         size.heads,
         size.query_length,
@@ -106,7 +115,14 @@ def pattern_of(size: PatternSize, arrays: Mapping[str, npt.NDArray[Any]]) -> Blo
         arrays["bits"],
         arrays.get("weights"),
         size.pooled,
+        size.copies,
+        None if repetitive is None else repetitive.astype(np.bool_),
     )
+
+
+def repetitive_heads(pattern: BlockPattern) -> int:
+    """Return how many heads of a pattern are repetitive."""
+    return 0 if pattern.repetitive is None else int(pattern.repetitive.sum())
 
 
 @dataclass(eq=False)
@@ -121,6 +137,7 @@ class StoredPatterns(Sequence[BlockPattern]):
         entries: what the codes are.
         digests: `BlockPattern.digest` of each pattern.
         kept: kept blocks of each pattern.
+        repetitive: repetitive heads of each pattern.
         source: what is named if something is wrong.
 
     Raises:
@@ -133,6 +150,7 @@ class StoredPatterns(Sequence[BlockPattern]):
     entries: Entries
     digests: tuple[str, ...]
     kept: tuple[int, ...]
+    repetitive: tuple[int, ...]
     source: str = "a stored plan"
     _cache: dict[int, BlockPattern] = field(default_factory=dict, init=False, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
@@ -190,6 +208,7 @@ class StoredPatterns(Sequence[BlockPattern]):
             tuple(entries),
             tuple(pattern.digest for pattern in patterns),
             tuple(pattern.kept for pattern in patterns),
+            tuple(repetitive_heads(pattern) for pattern in patterns),
         )
 
     def _decode(self, index: int) -> BlockPattern:
@@ -238,6 +257,9 @@ class StoredPatterns(Sequence[BlockPattern]):
         if pattern.kept != self.kept[index]:
             density = self.kept[index] / self.size.blocks
             raise self._wrong(index, f"the recorded density {density}", pattern.density)
+        if repetitive_heads(pattern) != self.repetitive[index]:
+            expected = f"{self.repetitive[index]} repetitive heads"
+            raise self._wrong(index, expected, repetitive_heads(pattern))
         return pattern
 
     def _wrong(self, index: int, expected: str, got: object) -> PlanFormatError:

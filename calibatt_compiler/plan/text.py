@@ -73,6 +73,8 @@ def fit_pattern(
 ) -> BlockPattern:
     """Carry a pattern over to sequences with other text lengths; see `fit_mask`.
 
+    Repetitive heads attend all keys from the rows that they compute, as calibration makes them.
+
     Raises:
         PlanError: its blocks have weights, which were made for the blocks of its own length.
     """
@@ -86,13 +88,21 @@ def fit_pattern(
             got=to,
             remedy="use prompts of the calibrated length, or patterns without weights",
         )
+    copies = pattern.copies
+    if copies is not None:
+        copies = replace(copies, first=to[0] - video if position == "first" else 0)
     block = (pattern.block_m, pattern.block_n)
     if position == "last":
         bits = _copied(pattern, to, video)
     else:
         mask = fit_mask(pattern.mask(), lengths, to, video=video, block=block, position=position)
         bits = np.packbits(mask.numpy(), axis=-1, bitorder="little")
-    return replace(pattern, query_length=to[0], key_length=to[1], bits=bits)
+    if pattern.repetitive is not None and copies is not None:
+        every = np.packbits(np.ones(-(-to[1] // block[1]), np.bool_), bitorder="little")
+        rows = -(-len(copies.computed(to[0])) // block[0])
+        bits[pattern.repetitive, :rows] = every
+        bits[pattern.repetitive, rows:] = 0
+    return replace(pattern, query_length=to[0], key_length=to[1], bits=bits, copies=copies)
 
 
 def _copied(pattern: BlockPattern, to: tuple[int, int], video: int) -> npt.NDArray[np.uint8]:

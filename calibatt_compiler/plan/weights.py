@@ -55,8 +55,15 @@ def log_weight(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     return codes.astype(np.float32) * np.float32(math.log(2) / STEPS)
 
 
-def check(codes: npt.NDArray[np.uint8], mask: npt.NDArray[np.bool_]) -> None:
-    """Raise `PlanError` unless there is one code a block, 0 where dropped; make them read-only."""
+def check(
+    codes: npt.NDArray[np.uint8],
+    mask: npt.NDArray[np.bool_],
+    repetitive: npt.NDArray[np.bool_] | None = None,
+) -> None:
+    """Raise `PlanError` unless there is one code a block, 0 where dropped; make them read-only.
+
+    Blocks of heads that are `repetitive`, bool (heads,), can't have weights.
+    """
     if codes.dtype != np.uint8 or codes.shape != mask.shape:
         raise PlanError(
             "the weights of a pattern have the wrong shape",
@@ -70,5 +77,12 @@ def check(codes: npt.NDArray[np.uint8], mask: npt.NDArray[np.bool_]) -> None:
             expected="weights of kept blocks alone",
             got=f"{int(np.count_nonzero(codes[~mask]))} of dropped ones",
             remedy="calibrate again; the plan was written by something else or is damaged",
+        )
+    if repetitive is not None and codes[repetitive].any():
+        raise PlanError(
+            "a repetitive head has weights",
+            expected="weights in heads that are sets of blocks alone",
+            got=f"weights in head {int(np.flatnonzero(repetitive & codes.any((1, 2)))[0])}",
+            remedy="pass weight 1 for the blocks of repetitive heads",
         )
     codes.setflags(write=False)

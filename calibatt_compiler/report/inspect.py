@@ -50,6 +50,8 @@ def facts(plan: Plan) -> list[tuple[str, str]]:
         ("written by", f"{metadata.producer}, schema {metadata.schema_version}"),
         ("digest", plan.digest),
     ]
+    if repetition := _repetition(plan):
+        pairs.insert(-2, ("repetitive heads", repetition))
     quality = dict(metadata.quality)
     added = [f"{quality.pop(name):.4f} by {_ADDED[name]}" for name in _ADDED if name in quality]
     if added:
@@ -69,18 +71,19 @@ def terminal(plan: Plan) -> RenderableType:
         header.add_row(label, value)
     density = plan.density()
     header.add_row("density", f"{density:.3f} (sparsity {1 - density:.1%})")
+    copying = any(site.repetitive_share for site in plan.sites.values())
     sites = Table(
         box=SIMPLE_HEAD,
         pad_edge=False,
         show_edge=False,
         padding=(0, 1, 0, 0),
-        caption="density: kept blocks / all blocks, as mean over the steps, their range, the "
-        "range of the heads, and its course from noise to picture",
+        caption=_CAPTION + (_COPYING if copying else ""),
     )
     tokens = math.prod(plan.grid)
     plain = all(site.query_length == site.key_length == tokens for site in plan.sites.values())
     sites.add_column("site", overflow="fold")
-    for name in ("heads", *(() if plain else ("tokens",)), "blocks", "masks", "mean"):
+    copies = ("copy",) if copying else ()
+    for name in ("heads", *copies, *(() if plain else ("tokens",)), "blocks", "masks", "mean"):
         sites.add_column(name, justify="right", no_wrap=True)
     for name in ("by step", "by head", "course"):
         sites.add_column(name, no_wrap=True)
@@ -91,6 +94,7 @@ def terminal(plan: Plan) -> RenderableType:
         sites.add_row(
             name,
             str(site.heads),
+            *((f"{site.repetitive_share:.0%}",) if copying else ()),
             *(() if plain else (_pair(site.query_length, site.key_length),)),
             f"{_pair(first.query_blocks, first.key_blocks)} of "
             f"{_pair(first.block_m, first.block_n)}",
@@ -127,10 +131,27 @@ def heads_density(site: SitePatterns) -> npt.NDArray[np.float64]:
     return np.asarray(shares @ densities)
 
 
+def _repetition(plan: Plan) -> str:
+    """What the repetitive heads of a plan compute, in words; empty if there are none."""
+    share = sum(site.repetitive_share * site.heads for site in plan.sites.values())
+    share /= sum(site.heads for site in plan.sites.values())
+    counts = {site.anchor_rows for site in plan.metadata.sites if site.anchor_rows}
+    rows = " or ".join(map(str, sorted(counts)))
+    height = plan.grid[1]
+    if not counts:
+        return ""
+    return f"{share:.1%}, mean over the steps; compute {rows} of the {height} rows of a frame"
+
+
 def _pair(a: int, b: int) -> str:
     return str(a) if a == b else f"{a} x {b}"
 
 
+_CAPTION = (
+    "density: kept blocks / all blocks, as mean over the steps, their range, the range of the "
+    "heads, and its course from noise to picture"
+)
+_COPYING = "; copy: heads that copy rows, mean over the steps"
 _ADDED = {SHARED: "sharing steps", MERGED: "merging intervals"}
 _TEXT = {
     "none": "not part of the sequence",

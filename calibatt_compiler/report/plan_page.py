@@ -61,7 +61,7 @@ def write_page(plan: Plan, path: str | os.PathLike[str], *, title: str = "Plan")
         '<div class="panel">' + page.heat_map(by_head, names, column_name="head") + "</div>",
         "<h2>Masks</h2>",
         f'<p class="soft">A row is a block of queries, a column a block of keys, a filled cell is '
-        f"computed.{_reduction_note(plan)}{_steps_note(plan, steps)}</p>",
+        f"computed.{_copying_note(plan)}{_reduction_note(plan)}{_steps_note(plan, steps)}</p>",
         _slider(steps),
         *_details(plan),
         f'<script type="application/json" id="masks">{_json(data)}</script>',
@@ -95,11 +95,17 @@ def _pictures(plan: Plan, steps: list[int]) -> dict[str, Any]:
             sets.append(
                 {
                     "density": [round(float(value), 4) for value in head_density(pattern)],
+                    "copying": _copying(pattern),
                     "png": list(_head_pngs(pattern)),
                 }
             )
         sites[name] = {"set": [wanted.index(site.steps[step]) for step in steps], "sets": sets}
     return sites
+
+
+def _copying(pattern: BlockPattern) -> list[int]:
+    """Heads that are repetitive."""
+    return [] if pattern.repetitive is None else np.flatnonzero(pattern.repetitive).tolist()
 
 
 def _head_pngs(pattern: BlockPattern) -> Iterator[str]:
@@ -137,6 +143,15 @@ def _reduction_note(plan: Plan) -> str:
         return ""
     side = -(-largest // PICTURE_LIMIT)
     return f" Reduced: a pixel of the largest mask is the mean of {side} x {side} blocks."
+
+
+def _copying_note(plan: Plan) -> str:
+    if not any(site.anchor_rows for site in plan.metadata.sites):
+        return ""
+    return (
+        " Of a head that copies rows only the queries of its anchor rows are shown, one block "
+        "after the other; the rows below are empty."
+    )
 
 
 def _steps_note(plan: Plan, steps: list[int]) -> str:
@@ -188,7 +203,8 @@ function draw(details) {
   }
   [...masks.children].forEach((figure, head) => {
     figure.firstChild.src = "data:image/png;base64," + set.png[head];
-    figure.lastChild.textContent = "head " + head + ": " + set.density[head].toFixed(3);
+    figure.lastChild.textContent = "head " + head + ": " + set.density[head].toFixed(3) +
+      (set.copying.includes(head) ? ", copies rows" : "");
     figure.firstChild.alt = "mask of " + details.dataset.site + ", head " + head;
   });
 }

@@ -37,6 +37,7 @@ class SiteRow:
         dense_calls: calls served dense, by reason.
         reasons: why another kernel than the one asked for serves, by number of patterns.
         repairs: calls computed again because a fixed softmax reference overflowed.
+        repetitive: share of the heads that copy rows, mean over steps.
         drift: what monitored calls keep; None if none was looked at.
     """
 
@@ -49,6 +50,7 @@ class SiteRow:
     dense_calls: Mapping[str, int]
     reasons: Mapping[str, int] = field(default_factory=dict)
     repairs: int = 0
+    repetitive: float = 0.0
     drift: Drift | None = None
 
 
@@ -86,6 +88,7 @@ class GraphReport:
                     dense_calls=dense,
                     reasons=dict(served.reasons),
                     repairs=served.repairs,
+                    repetitive=self._plan.sites[name].repetitive_share,
                     drift=Drift.of(self._plan, name, served.monitor),
                 )
             )
@@ -143,6 +146,7 @@ class Summary:
                     "dense_calls": dict(row.dense_calls),
                     "reasons": dict(row.reasons),
                     "repairs": row.repairs,
+                    "repetitive": row.repetitive,
                     "drift": None if row.drift is None else asdict(row.drift),
                 }
                 for row in self.rows
@@ -191,12 +195,15 @@ class Summary:
         table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for heading in ("site", "served by"):
             table.add_column(heading, overflow="fold")
-        for heading in ("density", "computed", "sparse", "dense"):
+        copying = any(row.repetitive for row in self.rows)
+        copies = ("copy",) if copying else ()
+        for heading in (*copies, "density", "computed", "sparse", "dense"):
             table.add_column(heading, justify="right", no_wrap=True)
         for row in self.rows:
             table.add_row(
                 row.name,
                 row.kernel if row.status == "sparse" else f"{row.kernel}: {row.status}",
+                *([f"{row.repetitive:.0%}" if row.repetitive else ""] if copying else []),
                 "" if row.density is None else f"{row.density:.3f}",
                 "" if row.computed_density is None else f"{row.computed_density:.3f}",
                 str(row.sparse_calls),
@@ -206,7 +213,8 @@ class Summary:
             f"calibatt: {lowered} of {len(self.rows)} attention sites sparse, "
             f"{self.graphs} graph(s), plan {self.plan_digest[:12]}"
         )
-        return Group(Text(title, style="italic"), table, *self.notes())
+        legend = ["copy: heads that copy rows, mean over the steps"] * copying
+        return Group(Text(title, style="italic"), table, *legend, *self.notes())
 
     def __str__(self) -> str:
         from rich.console import Console

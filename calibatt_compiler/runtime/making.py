@@ -45,8 +45,13 @@ class SiteKernels:
 
     def __post_init__(self) -> None:
         site = self.plan.sites[self.name]
-        full = {index for step, index in enumerate(site.steps) if site.density_at(step) == 1.0}
-        # A pattern that keeps everything is served best by the stock dense kernel.
+        full = {
+            index
+            for step, index in enumerate(site.steps)
+            if site.density_at(step) == 1.0 and not site.repetitive_at(step)
+        }
+        # A pattern that keeps everything is served best by the stock dense kernel. One whose copied
+        # rows save no block still copies them: the plan says what is computed, not its blocks.
         self._dense = set() if self.lowering == "reference" or site.weighted else full
 
     def is_dense(self, index: int) -> bool:
@@ -80,7 +85,8 @@ class SiteKernels:
         if lengths is not None:
             # Text lengths come and go with prompts: not worth a generated kernel for each.
             lowering = "reference" if lowering == "reference" else "table"
-            if pattern.density == 1.0 and lowering != "reference":
+            full = pattern.density == 1.0 and pattern.repetitive is None
+            if full and lowering != "reference":
                 return None
         return make_attention(
             pattern,

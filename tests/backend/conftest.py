@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
-from calibatt_compiler.plan import Plan
+from calibatt_compiler.plan import BlockPattern, Plan
 
 BLOCK = (32, 32)
 TIMESTEPS = (900.0, 500.0, 100.0)
+STOCK = torch.nn.functional.scaled_dot_product_attention
 
 
 @dataclass(frozen=True)
@@ -36,22 +39,57 @@ class Case:
         """Run the model eagerly with the plan's masks expanded to tokens in stock SDPA."""
         step = self.plan.step_of(timestep)
         assert step is not None
-        stock = torch.nn.functional.scaled_dot_product_attention
         names = iter(self.sites)
         lengths = {
             (site.query_length, site.key_length, site.heads) for site in self.plan.sites.values()
         }
 
         def masked(query: Any, key: Any, value: Any, **options: Any) -> torch.Tensor:
-            if (query.shape[2], key.shape[2], query.shape[1]) in lengths:
-                mask = self.plan.sites[next(names)].at(step).token_mask()
-                options["attn_mask"] = mask[None]
-            return stock(query, key, value, **options)
+            if (query.shape[2], key.shape[2], query.shape[1]) not in lengths:
+                return STOCK(query, key, value, **options)
+            pattern = self.plan.sites[next(names)].at(step)
+            return attend_by(pattern, self.plan, query, key, value, **options)
 
         with mock.patch("torch.nn.functional.scaled_dot_product_attention", masked):
             out = self.model(**self.arguments(timestep))[0]
         assert next(names, None) is None, "the oracle missed a site"
         return out
+
+
+def attend_by(
+    pattern: BlockPattern,
+    plan: Plan,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    **options: Any,
+) -> torch.Tensor:
+    """Stock SDPA in the plan's token order under the mask expanded to tokens, then rows copied."""
+    length, video = pattern.query_length, math.prod(plan.grid)
+    first = length - video if plan.text_position == "first" else 0
+    found = plan.token_order.tokens(plan.grid, length=length, first=first)
+    tokens = torch.arange(length) if found is None else torch.from_numpy(found)
+    ordered = (x[:, :, tokens] for x in (query, key, value))
+    options["attn_mask"] = pattern.token_mask()[None]
+    out = torch.empty_like(query)
+    out[:, :, tokens] = STOCK(*ordered, **options)
+    if pattern.repetitive is None:
+        return out
+    frames, height, width = plan.grid
+    anchors = pattern.copies.anchors.tolist()
+    rows = out[:, :, first : first + video].view(*out.shape[:2], frames, height, width, -1).clone()
+    for head in np.flatnonzero(pattern.repetitive).tolist():
+        for y in range(height):
+            nearest = min(anchors, key=lambda anchor: (abs(anchor - y), anchor))
+            rows[:, head, :, y] = rows[:, head, :, nearest]
+    out[:, :, first : first + video] = rows.flatten(2, 4)
+    return out
+
+
+@pytest.fixture
+def attend() -> Callable[..., torch.Tensor]:
+    """`attend_by`, for oracles of other test files."""
+    return attend_by
 
 
 def random_masks(names: tuple[str, ...], heads: int, tokens: int) -> dict[str, torch.Tensor]:

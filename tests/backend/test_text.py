@@ -17,7 +17,7 @@ from calibatt_compiler.calibration import CalibrationConfig, validate_run
 from calibatt_compiler.calibration.store import RunStore
 from calibatt_compiler.calibration.text import text_blocks
 from calibatt_compiler.errors import CalibrationError
-from calibatt_compiler.plan import BlockPattern, Sampler, SitePatterns
+from calibatt_compiler.plan import BlockPattern, RowCopies, Sampler, SitePatterns
 from calibatt_compiler.plan.text import fit_pattern
 
 GRID, VIDEO, TEXT = (3, 5, 7), 105, 6
@@ -87,7 +87,7 @@ def arguments(family: str, text: int) -> dict[str, Any]:
     }
 
 
-def plan_of(position: Any) -> Plan:
+def plan_of(position: Any, repetitive: tuple[bool, bool] = (False, False)) -> Plan:
     length = VIDEO + TEXT
     text = text_blocks(length, VIDEO, BLOCK[0], position)
     assert text is not None
@@ -96,14 +96,23 @@ def plan_of(position: Any) -> Plan:
     for name in SITES:
         mask = torch.rand(2, 7, 7, generator=generator) < 0.3
         mask |= torch.eye(7, dtype=torch.bool) | text | text[:, None]
-        pattern = BlockPattern.from_mask(mask, query_length=length, key_length=length, block=BLOCK)
+        pattern = BlockPattern.from_mask(
+            mask,
+            query_length=length,
+            key_length=length,
+            block=BLOCK,
+            repetitive=np.array(repetitive),
+            copies=RowCopies(GRID, 2, TEXT if position == "first" else 0),
+        )
         sites[name] = SitePatterns.share([pattern])
     sampler = Sampler(timesteps=(900.0,))
     policy: Any = f"dense_{position}"
     return Plan.create(sites, grid=GRID, sampler=sampler, text_policy=policy)
 
 
-def expanded(model: torch.nn.Module, plan: Plan, text: int, inputs: dict[str, Any]) -> Any:
+def expanded(
+    model: torch.nn.Module, plan: Plan, text: int, inputs: dict[str, Any], attend: Any
+) -> Any:
     """The model run eagerly, with the plan's masks completed and expanded to tokens."""
     stock = torch.nn.functional.scaled_dot_product_attention
     names = iter(SITES)
@@ -115,24 +124,27 @@ def expanded(model: torch.nn.Module, plan: Plan, text: int, inputs: dict[str, An
             pattern = plan.sites[name].at(0)
             to = (VIDEO + text, VIDEO + text)
             pattern = fit_pattern(pattern, to, video=VIDEO, position=position)
-            options["attn_mask"] = pattern.token_mask()[None]
+            return attend(pattern, plan, query, key, value, **options)
         return stock(query, key, value, **options)
 
     with mock.patch("torch.nn.functional.scaled_dot_product_attention", masked):
         return model(**inputs)[0]
 
 
+@pytest.mark.parametrize("repetitive", [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("family", ["cogvideox", "mochi"])
-def test_other_text_lengths_are_served_sparse(family: str) -> None:
+def test_other_text_lengths_are_served_sparse(
+    family: str, repetitive: tuple[bool, bool], attend: Any
+) -> None:
     torch._dynamo.reset()
     model = {"cogvideox": cogvideox, "mochi": mochi}[family]()
-    plan = plan_of("first" if family == "cogvideox" else "last")
+    plan = plan_of("first" if family == "cogvideox" else "last", repetitive)
     options = {"plan": plan, "lowering": "table"}
     compiled = torch.compile(model, backend="calibatt", fullgraph=True, options=options)
     lengths = (TEXT, 9, 22, 40)
     for text in lengths:
         inputs = arguments(family, text)
-        expected = expanded(model, plan, text, inputs)
+        expected = expanded(model, plan, text, inputs, attend)
         got = compiled(**inputs)[0]
         scale = expected.abs().max()
         assert (got - expected).abs().max() < 2e-5 * scale

@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from calibatt_compiler.kernels.reference import masked_dense_attention
+from calibatt_compiler.plan.copies import RowCopies
 from calibatt_compiler.plan.pattern import BlockPattern
 
 Operands = tuple[Tensor, Tensor, Tensor]
@@ -61,6 +63,8 @@ def random_pattern() -> Callable[..., BlockPattern]:
         weighted: bool = False,
         pooled: int = 0,
         seed: int = 0,
+        repetitive: tuple[bool, ...] = (),
+        copies: RowCopies | None = None,
     ) -> BlockPattern:
         key_length = key_length or query_length
         rows, columns = math.ceil(query_length / block[0]), math.ceil(key_length / block[1])
@@ -79,6 +83,8 @@ def random_pattern() -> Callable[..., BlockPattern]:
             block=block,
             weight=weight,
             pooled=pooled,
+            repetitive=np.array(repetitive) if repetitive else None,
+            copies=copies,
         )
 
     return make

@@ -18,10 +18,22 @@ from calibatt_compiler.kernels.baked import BakedAttention
 from calibatt_compiler.kernels.cover import CoverLimits, cover_pattern
 from calibatt_compiler.kernels.reference import ReferenceAttention
 from calibatt_compiler.kernels.triton_table import TableAttention
+from calibatt_compiler.plan.copies import RowCopies
+from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.pattern import BlockPattern
 
 CPU = torch.device("cpu")
 Case = tuple[str, BlockPattern, int, int, float | None, float]
+
+
+REPETITIVE = [
+    # copies, tokens, head dim, weighted, pooled
+    (RowCopies((2, 9, 8), 3), 144, 64, False, 0),
+    (RowCopies((3, 7, 5), 2, first=20), 130, 64, False, 0),
+    (RowCopies((3, 7, 5), 7, first=20), 130, 64, False, 0),
+    (RowCopies((1, 12, 12), 5, order=TokenOrder((1, 4, 4))), 150, 21, False, 0),
+    (RowCopies((2, 10, 6), 1, first=3, order=TokenOrder((2, 4, 4))), 125, 40, True, 2),
+]
 
 
 def random_mask(heads: int, rows: int, columns: int, density: float, seed: int) -> torch.Tensor:
@@ -133,6 +145,29 @@ def main() -> None:
         error = (baked(q, k, v) - ReferenceAttention(made)(q, k, v)).abs().max().item()
         name = f"weights, {length} keys, {pooled} pooled"
         print(json.dumps({"case": name, "error": error, "allowed": 5e-6}))
+
+    # Repetitive heads: grids that blocks don't divide, text on either side, tiles, odd head dims.
+    for copies, length, head_dim, weighted, pooled in REPETITIVE:
+        blocks = -(-length // 32)
+        draw = torch.rand(4, blocks, blocks, generator=torch.Generator().manual_seed(0))
+        made = BlockPattern.from_mask(
+            random_mask(4, blocks, blocks, 0.4, length), query_length=length, key_length=length,
+            block=(32, 32), weight=1 + 30 * draw if weighted else None, pooled=pooled,
+            repetitive=np.array([True, False, True, True]), copies=copies,
+        )  # fmt: skip
+        q, k, v = (torch.randn(2, length, 4, head_dim).transpose(1, 2) for _ in range(3))
+        where = {"device": CPU, "dtype": torch.float32, "head_dim": head_dim}
+        baked, table = BakedAttention(made, **where), TableAttention(made, **where)
+        assert (baked.kind == "triton-baked") == (not weighted), baked.reason
+        out = baked(q, k, v)
+        assert torch.equal(out, table(q, k, v))
+        error = (out - ReferenceAttention(made)(q, k, v)).abs().max().item()
+        print(json.dumps({"case": f"repetitive, {copies}", "error": error, "allowed": 5e-6}))
+        # What is copied is not read.
+        rest = torch.ones(length, dtype=torch.bool)
+        rest[copies.computed(length).tolist()] = False
+        q[:, [0, 2, 3]] = q[:, [0, 2, 3]].masked_fill(rest[:, None], torch.nan)
+        assert torch.equal(baked(q, k, v), out)
 
     # Inf and NaN: a query that sees nothing but -inf scores at first is still right.
     made = pattern(torch.ones(1, 1, 4).bool(), 32, 128, (32, 32))

@@ -13,16 +13,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from triton import knobs
 
 from calibatt_compiler.kernels import cache
 from calibatt_compiler.kernels.compiler import KernelCompiler, KernelSpec
+from calibatt_compiler.kernels.copies import copy_tables
 from calibatt_compiler.kernels.cover import EXACT
 from calibatt_compiler.kernels.offline import compile_offline, table_arguments
 from calibatt_compiler.kernels.operands import empty_output
-from calibatt_compiler.kernels.triton_launch import call_arguments, launch_config
+from calibatt_compiler.kernels.triton_launch import LaunchConfig, call_arguments, launch_config
 from calibatt_compiler.kernels.triton_table import table_attention
+from calibatt_compiler.plan.copies import RowCopies
 from calibatt_compiler.plan.pattern import BlockPattern
 
 
@@ -68,12 +72,12 @@ def main() -> None:
     archs = [int(arch) for arch in os.environ["CALIBATT_TEST_ARCHS"].split(",")]
     bf16 = torch.bfloat16
 
-    specs = [KernelSpec(made, bf16, 128, arch) for arch in archs]
+    copies = RowCopies((2, 30, 24), 5, first=50)
+    mixed = replace_heads(made, np.array([True, False]), copies)
+    specs = [KernelSpec(pattern, bf16, 128, arch) for arch in archs for pattern in (made, mixed)]
     with KernelCompiler(workers=2) as compiler:
         report = compiler.build(specs)
     assert not report.failed, report.failed
-    entry = cache.get_entry(made, EXACT)
-
     for arch in archs:
         for head_dim in (64, 128):
             config = launch_config(made, arch=arch, dtype=bf16, head_dim=head_dim)
@@ -91,17 +95,46 @@ def main() -> None:
             )
             facts = {"kind": "weighted", "arch": arch, "head_dim": head_dim, **describe(kernel)}
             print(json.dumps(facts))
-        assert cache.is_compiled(entry, cache.variant_name(config, arch=arch, dtype=bf16))
-        # The launch path with real operands: everything must come out of Triton's cache.
-        q, k, v = (torch.zeros(2, length, 2, 128, dtype=bf16).transpose(1, 2) for _ in range(3))
-        out = empty_output(q)
-        q, arguments = call_arguments(q, k, v, out, None, config)
-        before = cached_files()
-        kernel = cache.load_kernel(entry).warmup(
-            q, k, v, out, grid=(1, 1), **arguments, **config.constexprs, **config.options
-        )
-        facts = {"kind": "baked", "arch": arch, "head_dim": 128, **describe(kernel)}
-        print(json.dumps({**facts, "new_files": cached_files() - before}))
+            kernel = compile_offline(
+                table_attention, **arguments, extra=table_arguments(bf16, copies=True)
+            )
+            facts = {"kind": "copies", "arch": arch, "head_dim": head_dim, **describe(kernel)}
+            print(json.dumps(facts))
+        for pattern in (made, mixed):
+            print(json.dumps(baked(pattern, arch, config)))
+
+
+def replace_heads(
+    pattern: BlockPattern, repetitive: npt.NDArray[np.bool_], copies: RowCopies
+) -> BlockPattern:
+    """The pattern with some heads repetitive."""
+    return BlockPattern.from_mask(
+        pattern.mask(),
+        query_length=pattern.query_length,
+        key_length=pattern.key_length,
+        repetitive=repetitive,
+        copies=copies,
+    )
+
+
+def baked(pattern: BlockPattern, arch: int, config: LaunchConfig) -> dict[str, Any]:
+    """The launch path with real operands: everything must come out of Triton's cache."""
+    entry = cache.get_entry(pattern, EXACT)
+    assert cache.is_compiled(entry, cache.variant_name(config, arch=arch, dtype=torch.bfloat16))
+    shape = (2, pattern.query_length, 2, 128)
+    q, k, v = (torch.zeros(shape, dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
+    out = empty_output(q)
+    q, arguments = call_arguments(q, k, v, out, None, config)
+    if (tables := copy_tables(pattern)) is not None:
+        arguments["computed_ptr"] = torch.from_numpy(tables.computed.copy())
+        arguments["targets_ptr"] = torch.from_numpy(tables.targets.copy())
+    before = cached_files()
+    kernel = cache.load_kernel(entry).warmup(
+        q, k, v, out, grid=(1, 1), **arguments, **config.constexprs, **config.options
+    )
+    kind = "baked" if tables is None else "baked copies"
+    facts = {"kind": kind, "arch": arch, "head_dim": 128, **describe(kernel)}
+    return {**facts, "new_files": cached_files() - before}
 
 
 if __name__ == "__main__":

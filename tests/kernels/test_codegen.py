@@ -17,6 +17,7 @@ from calibatt_compiler.kernels.codegen import generate
 from calibatt_compiler.kernels.codegen_hopper import generate_hopper
 from calibatt_compiler.kernels.cover import cover_pattern
 from calibatt_compiler.kernels.cover_form import Cover
+from calibatt_compiler.plan.copies import RowCopies
 from calibatt_compiler.plan.pattern import BlockPattern
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -50,12 +51,27 @@ def rectangular() -> BlockPattern:
     )
 
 
+def repetitive_heads() -> BlockPattern:
+    """Text and two frames of 9 x 31 tokens; heads 0, 2 and 3 compute three rows of each frame."""
+    row, column = np.indices((9, 9))
+    mask = np.stack([abs(row - column) <= width for width in (0, 1, 0, 0, 2)])
+    return BlockPattern.from_mask(
+        torch.from_numpy(mask),
+        query_length=570,
+        key_length=570,
+        block=(64, 64),
+        repetitive=np.array([True, False, True, True, False]),
+        copies=RowCopies((2, 9, 31), 3, first=12),
+    )
+
+
 @pytest.mark.parametrize(
     ("make", "write", "suffix"),
     [
         (bands_and_columns, generate, ""),
         (frames_and_shared_heads, generate, ""),
         (rectangular, generate, ""),
+        (repetitive_heads, generate, ""),
         (bands_and_columns, generate_hopper, "_hopper"),
         (rectangular, generate_hopper, "_hopper"),
     ],

@@ -9,8 +9,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +21,8 @@ from calibatt_compiler.kernels import cache, compiler
 from calibatt_compiler.kernels.compile_worker import decode_pattern, encode_pattern
 from calibatt_compiler.kernels.compiler import KernelCompiler, KernelSpec
 from calibatt_compiler.kernels.cover import CoverLimits
+from calibatt_compiler.plan.copies import RowCopies
+from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.pattern import BlockPattern
 
 LIMITS = CoverLimits(512, 8)
@@ -96,6 +100,29 @@ def test_no_temporary_folders_stay(pattern: BlockPattern, folder: Path) -> None:
 def test_patterns_travel_to_the_workers_unchanged(pattern: BlockPattern) -> None:
     data = json.loads(json.dumps(encode_pattern(pattern)))
     assert decode_pattern(data).digest == pattern.digest
+
+
+def test_repetitive_heads_travel_to_the_workers_and_into_the_cache(
+    random_pattern: Callable[..., BlockPattern],
+) -> None:
+    """Blocks that a cover would add to rows that are not computed are not counted."""
+    copies = RowCopies((1, 14, 20), 3, first=7, order=TokenOrder((1, 4, 4)))
+    pattern = random_pattern(
+        heads=3, query_length=300, density=0.7, repetitive=(False, True, True), copies=copies
+    )
+    again = decode_pattern(json.loads(json.dumps(encode_pattern(pattern))))
+    assert again.digest == pattern.digest
+    assert again.copies == copies
+    entry = cache.get_entry(pattern, LIMITS)
+    assert entry.covering.added_density == 0
+    assert cache.get_entry(pattern, LIMITS).covering.pattern.digest == pattern.digest
+    few = cache.get_entry(pattern, CoverLimits(9, 3, widening=1.0)).covering
+    assert few.added_density > 0
+    assert few.added_density == (few.pattern.kept - pattern.kept) / 75
+    assert few.pattern.repetitive.tolist() == [False, True, True]
+    assert np.array_equal(few.pattern.bits[1:], pattern.bits[1:])
+    other = replace(pattern, copies=replace(copies, first=6))
+    assert cache.get_entry(other, LIMITS).digest != entry.digest
 
 
 def test_equal_specs_are_compiled_once(

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +18,7 @@ from calibatt_compiler.kernels import hopper_capability
 from calibatt_compiler.kernels.attention import make_attention
 from calibatt_compiler.kernels.hopper_capability import gluon_reason, hopper_serves, operand_reason
 from calibatt_compiler.kernels.hopper_fallback import WithFallback
+from calibatt_compiler.plan.copies import RowCopies
 from calibatt_compiler.plan.pattern import BlockPattern
 
 SHARED_MEMORY = 227 * 1024
@@ -112,6 +114,14 @@ def test_every_limit_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     for pattern, words in (
         (BlockPattern.from_mask(torch.ones(1, 2, 2, dtype=torch.bool), pooled=1), "pooled"),
         (weighted([[2.0, 4.0], [1.0, 1.0]]), "one weight a row"),
+        (
+            BlockPattern.from_mask(
+                torch.ones(1, 2, 2, dtype=torch.bool),
+                repetitive=np.array([True]),
+                copies=RowCopies((2, 8, 16), 3),
+            ),
+            "no repetitive heads",
+        ),
     ):
         assert words in (hopper_serves(cuda, torch.bfloat16, 128, pattern) or "")
     assert hopper_serves(cuda, torch.bfloat16, 128, weighted([[2.0, 2.0], [1.0, 4.0]])) is None

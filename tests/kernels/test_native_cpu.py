@@ -8,8 +8,17 @@ import torch
 from calibatt_compiler.errors import KernelError
 from calibatt_compiler.kernels import native_cpu
 from calibatt_compiler.kernels.native_cpu import NativeCpuAttention, native_energy
+from calibatt_compiler.plan.copies import RowCopies
+from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.pattern import BlockPattern
 
+COPIES = [
+    RowCopies((3, 6, 11), 2, first=5),
+    RowCopies((3, 6, 11), 6),
+    RowCopies((1, 29, 7), 5),
+    RowCopies((2, 10, 10), 3, first=2, order=TokenOrder((1, 4, 4))),
+    RowCopies((203, 1, 1), 5),
+]
 SIZES = [(333, 205, (128, 64)), (1, 70, (16, 32)), (130, 130, (32, 48)), (97, 16, (64, 16))]
 
 
@@ -61,6 +70,55 @@ def test_tokens_in_another_order_give_the_bits_of_copies(operands, random_patter
     out = kernel.reordered(q, k, v, queries.int(), keys.int())
     assert torch.equal(out, expected)
     assert out.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("weighted", "pooled"), [(False, 0), (True, 0), (True, 4)])
+@pytest.mark.parametrize("copies", COPIES, ids=str)
+def test_repetitive_heads(
+    operands, random_pattern, assert_attention, threads, dtype, weighted, pooled, copies
+):
+    shape = {"heads": 3, "query_length": 203, "key_length": 130}
+    q, k, v = operands(batch=2, dtype=dtype, **shape)
+    pattern = random_pattern(
+        block=(48, 32),
+        weighted=weighted,
+        pooled=pooled,
+        repetitive=(True, False, True),
+        copies=copies,
+        **shape,
+    )
+    assert_attention(make(pattern, dtype)(q, k, v), q, k, v, pattern)
+
+
+def test_rows_that_are_copied_are_neither_read_nor_computed(operands, random_pattern):
+    copies = RowCopies((2, 12, 8), 3, first=4)
+    kernel = make(random_pattern(heads=1, repetitive=(True,), copies=copies))
+    q, k, v = operands(heads=1)
+    expected = kernel(q, k, v)
+    rest = torch.ones(200, dtype=torch.bool)
+    rest[copies.computed(200).tolist()] = False
+    assert rest.sum() == 2 * 9 * 8
+    q[:, :, rest] = torch.nan
+    assert torch.equal(kernel(q, k, v), expected)
+
+
+@pytest.mark.parametrize("tile", [None, (1, 4, 8)])
+def test_repetitive_heads_in_another_order_give_the_bits_of_copies(operands, random_pattern, tile):
+    order = TokenOrder(tile)
+    copies = RowCopies((2, 12, 8), 5, first=3, order=order)
+    pattern = random_pattern(repetitive=(False, True), copies=copies)
+    q, k, v = operands(batch=2)
+    tokens = order.tokens(copies.grid, length=200, first=3)
+    tokens = torch.arange(200) if tokens is None else torch.from_numpy(tokens)
+    kernel = make(pattern)
+    expected = torch.empty_like(q)
+    expected[:, :, tokens] = kernel(q[:, :, tokens], k[:, :, tokens], v[:, :, tokens])
+    out = kernel.reordered(q, k, v, tokens.int(), tokens.int())
+    assert torch.equal(out, expected)
+    raster = RowCopies((2, 12, 8), 5, first=3)
+    taken = raster.computed(200)[raster.sources(200)].tolist()
+    assert torch.equal(out[:, 1], out[:, 1, taken])
 
 
 @pytest.mark.parametrize("head_dim", [1, 40, 128, 200])
@@ -166,6 +224,12 @@ def test_the_longest_rows_go_first():
     mask[0, 0, 1:] = False
     pattern = BlockPattern.from_mask(mask, query_length=144, key_length=256, block=(64, 64))
     assert native_cpu._dearest_first(pattern).tolist() == [1, 0, 2]  # 256, 64 and 16 x 4 blocks
+
+
+def test_rows_that_are_not_computed_go_last(random_pattern):
+    copies = RowCopies((1, 18, 8), 9)  # 72 of 144 queries: a block of 64 and one of 8
+    both = random_pattern(query_length=144, density=1, repetitive=(True, False), copies=copies)
+    assert native_cpu._dearest_first(both).tolist() == [0, 3, 4, 5, 1, 2]
 
 
 def test_energies_are_the_same_with_and_without_the_output(operands):

@@ -1,12 +1,16 @@
 """The reference kernel against dense attention in float64."""
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from calibatt_compiler.errors import KernelError
 from calibatt_compiler.kernels.reference import ReferenceAttention, masked_dense_attention
+from calibatt_compiler.plan.copies import RowCopies
+from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.pattern import BlockPattern
 
 
@@ -116,6 +120,55 @@ def test_weights_and_pooled_keys_equal_dense_attention_with_its_bias(
     pattern = random_pattern(
         heads=3, query_length=201, key_length=150, weighted=weighted, pooled=pooled
     )
+    assert_attention(ReferenceAttention(pattern)(q, k, v), q, k, v, pattern)
+
+
+@pytest.mark.parametrize("order", ["raster", "1x2x3"])
+def test_repetitive_heads_by_their_words(operands, order):
+    """Row y of a frame has what its nearest anchor row has in dense attention."""
+    q, k, v = operands(batch=2, heads=3, query_length=71, head_dim=16, dtype=torch.float64)
+    dense = torch.softmax(q @ k.mT / 4, -1) @ v
+    expected = dense.clone()
+    nearest = [1, 1, 1, 1, 5, 5, 5]  # of 7 rows 1 and 5 are computed, row 3 is as near to both
+    for frame in range(2):
+        for row in range(7):
+            there, here = (3 + frame * 28 + y * 4 for y in (nearest[row], row))
+            expected[:, 1, here : here + 4] = dense[:, 1, there : there + 4]
+    order = TokenOrder.parse(order)
+    pattern = BlockPattern.from_mask(
+        torch.ones(3, 5, 5, dtype=torch.bool),
+        query_length=71,
+        key_length=71,
+        block=(16, 16),
+        repetitive=np.array([False, True, False]),
+        copies=RowCopies((2, 7, 4), 2, first=3, order=order),
+    )
+    tokens = order.tokens((2, 7, 4), length=71, first=3)
+    tokens = np.arange(71) if tokens is None else tokens
+    q, k, v, expected = (x[:, :, tokens] for x in (q, k, v, expected))
+    torch.testing.assert_close(ReferenceAttention(pattern)(q, k, v), expected)
+    torch.testing.assert_close(masked_dense_attention(q, k, v, pattern), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("weighted", "pooled"), [(False, 0), (True, 4)])
+def test_repetitive_heads_equal_dense_attention_and_copies(
+    operands, random_pattern, assert_attention, dtype, weighted, pooled
+):
+    q, k, v = operands(batch=2, heads=3, query_length=201, key_length=150, dtype=dtype)
+    pattern = random_pattern(
+        heads=3,
+        query_length=201,
+        key_length=150,
+        weighted=weighted,
+        pooled=pooled,
+        repetitive=(True, False, True),
+        copies=RowCopies((2, 10, 9), 3, first=8),
+    )
+    # A computed row that keeps only some keys.
+    bits = pattern.bits.copy()
+    bits[0, 1] = 0b101
+    pattern = replace(pattern, bits=bits)
     assert_attention(ReferenceAttention(pattern)(q, k, v), q, k, v, pattern)
 
 

@@ -12,6 +12,8 @@ from calibatt_compiler.kernels.baked import BakedAttention
 from calibatt_compiler.kernels.compiler import KernelCompiler, KernelSpec
 from calibatt_compiler.kernels.tiles import architecture
 from calibatt_compiler.kernels.triton_table import TableAttention
+from calibatt_compiler.plan.copies import RowCopies
+from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.pattern import BlockPattern
 
 pytestmark = [
@@ -62,6 +64,45 @@ def test_error_is_that_of_dense_attention_in_the_same_dtype(
     out = kernel(q, k, v)
     assert_attention(out, q, k, v, pattern, factor=1.5)
     assert torch.equal(out, kernel(q, k, v))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("weighted", "pooled"), [(False, 0), (True, 2)])
+@pytest.mark.parametrize(
+    "copies",
+    [
+        RowCopies((5, 18, 16), 5),
+        RowCopies((3, 20, 20), 3, first=77, order=TokenOrder((1, 8, 8))),
+        RowCopies((1, 30, 48), 30),
+    ],
+    ids=str,
+)
+def test_repetitive_heads(
+    operands: Callable[..., tuple[torch.Tensor, ...]],
+    random_pattern: Callable[..., BlockPattern],
+    assert_attention: Callable[..., None],
+    copies: RowCopies,
+    weighted: bool,
+    pooled: int,
+    dtype: torch.dtype,
+) -> None:
+    shape = {"heads": 4, "query_length": 1441, "key_length": 1441}
+    pattern = random_pattern(
+        block=(128, 64),
+        weighted=weighted,
+        pooled=pooled,
+        repetitive=(True, False, False, True),
+        copies=copies,
+        **shape,
+    )
+    q, k, v = operands(batch=2, head_dim=128, dtype=dtype, device=CUDA, **shape)
+    where = {"device": CUDA, "dtype": dtype, "head_dim": 128}
+    out = TableAttention(pattern, **where)(q, k, v)
+    assert_attention(out, q, k, v, pattern, factor=1.5)
+    if not weighted:
+        baked = BakedAttention(pattern, **where)
+        assert baked.wait(240), baked.reason
+        assert torch.equal(baked(q, k, v), out)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

@@ -31,11 +31,13 @@ def test_machine_code_and_ahead_of_time_compilation(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(kernels) == 15
+    assert len(kernels) == 24
     for kernel in kernels:
-        # Both are where spilled registers would go.
+        # Both are where spilled registers would go. On an sm_80 the kernels take all registers
+        # already, and what finds copied rows spills up to four.
+        spilled = 16 if kernel["arch"] == 80 and "copies" in kernel["kind"] else 0
         assert kernel["local"] == 0, kernel
-        assert kernel["stack"] == 0, kernel
+        assert kernel["stack"] <= spilled, kernel
         assert kernel["shared"] <= SHARED_MEMORY[kernel["arch"]], kernel
         # The loads of keys and values run ahead of the products.
         assert kernel["cp_async"] > 0, kernel

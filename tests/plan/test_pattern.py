@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from calibatt_compiler.errors import PlanError
-from calibatt_compiler.plan.pattern import MAX_HEADS, MAX_LENGTH, BlockPattern, check_sizes
+from calibatt_compiler.plan.pattern import BlockPattern
+from calibatt_compiler.plan.sizes import MAX_HEADS, MAX_LENGTH, check_sizes
 
 DIAGONAL = torch.eye(3, dtype=torch.bool)[None]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import re
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -150,7 +151,7 @@ def test_every_flipped_bit_is_noticed_when_decoded(index: int):
     for bit in range(8 * len(code)):
         flipped = code.copy()
         flipped[bit // 8] ^= 1 << bit % 8
-        changed = StoredPatterns(stored.size, flipped, stored.entries, stored.digests, stored.kept)
+        changed = replace(stored, code=flipped)
         try:
             got = changed[index].digest
         except PlanError:

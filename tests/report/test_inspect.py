@@ -15,7 +15,14 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from calibatt_compiler.plan import Plan, merge_intervals, share_steps
+from calibatt_compiler.plan import (
+    BlockPattern,
+    Plan,
+    RowCopies,
+    SitePatterns,
+    merge_intervals,
+    share_steps,
+)
 from calibatt_compiler.report import inspect, plan_page
 
 
@@ -81,6 +88,48 @@ def test_terminal_table_fits_a_terminal():
     assert f"{plan.density('blocks.1.attn1'):.3f}" in text
     assert plan.digest[:12] in text
     assert max(len(line) for line in text.splitlines()) <= 80
+
+
+def test_repetitive_heads_are_shown(tmp_path: Path):
+    plain = random_plan()
+    copies = RowCopies(plain.grid, 2)
+    sites = {}
+    for name, flags in (("blocks.0.attn1", (False, True)), ("blocks.1.attn1", (False, False))):
+        by_step = [
+            BlockPattern.from_mask(
+                plain.block_mask(name, step),
+                block=(16, 16),
+                repetitive=np.array(flags) & (step > 0),
+                copies=copies,
+            )
+            for step in range(3)
+        ]
+        sites[name] = SitePatterns.share(by_step)
+    plan = plain.with_sites(sites, thresholds={}, quality={})
+    shown = dict(inspect.facts(plan))["repetitive heads"]
+    assert shown == "16.7%, mean over the steps; compute 2 of the 5 rows of a frame"
+    console = Console(width=80, file=io.StringIO())
+    console.print(inspect.terminal(plan))
+    text = console.file.getvalue()
+    assert max(len(line) for line in text.splitlines()) <= 80
+    assert re.search(r"blocks\.0\.attn1 +2 +33%", text)
+    assert re.search(r"blocks\.1\.attn1 +2 +0%", text)
+    assert "heads that copy rows" in " ".join(text.split())
+    page = plan_page.write_page(plan, tmp_path / "plan.html").read_text("utf-8")
+    Page(page)
+    drawn = masks_of(page)["sites"]
+    by_step = [drawn["blocks.0.attn1"]["sets"][i] for i in drawn["blocks.0.attn1"]["set"]]
+    assert [step["copying"] for step in by_step] == [[], [1], [1]]
+    assert "only the queries of its anchor rows" in page
+
+
+def test_nothing_is_said_of_copies_where_there_are_none(tmp_path: Path):
+    console = Console(width=80, file=io.StringIO())
+    console.print(inspect.terminal(random_plan()))
+    assert "cop" not in console.file.getvalue()
+    assert "repetitive heads" not in dict(inspect.facts(random_plan()))
+    page = plan_page.write_page(random_plan(), tmp_path / "plan.html").read_text("utf-8")
+    assert "anchor rows" not in page
 
 
 def test_density_that_was_added_is_shown():

@@ -1,0 +1,75 @@
+"""A pattern's intervals on a device, as the table kernel reads them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from weakref import WeakValueDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from calibatt_compiler.kernels.copies import to_device
+from calibatt_compiler.plan.pattern import BlockPattern
+
+
+@dataclass(frozen=True, eq=False)
+class IntervalTables:
+    """A pattern's intervals on a device, packed row after row.
+
+    Attributes:
+        offsets: int32 (heads * query_blocks + 1), first entry of each row.
+        ends: int16 or int32 (entries), kept blocks of the row up to the end of each interval.
+        shifts: likewise, key block minus its position among the kept blocks of its row.
+        weights: float32 (entries), log2 of each interval's weight; empty if all count once.
+        kept: uint8 (heads * query_blocks * bytes a row), a bit a key block; empty without pooling.
+    """
+
+    offsets: Tensor
+    ends: Tensor
+    shifts: Tensor
+    weights: Tensor
+    kept: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them, in the order of the kernel's arguments."""
+        return self.offsets, self.ends, self.shifts, self.weights, self.kept
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that they take on the device."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @classmethod
+    def upload(cls, pattern: BlockPattern, device: torch.device) -> IntervalTables:
+        """Make the tables of `pattern`; 16-bit entries where they suffice.
+
+        To a GPU they are copied from pinned memory on the current stream, and not waited for.
+        """
+        runs = pattern.intervals()
+        lengths = runs.ends - runs.starts
+        ends = np.cumsum(lengths, dtype=np.int64)
+        row_start = np.concatenate([[0], ends])[runs.offsets[:-1]]
+        ends -= np.repeat(row_start, np.diff(runs.offsets))
+        shifts = runs.ends - ends
+        entry = np.int16 if pattern.key_blocks < 2**15 else np.int32
+        weights = np.empty(0, dtype=np.float32)
+        if runs.log_weights is not None:
+            weights = runs.log_weights * np.float32(math.log2(math.e))
+        kept = pattern.bits.ravel() if pattern.pooled else np.empty(0, dtype=np.uint8)
+        tables = (runs.offsets, ends.astype(entry), shifts.astype(entry), weights, kept)
+        return cls(*(to_device(table, device) for table in tables))
+
+
+_tables: WeakValueDictionary[tuple[str, str], IntervalTables] = WeakValueDictionary()
+
+
+def interval_tables(pattern: BlockPattern, device: torch.device) -> IntervalTables:
+    """Tables of `pattern` on `device`, shared by the kernels of equal patterns while one lives."""
+    key = (pattern.digest, str(device))
+    tables = _tables.get(key)
+    if tables is None:
+        tables = _tables[key] = IntervalTables.upload(pattern, device)
+    return tables
