@@ -24,8 +24,8 @@ from calibatt_compiler.errors import KernelError
 FRAMES = 4
 """Frames that the mean is over by default, at most."""
 
-CHUNK = 1 << 22
-"""Scores held at once on a CPU, 16 MiB in float32; on other devices 16 times as many."""
+CHUNK = 1 << 20
+"""Scores taken at once on a CPU, 4 MiB in float32; on other devices 64 times as many."""
 
 
 def row_similarity(
@@ -63,13 +63,27 @@ def row_similarity(
     rows = q[:, :, of_grid].reshape(batch * heads, *grid, channels)
     keys = k.reshape(batch * heads, -1, channels).mT
     per_column = grid[1] * k.shape[2]
-    limit = max(per_column, CHUNK * (1 if q.device.type == "cpu" else 16))
+    limit = _limit(per_column, q.device)
     columns = min(grid[2], limit // per_column)
     at_once = max(1, limit // (per_column * columns))
     taken = spread(min(frames, grid[0]), grid[0])
     parts = zip(torch.split(rows, at_once), torch.split(keys, at_once), strict=True)
     scores = [_of_heads(*part, factor, columns, taken) for part in parts]
     return torch.cat(scores).view(batch, heads)
+
+
+def chunk_bytes(per_column: int, device: torch.device) -> int:
+    """Return how much memory `row_similarity` takes beside operands in float32.
+
+    Args:
+        per_column: height of the grid, times keys.
+        device: of the operands.
+    """
+    return 3 * 4 * _limit(per_column, device)
+
+
+def _limit(per_column: int, device: torch.device) -> int:
+    return max(per_column, CHUNK * (1 if device.type == "cpu" else 64))
 
 
 def spread(count: int, of: int) -> list[int]:

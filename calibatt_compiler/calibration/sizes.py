@@ -11,6 +11,7 @@ import torch
 
 from calibatt_compiler.calibration import store
 from calibatt_compiler.calibration.records import InputRecord, SiteSize
+from calibatt_compiler.calibration.repetition import ARRAY, copies_rows
 from calibatt_compiler.plan import file
 from calibatt_compiler.plan.schema import (
     CalibrationInputs,
@@ -28,6 +29,10 @@ SELECTION = 112
 
 OPERANDS = 8
 """Copies of the queries that one call may hold: output, joined branches, packed operands."""
+
+SCORING = 8
+"""More of them while it is scored: queries and keys in float32, the output of sparse attention, and
+what that packs or brings into another order."""
 
 SUMS, TILE = 32 * 2 * 8, 1 << 18
 """What a thread of the CPU kernel holds: bytes a key block, and bytes of its tile of queries."""
@@ -50,12 +55,19 @@ class Sizes:
     Attributes:
         record: of an input, its arrays not yet known.
         keep_energies: whether energies are stored beside the masks.
+        anchor_rows: of the inputs that are scored for spatial repetition; 0 if none is.
     """
 
     record: InputRecord
     keep_energies: bool
+    anchor_rows: int = 0
 
-    def arrays(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+    @property
+    def scores(self) -> bool:
+        """Whether there is anything to score."""
+        return self.anchor_rows > 0 and copies_rows(self.record.grid, self.anchor_rows)
+
+    def arrays(self, *, scored: bool = False) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Dtype as safetensors names it and shape of each array of an input, by name."""
         found: dict[str, tuple[str, tuple[int, ...]]] = {}
         for size in self.record.sites:
@@ -66,13 +78,19 @@ class Sizes:
                 if self.keep_energies:
                     energies = (votes, size.heads, rows, columns)
                     found[f"{size.name}@{step}/energy"] = ("F32", energies)
+                if scored and self.scores:
+                    found[f"{size.name}@{step}/{ARRAY}"] = ("F32", (4, votes, size.heads))
         return found
 
-    def input_bytes(self, name: str, about: Mapping[str, object]) -> int:
+    def input_bytes(self, name: str, about: Mapping[str, object], *, scored: bool = False) -> int:
         """Bytes of the file of one input."""
-        arrays = self.arrays()
-        hashes = dict.fromkeys(arrays, "0" * 64)
-        changes = {"name": name, "about": dict(about), "tensors": hashes}
+        arrays = self.arrays(scored=scored)
+        changes = {
+            "name": name,
+            "about": dict(about),
+            "tensors": dict.fromkeys(arrays, "0" * 64),
+            "anchor_rows": self.anchor_rows if scored else 0,
+        }
         text = store.record_text(self.record.model_copy(update=changes))
         return safetensors_bytes(store.FORMAT, text, arrays)
 
@@ -116,7 +134,7 @@ class Sizes:
 
     def host_bytes(self) -> int:
         """Most host memory that an input's masks and then the plan take, beside the model."""
-        one_input = sum(_bytes(dtype, shape) for dtype, shape in self.arrays().values())
+        one_input = sum(_bytes(dtype, shape) for dtype, shape in self.arrays(scored=True).values())
         bits = [_bytes("U8", self._bits(size)) for size in self.record.sites]
         largest = max(size.heads * math.prod(self._blocks(size)) for size in self.record.sites)
         return max(COPIES * one_input, 2 * sum(bits) + max(bits) + DERIVATION * largest) + SMALL
@@ -135,7 +153,19 @@ class Sizes:
             else 16 * min(CHUNK, votes * size.heads * size.query_length * size.key_length)
         )
         blocks = votes * size.heads * math.prod(self._blocks(size))
-        return SELECTION * blocks + OPERANDS * operand + scores
+        return (
+            SELECTION * blocks
+            + OPERANDS * operand
+            + max(scores, self._scoring(size, operand, device))
+        )
+
+    def _scoring(self, size: SiteSize, operand: int, device: torch.device) -> int:
+        """Bytes that scoring takes beside the output and the masks."""
+        from calibatt_compiler.kernels.row_similarity import chunk_bytes
+
+        if not self.scores:
+            return 0
+        return SCORING * operand + chunk_bytes(self.record.grid[1] * size.key_length, device)
 
     def _bits(self, size: SiteSize) -> tuple[int, int, int, int]:
         rows, columns = self._blocks(size)

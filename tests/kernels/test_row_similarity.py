@@ -44,7 +44,7 @@ def reference(
 
 
 @pytest.mark.parametrize("first", [0, 11])
-@pytest.mark.parametrize("chunk", [1, 4 * 6 * 221, 1 << 22])
+@pytest.mark.parametrize("chunk", [1, 4 * 6 * 221, 1 << 20])
 def test_it_is_the_mean_cosine_of_flattened_rows(
     first: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,150 @@
+"""What a call says of spatial repetition: how alike rows attend, and what copying them would cost.
+
+Recorded of the scored inputs, beside their masks, for each sample and head:
+
+- *similarity*: `kernels.row_similarity`, at most `FRAMES` frames of it;
+- *copy error*: |O - O'|^2 / |O|^2 over the video tokens of the dense output O, with O' the output
+  in which each row is that of its nearest anchor row (`plan.copies`);
+- *sparse error*: |O - S|^2 / |O|^2 over the same tokens, with S the output of attention under the
+  sample's own covering mask;
+- *dropped*: the share of attention mass that this mask drops, mean over query blocks.
+
+What a mask drops moves the output in proportion, so under another threshold the sparse error is
+taken to be as many times as large as the square of the dropped share is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from calibatt_compiler.errors import KernelError
+from calibatt_compiler.plan.copies import RowCopies
+from calibatt_compiler.plan.pattern import BlockPattern
+from calibatt_compiler.runtime.order import Rearrangement, attend_in_order
+
+if TYPE_CHECKING:
+    from calibatt_compiler.kernels.attention import AttentionKernel
+
+ARRAY = "repetition"
+"""Suffix of the array's name in the run folder."""
+
+DIGITS = 4
+"""Significant digits that are stored, so that the order of sums does not show in a plan."""
+
+_NOTHING = 1e-6
+"""A dropped share below this is rounding: nothing can be told from the error that goes with it."""
+
+Scores = npt.NDArray[np.float32]
+"""(4, votes, heads): similarity, copy error, sparse error, dropped share."""
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One observed call, its samples that count.
+
+    Attributes:
+        q: (votes, heads, Sq, D), in the model's order.
+        k: (votes, heads, Sk, D).
+        v: (votes, heads, Sk, D).
+        out: dense output, (votes, heads, Sq, D), in the model's order.
+        scale: factor on the scores.
+        orders: how queries and keys are brought into the order that masks are of.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    scale: float
+    orders: tuple[Rearrangement | None, Rearrangement | None]
+
+
+def copies_rows(grid: tuple[int, int, int], anchor_rows: int) -> bool:
+    """Whether a repetitive head of this grid copies any row."""
+    return grid[1] > anchor_rows
+
+
+def measure(
+    call: AttentionCall, mask: Tensor, kept: Tensor, copies: RowCopies, block: tuple[int, int]
+) -> Scores:
+    """Return the scores of a call. Takes a third of dense attention and the sparse one.
+
+    Args:
+        call: what was observed.
+        mask: bool (votes, heads, query_blocks, key_blocks), the samples' own, in their order.
+        kept: share of mass that its rows keep, (votes, heads, query_blocks).
+        copies: of the rows, in the model's order.
+        block: tokens a query block, tokens a key block.
+    """
+    from calibatt_compiler.kernels.row_similarity import row_similarity
+
+    alike = row_similarity(call.q, call.k, grid=copies.grid, first=copies.first, scale=call.scale)
+    tokens = slice(copies.first, copies.first + copies.video)
+    length = call.q.shape[2]
+    source = torch.from_numpy(copies.computed(length)[copies.sources(length)][tokens].copy())
+    source = source.to(call.out.device)
+    sparse = _sparse(call, mask, block)
+    errors = [
+        _relative_error(call.out[:, head, tokens], other)
+        for head in range(call.out.shape[1])
+        for other in (call.out[:, head].index_select(1, source), sparse[:, head, tokens])
+    ]
+    by_head = torch.stack(errors, -1).unflatten(-1, (-1, 2))
+    dropped = 1 - kept.mean(-1)
+    found = torch.stack([alike, by_head[..., 0], by_head[..., 1], dropped.to(alike)])
+    return _rounded(found.cpu().numpy())
+
+
+def at_other_share(scores: Scores, kept: Tensor) -> Scores:
+    """Return scores with the sparse error that a mask of another share of mass makes.
+
+    Args:
+        scores: of a call.
+        kept: share of mass that the rows of the other mask keep, (votes, heads, query_blocks).
+    """
+    alike, copied, error, dropped = scores.astype(np.float64)
+    now = (1 - kept.mean(-1)).double().cpu().numpy()
+    factor = np.where(dropped > _NOTHING, now / np.maximum(dropped, _NOTHING), 0.0)
+    return _rounded(np.stack([alike, copied, error * factor**2, now]))
+
+
+def _sparse(call: AttentionCall, mask: Tensor, block: tuple[int, int]) -> Tensor:
+    """Attention of each sample under its own mask, in the model's order."""
+    found = []
+    for vote in range(len(mask)):
+        pattern = BlockPattern.from_mask(
+            mask[vote], query_length=call.q.shape[2], key_length=call.k.shape[2], block=block
+        )
+        one = slice(vote, vote + 1)
+        operands = call.q[one], call.k[one], call.v[one]
+        kernel = _kernel(pattern, call.q)
+        found.append(attend_in_order(kernel, *operands, call.scale, call.orders))
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _kernel(pattern: BlockPattern, q: Tensor) -> AttentionKernel:
+    """The fast kernel; where there is none, as in float64 on a GPU, the reference."""
+    from calibatt_compiler.kernels.attention import make_attention
+
+    where: dict[str, Any] = {"device": q.device, "dtype": q.dtype, "head_dim": q.shape[3]}
+    try:
+        return make_attention(pattern, lowering="table", **where)
+    except KernelError:
+        return make_attention(pattern, lowering="reference", **where)
+
+
+def _relative_error(x: Tensor, other: Tensor) -> Tensor:
+    """|x - other|^2 / |x|^2 of each sample, float64 (votes,); x (votes, tokens, D)."""
+    x, other = x.double(), other.double()
+    return (x - other).square().sum((-1, -2)) / x.square().sum((-1, -2)).clamp_min(1e-300)
+
+
+def _rounded(values: npt.NDArray[np.float64]) -> Scores:
+    size = 10.0 ** (DIGITS - 1 - np.floor(np.log10(np.maximum(np.abs(values), 1e-30))))
+    return (np.round(values * size) / size).astype(np.float32)
