@@ -147,6 +147,8 @@ def estimate(
     parameter = next(module.parameters())
     working = sizes.working_bytes(parameter.element_size(), parameter.device)
     thresholds = {**record.thresholds, "rho": config.rho}
+    if config.gamma is not None:
+        thresholds |= {"gamma": config.gamma, "anchor_rows": float(config.anchor_rows)}
     return Estimate(
         inputs=len(inputs),
         finished=_finished(folder, config, len(inputs)),

@@ -17,14 +17,13 @@ from calibatt_compiler.calibration.records import InputRecord, SiteSize
 from calibatt_compiler.calibration.repetition import (
     AttentionCall,
     at_other_share,
-    copies_rows,
+    copies_of,
     measure,
 )
 from calibatt_compiler.calibration.selection import best_share, pack, select
 from calibatt_compiler.calibration.spool import Spool
 from calibatt_compiler.calibration.text import TextPosition
 from calibatt_compiler.errors import CalibrationError
-from calibatt_compiler.plan.copies import RowCopies
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.schema import ModelIdentity
 from calibatt_compiler.plan.text import fit_mask
@@ -166,14 +165,11 @@ class AttentionRecorder(Observer):
         mask: Tensor,
         kept: Tensor,
     ) -> None:
-        grid = self._grid(size.query_length)
-        if not copies_rows(grid, self._config.anchor_rows):
-            return
-        text = size.query_length - math.prod(grid)
-        first = text if self._text == "first" else 0
-        copies = RowCopies(grid, self._config.anchor_rows, first)
-        scores = measure(call, mask, kept, copies, self._config.block)
-        run.scores.setdefault((size.name, step), []).append(scores)
+        grid, rows = self._grid(size.query_length), self._config.anchor_rows
+        copies = copies_of(grid, size.query_length, self._text, rows)
+        if copies is not None:
+            scores = measure(call, mask, kept, copies, self._config.block)
+            run.scores.setdefault((size.name, step), []).append(scores)
 
     def _select(
         self,

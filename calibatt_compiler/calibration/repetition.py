@@ -9,12 +9,15 @@ Recorded of the scored inputs, beside their masks, for each sample and head:
   sample's own covering mask;
 - *dropped*: the share of attention mass that this mask drops, mean over query blocks.
 
+Errors that rounding makes count as none.
+
 What a mask drops moves the output in proportion, so under another threshold the sparse error is
 taken to be as many times as large as the square of the dropped share is.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +28,9 @@ from torch import Tensor
 
 from calibatt_compiler.errors import KernelError
 from calibatt_compiler.plan.copies import RowCopies
+from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.pattern import BlockPattern
+from calibatt_compiler.plan.text import TextPosition
 from calibatt_compiler.runtime.order import Rearrangement, attend_in_order
 
 if TYPE_CHECKING:
@@ -35,7 +40,7 @@ ARRAY = "repetition"
 """Suffix of the array's name in the run folder."""
 
 DIGITS = 4
-"""Significant digits that are stored, so that the order of sums does not show in a plan."""
+"""Significant digits that a plan goes by."""
 
 _NOTHING = 1e-6
 """A dropped share below this is rounding: nothing can be told from the error that goes with it."""
@@ -70,6 +75,28 @@ def copies_rows(grid: tuple[int, int, int], anchor_rows: int) -> bool:
     return grid[1] > anchor_rows
 
 
+def copies_of(
+    grid: tuple[int, int, int],
+    length: int,
+    text: TextPosition | None,
+    anchor_rows: int,
+    order: str = "raster",
+) -> RowCopies | None:
+    """Return what repetitive heads of a site copy; None if none can be.
+
+    Args:
+        grid: tokens (frames, height, width).
+        length: queries of a call, text included.
+        text: where that stands.
+        anchor_rows: rows of each frame that are computed.
+        order: how the grid's tokens are laid out.
+    """
+    beside = length - math.prod(grid)
+    if not copies_rows(grid, anchor_rows) or (beside and text is None):
+        return None
+    return RowCopies(grid, anchor_rows, beside if text == "first" else 0, TokenOrder.parse(order))
+
+
 def measure(
     call: AttentionCall, mask: Tensor, kept: Tensor, copies: RowCopies, block: tuple[int, int]
 ) -> Scores:
@@ -95,10 +122,19 @@ def measure(
         for head in range(call.out.shape[1])
         for other in (call.out[:, head].index_select(1, source), sparse[:, head, tokens])
     ]
-    by_head = torch.stack(errors, -1).unflatten(-1, (-1, 2))
+    copied, skipped = torch.stack(errors[::2], -1), torch.stack(errors[1::2], -1)
     dropped = 1 - kept.mean(-1)
-    found = torch.stack([alike, by_head[..., 0], by_head[..., 1], dropped.to(alike)])
-    return _rounded(found.cpu().numpy())
+    found = torch.stack([alike, copied, skipped, dropped.to(alike)]).cpu().numpy()
+    noise = max(16 * torch.finfo(torch.float32).eps ** 2, torch.finfo(call.out.dtype).eps ** 2 / 4)
+    found[1:3] = np.where(found[1:3] < noise, 0.0, found[1:3])
+    return found.astype(np.float32)
+
+
+def decimals(scores: Scores) -> npt.NDArray[np.float64]:
+    """Return scores rounded to `DIGITS` digits, so that the order of sums does not show."""
+    exact = scores.astype(np.float64)
+    size = 10.0 ** (DIGITS - 1 - np.floor(np.log10(np.maximum(np.abs(exact), 1e-30))))
+    return np.round(exact * size) / size
 
 
 def at_other_share(scores: Scores, kept: Tensor) -> Scores:
@@ -108,10 +144,10 @@ def at_other_share(scores: Scores, kept: Tensor) -> Scores:
         scores: of a call.
         kept: share of mass that the rows of the other mask keep, (votes, heads, query_blocks).
     """
-    alike, copied, error, dropped = scores.astype(np.float64)
+    alike, copied, error, dropped = decimals(scores)
     now = (1 - kept.mean(-1)).double().cpu().numpy()
     factor = np.where(dropped > _NOTHING, now / np.maximum(dropped, _NOTHING), 0.0)
-    return _rounded(np.stack([alike, copied, error * factor**2, now]))
+    return np.stack([alike, copied, error * factor**2, now]).astype(np.float32)
 
 
 def _sparse(call: AttentionCall, mask: Tensor, block: tuple[int, int]) -> Tensor:
@@ -143,8 +179,3 @@ def _relative_error(x: Tensor, other: Tensor) -> Tensor:
     """|x - other|^2 / |x|^2 of each sample, float64 (votes,); x (votes, tokens, D)."""
     x, other = x.double(), other.double()
     return (x - other).square().sum((-1, -2)) / x.square().sum((-1, -2)).clamp_min(1e-300)
-
-
-def _rounded(values: npt.NDArray[np.float64]) -> Scores:
-    size = 10.0 ** (DIGITS - 1 - np.floor(np.log10(np.maximum(np.abs(values), 1e-30))))
-    return (np.round(values * size) / size).astype(np.float32)

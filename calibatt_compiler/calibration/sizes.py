@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from calibatt_compiler.calibration import store
+from calibatt_compiler.calibration.forms import SHARE
 from calibatt_compiler.calibration.records import InputRecord, SiteSize
-from calibatt_compiler.calibration.repetition import ARRAY, copies_rows
+from calibatt_compiler.calibration.repetition import ARRAY, copies_of
 from calibatt_compiler.plan import file
 from calibatt_compiler.plan.schema import (
     CalibrationInputs,
@@ -20,7 +21,7 @@ from calibatt_compiler.plan.schema import (
     Sampler,
     SiteRecord,
 )
-from calibatt_compiler.plan.stored import Entries
+from calibatt_compiler.plan.stored import Entries, Entry
 from calibatt_compiler.version import PRODUCER
 
 SELECTION = 112
@@ -62,11 +63,6 @@ class Sizes:
     keep_energies: bool
     anchor_rows: int = 0
 
-    @property
-    def scores(self) -> bool:
-        """Whether there is anything to score."""
-        return self.anchor_rows > 0 and copies_rows(self.record.grid, self.anchor_rows)
-
     def arrays(self, *, scored: bool = False) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Dtype as safetensors names it and shape of each array of an input, by name."""
         found: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -78,7 +74,7 @@ class Sizes:
                 if self.keep_energies:
                     energies = (votes, size.heads, rows, columns)
                     found[f"{size.name}@{step}/energy"] = ("F32", energies)
-                if scored and self.scores:
+                if scored and self._copies(size):
                     found[f"{size.name}@{step}/{ARRAY}"] = ("F32", (4, votes, size.heads))
         return found
 
@@ -104,6 +100,7 @@ class Sizes:
             producer=PRODUCER,
             model=self.record.model or ModelIdentity(class_name="", config_digest="0" * 64),
             grid=self.record.grid,
+            requires=("repetition",) if any(map(self._copies, self.record.sites)) else (),
             sampler=Sampler(
                 name=self.record.scheduler,
                 timesteps=self.record.timesteps,
@@ -111,15 +108,21 @@ class Sizes:
             ),
             thresholds=dict(thresholds),
             inputs=CalibrationInputs(count=inputs, digest="0" * 64),
-            quality={"best_20_percent_share": 0.123456, "input_kept_mass": 0.123456},
+            quality=dict.fromkeys(
+                ("best_20_percent_share", "input_kept_mass", *([SHARE] * (self.anchor_rows > 0))),
+                0.123456,
+            ),
             sites=sites,
         )
-        bits = {size.name: math.prod(self._bits(size)) for size in self.record.sites}
-        arrays = {name: ("U8", (length,)) for name, length in bits.items()}
-        entries: dict[str, Entries] = {
-            name: (((("bits", "deflate/previous", length // steps),),) * steps)
-            for name, length in bits.items()
-        }
+        arrays: dict[str, tuple[str, tuple[int, ...]]] = {}
+        entries: dict[str, Entries] = {}
+        for size in self.record.sites:
+            bits = math.prod(self._bits(size))
+            of_step: tuple[Entry, ...] = (("bits", "deflate/previous", bits // steps),)
+            if self._copies(size):
+                of_step += (("repetitive", "deflate/previous", size.heads),)
+            entries[size.name] = (of_step,) * steps
+            arrays[size.name] = ("U8", (sum(length for *_, length in of_step) * steps,))
         index = file.index({name: ("0" * 64, patterns) for name, patterns in entries.items()})
         return safetensors_bytes(file.FORMAT, f"{index}\n{file.to_json(metadata)}", arrays)
 
@@ -159,11 +162,16 @@ class Sizes:
             + max(scores, self._scoring(size, operand, device))
         )
 
+    def _copies(self, size: SiteSize) -> bool:
+        """Whether a call of a scored input has scores."""
+        grid, text, rows = self.record.grid, self.record.text, self.anchor_rows
+        return rows > 0 and copies_of(grid, size.query_length, text, rows) is not None
+
     def _scoring(self, size: SiteSize, operand: int, device: torch.device) -> int:
         """Bytes that scoring takes beside the output and the masks."""
         from calibatt_compiler.kernels.row_similarity import chunk_bytes
 
-        if not self.scores:
+        if not self._copies(size):
             return 0
         return SCORING * operand + chunk_bytes(self.record.grid[1] * size.key_length, device)
 
@@ -188,6 +196,9 @@ class Sizes:
             digests=("0" * 64,) * steps,
             steps=tuple(range(steps)),
             density=(1 / 3,) * steps,
+            head_forms="mixed" if self._copies(size) else "blocks",
+            anchor_rows=self.anchor_rows if self._copies(size) else 0,
+            repetitive=(size.heads,) * steps if self._copies(size) else (),
         )
 
 
