@@ -12,6 +12,9 @@ from calibatt_compiler.errors import OptionError, PlanError
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.refine import Refiner
 
+LEAST_GAMMA = 0.5
+"""Heads of less similarity are not scored any further."""
+
 
 @dataclass(frozen=True)
 class CalibrationConfig:
@@ -40,8 +43,8 @@ class CalibrationConfig:
             chance: nothing is left out on average. 0.65 served best in
             `benchmarks/RESULTS.md`. Needs `keep_energies`; None keeps the highest.
         gamma: a head may be repetitive, that is compute a few rows of each frame and copy the
-            others, if its rows attend alike by this score or more; in (0, 1], 0.87 in arXiv
-            2603.05503. `calibration.forms` states the rule. None: no head is, and nothing is
+            others, if its rows attend alike by this score or more; in [0.5, 1], 0.87 in
+            arXiv 2603.05503. `calibration.forms` states the rule. None: no head is, and nothing is
             recorded for it.
         anchor_rows: rows a frame that a repetitive head computes.
         similarity_inputs: how many inputs, the first ones, are scored for `gamma`.
@@ -174,9 +177,9 @@ def check_rho(rho: object) -> None:
 
 
 def check_gamma(gamma: object) -> None:
-    """Raise `OptionError` unless `gamma` is a score in (0, 1], or None."""
-    if gamma is not None and not (_number(gamma) and 0 < gamma <= 1):
-        raise _error("gamma", "a score in (0, 1], or None", gamma)
+    """Raise `OptionError` unless `gamma` is a similarity in [0.5, 1], or None."""
+    if gamma is not None and not (_number(gamma) and LEAST_GAMMA <= gamma <= 1):
+        raise _error("gamma", f"a similarity in [{LEAST_GAMMA}, 1], or None", gamma)
 
 
 def _number(value: object) -> TypeGuard[float]:
