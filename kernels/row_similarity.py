@@ -94,7 +94,7 @@ def spread(count: int, of: int) -> list[int]:
 def _of_heads(rows: Tensor, keys: Tensor, scale: float, columns: int, frames: list[int]) -> Tensor:
     """Score heads; rows (N, F, H, W, D), keys (N, D, Sk)."""
     heads, _, height, width, channels = rows.shape
-    native = rows.is_cuda and rows.dtype.itemsize == 2
+    native = rows.is_cuda and torch.version.hip is None and rows.dtype.itemsize == 2
     if not native and rows.dtype != torch.float64:
         rows, keys = rows.float(), keys.float()
     total = torch.zeros(heads, dtype=torch.float64, device=rows.device)

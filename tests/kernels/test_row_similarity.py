@@ -96,6 +96,16 @@ def test_rows_that_attend_alike_score_one_and_local_rows_little() -> None:
     assert row_similarity(0 * q, k, grid=GRID).min() == pytest.approx(1)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_on_a_gpu(dtype: torch.dtype) -> None:
+    q, k = (x.to(dtype) for x in operands(text=11))
+    got = row_similarity(q.cuda(), k.cuda(), grid=GRID, first=11, frames=5)
+    wanted = reference(q, k, list(range(5)), first=11)
+    torch.testing.assert_close(got.cpu(), wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_misfits_are_refused() -> None:
     q, k = operands()
     with pytest.raises(KernelError, match="fit one another"):
