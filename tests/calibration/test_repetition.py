@@ -109,7 +109,7 @@ def test_an_error_follows_the_dropped_share() -> None:
     kept = torch.tensor([[[0.9, 0.7], [0.8, 0.8], [0.9, 0.9]]])
     found = at_other_share(scores.astype(np.float32), kept)
     np.testing.assert_allclose(found[:2], scores[:2], rtol=1e-6)
-    np.testing.assert_allclose(found[2], [[0.04 * 2**1.5, 0, 0.04]], rtol=1e-6)
+    np.testing.assert_allclose(found[2], [[0.04 * 2**1.75, 0, 0.04]], rtol=1e-6)
     np.testing.assert_allclose(found[3], [[0.2, 0.2, 0.1]], rtol=1e-6)
 
 
