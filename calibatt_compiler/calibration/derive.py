@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from calibatt_compiler.calibration.config import CalibrationConfig, check_gamma, check_rho
+from calibatt_compiler.calibration.fitting import check_alike, check_raised, sampler_of
 from calibatt_compiler.calibration.forms import (
     choose_forms,
     repetition_figures,
@@ -25,12 +26,11 @@ from calibatt_compiler.calibration.schedule import Thresholds
 from calibatt_compiler.calibration.selection import agreement, count_votes, pack, select
 from calibatt_compiler.calibration.store import RunStore
 from calibatt_compiler.calibration.text import text_blocks
-from calibatt_compiler.errors import CalibrationError, OptionError
+from calibatt_compiler.errors import CalibrationError
 from calibatt_compiler.plan import (
     BlockPattern,
     CalibrationInputs,
     Plan,
-    Sampler,
     SitePatterns,
 )
 from calibatt_compiler.plan.order import TokenOrder
@@ -170,9 +170,9 @@ def derive_plan(
         )
     records = [store.record(name) for name in names]
     first = records[0]
-    _check_raised(first, selection.raised)
+    check_raised(first, selection.raised)
     for record in records[1:]:
-        _check_alike(first, record)
+        check_alike(first, record)
     sites = {}
     for size in first.sites:
         by_step = [
@@ -189,7 +189,7 @@ def derive_plan(
     return Plan.create(
         sites,
         grid=first.grid,
-        sampler=_sampler(first),
+        sampler=sampler_of(first),
         model=first.model,
         token_order=TokenOrder.parse(first.token_order),
         text_policy=text if has_text and first.text else "none",
@@ -303,54 +303,6 @@ def _select_again(
         block=record.block,
         text=record.text,
     )
-
-
-def _check_raised(record: InputRecord, raised: Mapping[str, float]) -> None:
-    names = {size.name for size in record.sites}
-    wrong = {
-        name: value for name, value in raised.items() if not (name in names and 0 <= value <= 1)
-    }
-    if wrong:
-        raise OptionError(
-            "thresholds can't be raised so",
-            expected=f"amounts in [0, 1] for sites such as {min(names)!r}",
-            got=wrong,
-            remedy="pass Validation.raised() of a plan of this run",
-        )
-
-
-def _check_alike(first: InputRecord, other: InputRecord) -> None:
-    names = ("model", "grid", "text", "block", "token_order", "timesteps", "positions")
-    for name in (*names, "schedule_steps"):
-        expected, got = getattr(first, name), getattr(other, name)
-        if expected != got:
-            raise _unlike(first, other, f"{name} {expected}", f"{name} {got}")
-    sizes = {size.name: size for size in first.sites}, {size.name: size for size in other.sites}
-    for name in sorted(sizes[0].keys() | sizes[1].keys()):
-        if sizes[0].get(name) != sizes[1].get(name):
-            raise _unlike(first, other, sizes[0].get(name), sizes[1].get(name))
-
-
-def _unlike(first: InputRecord, other: InputRecord, expected: object, got: object) -> Exception:
-    return CalibrationError(
-        f"inputs {first.name} and {other.name} don't make one plan",
-        expected=expected,
-        got=got,
-        remedy="run all inputs with one size of video, sampler and number of steps; restart the "
-        "run after a change",
-    )
-
-
-def _sampler(record: InputRecord) -> Sampler:
-    pairs = list(zip(record.timesteps, record.timesteps[1:], strict=False))
-    if not (all(a > b for a, b in pairs) or all(a < b for a, b in pairs)):
-        raise CalibrationError(
-            "the timesteps of the inputs neither fall nor rise throughout",
-            expected="a sampler that goes from noise to video, or back",
-            got=record.timesteps[:8],
-            remedy="call the module in the order of its sampler, one input a `run.input()`",
-        )
-    return Sampler(name=record.scheduler, timesteps=record.timesteps, sigmas=record.sigmas)
 
 
 def inputs_digest(about: Sequence[object], arguments: object) -> str:
