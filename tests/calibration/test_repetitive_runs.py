@@ -43,14 +43,15 @@ class Attention(nn.Module):
         self.mix = 1.0
 
     def forward(self, x: Tensor) -> Tensor:
-        batch = x.shape[0]
-        q, k, v = self.project(x).view(batch, TOKENS, 3, 3, 8).permute(2, 0, 3, 1, 4)
-        rows = q[:, 0].view(batch, *GRID, 8)
+        """Attend from tokens (B, S, 24), of which the last are the video's."""
+        batch, length, _ = x.shape
+        q, k, v = self.project(x).view(batch, length, 3, 3, 8).permute(2, 0, 3, 1, 4)
+        rows = q[:, 0, -TOKENS:].reshape(batch, *GRID, 8)
         alike = torch.lerp(rows, rows.mean(2, keepdim=True).expand_as(rows), self.mix)
-        alike = alike.reshape(batch, 1, TOKENS, 8)
-        q = torch.cat([alike, 6 * k[:, 1:2], 1.5 * k[:, 2:]], 1)
+        alike = torch.cat([q[:, 0, :-TOKENS], alike.reshape(batch, TOKENS, 8)], 1)
+        q = torch.cat([alike[:, None], 6 * k[:, 1:2], 1.5 * k[:, 2:]], 1)
         out = scaled_dot_product_attention(q, k, v)
-        return out.transpose(1, 2).reshape(batch, TOKENS, 24)
+        return out.transpose(1, 2).reshape(batch, length, 24)
 
 
 class Model(nn.Module):
@@ -70,20 +71,20 @@ def model() -> Model:
     return Model().eval()
 
 
-def sample(model: nn.Module, seed: int) -> Tensor:
-    x = torch.randn(1, TOKENS, 24, generator=torch.Generator().manual_seed(seed))
+def sample(model: nn.Module, seed: int, text: int = 0) -> Tensor:
+    x = torch.randn(1, text + TOKENS, 24, generator=torch.Generator().manual_seed(seed))
     for timestep in TIMESTEPS:
         x = x + 0.1 * model(x, timestep=torch.tensor([timestep]))
     return x
 
 
-def observe(model: nn.Module, config: CalibrationConfig, inputs: int = 3) -> Plan:
+def observe(model: nn.Module, config: CalibrationConfig, inputs: int = 3, text: int = 0) -> Plan:
     with calibatt_compiler.calibration(model, config) as run:
         for seed in range(inputs):
             name = f"{seed:05d}"
             if not run.has(name):
                 with run.input(name):
-                    sample(model, seed)
+                    sample(model, seed, text + seed if text else 0)
         return run.plan()
 
 
@@ -140,6 +141,22 @@ def test_the_compiled_model_copies_them(model: Model, order: str) -> None:
             assert isinstance(other, Attention)
             layer.mix = other.mix = 0.0
         assert not torch.allclose(sample(compiled, 5), sample(model, 5), atol=1e-2)
+
+
+def test_text_before_the_video_is_always_computed(model: Model) -> None:
+    """With prompts of 21, 22 and 23 tokens; the plan is for the first."""
+    config = replace(CONFIG, text="first", A=1.0, C=1.0)
+    plan = observe(model, config, 3, text=21)
+    assert flags(plan) == [EVERY] * 6
+    pattern = plan.sites["layers.0"].at(0)
+    assert pattern.copies == RowCopies(GRID, 3, 21)
+    assert pattern.numpy_mask()[0].sum() == 4 * 12  # 21 + 2 x 3 x 7 tokens
+    dense = sample(model, 5, 21)
+    compiled = copy.deepcopy(model)
+    compiled.compile(backend="calibatt", fullgraph=True, options={"plan": plan})
+    with torch.no_grad():
+        torch.testing.assert_close(sample(compiled, 5, 21), dense, rtol=1e-4, atol=1e-4)
+    assert [row.sparse_calls for row in calibatt_compiler.summary(compiled).rows] == [3, 3]
 
 
 def test_the_first_inputs_are_scored_whatever_happens(model: Model, tmp_path: Path) -> None:
