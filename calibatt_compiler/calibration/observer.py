@@ -112,7 +112,7 @@ class Observer(ABC):
         out, energy = attention_with_energy(*observed, block=block, scale=scale)
         if orders[0] is not None:
             out = orders[0].undo(out)
-        call = AttentionCall(q[counted], k[counted], v[counted], out, scale, (orders[0], orders[1]))
+        seen = AttentionCall(q[counted], k[counted], v[counted], out, scale, (orders[0], orders[1]))
         if counted.start:
             rest = slice(0, counted.start)
             other = dense_attention(q[rest], k[rest], v[rest], scale)
@@ -120,7 +120,7 @@ class Observer(ABC):
         if not bool(energy.isfinite().all()):
             raise _not_finite(site, step)
         run.votes[site, step] += energy.shape[0]
-        self._observe(run, size, step, energy, call)
+        self._observe(run, size, step, energy, seen)
         return out
 
     def begin(self, name: str, about: Mapping[str, Any], samples: int | None) -> None:
