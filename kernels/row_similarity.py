@@ -58,32 +58,44 @@ def row_similarity(
     """
     _check(q, k, grid, first, frames)
     factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    batch, heads, _, channels = q.shape
+    batch, heads = q.shape[:2]
     of_grid = slice(first, first + math.prod(grid))
-    rows = q[:, :, of_grid].reshape(batch * heads, *grid, channels)
-    keys = k.reshape(batch * heads, -1, channels).mT
-    per_column = grid[1] * k.shape[2]
-    limit = _limit(per_column, q.device)
-    columns = min(grid[2], limit // per_column)
-    at_once = max(1, limit // (per_column * columns))
+    columns, at_once = _division(grid, k.shape[2], q.device)
     taken = spread(min(frames, grid[0]), grid[0])
-    parts = zip(torch.split(rows, at_once), torch.split(keys, at_once), strict=True)
-    scores = [_of_heads(*part, factor, columns, taken) for part in parts]
+    groups = [
+        (sample, slice(start, start + at_once))
+        for sample in range(batch)
+        for start in range(0, heads, at_once)
+    ]
+    scores = [
+        _of_heads(q[sample, group, of_grid], k[sample, group].mT, grid, factor, columns, taken)
+        for sample, group in groups
+    ]
     return torch.cat(scores).view(batch, heads)
 
 
-def chunk_bytes(per_column: int, device: torch.device) -> int:
-    """Return how much memory `row_similarity` takes beside operands in float32.
+def working_bytes(
+    grid: tuple[int, int, int], keys: int, channels: int, device: torch.device
+) -> int:
+    """Return how much memory `row_similarity` takes beside its operands, at most.
 
     Args:
-        per_column: height of the grid, times keys.
+        grid: as there.
+        keys: tokens on the key side.
+        channels: of a head.
         device: of the operands.
     """
-    return 3 * 4 * _limit(per_column, device)
+    columns, heads = _division(grid, keys, device)
+    scores, queries = heads * columns * grid[1] * keys, heads * columns * grid[1] * channels
+    return 4 * (3 * scores + queries + heads * keys * channels)
 
 
-def _limit(per_column: int, device: torch.device) -> int:
-    return max(per_column, CHUNK * (1 if device.type == "cpu" else 64))
+def _division(grid: tuple[int, int, int], keys: int, device: torch.device) -> tuple[int, int]:
+    """Columns of a frame, and heads, to take at a time."""
+    per_column = grid[1] * keys
+    limit = max(per_column, CHUNK * (1 if device.type == "cpu" else 64))
+    columns = min(grid[2], limit // per_column)
+    return columns, max(1, limit // (per_column * columns))
 
 
 def spread(count: int, of: int) -> list[int]:
@@ -91,19 +103,28 @@ def spread(count: int, of: int) -> list[int]:
     return [(2 * index + 1) * of // (2 * count) for index in range(count)]
 
 
-def _of_heads(rows: Tensor, keys: Tensor, scale: float, columns: int, frames: list[int]) -> Tensor:
-    """Score heads; rows (N, F, H, W, D), keys (N, D, Sk)."""
-    heads, _, height, width, channels = rows.shape
-    native = rows.is_cuda and torch.version.hip is None and rows.dtype.itemsize == 2
-    if not native and rows.dtype != torch.float64:
-        rows, keys = rows.float(), keys.float()
-    total = torch.zeros(heads, dtype=torch.float64, device=rows.device)
+def _of_heads(
+    q: Tensor,
+    keys: Tensor,
+    grid: tuple[int, int, int],
+    scale: float,
+    columns: int,
+    frames: list[int],
+) -> Tensor:
+    """Score some heads: q (N, F * H * W, D), keys (N, D, Sk)."""
+    heads, _, channels = q.shape
+    _, height, width = grid
+    rows = q.view(heads, *grid, channels)
+    native = q.is_cuda and torch.version.hip is None and q.dtype.itemsize == 2
+    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+    keys = keys if native else keys.to(exact)
+    total = torch.zeros(heads, dtype=torch.float64, device=q.device)
     for frame in frames:
-        gram = torch.zeros(heads, height, height, dtype=torch.float64, device=rows.device)
+        gram = torch.zeros(heads, height, height, dtype=torch.float64, device=q.device)
         for start in range(0, width, columns):
             part = rows[:, frame, :, start : start + columns].reshape(heads, -1, channels)
             # Products of 16-bit numbers are exact in float32, so tensor cores lose nothing.
-            scores = torch.bmm(part, keys, out_dtype=torch.float32) if native else part @ keys
+            scores = torch.bmm(part, keys, out_dtype=exact) if native else part.to(exact) @ keys
             patterns = scores.mul_(scale).softmax(-1).view(heads, height, -1)
             gram += patterns @ patterns.mT
         norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()

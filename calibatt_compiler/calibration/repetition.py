@@ -50,6 +50,9 @@ DIGITS = 4
 GROWTH = 1.75
 """Power of the dropped share that the sparse error goes with."""
 
+ELEMENTS = 1 << 26
+"""Elements of queries in one group of heads whose sparse form is computed."""
+
 _NOTHING = 1e-6
 """A dropped share below this is rounding: nothing can be told from the error that goes with it."""
 
@@ -129,9 +132,9 @@ def measure(
         out = call.out[vote, head]
         copied[vote, head] = _relative_error(out[tokens], out[source])
     for vote, scores in enumerate(alike):
-        heads = (scores >= LEAST_GAMMA).nonzero().flatten()
-        if len(heads):
-            sparse = _sparse(call, vote, heads, mask, block)
+        enough = (scores >= LEAST_GAMMA).nonzero().flatten()
+        for heads in torch.split(enough, heads_at_once(length, call.q.shape[3])):
+            sparse = _sparse(call, vote, heads, mask, block) if len(heads) else ()
             for head, out in zip(heads.tolist(), sparse, strict=True):
                 dense = call.out[vote, head, tokens]
                 skipped[vote, head] = _relative_error(dense, out[tokens])
@@ -140,6 +143,11 @@ def measure(
     noise = max(16 * torch.finfo(torch.float32).eps ** 2, torch.finfo(call.out.dtype).eps ** 2 / 4)
     found[1:3] = np.where(found[1:3] < noise, 0.0, found[1:3])
     return found.astype(np.float32)
+
+
+def heads_at_once(length: int, head_dim: int) -> int:
+    """Return of how many heads the sparse form is computed at a time, for little memory."""
+    return max(1, ELEMENTS // (length * head_dim))
 
 
 def decimals(scores: Scores) -> npt.NDArray[np.float64]:

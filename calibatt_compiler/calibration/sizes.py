@@ -12,7 +12,7 @@ import torch
 from calibatt_compiler.calibration import store
 from calibatt_compiler.calibration.forms import SHARE
 from calibatt_compiler.calibration.records import InputRecord, SiteSize
-from calibatt_compiler.calibration.repetition import ARRAY, copies_of
+from calibatt_compiler.calibration.repetition import ARRAY, copies_of, heads_at_once
 from calibatt_compiler.plan import file
 from calibatt_compiler.plan.schema import (
     CalibrationInputs,
@@ -31,9 +31,9 @@ SELECTION = 112
 OPERANDS = 8
 """Copies of the queries that one call may hold: output, joined branches, packed operands."""
 
-SCORING = 8
-"""More of them while it is scored: queries and keys in float32, the output of sparse attention, and
-what that packs or brings into another order."""
+SCORING = 9
+"""Copies of the queries of one group of heads while its sparse form is computed: queries, keys and
+values, the same in another order or packed, and outputs."""
 
 SUMS, TILE = 32 * 2 * 8, 1 << 18
 """What a thread of the CPU kernel holds: bytes a key block, and bytes of its tile of queries."""
@@ -169,11 +169,15 @@ class Sizes:
 
     def _scoring(self, size: SiteSize, operand: int, device: torch.device) -> int:
         """Bytes that scoring takes beside the output and the masks."""
-        from calibatt_compiler.kernels.row_similarity import chunk_bytes
+        from calibatt_compiler.kernels.row_similarity import working_bytes as similarity_bytes
 
         if not self._copies(size):
             return 0
-        return SCORING * operand + chunk_bytes(self.record.grid[1] * size.key_length, device)
+        tokens = max(size.query_length, size.key_length)
+        group = min(size.heads, heads_at_once(tokens, size.head_dim))
+        one = operand // (max(self.record.votes[size.name]) * size.heads)
+        lengths = size.key_length, size.head_dim
+        return SCORING * group * one + similarity_bytes(self.record.grid, *lengths, device)
 
     def _bits(self, size: SiteSize) -> tuple[int, int, int, int]:
         rows, columns = self._blocks(size)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from calibatt_compiler.calibration import repetition
 from calibatt_compiler.calibration.forms import choose_forms
 from calibatt_compiler.calibration.records import InputRecord, SiteSize
 from calibatt_compiler.calibration.repetition import (
@@ -60,9 +61,13 @@ def call(order: str, first: int, dtype: torch.dtype = torch.float32) -> tuple[An
     return AttentionCall(q, k, v, out.to(dtype), 0.25, (laid, laid)), mask, kept, out
 
 
+@pytest.mark.parametrize("elements", [1, 1 << 26])
 @pytest.mark.parametrize("first", [0, TEXT])
 @pytest.mark.parametrize("order", ["raster", "1x4x4"])
-def test_errors_are_those_of_float64(order: str, first: int) -> None:
+def test_errors_are_those_of_float64(
+    order: str, first: int, elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(repetition, "ELEMENTS", elements)  # heads one by one, or together
     seen, mask, kept, out = call(order, first)
     copies = copies_of(GRID, TOKENS, "first" if first else "last", 3)
     assert copies is not None
