@@ -21,6 +21,7 @@ def calibrated(tiny_wan_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
     """Plan files of two calibrations, `plan.calibatt` and `other.calibatt`, with energies."""
     folder = tmp_path_factory.mktemp("calibrated")
     refined = ["--share-steps", "0.9", "--merge-budget", "0.02", "--rho", "1"]
+    refined += ["--gamma", "0.5", "--anchor-rows", "2"]
     two = ["--prompt", "a big rabbit runs", "--prompt", "a tree", *refined]
     for name, arguments in (("plan", two), ("other", ["--prompt", "the bird", "--seed", "50"])):
         out = ["--out", str(folder / f"{name}.calibatt"), "--block", "16", "--keep-energies"]
@@ -33,7 +34,9 @@ def test_options_of_calibrate_reach_the_plan(
 ) -> None:
     plan = Plan.load(calibrated / "plan.calibatt")
     folder = calibrated / "plan.calibatt.calibration"
-    assert plan == plan_from_run(folder, rho=1, share_steps=0.9, merge_budget=0.02)
+    assert plan == plan_from_run(folder, rho=1, share_steps=0.9, merge_budget=0.02, gamma=0.5)
+    assert plan.metadata.thresholds["gamma"] == 0.5
+    assert plan.metadata.thresholds["anchor_rows"] == 2
     assert plan.metadata.quality["merge_added_density"] > 0
     assert run(["inspect", str(calibrated / "plan.calibatt")]) == 0
     assert "by merging intervals" in capsys.readouterr().out
@@ -102,6 +105,10 @@ def test_dry_run_tells_and_writes_nothing(
     printed = " ".join(capsys.readouterr().out.split())
     for word in ("time about", "1 inputs x", "host memory at most", "disk", "of plan"):
         assert word in printed
+    assert "scored" not in printed
+    more = ["--prompt", "a tree", "--block", "16", "--gamma", "0.87", "--anchor-rows", "3"]
+    assert run([*arguments, *more, "--dry-run"]) == 0
+    assert "for 1 that are scored for repetition" in " ".join(capsys.readouterr().out.split())
     assert not list(tmp_path.iterdir())
 
 

@@ -12,6 +12,9 @@ from calibatt_compiler.errors import OptionError, PlanError
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.refine import Refiner
 
+LEAST_GAMMA = 0.5
+"""Heads of less similarity are not scored any further."""
+
 
 @dataclass(frozen=True)
 class CalibrationConfig:
@@ -39,6 +42,12 @@ class CalibrationConfig:
             in proportion to this power of their mean energy, each weighted by the inverse of its
             chance: nothing is left out on average. 0.65 served best in
             `benchmarks/RESULTS.md`. Needs `keep_energies`; None keeps the highest.
+        gamma: a head may be repetitive, that is compute a few rows of each frame and copy the
+            others, if its rows attend alike by this score or more; in [0.5, 1], 0.87 in
+            arXiv 2603.05503. `calibration.forms` states the rule. None: no head is, and nothing is
+            recorded for it.
+        anchor_rows: rows a frame that a repetitive head computes.
+        similarity_inputs: how many inputs, the first ones, are scored for `gamma`.
         token_order: how the grid's tokens are laid out before they are cut into blocks: `raster`,
             as the model has them, or frames x height x width of a tile, such as `2x8x8`.
         cfg: which branch of classifier-free guidance is observed: `conditional` or `both`. The
@@ -77,6 +86,9 @@ class CalibrationConfig:
     merge_budget: float | None = None
     pooled: int = 0
     sample_power: float | None = None
+    gamma: float | None = None
+    anchor_rows: int = 5
+    similarity_inputs: int = 1
     token_order: str = "raster"
     cfg: Literal["conditional", "both"] = "conditional"
     num_steps: int | None = None
@@ -105,6 +117,7 @@ class CalibrationConfig:
             raise _error("k", "a number of at least 0", self.k)
         check_rho(self.rho)
         _check_form(self)
+        _check_repetition(self)
         Refiner(self.share_steps, self.merge_budget)  # checks their ranges
         if self.num_steps is not None and not (_integer(self.num_steps) and self.num_steps >= 1):
             raise _error("num_steps", "an integer of at least 1", self.num_steps)
@@ -148,10 +161,25 @@ def _check_form(config: CalibrationConfig) -> None:
         raise _error("token_order", expected, config.token_order) from error
 
 
+def _check_repetition(config: CalibrationConfig) -> None:
+    """Raise `OptionError` unless heads can be scored and rows copied as they are to be."""
+    check_gamma(config.gamma)
+    for name in ("anchor_rows", "similarity_inputs"):
+        value = getattr(config, name)
+        if not (_integer(value) and value >= 1):
+            raise _error(name, "an integer of at least 1", value)
+
+
 def check_rho(rho: object) -> None:
     """Raise `OptionError` unless `rho` is a share in [0, 1]."""
     if not (_number(rho) and 0 <= rho <= 1):
         raise _error("rho", "a share of the inputs in [0, 1]", rho)
+
+
+def check_gamma(gamma: object) -> None:
+    """Raise `OptionError` unless `gamma` is a similarity in [0.5, 1], or None."""
+    if gamma is not None and not (_number(gamma) and LEAST_GAMMA <= gamma <= 1):
+        raise _error("gamma", f"a similarity in [{LEAST_GAMMA}, 1], or None", gamma)
 
 
 def _number(value: object) -> TypeGuard[float]:

@@ -46,6 +46,7 @@ class Measurement:
         step_seconds: of the step, with all branches of guidance and the recording.
         input_seconds: from the start of the input to its first attention call.
         warm_up_seconds: what the very first step took longer: compiling.
+        scoring_seconds: what a step takes longer where spatial repetition is scored.
         device_bytes: most that the GPU held, model included; None on a CPU.
         record: of the input, as if all its steps had been run.
     """
@@ -55,6 +56,7 @@ class Measurement:
     warm_up_seconds: float
     device_bytes: int | None
     record: InputRecord
+    scoring_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class Estimate:
         run_bytes: of the folder of finished inputs; 0 if it does not stay.
         plan_bytes: of the plan's file, at most: steps may share patterns.
         processes: that share the inputs; each needs the memory.
+        scored: inputs still to be run that are scored for spatial repetition.
     """
 
     inputs: int
@@ -87,6 +90,7 @@ class Estimate:
     run_bytes: int
     plan_bytes: int
     processes: int = 1
+    scored: int = 0
 
     @property
     def seconds(self) -> float:
@@ -95,7 +99,9 @@ class Estimate:
         if todo == 0:
             return 0.0
         each = self.measured.input_seconds + self.steps * self.measured.step_seconds
-        return math.ceil(todo / self.processes) * each + self.measured.warm_up_seconds
+        scoring = self.steps * self.measured.scoring_seconds
+        shares = math.ceil(todo / self.processes), math.ceil(self.scored / self.processes)
+        return shares[0] * each + shares[1] * scoring + self.measured.warm_up_seconds
 
     @property
     def disk_bytes(self) -> int:
@@ -115,7 +121,7 @@ def estimate(
     """Tell what `calibrate` with the same arguments will cost.
 
     Runs two steps of the first input as calibration would, one to compile and one to measure, and
-    writes nothing. The pipeline is left as it was.
+    two more with scores if there are any, and writes nothing. The pipeline is left as it was.
 
     Raises:
         CalibrationError: the pipeline can't be calibrated.
@@ -129,17 +135,20 @@ def estimate(
     module = component_of(pipe, config.component)
     measured = measure_step(pipe, module, config, inputs[0], pipeline_arguments)
     record = measured.record
-    sizes = Sizes(record, config.keep_energies)
+    scored = min(config.similarity_inputs, len(inputs)) if config.gamma is not None else 0
+    sizes = Sizes(record, config.keep_energies, config.anchor_rows if scored else 0)
     about = about_pipeline(pipe)
     whole = identity.of_run(module, config, about, cfg_mode(pipe), arguments)
     run_bytes = len(identity_text(whole).encode())
     for index, (seed, varying) in enumerate(inputs):
         what = identity.describe({"seed": seed, **varying})
-        run_bytes += sizes.input_bytes(f"{index:05d}", what)
+        run_bytes += sizes.input_bytes(f"{index:05d}", what, scored=index < scored)
     folder = run_folder(config, out)
     parameter = next(module.parameters())
     working = sizes.working_bytes(parameter.element_size(), parameter.device)
     thresholds = {**record.thresholds, "rho": config.rho}
+    if config.gamma is not None:
+        thresholds |= {"gamma": config.gamma, "anchor_rows": float(config.anchor_rows)}
     return Estimate(
         inputs=len(inputs),
         finished=_finished(folder, config, len(inputs)),
@@ -151,6 +160,7 @@ def estimate(
         run_bytes=run_bytes if folder is not None and config.keep_run else 0,
         plan_bytes=0 if out is None else sizes.plan_bytes(thresholds, len(inputs)),
         processes=Ranks.current().size if config.distributed else 1,
+        scored=scored - _finished(folder, config, scored),
     )
 
 
@@ -161,7 +171,7 @@ def measure_step(
     one: tuple[int, Mapping[str, Any]],
     pipeline_arguments: Mapping[str, Any],
 ) -> Measurement:
-    """Run the first step of an input twice, the second time by the clock.
+    """Run the first step of an input twice, the second time by the clock; with scores again.
 
     Args:
         pipe: the pipeline.
@@ -205,25 +215,28 @@ def measure_step(
             branches(module, probe.calls_are),
             torch.no_grad(),
         ):
-            laps = []
-            for _ in range(2):
+            laps: list[tuple[float, ...]] = []
+            for scored in (False, False) + (True, True) * (config.gamma is not None):
                 if device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats(device)
                 clock.clear()
-                probe.begin("00000", {}, samples_of(pipeline_arguments))
+                probe.begin("00000", {}, samples_of(pipeline_arguments), scored=scored)
                 tick()
                 with suppress(FirstStepDone):
                     generate(pipe, seed, {**pipeline_arguments, **varying})
                     tick()
                 record = probe.whole()
                 laps.append(tuple(clock))
-    (began, _, ended), (start, first, second) = laps
+    steps = [end - first for _, first, end in laps]
+    wholes = [end - start for start, _, end in laps]
+    pairs = zip(wholes[::2], wholes[1::2], strict=True)
     return Measurement(
-        step_seconds=second - first,
-        input_seconds=first - start,
-        warm_up_seconds=max(0.0, (ended - began) - (second - start)),
+        step_seconds=steps[1],
+        input_seconds=wholes[1] - steps[1],
+        warm_up_seconds=sum(max(0.0, cold - warm) for cold, warm in pairs),
         device_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-        record=record,
+        record=record.model_copy(update={"anchor_rows": 0}),
+        scoring_seconds=max(0.0, steps[-1] - steps[1]),
     )
 
 

@@ -11,22 +11,26 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from calibatt_compiler.calibration.config import CalibrationConfig, check_rho
+from calibatt_compiler.calibration.config import CalibrationConfig, check_gamma, check_rho
+from calibatt_compiler.calibration.fitting import check_alike, check_raised, sampler_of
+from calibatt_compiler.calibration.forms import (
+    choose_forms,
+    repetition_figures,
+    repetition_settings,
+)
 from calibatt_compiler.calibration.records import InputRecord, SiteSize
 from calibatt_compiler.calibration.sampling import sample
 from calibatt_compiler.calibration.schedule import Thresholds
 from calibatt_compiler.calibration.selection import agreement, count_votes, pack, select
 from calibatt_compiler.calibration.store import RunStore
 from calibatt_compiler.calibration.text import text_blocks
-from calibatt_compiler.errors import CalibrationError, OptionError
+from calibatt_compiler.errors import CalibrationError
 from calibatt_compiler.plan import (
     BlockPattern,
     CalibrationInputs,
     Plan,
-    Sampler,
     SitePatterns,
 )
 from calibatt_compiler.plan.order import TokenOrder
@@ -46,6 +50,7 @@ class Selection:
         merge_budget: as in `calibatt_compiler.plan.merge_intervals`; None: gaps stay.
         pooled: keys that each dropped block is pooled to.
         sample_power: as in `CalibrationConfig`; needs stored energies.
+        gamma: as in `CalibrationConfig`; needs scored inputs.
         raised: by site, what is added to its threshold at each step, at most up to 1; such sites
             are selected again, from stored energies.
     """
@@ -56,6 +61,7 @@ class Selection:
     merge_budget: float | None = None
     pooled: int = 0
     sample_power: float | None = None
+    gamma: float | None = None
     raised: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -70,6 +76,7 @@ def plan_from_run(
     merge_budget: float | None = None,
     pooled: int = 0,
     sample_power: float | None = None,
+    gamma: float | None = None,
     raised: Mapping[str, float] | None = None,
 ) -> Plan:
     """Make another plan from the folder that a calibration left, without running the model.
@@ -85,6 +92,7 @@ def plan_from_run(
         merge_budget: as in `CalibrationConfig`.
         pooled: as in `CalibrationConfig`.
         sample_power: as in `CalibrationConfig`.
+        gamma: as in `CalibrationConfig`; needs a run that was recorded with one.
         raised: by site, what is added to its threshold at each step, such as
             `Validation.raised()` of a plan of this run; needs the energies of the run.
 
@@ -101,6 +109,7 @@ def plan_from_run(
         merge_budget=merge_budget,
         pooled=pooled,
         sample_power=sample_power,
+        gamma=gamma,
         raised=raised or {},
     )
     return derive_plan(
@@ -150,6 +159,7 @@ def derive_plan(
         OptionError: a value of the selection is out of range.
     """
     check_rho(selection.rho)
+    check_gamma(selection.gamma)
     refiner = Refiner(selection.share_steps, selection.merge_budget)
     if not names:
         raise CalibrationError(
@@ -160,9 +170,9 @@ def derive_plan(
         )
     records = [store.record(name) for name in names]
     first = records[0]
-    _check_raised(first, selection.raised)
+    check_raised(first, selection.raised)
     for record in records[1:]:
-        _check_alike(first, record)
+        check_alike(first, record)
     sites = {}
     for size in first.sites:
         by_step = [
@@ -179,7 +189,7 @@ def derive_plan(
     return Plan.create(
         sites,
         grid=first.grid,
-        sampler=_sampler(first),
+        sampler=sampler_of(first),
         model=first.model,
         token_order=TokenOrder.parse(first.token_order),
         text_policy=text if has_text and first.text else "none",
@@ -190,6 +200,7 @@ def derive_plan(
             "k": used.k,
             "rho": float(selection.rho),
             **({} if selection.sample_power is None else {"sample_power": selection.sample_power}),
+            **repetition_settings(records, selection.gamma),
             **refiner.thresholds(),
             **{f"raised:{name}": value for name, value in selection.raised.items()},
         },
@@ -197,7 +208,11 @@ def derive_plan(
             count=len(records),
             digest=inputs_digest([record.about for record in records], arguments),
         ),
-        quality={**_quality(records, selection), **refiner.figures()},
+        quality={
+            **_quality(records, selection),
+            **refiner.figures(),
+            **repetition_figures(list(sites.values()), selection.gamma),
+        },
     )
 
 
@@ -213,13 +228,25 @@ def _pattern(
     counts = np.zeros((size.heads, rows, columns), np.int32)
     votes = 0
     for record in records:
-        if selection.thresholds is None and size.name not in selection.raised:
+        if _as_recorded(size, selection):
             bits = store.tensor(record.name, f"{size.name}@{step}")
         else:
-            bits = _select_again(store, record, size, step, selection)
+            bits = pack(_select_again(store, record, size, step, selection)[0])
         count_votes(counts, bits)
         votes += len(bits)
     mask = torch.from_numpy(agreement(counts, votes, selection.rho))
+    forms = choose_forms(
+        store,
+        records,
+        size,
+        step,
+        mask,
+        gamma=selection.gamma,
+        pooled=selection.pooled,
+        kept=None
+        if _as_recorded(size, selection)
+        else lambda record: _select_again(store, record, size, step, selection)[1],
+    )
     weight = None
     if selection.sample_power is not None:
         mask, weight = _sampled(store, records, size, step, mask, selection.sample_power)
@@ -230,7 +257,14 @@ def _pattern(
         block=block,
         weight=weight,
         pooled=selection.pooled,
+        repetitive=forms.repetitive,
+        copies=forms.copies,
     )
+
+
+def _as_recorded(size: SiteSize, selection: Selection) -> bool:
+    """Whether the masks of a site are those that the run stored."""
+    return selection.thresholds is None and size.name not in selection.raised
 
 
 def _sampled(
@@ -255,13 +289,13 @@ def _sampled(
 
 def _select_again(
     store: RunStore, record: InputRecord, size: SiteSize, step: int, selection: Selection
-) -> npt.NDArray[np.uint8]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     energy = torch.from_numpy(store.energy(record, size.name, step))
     thresholds = selection.thresholds or Thresholds(**record.thresholds)
     threshold = thresholds.at(record.positions[step], record.schedule_steps)
     threshold = min(1.0, threshold + selection.raised.get(size.name, 0.0))
     video = math.prod(record.grid)
-    mask, _ = select(
+    return select(
         energy,
         threshold,
         lengths=(size.query_length, size.key_length),
@@ -269,55 +303,6 @@ def _select_again(
         block=record.block,
         text=record.text,
     )
-    return pack(mask)
-
-
-def _check_raised(record: InputRecord, raised: Mapping[str, float]) -> None:
-    names = {size.name for size in record.sites}
-    wrong = {
-        name: value for name, value in raised.items() if not (name in names and 0 <= value <= 1)
-    }
-    if wrong:
-        raise OptionError(
-            "thresholds can't be raised so",
-            expected=f"amounts in [0, 1] for sites such as {min(names)!r}",
-            got=wrong,
-            remedy="pass Validation.raised() of a plan of this run",
-        )
-
-
-def _check_alike(first: InputRecord, other: InputRecord) -> None:
-    names = ("model", "grid", "text", "block", "token_order", "timesteps", "positions")
-    for name in (*names, "schedule_steps"):
-        expected, got = getattr(first, name), getattr(other, name)
-        if expected != got:
-            raise _unlike(first, other, f"{name} {expected}", f"{name} {got}")
-    sizes = {size.name: size for size in first.sites}, {size.name: size for size in other.sites}
-    for name in sorted(sizes[0].keys() | sizes[1].keys()):
-        if sizes[0].get(name) != sizes[1].get(name):
-            raise _unlike(first, other, sizes[0].get(name), sizes[1].get(name))
-
-
-def _unlike(first: InputRecord, other: InputRecord, expected: object, got: object) -> Exception:
-    return CalibrationError(
-        f"inputs {first.name} and {other.name} don't make one plan",
-        expected=expected,
-        got=got,
-        remedy="run all inputs with one size of video, sampler and number of steps; restart the "
-        "run after a change",
-    )
-
-
-def _sampler(record: InputRecord) -> Sampler:
-    pairs = list(zip(record.timesteps, record.timesteps[1:], strict=False))
-    if not (all(a > b for a, b in pairs) or all(a < b for a, b in pairs)):
-        raise CalibrationError(
-            "the timesteps of the inputs neither fall nor rise throughout",
-            expected="a sampler that goes from noise to video, or back",
-            got=record.timesteps[:8],
-            remedy="call the module in the order of its sampler, one input a `run.input()`",
-        )
-    return Sampler(name=record.scheduler, timesteps=record.timesteps, sigmas=record.sigmas)
 
 
 def inputs_digest(about: Sequence[object], arguments: object) -> str:

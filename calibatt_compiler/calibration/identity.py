@@ -47,7 +47,9 @@ def _bytes(tensor: Tensor, limit: int) -> bytes:
 def settings(config: CalibrationConfig) -> dict[str, Any]:
     """Return the settings that stored masks depend on."""
     names = ("block", "token_order", "A", "C", "k", "cfg", "num_steps", "grid", "text", "component")
-    found = {name: getattr(config, name) for name in (*names, "keep_energies")}
+    found: dict[str, Any] = {name: getattr(config, name) for name in (*names, "keep_energies")}
+    if config.gamma is not None:  # which value it has is no part of what is recorded
+        found["repetition"] = (config.anchor_rows, config.similarity_inputs)
     return {name: list(v) if isinstance(v, tuple) else v for name, v in found.items()}
 
 

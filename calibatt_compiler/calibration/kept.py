@@ -46,6 +46,8 @@ class SiteValidation:
         mean: of `kept`.
         worst_head: least mean over inputs and query blocks that any head has at any step.
         worst_row: least share that any query block of any head keeps, at any step of any input.
+        repetitive: heads that copy rows, summed over the steps: they drop nothing that could be
+            kept, so all other figures are of the other heads, at steps that have any.
     """
 
     site: str
@@ -55,6 +57,7 @@ class SiteValidation:
     mean: float
     worst_head: float
     worst_row: float
+    repetitive: int = 0
 
     @property
     def worst_step(self) -> int:
@@ -83,7 +86,8 @@ class Validation:
         inputs: how many inputs were observed.
         held_out: False if they are the very inputs that the plan was made from.
         margin: share of mass that a site may be below its threshold.
-        sites: one for each site of the plan.
+        sites: one for each site of the plan that has a head which is not repetitive.
+        repetitive: heads that copy rows, summed over all sites and observed steps.
     """
 
     plan_digest: str
@@ -91,6 +95,7 @@ class Validation:
     held_out: bool
     margin: float
     sites: tuple[SiteValidation, ...]
+    repetitive: int = 0
 
     @property
     def flagged(self) -> tuple[SiteValidation, ...]:
@@ -102,8 +107,9 @@ class Validation:
 
     @property
     def mean(self) -> float:
-        """Share of mass kept, mean over sites and steps."""
-        return sum(site.mean for site in self.sites) / len(self.sites)
+        """Share of mass kept, mean over sites and steps; 1 if all heads are repetitive."""
+        means = [site.mean for site in self.sites]
+        return sum(means) / len(means) if means else 1.0
 
     def raised(self) -> dict[str, float]:
         """What the flagged sites lack, to be added to their thresholds in another selection.
@@ -130,6 +136,7 @@ class Validation:
             "held_out": self.held_out,
             "margin": self.margin,
             "mean": self.mean,
+            "repetitive": self.repetitive,
             "sites": sites,
         }
 
@@ -147,6 +154,7 @@ class KeptMass:
         shapes = {name: (plan.steps, site.heads) for name, site in plan.sites.items()}
         self._total = {name: np.zeros(shape) for name, shape in shapes.items()}
         self._worst = {name: np.ones(shape) for name, shape in shapes.items()}
+        self._copying = {name: np.zeros(shape, np.bool_) for name, shape in shapes.items()}
         self._votes = {name: np.zeros(plan.steps, np.int64) for name in shapes}
         self._wanted = {name: np.zeros(plan.steps) for name in shapes}
 
@@ -190,6 +198,8 @@ class KeptMass:
         self._total[site][step] += shares.mean(-1).sum(0)
         self._worst[site][step] = np.minimum(self._worst[site][step], shares.min((0, 2)))
         self._votes[site][step] += len(shares)
+        if pattern.repetitive is not None:
+            self._copying[site][step] = pattern.repetitive
         if self._thresholds is not None:
             self._wanted[site][step] = self._thresholds.at(position, steps)
 
@@ -217,13 +227,21 @@ class KeptMass:
             inputs=inputs,
             held_out=digest != self.plan.metadata.inputs.digest,
             margin=margin,
-            sites=tuple(self._site(name) for name in self._votes),
+            sites=tuple(site for site in map(self._site, self._votes) if site is not None),
+            repetitive=sum(self._repetitive(name) for name in self._votes),
         )
 
-    def _site(self, name: str) -> SiteValidation:
-        seen = np.flatnonzero(self._votes[name])
+    def _repetitive(self, name: str) -> int:
+        return int(self._copying[name][self._votes[name] > 0].sum())
+
+    def _site(self, name: str) -> SiteValidation | None:
+        others = ~self._copying[name]
+        seen = np.flatnonzero((self._votes[name] > 0) & others.any(1))
+        if not len(seen):
+            return None
+        judged = others[seen]
         by_head = self._total[name][seen] / self._votes[name][seen, None]
-        kept = by_head.mean(-1)
+        kept = (by_head * judged).sum(-1) / judged.sum(-1)
         wanted = self._wanted[name][seen]
         return SiteValidation(
             site=name,
@@ -231,8 +249,9 @@ class KeptMass:
             kept=tuple(float(value) for value in kept),
             thresholds=tuple(float(v) for v in wanted) if self._thresholds else None,
             mean=float(kept.mean()),
-            worst_head=float(by_head.min()),
-            worst_row=float(self._worst[name][seen].min()),
+            worst_head=float(by_head[judged].min()),
+            worst_row=float(self._worst[name][seen][judged].min()),
+            repetitive=self._repetitive(name),
         )
 
 

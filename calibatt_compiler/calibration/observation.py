@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from calibatt_compiler.calibration.records import InputRecord, SiteSize
+from calibatt_compiler.calibration.repetition import ARRAY, Scores
 from calibatt_compiler.errors import CalibrationError
 
 Branch = Literal["any", "unknown", "conditional", "unconditional", "batched"]
@@ -64,6 +65,8 @@ class InputObservation:
         energies: energies likewise, if they are kept.
         kept_mass: share of attention mass that the masks keep, summed over votes.
         best_share: share in the best key blocks, summed over votes.
+        scores: of spatial repetition, by site and step, one array a call, if they are taken.
+        scored: whether they are.
         votes: masks by site and step.
         guided: whether a call of an unconditional branch was seen.
     """
@@ -78,6 +81,8 @@ class InputObservation:
     sizes: dict[str, SiteSize] = field(default_factory=dict)
     bits: dict[Key, list[npt.NDArray[np.uint8]]] = field(default_factory=dict)
     energies: dict[Key, list[npt.NDArray[np.float32]]] = field(default_factory=dict)
+    scores: dict[Key, list[Scores]] = field(default_factory=dict)
+    scored: bool = False
     kept_mass: Counter[Key] = field(default_factory=Counter)
     best_share: Counter[Key] = field(default_factory=Counter)
     votes: Counter[Key] = field(default_factory=Counter)
@@ -136,13 +141,15 @@ class InputObservation:
         return slice(0, None)
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """Masks and energies by name, as the run folder stores them."""
+        """Masks, energies and scores by name, as the run folder stores them."""
         arrays: dict[str, npt.NDArray[Any]] = {}
         for (site, step), bits in self.bits.items():
             arrays[f"{site}@{step}"] = bits[0] if len(bits) == 1 else np.concatenate(bits)
         for (site, step), energies in self.energies.items():
             joined = energies[0] if len(energies) == 1 else np.concatenate(energies)
             arrays[f"{site}@{step}/energy"] = joined
+        for (site, step), scores in self.scores.items():
+            arrays[f"{site}@{step}/{ARRAY}"] = np.concatenate(scores, axis=1)
         return arrays
 
     def check_complete(self, skips: Mapping[str, str]) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from calibatt_compiler.calibration.config import CalibrationConfig
 from calibatt_compiler.calibration.observation import Branch, InputObservation, Schedule
 from calibatt_compiler.calibration.records import InputRecord, SiteSize
+from calibatt_compiler.calibration.repetition import AttentionCall
 from calibatt_compiler.calibration.text import TextPosition
 from calibatt_compiler.capture import CaptureInfo
 from calibatt_compiler.errors import CalibrationError
@@ -111,6 +112,7 @@ class Observer(ABC):
         out, energy = attention_with_energy(*observed, block=block, scale=scale)
         if orders[0] is not None:
             out = orders[0].undo(out)
+        seen = AttentionCall(q[counted], k[counted], v[counted], out, scale, (orders[0], orders[1]))
         if counted.start:
             rest = slice(0, counted.start)
             other = dense_attention(q[rest], k[rest], v[rest], scale)
@@ -118,7 +120,7 @@ class Observer(ABC):
         if not bool(energy.isfinite().all()):
             raise _not_finite(site, step)
         run.votes[site, step] += energy.shape[0]
-        self._observe(run, size, step, energy)
+        self._observe(run, size, step, energy, seen)
         return out
 
     def begin(self, name: str, about: Mapping[str, Any], samples: int | None) -> None:
@@ -136,8 +138,10 @@ class Observer(ABC):
         self._input = None
 
     @abstractmethod
-    def _observe(self, run: InputObservation, size: SiteSize, step: int, energy: Tensor) -> None:
-        """Take note of a call's energies, float32 (votes, heads, query_blocks, key_blocks)."""
+    def _observe(
+        self, run: InputObservation, size: SiteSize, step: int, energy: Tensor, call: AttentionCall
+    ) -> None:
+        """Take note of a call; energies are float32 (votes, heads, query_blocks, key_blocks)."""
 
     def _block(self, site: str) -> tuple[int, int] | None:
         """Tokens a query block and a key block of a site; None if it is not observed."""

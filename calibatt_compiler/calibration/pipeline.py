@@ -156,7 +156,10 @@ class _Job:
             # Stored ones are entered too: that checks that they are the same inputs.
             for name in sorted([*stored, *mine]):
                 seed, varying = self._inputs[name]
-                with run.input(name, about={"seed": seed, **varying}, samples=samples):
+                about = {"seed": seed, **varying}
+                # By index, so that it does not matter which rank observes an input.
+                scored = int(name) < self._config.similarity_inputs
+                with run.input(name, about=about, samples=samples, scored=scored):
                     if name in mine:
                         self._generate(name)
                 if name in mine:

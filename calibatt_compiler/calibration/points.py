@@ -22,6 +22,7 @@ class Knobs:
     k: float
     rho: float
     pooled: int = 0
+    gamma: float | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ class StepTime:
 
 def cost_of(plan: Plan) -> float:
     """Share of dense attention that a plan computes: kept blocks, and pooled keys of the others.
+
+    Kept blocks of a repetitive head are those of the rows that it computes.
 
     Pooled keys are counted for every block, as the kernels attend those of every block:
     `pooled / block`, the same for all patterns of a site.

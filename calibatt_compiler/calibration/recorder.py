@@ -14,6 +14,12 @@ from calibatt_compiler.calibration.config import CalibrationConfig
 from calibatt_compiler.calibration.observation import InputObservation, Schedule
 from calibatt_compiler.calibration.observer import Observer
 from calibatt_compiler.calibration.records import InputRecord, SiteSize
+from calibatt_compiler.calibration.repetition import (
+    AttentionCall,
+    at_other_share,
+    copies_of,
+    measure,
+)
 from calibatt_compiler.calibration.selection import best_share, pack, select
 from calibatt_compiler.calibration.spool import Spool
 from calibatt_compiler.calibration.text import TextPosition
@@ -24,6 +30,9 @@ from calibatt_compiler.plan.text import fit_mask
 
 BEST = 0.2
 """Fraction of key blocks that `best_share` is taken over."""
+
+_PROBE = 0.84
+"""Threshold of the mask whose error is measured where that of the step is not known yet."""
 
 
 class AttentionRecorder(Observer):
@@ -55,9 +64,20 @@ class AttentionRecorder(Observer):
         self._model = model
         self._spool = spool
 
-    def begin(self, name: str, about: Mapping[str, Any], samples: int | None) -> None:
-        """Start an input; arguments as in `Observer.begin`."""
+    def begin(
+        self, name: str, about: Mapping[str, Any], samples: int | None, *, scored: bool = False
+    ) -> None:
+        """Start an input.
+
+        Args:
+            name: as in `Observer.begin`, and the next two.
+            about: likewise.
+            samples: likewise.
+            scored: measure spatial repetition too.
+        """
         super().begin(name, about, samples)
+        assert self._input is not None
+        self._input.scored = scored
         self._spool.clear()
 
     def abandon(self) -> None:
@@ -111,27 +131,63 @@ class AttentionRecorder(Observer):
             votes={name: tuple(run.votes[name, step] for step in order) for name in names},
             kept_mass=means(run.kept_mass),
             best_share=means(run.best_share),
+            anchor_rows=self._config.anchor_rows if run.scored else 0,
         )
 
-    def _observe(self, run: InputObservation, size: SiteSize, step: int, energy: Tensor) -> None:
-        steps = self._steps(run)
-        if steps is None:
-            self._spool.put(size.name, step, energy.float().cpu().numpy())
-        else:
-            self._select(run, size, step, energy, steps)
-
-    def _select(
-        self, run: InputObservation, size: SiteSize, step: int, energy: Tensor, steps: int
+    def _observe(
+        self, run: InputObservation, size: SiteSize, step: int, energy: Tensor, call: AttentionCall
     ) -> None:
-        key = (size.name, step)
-        mask, kept = select(
+        steps = self._steps(run)
+        if steps is not None:
+            self._select(run, size, step, energy, steps, call)
+            return
+        self._spool.put(size.name, step, energy.float().cpu().numpy())
+        # The operands can't wait for the threshold: its error follows from that of another.
+        if run.scored:
+            self._score(run, size, step, call, *self._covering(energy, size, _PROBE))
+
+    def _covering(self, energy: Tensor, size: SiteSize, threshold: float) -> tuple[Tensor, Tensor]:
+        return select(
             energy,
-            self._config.thresholds(steps).at(run.positions[step], steps),
+            threshold,
             lengths=(size.query_length, size.key_length),
             video=math.prod(self._grid(size.query_length)),
             block=self._config.block,
             text=self._text,
         )
+
+    def _score(
+        self,
+        run: InputObservation,
+        size: SiteSize,
+        step: int,
+        call: AttentionCall,
+        mask: Tensor,
+        kept: Tensor,
+    ) -> None:
+        grid, rows = self._grid(size.query_length), self._config.anchor_rows
+        copies = copies_of(grid, size.query_length, self._text, rows)
+        if copies is not None:
+            scores = measure(call, mask, kept, copies, self._config.block)
+            run.scores.setdefault((size.name, step), []).append(scores)
+
+    def _select(
+        self,
+        run: InputObservation,
+        size: SiteSize,
+        step: int,
+        energy: Tensor,
+        steps: int,
+        call: AttentionCall | None = None,
+    ) -> None:
+        key = (size.name, step)
+        threshold = self._config.thresholds(steps).at(run.positions[step], steps)
+        mask, kept = self._covering(energy, size, threshold)
+        if call is not None and run.scored:
+            self._score(run, size, step, call, mask, kept)
+        elif key in run.scores:
+            which = len(run.bits.get(key, []))
+            run.scores[key][which] = at_other_share(run.scores[key][which], kept)
         run.bits.setdefault(key, []).append(pack(self._fitted(mask, size)))
         if self._config.keep_energies:
             run.energies.setdefault(key, []).append(energy.float().cpu().numpy())

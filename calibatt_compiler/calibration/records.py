@@ -48,9 +48,12 @@ class InputRecord(_Record):
             keep.
         best_share: for each site and step, mean share of attention mass in each query block's
             best 20 % of key blocks.
+        anchor_rows: rows a frame that copy errors are for, if spatial repetition was scored; else
+            0. There are scores only if a frame has more rows.
         tensors: SHA-256 of each array in the file. `<site>@<step>` is uint8 (votes, heads,
             query_blocks, ceil(key_blocks / 8)); `<site>@<step>/energy` is float32 (votes, heads,
-            query_blocks, key_blocks), if energies are kept.
+            query_blocks, key_blocks), if energies are kept; `<site>@<step>/repetition` is float32
+            (4, votes, heads), as `calibration.repetition` describes it.
     """
 
     name: str
@@ -71,4 +74,5 @@ class InputRecord(_Record):
     votes: dict[str, tuple[int, ...]]
     kept_mass: dict[str, tuple[float, ...]]
     best_share: dict[str, tuple[float, ...]]
+    anchor_rows: int = 0
     tensors: dict[str, str] = Field(default_factory=dict)

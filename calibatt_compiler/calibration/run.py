@@ -76,6 +76,7 @@ class CalibrationRun:
         *,
         about: Mapping[str, Any] | None = None,
         samples: int | None = None,
+        scored: bool | None = None,
     ) -> Iterator[None]:
         """Observe one input: run the module over all its steps within this context.
 
@@ -87,6 +88,8 @@ class CalibrationRun:
             about: JSON values that say what it is, part of the plan's digest of inputs.
             samples: videos generated at once; a call with twice as many is taken for both
                 branches of guidance where the branch says so. Each sample votes on its own.
+            scored: measure spatial repetition too, if the settings have a `gamma`. Default: as
+                long as fewer than `similarity_inputs` inputs of the run were.
 
         Raises:
             CalibrationError: within another input; nothing or not all was observed; sizes or
@@ -107,7 +110,7 @@ class CalibrationRun:
             if self._already(name, about):
                 yield
                 return
-            self._recorder.begin(name, about, samples)
+            self._recorder.begin(name, about, samples, scored=self._scores(scored))
             with torch.no_grad():
                 yield
             record, arrays = self._recorder.finish()
@@ -117,6 +120,14 @@ class CalibrationRun:
         finally:
             self._recorder.abandon()
             self._inside = False
+
+    def _scores(self, wanted: bool | None) -> bool:
+        if self.config.gamma is None:
+            return False
+        if wanted is not None:
+            return wanted
+        scored = sum(self._store.record(name).anchor_rows > 0 for name in self._store.names())
+        return scored < self.config.similarity_inputs
 
     def _already(self, name: str, about: Mapping[str, Any]) -> bool:
         if not self._store.has(name):
@@ -174,6 +185,7 @@ class CalibrationRun:
         A: float | None = None,
         C: float | None = None,
         k: float | None = None,
+        gamma: float | None = None,
         raised: Mapping[str, float] | None = None,
         names: tuple[str, ...] | None = None,
     ) -> Plan:
@@ -188,6 +200,7 @@ class CalibrationRun:
                 next two need `keep_energies=True`.
             C: likewise.
             k: likewise.
+            gamma: other than configured, for a run that recorded repetition.
             raised: by site, what is added to its threshold, as in `plan_from_run`.
             names: the inputs that count; default all.
 
@@ -203,6 +216,7 @@ class CalibrationRun:
             merge_budget=self.config.merge_budget,
             pooled=self.config.pooled,
             sample_power=self.config.sample_power,
+            gamma=self.config.gamma if gamma is None else gamma,
             raised=raised or {},
         )
         return derive_plan(self._store, names, selection, cfg=self._cfg, arguments=self._arguments)

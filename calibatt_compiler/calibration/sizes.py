@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from calibatt_compiler.calibration import store
+from calibatt_compiler.calibration.forms import SHARE
 from calibatt_compiler.calibration.records import InputRecord, SiteSize
+from calibatt_compiler.calibration.repetition import ARRAY, copies_of, heads_at_once
 from calibatt_compiler.plan import file
 from calibatt_compiler.plan.schema import (
     CalibrationInputs,
@@ -19,7 +21,7 @@ from calibatt_compiler.plan.schema import (
     Sampler,
     SiteRecord,
 )
-from calibatt_compiler.plan.stored import Entries
+from calibatt_compiler.plan.stored import Entries, Entry
 from calibatt_compiler.version import PRODUCER
 
 SELECTION = 112
@@ -28,6 +30,10 @@ SELECTION = 112
 
 OPERANDS = 8
 """Copies of the queries that one call may hold: output, joined branches, packed operands."""
+
+SCORING = 9
+"""Copies of the queries of one group of heads while its sparse form is computed: queries, keys and
+values, the same in another order or packed, and outputs."""
 
 SUMS, TILE = 32 * 2 * 8, 1 << 18
 """What a thread of the CPU kernel holds: bytes a key block, and bytes of its tile of queries."""
@@ -50,12 +56,14 @@ class Sizes:
     Attributes:
         record: of an input, its arrays not yet known.
         keep_energies: whether energies are stored beside the masks.
+        anchor_rows: of the inputs that are scored for spatial repetition; 0 if none is.
     """
 
     record: InputRecord
     keep_energies: bool
+    anchor_rows: int = 0
 
-    def arrays(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def arrays(self, *, scored: bool = False) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Dtype as safetensors names it and shape of each array of an input, by name."""
         found: dict[str, tuple[str, tuple[int, ...]]] = {}
         for size in self.record.sites:
@@ -66,13 +74,19 @@ class Sizes:
                 if self.keep_energies:
                     energies = (votes, size.heads, rows, columns)
                     found[f"{size.name}@{step}/energy"] = ("F32", energies)
+                if scored and self._copies(size):
+                    found[f"{size.name}@{step}/{ARRAY}"] = ("F32", (4, votes, size.heads))
         return found
 
-    def input_bytes(self, name: str, about: Mapping[str, object]) -> int:
+    def input_bytes(self, name: str, about: Mapping[str, object], *, scored: bool = False) -> int:
         """Bytes of the file of one input."""
-        arrays = self.arrays()
-        hashes = dict.fromkeys(arrays, "0" * 64)
-        changes = {"name": name, "about": dict(about), "tensors": hashes}
+        arrays = self.arrays(scored=scored)
+        changes = {
+            "name": name,
+            "about": dict(about),
+            "tensors": dict.fromkeys(arrays, "0" * 64),
+            "anchor_rows": self.anchor_rows if scored else 0,
+        }
         text = store.record_text(self.record.model_copy(update=changes))
         return safetensors_bytes(store.FORMAT, text, arrays)
 
@@ -86,6 +100,7 @@ class Sizes:
             producer=PRODUCER,
             model=self.record.model or ModelIdentity(class_name="", config_digest="0" * 64),
             grid=self.record.grid,
+            requires=("repetition",) if any(map(self._copies, self.record.sites)) else (),
             sampler=Sampler(
                 name=self.record.scheduler,
                 timesteps=self.record.timesteps,
@@ -93,15 +108,21 @@ class Sizes:
             ),
             thresholds=dict(thresholds),
             inputs=CalibrationInputs(count=inputs, digest="0" * 64),
-            quality={"best_20_percent_share": 0.123456, "input_kept_mass": 0.123456},
+            quality=dict.fromkeys(
+                ("best_20_percent_share", "input_kept_mass", *([SHARE] * (self.anchor_rows > 0))),
+                0.123456,
+            ),
             sites=sites,
         )
-        bits = {size.name: math.prod(self._bits(size)) for size in self.record.sites}
-        arrays = {name: ("U8", (length,)) for name, length in bits.items()}
-        entries: dict[str, Entries] = {
-            name: (((("bits", "deflate/previous", length // steps),),) * steps)
-            for name, length in bits.items()
-        }
+        arrays: dict[str, tuple[str, tuple[int, ...]]] = {}
+        entries: dict[str, Entries] = {}
+        for size in self.record.sites:
+            bits = math.prod(self._bits(size))
+            of_step: tuple[Entry, ...] = (("bits", "deflate/previous", bits // steps),)
+            if self._copies(size):
+                of_step += (("repetitive", "deflate/previous", size.heads),)
+            entries[size.name] = (of_step,) * steps
+            arrays[size.name] = ("U8", (sum(length for *_, length in of_step) * steps,))
         index = file.index({name: ("0" * 64, patterns) for name, patterns in entries.items()})
         return safetensors_bytes(file.FORMAT, f"{index}\n{file.to_json(metadata)}", arrays)
 
@@ -116,7 +137,7 @@ class Sizes:
 
     def host_bytes(self) -> int:
         """Most host memory that an input's masks and then the plan take, beside the model."""
-        one_input = sum(_bytes(dtype, shape) for dtype, shape in self.arrays().values())
+        one_input = sum(_bytes(dtype, shape) for dtype, shape in self.arrays(scored=True).values())
         bits = [_bytes("U8", self._bits(size)) for size in self.record.sites]
         largest = max(size.heads * math.prod(self._blocks(size)) for size in self.record.sites)
         return max(COPIES * one_input, 2 * sum(bits) + max(bits) + DERIVATION * largest) + SMALL
@@ -135,7 +156,28 @@ class Sizes:
             else 16 * min(CHUNK, votes * size.heads * size.query_length * size.key_length)
         )
         blocks = votes * size.heads * math.prod(self._blocks(size))
-        return SELECTION * blocks + OPERANDS * operand + scores
+        return (
+            SELECTION * blocks
+            + OPERANDS * operand
+            + max(scores, self._scoring(size, operand, device))
+        )
+
+    def _copies(self, size: SiteSize) -> bool:
+        """Whether a call of a scored input has scores."""
+        grid, text, rows = self.record.grid, self.record.text, self.anchor_rows
+        return rows > 0 and copies_of(grid, size.query_length, text, rows) is not None
+
+    def _scoring(self, size: SiteSize, operand: int, device: torch.device) -> int:
+        """Bytes that scoring takes beside the output and the masks."""
+        from calibatt_compiler.kernels.row_similarity import working_bytes as similarity_bytes
+
+        if not self._copies(size):
+            return 0
+        tokens = max(size.query_length, size.key_length)
+        group = min(size.heads, heads_at_once(tokens, size.head_dim))
+        one = operand // (max(self.record.votes[size.name]) * size.heads)
+        lengths = size.key_length, size.head_dim
+        return SCORING * group * one + similarity_bytes(self.record.grid, *lengths, device)
 
     def _bits(self, size: SiteSize) -> tuple[int, int, int, int]:
         rows, columns = self._blocks(size)
@@ -158,6 +200,9 @@ class Sizes:
             digests=("0" * 64,) * steps,
             steps=tuple(range(steps)),
             density=(1 / 3,) * steps,
+            head_forms="mixed" if self._copies(size) else "blocks",
+            anchor_rows=self.anchor_rows if self._copies(size) else 0,
+            repetitive=(size.heads,) * steps if self._copies(size) else (),
         )
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from calibatt_compiler.calibration.config import check_gamma
 from calibatt_compiler.calibration.points import Knobs, Point
 from calibatt_compiler.errors import OptionError
 
@@ -29,12 +30,15 @@ class SearchSpace:
         k: least and largest; by logarithm.
         rho: least and largest share of the inputs that a block needs.
         pooled: keys of a dropped block to choose from; one value is not searched.
+        gamma: similarities from which on a head may be repetitive to choose from, None for no such
+            head; likewise.
     """
 
     A: tuple[float, float] = (0.5, 0.98)
     k: tuple[float, float] = (1.0, 32.0)
     rho: tuple[float, float] = (0.25, 0.9)
     pooled: tuple[int, ...] = (0,)
+    gamma: tuple[float | None, ...] = (None,)
 
     def __post_init__(self) -> None:
         for name, low, high in (("A", 0.0, 0.999), ("k", 0.0, 1000.0), ("rho", 0.0, 1.0)):
@@ -53,11 +57,25 @@ class SearchSpace:
                 got=self.pooled,
                 remedy="leave it out to drop blocks as they are",
             )
+        for value in self.gamma:
+            check_gamma(value)
+        if not self.gamma or len(set(self.gamma)) != len(self.gamma):
+            raise OptionError(
+                "gamma has nothing to choose from",
+                expected="different similarities, such as (None, 0.8, 0.87)",
+                got=self.gamma,
+                remedy="leave it out for no repetitive heads",
+            )
 
     def ends(self) -> tuple[Knobs, Knobs]:
         """Return the knobs of the sparsest and of the densest plan in it."""
-        sparse = Knobs(self.A[0], self.A[0], self.k[0], self.rho[1], min(self.pooled))
-        return sparse, Knobs(self.A[1], 0.999, self.k[0], self.rho[0], min(self.pooled))
+        pooled, some = min(self.pooled), [value for value in self.gamma if value is not None]
+        most = min(some, default=None)
+        fewest = None if None in self.gamma else max(some)
+        return (
+            Knobs(self.A[0], self.A[0], self.k[0], self.rho[1], pooled, most),
+            Knobs(self.A[1], 0.999, self.k[0], self.rho[0], pooled, fewest),
+        )
 
 
 def _inside(value: float, limits: tuple[float, float]) -> float:
@@ -141,21 +159,24 @@ class Study:
         space = self._space
         A = trial.suggest_float("A", *space.A)
         lift = trial.suggest_float("lift", 0.0, 1.0)
-        pooled = space.pooled[0]
+        pooled, gamma = space.pooled[0], space.gamma[0]
         if len(space.pooled) > 1:
             pooled = trial.suggest_categorical("pooled", space.pooled)
+        if len(space.gamma) > 1:
+            gamma = trial.suggest_categorical("gamma", space.gamma)
         return Knobs(
             A=A,
             C=A + lift * (0.999 - A),
             k=trial.suggest_float("k", *space.k, log=True),
             rho=trial.suggest_float("rho", *space.rho),
             pooled=pooled,
+            gamma=gamma,
         )
 
-    def _first(self) -> dict[str, float]:
+    def _first(self) -> dict[str, float | None]:
         space, start = self._space, self._start
         A = _inside(start.A, space.A)
-        first = {
+        first: dict[str, float | None] = {
             "A": A,
             "lift": _inside((start.C - A) / (0.999 - A) if A < 0.999 else 0.0, (0.0, 1.0)),
             "k": _inside(start.k, space.k),
@@ -163,6 +184,8 @@ class Study:
         }
         if len(space.pooled) > 1:
             first["pooled"] = start.pooled if start.pooled in space.pooled else space.pooled[0]
+        if len(space.gamma) > 1:
+            first["gamma"] = start.gamma if start.gamma in space.gamma else space.gamma[0]
         return first
 
 

@@ -89,7 +89,8 @@ def tuning_cost(
     folder = Path(out)
     config = _recording(config, folder)
     _check_form(config, tuning)
-    recording = estimate(pipe, prompts, seeds, config=config, **pipeline_arguments)
+    scored = _scored(config, tuning)
+    recording = estimate(pipe, prompts, seeds, config=scored, **pipeline_arguments)
     journal = folder / "study.journal"
     done = 0
     if journal.exists():
@@ -123,7 +124,8 @@ def tune(
         prompts: as in `calibrate`; trials are measured on the first of them.
         seeds: as in `calibrate`.
         out: the folder of the search.
-        config: how the model is calibrated. `A`, `C`, `k` and `rho` are where the search begins;
+        config: how the model is calibrated. `A`, `C`, `k`, `rho`, `pooled` and `gamma` are where
+            the search begins;
             `inductor` is taken for on, also on a CPU.
         tuning: how to search.
         progress: told how far it is.
@@ -141,7 +143,8 @@ def tune(
     with _held(folder):
         _check(folder, config, tuning, inputs)
         progress.start("calibrating", None)
-        first = calibrate(pipe, prompts, seeds, config=config, **pipeline_arguments)
+        scored = _scored(config, tuning)
+        first = calibrate(pipe, prompts, seeds, config=scored, **pipeline_arguments)
         search = _Search(folder, config, tuning, first)
         server = PlanServer()
         inductor = config.inductor is not False
@@ -167,7 +170,8 @@ class _Search:
         self, folder: Path, config: CalibrationConfig, tuning: TuningConfig, first: Plan
     ) -> None:
         recorded = first.metadata.thresholds
-        start = Knobs(recorded["A"], recorded["C"], recorded["k"], config.rho, config.pooled)
+        thresholds = recorded["A"], recorded["C"], recorded["k"]
+        start = Knobs(*thresholds, config.rho, config.pooled, config.gamma)
         self._recording = folder / "recording"
         self._config = config
         self._tuning = tuning
@@ -218,11 +222,20 @@ def _recording(config: CalibrationConfig | None, folder: Path) -> CalibrationCon
     )
 
 
+def _scored(config: CalibrationConfig, tuning: TuningConfig) -> CalibrationConfig:
+    """Return settings of a recording that has scores if some trial may need them."""
+    some = [value for value in tuning.space.gamma if value is not None]
+    return replace(config, gamma=min(some, default=None))
+
+
 def _check_form(config: CalibrationConfig, tuning: TuningConfig) -> None:
     """Refuse settings of the calibration that the search would pass over, or can't judge."""
     if config.pooled not in tuning.space.pooled:
         problem, expected = "pooled is not in the search space", f"one of {tuning.space.pooled}"
         got: object = config.pooled
+    elif config.gamma not in tuning.space.gamma:
+        problem, expected = "gamma is not in the search space", f"one of {tuning.space.gamma}"
+        got = config.gamma
     elif tuning.proxy and config.sample_power is not None:
         problem, expected = "the proxy can't judge sampled blocks", "sample_power=None"
         got = config.sample_power
@@ -232,7 +245,7 @@ def _check_form(config: CalibrationConfig, tuning: TuningConfig) -> None:
         problem,
         expected=expected,
         got=got,
-        remedy="set SearchSpace(pooled=...) for pooled keys, and proxy=False for samples",
+        remedy="set SearchSpace(pooled=..., gamma=...) for these, and proxy=False for samples",
     )
 
 

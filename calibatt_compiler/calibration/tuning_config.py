@@ -18,7 +18,8 @@ class TuningConfig:
         trials: how many plans are tried, those of an earlier, interrupted search included.
         videos: how many of the inputs are generated in each trial; the first ones.
         proxy: go by the share of attention mass that a plan keeps on the inputs instead, from the
-            recorded energies: no video is generated. It can't see what pooling gains.
+            recorded energies: no video is generated. It can't see what pooling gains,
+            nor what copied rows cost.
         space: where to look.
         seed: of the search. The same seed and the same fidelities give the same trials.
         speed_up: choose the most faithful plan that is predicted to make a step at least so much
@@ -44,6 +45,8 @@ class TuningConfig:
                 raise _error(name, f"an integer of at least {least}", value)
         if self.proxy and self.space.pooled != (0,):
             raise _error("pooled", "0 with the proxy, which sees dropped mass only", self.space)
+        if self.proxy and self.space.gamma != (None,):
+            raise _error("gamma", "None with the proxy, which sees dropped mass only", self.space)
         if self.speed_up is not None and self.fidelity is not None:
             raise _error("speed_up", "one goal: a speed-up or a fidelity", "both")
 

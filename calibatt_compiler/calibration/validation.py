@@ -31,6 +31,7 @@ from calibatt_compiler.calibration.observed import observed
 from calibatt_compiler.calibration.observer import Observer
 from calibatt_compiler.calibration.progress import CalibrationProgress
 from calibatt_compiler.calibration.records import SiteSize
+from calibatt_compiler.calibration.repetition import AttentionCall
 from calibatt_compiler.calibration.store import RunStore
 from calibatt_compiler.calibration.text import TextPosition
 from calibatt_compiler.errors import CalibrationError, PlanMismatchError
@@ -194,7 +195,9 @@ class PlanObserver(Observer):
     def _order(self) -> TokenOrder:
         return self._kept.plan.token_order
 
-    def _observe(self, run: InputObservation, size: SiteSize, step: int, energy: Tensor) -> None:
+    def _observe(
+        self, run: InputObservation, size: SiteSize, step: int, energy: Tensor, call: AttentionCall
+    ) -> None:
         plan = self._kept.plan
         block = self._block(size.name)
         assert block is not None

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from calibatt_compiler.calibration import CalibrationConfig
     from calibatt_compiler.report.cases import Case
 
-_HOW = "How sparse"
+_HOW = options.HOW_SPARSE
 
 
 def calibrate(
@@ -117,6 +117,18 @@ def calibrate(
             show_default=False,
         ),
     ] = None,
+    gamma: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SCORE",
+            help="Let a head compute a few rows of each frame and copy the others where its rows "
+            "attend alike by this score or more, that is cheaper, and errs no more; 0.87 is the "
+            "paper's. Default: no head does.",
+            rich_help_panel=_HOW,
+            show_default=False,
+        ),
+    ] = None,
+    anchor_rows: options.AnchorRows = 5,
     token_order: Annotated[
         str,
         typer.Option(
@@ -177,6 +189,8 @@ def calibrate(
         merge_budget=merge_budget,
         pooled=pooled,
         sample_power=sample_power,
+        gamma=gamma,
+        anchor_rows=anchor_rows,
         token_order=token_order,
         component=component,
         keep_energies=keep_energies,

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 _VIDEO = "The video"
+HOW_SPARSE = "How sparse"
 _WHERE = "Where it runs"
 
 Model = Annotated[
@@ -86,6 +87,15 @@ Settings = Annotated[
         "may be given several times.",
         rich_help_panel=_VIDEO,
         show_default=False,
+    ),
+]
+AnchorRows = Annotated[
+    int,
+    typer.Option(
+        "--anchor-rows",
+        metavar="ROWS",
+        help="Rows of each frame that a repetitive head computes; the others copy them.",
+        rich_help_panel=HOW_SPARSE,
     ),
 ]
 Component = Annotated[

@@ -79,6 +79,16 @@ def tune(
             rich_help_panel=_SEARCH,
         ),
     ] = "0",
+    gamma: Annotated[
+        str,
+        typer.Option(
+            metavar="SCORE,...",
+            help="Scores for repetitive heads to choose from, as of calibatt calibrate, and off "
+            "for none, such as off,0.8,0.87.",
+            rich_help_panel=_SEARCH,
+        ),
+    ] = "off",
+    anchor_rows: options.AnchorRows = 5,
     search_seed: Annotated[
         int, typer.Option("--search-seed", min=0, help="Seed.", rich_help_panel=_SEARCH)
     ] = 0,
@@ -117,15 +127,20 @@ def tune(
             got="--psnr",
             remedy="leave --proxy out",
         )
-    keys = _numbers(pooled)
+    keys, scores = _numbers(pooled), _scores(gamma)
     config = CalibrationConfig(
-        pooled=keys[0], block=(block, block), token_order=token_order, component=component
+        pooled=keys[0],
+        gamma=scores[0],
+        anchor_rows=anchor_rows,
+        block=(block, block),
+        token_order=token_order,
+        component=component,
     )
     tuning = TuningConfig(
         trials=trials,
         videos=videos,
         proxy=proxy,
-        space=SearchSpace(pooled=keys),
+        space=SearchSpace(pooled=keys, gamma=scores),
         seed=search_seed,
         speed_up=speed_up,
         fidelity=psnr,
@@ -157,6 +172,20 @@ def tune(
     elif speed_up is not None or psnr is not None:
         console.print("no trial reached the goal")
         raise typer.Exit(1)
+
+
+def _scores(text: str) -> tuple[float | None, ...]:
+    from calibatt_compiler.errors import OptionError
+
+    try:
+        return tuple(None if word == "off" else float(word) for word in text.split(","))
+    except ValueError as error:
+        raise OptionError(
+            "--gamma takes scores",
+            expected="numbers and off with commas between, such as off,0.8,0.87",
+            got=text,
+            remedy="leave it out for no repetitive heads",
+        ) from error
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -98,6 +98,7 @@ def raise_flagged(path: Path, plan: Plan, validation: Validation, out: Path) -> 
         merge_budget=used.get("merge_budget"),
         pooled=plan.metadata.sites[0].pooled,
         sample_power=used.get("sample_power"),
+        gamma=used.get("gamma"),
         raised=amounts,
     )
     new.save(out)

@@ -12,6 +12,12 @@ def terminal(estimate: Estimate) -> Table:
     measured = estimate.measured
     device = measured.device_bytes
     todo = estimate.inputs - estimate.finished
+    scored = (
+        f" + {estimate.steps} x {duration(measured.scoring_seconds)} for {estimate.scored} that "
+        "are scored for repetition"
+        if estimate.scored
+        else ""
+    )
     shared = f", shared by {estimate.processes} processes" if estimate.processes > 1 else ""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
@@ -21,7 +27,8 @@ def terminal(estimate: Estimate) -> Table:
         "time",
         f"about {duration(estimate.seconds)}",
         f"{todo} inputs x ({duration(measured.input_seconds)} + {estimate.steps} steps x "
-        f"{duration(measured.step_seconds)}) + {duration(measured.warm_up_seconds)} to compile"
+        f"{duration(measured.step_seconds)}){scored} + {duration(measured.warm_up_seconds)} to "
+        "compile"
         f"{shared}; measured on one step; {estimate.finished} of {estimate.inputs} inputs are "
         "done already",
     )

@@ -42,7 +42,7 @@ def front_table(tuning: Tuning) -> Table:
     """Return the points of the front, the chosen one marked."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     fidelity = "mass kept" if tuning.proxy else "PSNR, dB"
-    for heading in ("", fidelity, "speed-up", "density", "A", "C", "k", "rho", "pooled"):
+    for heading in ("", fidelity, "speed-up", "density", "A", "C", "k", "rho", "pooled", "gamma"):
         table.add_column(heading, justify="right", no_wrap=True)
     for point in tuning.front:
         knobs = point.knobs
@@ -55,5 +55,6 @@ def front_table(tuning: Tuning) -> Table:
             f"{knobs.k:.2f}",
             f"{knobs.rho:.2f}",
             str(knobs.pooled),
+            "" if knobs.gamma is None else f"{knobs.gamma:.2f}",
         )
     return table

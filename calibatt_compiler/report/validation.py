@@ -43,6 +43,11 @@ def _row(site: SiteValidation, *, flagged: bool) -> list[str]:
 
 def _words(validation: Validation) -> list[str]:
     words = [f"{validation.inputs} inputs, mean share kept {validation.mean:.4f}"]
+    if validation.repetitive:
+        words.append(
+            f"{validation.repetitive} heads, over sites and steps, copy rows instead of dropping "
+            "blocks: they are left out"
+        )
     if not validation.held_out:
         words.append("these are the inputs that the plan was made from: this validates nothing")
     if not any(site.thresholds for site in validation.sites):

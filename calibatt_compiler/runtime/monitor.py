@@ -7,6 +7,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -71,6 +72,8 @@ class KeptMassMonitor:
             orders: of queries and of keys in the pattern.
         """
         served = pattern()
+        if served.repetitive is not None and served.repetitive.all():
+            return
         count = self.samples.total() + 1
         row = int((count * GOLDEN + self._phase) % 1 * served.query_blocks)
         share = kept_mass(q, k, served, row, scale, orders)
@@ -102,8 +105,12 @@ def kept_mass(
         orders: of queries and of keys in the pattern.
 
     Returns:
-        float64 scalar on the operands' device: mean over samples, heads and queries.
+        float64 scalar on the operands' device: mean over samples, queries and heads that are not
+        repetitive.
     """
+    judged = np.ones(pattern.heads, np.bool_)
+    if pattern.repetitive is not None:
+        judged = ~pattern.repetitive  # the others drop no key: they copy rows
     first = row * pattern.block_m
     last = min(first + pattern.block_m, pattern.query_length) - 1
     queries = torch.linspace(first, last, min(QUERIES, last - first + 1)).round().long()
@@ -120,5 +127,6 @@ def kept_mass(
     for start in range(0, q.shape[1], heads):
         part = slice(start, start + heads)
         mass = (few[:, part].float() @ k[:, part].float().mT).mul_(scale).softmax(-1)
-        total += (mass * kept[part, None]).sum(-1).double().mean((0, 2)).sum()
-    return total / q.shape[1]
+        shares = (mass * kept[part, None]).sum(-1).double().mean((0, 2))
+        total += (shares * torch.from_numpy(judged[part]).to(q.device)).sum()
+    return total / int(judged.sum())

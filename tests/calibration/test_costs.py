@@ -62,8 +62,9 @@ def record(*, votes: int, steps: int, length: int = 2048, heads: int = 4) -> Inp
         ({}, {}),
         ({"keep_energies": True}, {"num_inference_steps": 1}),
         ({"cfg": "both"}, {"num_videos_per_prompt": 2, "num_inference_steps": 2}),
+        ({"gamma": 0.5, "anchor_rows": 1}, {"num_inference_steps": 2}),
     ],
-    ids=["masks", "energies, one step", "both branches of two videos"],
+    ids=["masks", "energies, one step", "both branches of two videos", "repetition"],
 )
 def test_disk_is_told_within_a_tenth(
     settings: dict[str, Any],
@@ -114,6 +115,10 @@ def test_time_is_a_sum() -> None:
     told = Estimate(16, 6, 50, 1, measured, 1 << 20, 3 << 30, 1000, 24)
     assert told.seconds == 10 * (3 + 50 * 2) + 10
     assert replace(told, finished=16).seconds == 0
+    scoring = replace(measured, scoring_seconds=1.0)
+    scored = replace(told, measured=scoring, scored=2)
+    assert scored.seconds == told.seconds + 2 * 50
+    assert replace(scored, processes=4).seconds == 3 * (3 + 50 * 2) + 10 + 50
     assert told.disk_bytes == 1024
     assert [report.duration(s) for s in (0.0123, 2.345, 600, 40_000)] == [
         "12 ms",
@@ -163,6 +168,30 @@ def test_memory_of_a_call_stays_within_the_bound(text: Any, tmp_path: Path) -> N
     assert live.peak <= bound
     # It is no idle bound: the selection alone takes a good part of what is allowed for it.
     assert live.peak > 0.4 * SELECTION * 2 * 4 * 128 * 128
+
+
+@pytest.mark.parametrize("order", ["raster", "2x8x8"])
+def test_memory_of_a_scored_call_stays_within_the_bound(order: str, tmp_path: Path) -> None:
+    """With wide heads and few blocks, so that what scoring takes is most of it."""
+    grid = (8, 16, 16)
+    site = SiteSize(name="a", heads=2, head_dim=128, query_length=2048, key_length=2048)
+    known = record(votes=2, steps=1).model_copy(
+        update={"grid": grid, "block": (128, 128), "sites": (site,)}
+    )
+    config = CalibrationConfig(num_steps=1, grid=grid, gamma=0.5, token_order=order)
+    recorder = AttentionRecorder(config, None, None, Spool(tmp_path / "spool"))
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 2048, 128, generator=generator) for _ in range(3))
+    q = q[:, :, :1].expand_as(k).contiguous()  # all heads are compared with their sparse form
+    recorder.begin("00000", {}, None, scored=True)
+    with LiveBytes() as live:
+        recorder.attend("a", q, k, v, 1.0, 0.1)
+    without, bound = (
+        Sizes(known, keep_energies=False, anchor_rows=rows).working_bytes(4, torch.device("cpu"))
+        for rows in (0, 5)
+    )
+    assert live.peak <= bound
+    assert live.peak > 0.4 * (bound - without)
 
 
 @pytest.mark.parametrize("energies", [False, True])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from calibatt_compiler.calibration.spool import Spool
 from calibatt_compiler.capture import CaptureInfo, SiteInfo
 from calibatt_compiler.errors import CalibrationError
 from calibatt_compiler.kernels.energy import block_energy
+from calibatt_compiler.kernels.row_similarity import row_similarity
 
 GRID = (2, 5, 9)
 TOKENS = math.prod(GRID)
@@ -258,3 +260,35 @@ def test_why_nothing_was_observed_is_told(make: Make) -> None:
     with pytest.raises(CalibrationError) as caught:
         recorder.finish()
     assert "3 skipped: {'cross-attention': 1, 'masked': 2}" in str(caught.value.got)
+
+
+@pytest.mark.parametrize("text", [None, "first"])
+def test_scores_are_of_the_samples_that_count(make: Make, text: Any) -> None:
+    config = replace(CONFIG, gamma=0.87, anchor_rows=2)
+    length = TOKENS + 10 * (text is not None)
+    q, k, v = operands(0, batch=2, length=length)
+    found = []
+    for branch, part in (("batched", slice(None)), ("any", slice(1, None))):
+        recorder = make(config, text=text, branch=branch)
+        recorder.begin("0", {}, 1, scored=True)
+        recorder.attend("s", q[part], k[part], v[part], 900.0, 0.25)
+        record, arrays = recorder.finish()
+        assert record.anchor_rows == 2
+        found.append(arrays["s@0/repetition"])
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
+    alike = row_similarity(q[1:], k[1:], grid=GRID, first=length - TOKENS, scale=0.25)
+    np.testing.assert_allclose(found[0][0], alike.numpy(), rtol=1e-6)
+    unscored = make(config, text=text, branch="any")
+    unscored.begin("0", {}, 1)
+    unscored.attend("s", q, k, v, 900.0, 0.25)
+    record, arrays = unscored.finish()
+    assert (record.anchor_rows, list(arrays)) == (0, ["s@0"])
+
+
+def test_nothing_is_scored_where_the_video_is_not_known(make: Make) -> None:
+    """Text tokens of an unknown place, or frames without rows to copy."""
+    for length, rows in ((TOKENS + 10, 2), (TOKENS, 5)):
+        recorder = make(replace(CONFIG, gamma=0.87, anchor_rows=rows))
+        recorder.begin("0", {}, 1, scored=True)
+        recorder.attend("s", *operands(0, length=length), 900.0, 0.25)
+        assert list(recorder.finish()[1]) == ["s@0"]

@@ -6,7 +6,7 @@ import json
 import math
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,16 +72,25 @@ def test_settings_that_cannot_be_searched() -> None:
     for wrong in ({"A": (0.9, 0.5)}, {"k": (0.0, 1.0)}, {"rho": (0.5, 1.5)}, {"pooled": ()}):
         with pytest.raises(OptionError):
             SearchSpace(**wrong)  # type: ignore[arg-type]
+    for wrong in ({"gamma": ()}, {"gamma": (None, None)}, {"gamma": (0.2,)}):
+        with pytest.raises(OptionError):
+            SearchSpace(**wrong)  # type: ignore[arg-type]
     for wrong in ({"trials": 0}, {"videos": 0}, {"speed_up": 1.3, "fidelity": 30}):
         with pytest.raises(OptionError):
             TuningConfig(**wrong)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="pooled"):
         TuningConfig(proxy=True, space=SearchSpace(pooled=(0, 1)))
+    with pytest.raises(OptionError, match="gamma"):
+        TuningConfig(proxy=True, space=SearchSpace(gamma=(None, 0.9)))
+    for gamma, ends in (((None,), (None, None)), ((None, 0.9, 0.8), (0.8, None))):
+        assert tuple(end.gamma for end in SearchSpace(gamma=gamma).ends()) == ends
+    assert [end.gamma for end in SearchSpace(gamma=(0.9, 0.8)).ends()] == [0.8, 0.9]
 
 
 def test_settings_that_a_search_would_pass_over(tiny_wan_pipeline: Any, tmp_path: Path) -> None:
     for changes, message in (
         ({"pooled": 1}, "search space"),
+        ({"gamma": 0.87}, "gamma is not in the search space"),
         ({"sample_power": 1.0, "keep_energies": True}, "sampled"),
     ):
         config = replace(CONFIG, **changes)
@@ -106,17 +115,20 @@ class Killed(BaseException):
 
 
 def test_a_study_goes_on_as_if_undisturbed(tmp_path: Path) -> None:
-    space, start = SearchSpace(pooled=(0, 1, 4)), Knobs(0.84, 0.99, 16.0, 0.5)
+    space = SearchSpace(pooled=(0, 1, 4), gamma=(None, 0.87))
+    start = Knobs(0.84, 0.99, 16.0, 0.5)
     whole = Study(tmp_path / "whole" / JOURNAL, space, start, seed=3)
     points = [whole.trial(score) for _ in range(14)]  # past the random ones
     first = points[0].knobs
     assert (first.A, first.k, first.rho, first.pooled) == (0.84, 16.0, 0.5, 0)
+    assert first.gamma is None
     assert pytest.approx(0.99) == first.C
     for knobs in (each.knobs for each in points):
         assert space.A[0] <= knobs.A <= knobs.C <= 0.999
         assert space.k[0] <= knobs.k <= space.k[1]
     assert len({each.knobs for each in points}) == 14
     assert {each.knobs.pooled for each in points} == {0, 1, 4}
+    assert {each.knobs.gamma for each in points} == {None, 0.87}
 
     path = tmp_path / "cut" / JOURNAL
     assert finished(path) == 0
@@ -228,6 +240,32 @@ def test_a_search_by_videos(
     other = replace(tuning, seed=1)
     with pytest.raises(CalibrationError, match="another search"):
         tune(tiny_wan_pipeline, PROMPTS, out=tmp_path, tuning=other, **common)
+
+
+def test_a_search_of_repetitive_heads(
+    tiny_wan_pipeline: Any, arguments: dict[str, int], tmp_path: Path
+) -> None:
+    """It records scores though it begins without them, and its plans go by them."""
+    pipe, space = tiny_wan_pipeline, SearchSpace(gamma=(None, 0.5))
+    tuning = TuningConfig(trials=4, space=space)
+    common = {"seeds": 1, "config": replace(CONFIG, anchor_rows=2), **arguments}
+    weight = pipe.transformer.blocks[1].attn1.norm_q.weight
+    before = weight.detach().clone()
+    try:
+        with torch.no_grad():  # uniform attention: all rows attend alike
+            weight.zero_()
+        assert tuning_cost(pipe, PROMPTS, out=tmp_path, tuning=tuning, **common).recording.scored
+        found = tune(pipe, PROMPTS[:1], out=tmp_path, tuning=tuning, **common)
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)
+    assert found.points[0].knobs.gamma is None
+    with_gamma = next(point for point in found.points if point.knobs.gamma == 0.5)
+    plan = plan_from_run(tmp_path / "recording", **asdict(with_gamma.knobs))
+    assert plan.digest == with_gamma.digest
+    assert plan.metadata.quality["repetitive_heads"] == pytest.approx(0.5)
+    blocks = asdict(replace(with_gamma.knobs, gamma=None))
+    assert cost_of(plan) < cost_of(plan_from_run(tmp_path / "recording", **blocks))
 
 
 SCRIPT = """

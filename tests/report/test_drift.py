@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from calibatt_compiler.plan import BlockPattern, Plan, Sampler, SitePatterns
+from calibatt_compiler.plan.copies import RowCopies
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.report.drift import MARGIN, Drift
 from calibatt_compiler.runtime import monitor
@@ -69,6 +70,28 @@ def test_kept_mass_is_that_of_the_mask(order, row, chunk, monkeypatch):
     kept = (p * mask).sum(-1)[:, :, row * 16 : (row + 1) * 16]
     got = kept_mass(q, k, pattern, row, 0.7, (sides, sides))
     assert got.item() == pytest.approx(kept.mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 1 << 24])
+@pytest.mark.parametrize("row", [0, 4])
+def test_repetitive_heads_are_left_out(row, chunk, monkeypatch):
+    monkeypatch.setattr(monitor, "CHUNK", chunk)
+    plain = random_pattern(80)
+    flags = torch.tensor([False, True, False])
+    sizes = {"query_length": 80, "key_length": 80, "block": (16, 16)}
+    copies = RowCopies(GRID, 2)
+    some = BlockPattern.from_mask(plain.mask(), **sizes, repetitive=flags.numpy(), copies=copies)
+    q, k, _ = operands(80)
+    got = kept_mass(q, k, some, row, 0.7)
+    p = torch.softmax(q.double() @ k.double().mT * 0.7, -1)
+    kept = (p * plain.token_mask()).sum(-1)[:, ~flags, row * 16 : (row + 1) * 16]
+    assert got.item() == pytest.approx(kept.mean().item(), rel=1e-5)
+    every = BlockPattern.from_mask(
+        plain.mask(), **sizes, repetitive=(flags | True).numpy(), copies=copies
+    )
+    watch = KeptMassMonitor("a", 1)
+    watch.sample(0, lambda: every, q, k, 0.7, (None, None))
+    assert not watch.samples
 
 
 @pytest.mark.parametrize("every", [1, 3, 50])

@@ -1,0 +1,190 @@
+"""Which heads of a video model are repetitive, and what copying their rows costs.
+
+    python benchmarks/repetition.py                       the demo's model, two minutes on a CPU
+
+Generates one video densely and scores every head at every step, as calibration does. Prints how
+alike rows attend; for several gamma the share of heads that are alike, of these the heads whose
+copied rows err no more than their blocks, those that cost less so, and both, which is what
+calibration takes; density with them and without; what a few frames instead of all change in the
+similarity; how well the error of one mask tells that of another; and the time it takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from calibatt_compiler.calibration import CalibrationConfig
+from calibatt_compiler.calibration.generation import branches, generate, quiet, schedule_of
+from calibatt_compiler.calibration.observation import InputObservation
+from calibatt_compiler.calibration.observed import observed
+from calibatt_compiler.calibration.observer import Observer
+from calibatt_compiler.calibration.records import SiteSize
+from calibatt_compiler.calibration.repetition import GROWTH, AttentionCall, copies_of, measure
+from calibatt_compiler.calibration.selection import select
+from calibatt_compiler.kernels.row_similarity import FRAMES, row_similarity
+from calibatt_compiler.plan.copies import RowCopies
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "tiny_wan"
+GAMMAS = (0.95, 0.9, 0.87, 0.8, 0.7, 0.6, 0.5)
+THRESHOLDS = (0.5, 0.7, 0.84, 0.9, 0.95)
+FEWER = (1, 2, 4)
+
+
+@dataclass
+class Figures:
+    """One entry a head and step.
+
+    Attributes:
+        scores: similarity, copy error, sparse error, dropped share, at the step's threshold.
+        density: of the blocks at that threshold.
+        cost: of the anchor rows, as a density.
+        others: scores at each of `THRESHOLDS`.
+        frames: similarity from each of `FEWER` frames, then from all.
+        seconds: that scoring took, in all.
+    """
+
+    scores: list[npt.NDArray[np.float32]] = field(default_factory=list)
+    density: list[npt.NDArray[np.float64]] = field(default_factory=list)
+    cost: list[npt.NDArray[np.float64]] = field(default_factory=list)
+    others: list[npt.NDArray[np.float32]] = field(default_factory=list)
+    frames: list[npt.NDArray[np.float64]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+class ScoreObserver(Observer):
+    """Scores each call under several masks."""
+
+    def __init__(self, config: CalibrationConfig, **kwargs: Any) -> None:
+        super().__init__(config, None, **kwargs)
+        self.figures = Figures()
+
+    def _observe(
+        self, run: InputObservation, size: SiteSize, step: int, energy: Tensor, call: AttentionCall
+    ) -> None:
+        grid = self._grid(size.query_length)
+        copies = copies_of(grid, size.query_length, None, self._config.anchor_rows)
+        assert copies is not None
+        steps = self._steps(run)
+        assert steps is not None
+        threshold = self._config.thresholds(steps).at(run.positions[step], steps)
+        started = time.perf_counter()
+        scores, mask = self._scores(size, energy, call, copies, threshold)
+        found = self.figures
+        found.seconds += time.perf_counter() - started
+        found.scores.append(scores)
+        found.density.append(mask[0].double().mean((-1, -2)).numpy())
+        computed = -(-len(copies.computed(size.query_length)) // self._config.block[0])
+        found.cost.append(np.full(size.heads, computed / mask.shape[2]))
+        others = [self._scores(size, energy, call, copies, other)[0] for other in THRESHOLDS]
+        found.others.append(np.stack(others))
+        alike = [
+            row_similarity(call.q, call.k, grid=grid, scale=call.scale, frames=frames)
+            for frames in (*FEWER, grid[0])
+        ]
+        found.frames.append(torch.stack(alike)[:, 0].numpy())
+
+    def _scores(
+        self,
+        size: SiteSize,
+        energy: Tensor,
+        call: AttentionCall,
+        copies: RowCopies,
+        threshold: float,
+    ) -> tuple[npt.NDArray[np.float32], Tensor]:
+        mask, kept = select(
+            energy,
+            threshold,
+            lengths=(size.query_length, size.key_length),
+            video=copies.video,
+            block=self._config.block,
+            text=None,
+        )
+        return measure(call, mask, kept, copies, self._config.block)[:, 0], mask
+
+
+def observe(model: Path, config: CalibrationConfig, steps: int) -> tuple[Figures, float]:
+    """Generate the first calibration video of the demo; return its figures and the seconds."""
+    from calibatt_compiler.cli import pipelines
+
+    settings = json.loads((EXAMPLE / "demo.json").read_text(encoding="utf-8"))
+    case = settings.pop("calibration")[0]
+    settings.pop("held_out")
+    pipe = pipelines.load_pipeline(str(model), torch.device("cpu"), torch.float32)
+    observer = ScoreObserver(config, schedule=lambda: schedule_of(pipe.scheduler))
+    arguments = {**settings, "num_inference_steps": steps, "prompt": case["prompt"]}
+    module = pipe.transformer
+    with (
+        quiet(pipe),
+        observed(module, observer, inductor=False),
+        branches(module, observer.calls_are),
+        torch.no_grad(),
+    ):
+        observer.begin("00000", {}, 1)
+        started = time.perf_counter()
+        generate(pipe, case["seed"], arguments)
+    return observer.figures, time.perf_counter() - started
+
+
+def show(figures: Figures) -> None:
+    """Print the tables."""
+    similarity, copied, sparse, _ = np.concatenate(figures.scores, axis=1)
+    density, cost = np.concatenate(figures.density), np.concatenate(figures.cost)
+    marks = (0, 0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 1)
+    print(f"{len(similarity)} heads and steps; quantiles", *(f"{mark:7.2f}" for mark in marks))
+    for name, values in (("similarity", similarity), ("copy error", copied)):
+        print(f"{name:25s}", *(f"{value:7.4f}" for value in np.quantile(values, marks)))
+    columns = ("alike", "errs no more", "costs less", "both", "density", "copy/sparse")
+    print("\ngamma", *(f"{column:>12s}" for column in columns))
+    for gamma in GAMMAS:
+        alike = similarity >= gamma
+        better, cheaper = alike & (copied <= sparse), alike & (cost < density)
+        both = better & cheaper
+        ratio = np.median(copied[alike] / np.maximum(sparse[alike], 1e-12)) if alike.any() else 0
+        shares = [flags.mean() for flags in (alike, better, cheaper, both)]
+        figures_of = (*shares, np.where(both, cost, density).mean(), ratio)
+        print(f"{gamma:5.2f}", *(f"{figure:12.4f}" for figure in figures_of))
+    print(f"without: density {density.mean():.4f}\n\nframes  mean and largest change, gamma 0.87")
+    *few, every = np.concatenate(figures.frames, axis=1)
+    for frames, values in zip(FEWER, few, strict=True):
+        change, other = abs(values - every), (values >= 0.87) != (every >= 0.87)
+        print(f"{frames:6d} {change.mean():8.4f} {change.max():8.4f} {other.sum():5d} heads differ")
+    print(f"calibration takes {FRAMES}\n\nsparse error told from another threshold / measured")
+    others = np.concatenate(figures.others, axis=2)
+    for of, base in (*((n, 2) for n in (0, 1, 3, 4)), *((n, 3) for n in (0, 1, 2, 4))):
+        error, dropped = others[base, 2:]
+        counted = (dropped > 1e-6) & (others[of, 2] > 1e-9)
+        told = error * (others[of, 3] / np.maximum(dropped, 1e-6)) ** GROWTH
+        quantiles = np.quantile(told[counted] / others[of, 2][counted], (0.05, 0.5, 0.95))
+        print(
+            f"{THRESHOLDS[of]:.2f} from {THRESHOLDS[base]:.2f}", *(f"{x:6.2f}" for x in quantiles)
+        )
+
+
+def main() -> None:
+    """Observe and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", type=Path, default=EXAMPLE / "model")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--anchor-rows", type=int, default=5)
+    parser.add_argument("--A", type=float, default=0.9)
+    options = parser.parse_args()
+    config = CalibrationConfig(
+        block=(32, 32), A=options.A, C=0.999, k=8.0, gamma=0.5, anchor_rows=options.anchor_rows
+    )
+    figures, seconds = observe(options.model, config, options.steps)
+    show(figures)
+    print(f"\nscoring took {figures.seconds:.1f} s; all of it, tables included, {seconds:.1f} s")
+
+
+if __name__ == "__main__":
+    main()
