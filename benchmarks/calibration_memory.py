@@ -71,7 +71,14 @@ class DrawnEnergies:
         self._drawn: Tensor | None = None
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, block: tuple[int, int], scale: float | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        block: tuple[int, int],
+        scale: float | None,
+        queries: float,
     ) -> tuple[Tensor, Tensor]:
         """Return zeros, and energies (B, H, query_blocks, key_blocks) whose rows sum to 1."""
         rows, columns = (-(-x.shape[2] // size) for x, size in zip((q, k), block, strict=True))

@@ -48,6 +48,9 @@ class CalibrationConfig:
             recorded for it.
         anchor_rows: rows a frame that a repetitive head computes.
         similarity_inputs: how many inputs, the first ones, are scored for `gamma`.
+        queries: energies are means over every so many-th query of a block: 1 takes all, 4 the
+            queries 0, 4, 8, ... of each; it must divide `block[0]`. docs/energies.md says what
+            that does to the masks.
         token_order: how the grid's tokens are laid out before they are cut into blocks: `raster`,
             as the model has them, or frames x height x width of a tile, such as `2x8x8`.
         cfg: which branch of classifier-free guidance is observed: `conditional` or `both`. The
@@ -89,6 +92,7 @@ class CalibrationConfig:
     gamma: float | None = None
     anchor_rows: int = 5
     similarity_inputs: int = 1
+    queries: int = 1
     token_order: str = "raster"
     cfg: Literal["conditional", "both"] = "conditional"
     num_steps: int | None = None
@@ -154,6 +158,8 @@ def _check_form(config: CalibrationConfig) -> None:
         raise _error("sample_power", "a power in [0, 2], or None", power)
     if power is not None and not config.keep_energies:
         raise _error("sample_power", "keep_energies=True beside it", "keep_energies=False")
+    if not (_integer(config.queries) and config.queries >= 1) or config.block[0] % config.queries:
+        raise _error("queries", f"a divisor of {config.block[0]}", config.queries)
     try:
         TokenOrder.parse(config.token_order)
     except (PlanError, TypeError) as error:

@@ -109,7 +109,9 @@ class Observer(ABC):
             x[counted] if order is None else order.apply(x[counted])
             for x, order in zip((q, k, v), (orders[0], orders[1], orders[1]), strict=True)
         ]
-        out, energy = attention_with_energy(*observed, block=block, scale=scale)
+        out, energy = attention_with_energy(
+            *observed, block=block, scale=scale, queries=1 / self._config.queries
+        )
         if orders[0] is not None:
             out = orders[0].undo(out)
         seen = AttentionCall(q[counted], k[counted], v[counted], out, scale, (orders[0], orders[1]))

@@ -117,6 +117,16 @@ def calibrate(
             show_default=False,
         ),
     ] = None,
+    queries: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Take the energies of every N-th query only. On a GPU where one kernel gives "
+            "them with attention, all queries cost least.",
+            rich_help_panel=_HOW,
+        ),
+    ] = 1,
     gamma: Annotated[
         float | None,
         typer.Option(
@@ -189,6 +199,7 @@ def calibrate(
         merge_budget=merge_budget,
         pooled=pooled,
         sample_power=sample_power,
+        queries=queries,
         gamma=gamma,
         anchor_rows=anchor_rows,
         token_order=token_order,

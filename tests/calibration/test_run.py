@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import calibatt_compiler
 from calibatt_compiler.calibration import CalibrationConfig, plan_from_run
+from calibatt_compiler.calibration.store import RunStore
 from calibatt_compiler.errors import CalibrationError, OptionError
 from calibatt_compiler.plan import Plan, merge_intervals, share_steps
 from calibatt_compiler.plan.order import RASTER, TokenOrder
@@ -325,6 +326,23 @@ def test_a_sample_is_as_dense_as_the_highest_blocks(model: Model, tmp_path: Path
     assert Plan.load(tmp_path / "a.calibatt") == plan
 
 
+def test_energies_of_some_queries_give_much_the_same_masks(model: Model, tmp_path: Path) -> None:
+    plans, energies = [], []
+    for every in (1, 4):
+        folder = tmp_path / f"{every}"
+        config = replace(CONFIG, keep_energies=True, queries=every, run_folder=folder)
+        plans.append(observe(model, config))
+        store = RunStore(folder)
+        energies.append(store.energy(store.record(store.names()[0]), "layers.0", 0))
+    assert abs(plans[0].density() - plans[1].density()) < 0.05
+    assert plans[0] != plans[1]
+    # The first layer sees the same operands in both runs: the means differ, but not by much.
+    assert 0 < abs(energies[0] - energies[1]).max() < 0.2
+    assert abs(energies[1].sum(-1) - 1).max() < 1e-5
+    with pytest.raises(CalibrationError, match="something else"):
+        observe(model, replace(CONFIG, keep_energies=True, run_folder=tmp_path / "4"))
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -334,6 +352,8 @@ def test_a_sample_is_as_dense_as_the_highest_blocks(model: Model, tmp_path: Path
         {"pooled": -1},
         {"token_order": "2x2"},
         {"token_order": None},
+        {"queries": 0},
+        {"queries": 5},
     ],
 )
 def test_forms_that_can_not_be_are_refused(settings: dict[str, object]) -> None:
