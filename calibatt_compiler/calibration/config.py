@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal, TypeGuard
 
+from calibatt_compiler.calibration.orders import AUTO
 from calibatt_compiler.calibration.schedule import Thresholds, default_thresholds
 from calibatt_compiler.errors import OptionError, PlanError
 from calibatt_compiler.plan.order import TokenOrder
@@ -40,7 +41,10 @@ class CalibrationConfig:
             chance: nothing is left out on average. 0.65 served best in
             `benchmarks/RESULTS.md`. Needs `keep_energies`; None keeps the highest.
         token_order: how the grid's tokens are laid out before they are cut into blocks: `raster`,
-            as the model has them, or frames x height x width of a tile, such as `2x8x8`.
+            as the model has them; frames x height x width of a tile, such as `2x8x8`; the
+            cross-section of ropes along one axis, such as `2x8xall` (see `TokenOrder`); or `auto`:
+            `calibrate` runs its first input once more, measures such orders on it, and takes the
+            sparsest that pays (see `calibration.orders.choose`), else `raster`.
         cfg: which branch of classifier-free guidance is observed: `conditional` or `both`. The
             plan serves both in any case.
         num_steps: T of the threshold formula. Default: the number of distinct timesteps of the
@@ -142,9 +146,10 @@ def _check_form(config: CalibrationConfig) -> None:
     if power is not None and not config.keep_energies:
         raise _error("sample_power", "keep_energies=True beside it", "keep_energies=False")
     try:
-        TokenOrder.parse(config.token_order)
+        if config.token_order != AUTO:
+            TokenOrder.parse(config.token_order)
     except (PlanError, TypeError) as error:
-        expected = "raster, or a tile such as 2x8x8"
+        expected = "raster, a tile such as 2x8x8, ropes such as 2x8xall, or auto"
         raise _error("token_order", expected, config.token_order) from error
 
 

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from calibatt_compiler.calibration.generation import (
     schedule_of,
 )
 from calibatt_compiler.calibration.observed import observed
+from calibatt_compiler.calibration.orders import AUTO, stored
 from calibatt_compiler.calibration.pipeline import about_pipeline, run_folder
 from calibatt_compiler.calibration.ranks import Ranks
 from calibatt_compiler.calibration.recorder import AttentionRecorder
@@ -36,6 +37,12 @@ from calibatt_compiler.calibration.run import FirstStepDone
 from calibatt_compiler.calibration.sizes import Sizes
 from calibatt_compiler.calibration.spool import Spool
 from calibatt_compiler.calibration.store import RunStore, identity_text
+from calibatt_compiler.calibration.survey_costs import (
+    survey_bytes,
+    surveyed_count,
+    surveyed_step_seconds,
+)
+from calibatt_compiler.plan.order import RASTER
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,7 @@ class Estimate:
         run_bytes: of the folder of finished inputs; 0 if it does not stay.
         plan_bytes: of the plan's file, at most: steps may share patterns.
         processes: that share the inputs; each needs the memory.
+        survey_seconds: of the survey of token orders still to be made; 0 without one.
     """
 
     inputs: int
@@ -87,15 +95,17 @@ class Estimate:
     run_bytes: int
     plan_bytes: int
     processes: int = 1
+    survey_seconds: float = 0.0
 
     @property
     def seconds(self) -> float:
         """Time of the inputs still to be run; reading and writing of files is not in it."""
         todo = self.inputs - self.finished
         if todo == 0:
-            return 0.0
+            return self.survey_seconds
         each = self.measured.input_seconds + self.steps * self.measured.step_seconds
-        return math.ceil(todo / self.processes) * each + self.measured.warm_up_seconds
+        each_process = math.ceil(todo / self.processes) * each + self.measured.warm_up_seconds
+        return self.survey_seconds + each_process
 
     @property
     def disk_bytes(self) -> int:
@@ -114,8 +124,8 @@ def estimate(
 ) -> Estimate:
     """Tell what `calibrate` with the same arguments will cost.
 
-    Runs two steps of the first input as calibration would, one to compile and one to measure, and
-    writes nothing. The pipeline is left as it was.
+    Runs two steps of the first input as calibration would, one to compile and one to measure, two
+    more if token orders are to be surveyed, and writes nothing. The pipeline is left as it was.
 
     Raises:
         CalibrationError: the pipeline can't be calibrated.
@@ -127,7 +137,9 @@ def estimate(
     inputs = read_inputs(prompts, seeds, pipeline_arguments)
     arguments = identity.describe(pipeline_arguments)
     module = component_of(pipe, config.component)
-    measured = measure_step(pipe, module, config, inputs[0], pipeline_arguments)
+    surveyed = config.token_order == AUTO
+    recording = replace(config, token_order=str(RASTER)) if surveyed else config
+    measured = measure_step(pipe, module, recording, inputs[0], pipeline_arguments)
     record = measured.record
     sizes = Sizes(record, config.keep_energies)
     about = about_pipeline(pipe)
@@ -137,6 +149,15 @@ def estimate(
         what = identity.describe({"seed": seed, **varying})
         run_bytes += sizes.input_bytes(f"{index:05d}", what)
     folder = run_folder(config, out)
+    survey_seconds = 0.0
+    if surveyed:
+        run_bytes += survey_bytes(identity.describe({"seed": inputs[0][0], **inputs[0][1]}), record)
+        if folder is None or config.restart or stored(folder) is None:
+            count = surveyed_count(record)
+            each = surveyed_step_seconds(pipe, module, config, inputs[0], pipeline_arguments)
+            dense = (len(record.timesteps) - count) * measured.step_seconds
+            once = measured.warm_up_seconds + measured.input_seconds
+            survey_seconds = once + dense + count * each
     parameter = next(module.parameters())
     working = sizes.working_bytes(parameter.element_size(), parameter.device)
     thresholds = {**record.thresholds, "rho": config.rho}
@@ -151,6 +172,7 @@ def estimate(
         run_bytes=run_bytes if folder is not None and config.keep_run else 0,
         plan_bytes=0 if out is None else sizes.plan_bytes(thresholds, len(inputs)),
         processes=Ranks.current().size if config.distributed else 1,
+        survey_seconds=survey_seconds,
     )
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from calibatt_compiler.calibration import orders
 from calibatt_compiler.calibration.config import CalibrationConfig, check_rho
 from calibatt_compiler.calibration.records import InputRecord, SiteSize
 from calibatt_compiler.calibration.sampling import sample
@@ -197,7 +198,11 @@ def derive_plan(
             count=len(records),
             digest=inputs_digest([record.about for record in records], arguments),
         ),
-        quality={**_quality(records, selection), **refiner.figures()},
+        quality={
+            **_quality(records, selection),
+            **refiner.figures(),
+            **orders.figures(store.folder),
+        },
     )
 
 

@@ -13,6 +13,11 @@ def terminal(estimate: Estimate) -> Table:
     device = measured.device_bytes
     todo = estimate.inputs - estimate.finished
     shared = f", shared by {estimate.processes} processes" if estimate.processes > 1 else ""
+    survey = (
+        f" + {duration(estimate.survey_seconds)} to survey token orders"
+        if estimate.survey_seconds
+        else ""
+    )
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(no_wrap=True)
@@ -22,8 +27,8 @@ def terminal(estimate: Estimate) -> Table:
         f"about {duration(estimate.seconds)}",
         f"{todo} inputs x ({duration(measured.input_seconds)} + {estimate.steps} steps x "
         f"{duration(measured.step_seconds)}) + {duration(measured.warm_up_seconds)} to compile"
-        f"{shared}; measured on one step; {estimate.finished} of {estimate.inputs} inputs are "
-        "done already",
+        f"{shared}{survey}; measured on one step; {estimate.finished} of {estimate.inputs} inputs "
+        "are done already",
     )
     if device is not None:
         table.add_row(
