@@ -28,7 +28,7 @@ from calibatt_compiler.calibration.generation import (
     schedule_of,
 )
 from calibatt_compiler.calibration.observed import observed
-from calibatt_compiler.calibration.orders import AUTO, stored
+from calibatt_compiler.calibration.orders import AUTO, INPUTS, stored
 from calibatt_compiler.calibration.pipeline import about_pipeline, run_folder
 from calibatt_compiler.calibration.ranks import Ranks
 from calibatt_compiler.calibration.recorder import AttentionRecorder
@@ -42,6 +42,7 @@ from calibatt_compiler.calibration.survey_costs import (
     surveyed_count,
     surveyed_step_seconds,
 )
+from calibatt_compiler.calibration.surveying import describe
 from calibatt_compiler.plan.order import RASTER
 
 
@@ -151,13 +152,14 @@ def estimate(
     folder = run_folder(config, out)
     survey_seconds = 0.0
     if surveyed:
-        run_bytes += survey_bytes(identity.describe({"seed": inputs[0][0], **inputs[0][1]}), record)
+        first = inputs[:INPUTS]
+        run_bytes += survey_bytes(describe(first), record)
         if folder is None or config.restart or stored(folder) is None:
             count = surveyed_count(record)
             each = surveyed_step_seconds(pipe, module, config, inputs[0], pipeline_arguments)
             dense = (len(record.timesteps) - count) * measured.step_seconds
-            once = measured.warm_up_seconds + measured.input_seconds
-            survey_seconds = once + dense + count * each
+            one = measured.input_seconds + dense + count * each
+            survey_seconds = measured.warm_up_seconds + len(first) * one
     parameter = next(module.parameters())
     working = sizes.working_bytes(parameter.element_size(), parameter.device)
     thresholds = {**record.thresholds, "rho": config.rho}

@@ -20,7 +20,10 @@ AUTO = "auto"
 """Value of `CalibrationConfig.token_order` that asks for a survey."""
 
 FILE = "order.json"
-"""Of the run folder: the survey of its first input."""
+"""Of the run folder: the survey of its first inputs."""
+
+INPUTS = 2
+"""Inputs that are surveyed, if there are as many: the second judges the masks of the first."""
 
 DENSITY, ERROR = "order_density:", "order_error:"
 """Begin the names of a survey's figures in a plan's `quality`; the order's name follows."""
@@ -74,12 +77,12 @@ def choose(density: Mapping[str, float], error: Mapping[str, float]) -> str:
     - it keeps at most `1 - SAVING` of raster's blocks at the steps' thresholds. Reordering costs
       time: queries, keys, values and outputs move once more through memory. At 32,760 tokens of
       40 heads of 128 in bfloat16 these are 1.3 GB a call, read and written; by the traffic alone
-      1.1 ms of a GPU with 2.5 TB/s, where a dense call takes some 40 ms. And masks of compact
-      blocks agree less between inputs;
-    - its output errs no more than raster's where both keep as many blocks. More attention kept is
-      no smaller error: thin rows are also a sample of what lies far off, which compact blocks
-      leave out. On `examples/tiny_wan` in blocks of 128, the order that saves most blocks at equal
-      thresholds errs most at equal density, unless dropped blocks are pooled.
+      1.1 ms of a GPU with 2.5 TB/s, where a dense call takes some 40 ms;
+    - its output errs no more than raster's where both keep as many blocks, by masks of another
+      input. Compact blocks hold more attention of the input that they are chosen on, but what
+      they hold differs more between inputs than what thin rows hold, and what they drop is all
+      far off. On `examples/tiny_wan`, of orders that keep the most attention some err more than
+      raster order on prompts other than those calibrated on.
 
     Args:
         density: kept blocks / all blocks at the steps' thresholds, by order; of equal ones the
@@ -95,6 +98,27 @@ def choose(density: Mapping[str, float], error: Mapping[str, float]) -> str:
     return min(paying, key=lambda name: density[name], default=raster)
 
 
+@dataclass(frozen=True)
+class Error:
+    """Of a sparse output.
+
+    Attributes:
+        square: sum of squares of its difference from the dense one.
+        norm: sum of squares of the dense one.
+    """
+
+    square: float = 0.0
+    norm: float = 0.0
+
+    def __add__(self, other: Error) -> Error:
+        return Error(self.square + other.square, self.norm + other.norm)
+
+    @property
+    def relative(self) -> float:
+        """Norm of the difference over that of the dense output."""
+        return round(math.sqrt(self.square / self.norm), 6) if self.norm else 0.0
+
+
 @dataclass
 class Tally:
     """What is counted of one order at one site.
@@ -102,21 +126,21 @@ class Tally:
     Attributes:
         kept: blocks.
         blocks: all there are.
-        error: sum of squares of the sparse output's difference from the dense one.
-        norm: sum of squares of the dense output.
+        own: error under masks of the same input.
+        others: error under masks of another input.
     """
 
     kept: int = 0
     blocks: int = 0
-    error: float = 0.0
-    norm: float = 0.0
+    own: Error = Error()
+    others: Error = Error()
 
     def __add__(self, other: Tally) -> Tally:
         return Tally(
             self.kept + other.kept,
             self.blocks + other.blocks,
-            self.error + other.error,
-            self.norm + other.norm,
+            self.own + other.own,
+            self.others + other.others,
         )
 
     @property
@@ -124,22 +148,18 @@ class Tally:
         """Share of the blocks that is kept."""
         return round(self.kept / self.blocks, 6)
 
-    @property
-    def relative_error(self) -> float:
-        """Norm of the output's error over that of the output."""
-        return round(math.sqrt(self.error / self.norm), 6) if self.norm else 0.0
-
 
 class OrderSurvey(BaseModel):
     """What a survey has measured.
 
     Attributes:
         format: of the file.
-        input: what the surveyed input was, as JSON values.
+        inputs: what the surveyed inputs were, as JSON values.
         steps: places in the sampler's schedule that were measured at.
         density: by order, kept blocks / all blocks over these steps and all sites.
         error: by order, relative error of attention's output where each order keeps as many blocks
             as raster's, over sampled query blocks of the same calls.
+        held_out: whether the masks of that output were chosen on another input.
         sites: density by order and site.
         chosen: the order that the calibration takes.
     """
@@ -147,32 +167,38 @@ class OrderSurvey(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     format: Literal[1] = 1
-    input: Any
+    inputs: Any
     steps: tuple[int, ...]
     density: dict[str, float] = Field(min_length=1)
     error: dict[str, float]
+    held_out: bool
     sites: dict[str, dict[str, float]]
     chosen: str
 
     @classmethod
     def of(
-        cls, about: object, steps: Iterable[int], tallies: Mapping[str, Mapping[str, Tally]]
+        cls, inputs: object, steps: Iterable[int], tallies: Mapping[str, Mapping[str, Tally]]
     ) -> OrderSurvey:
         """Choose by what was counted.
 
         Args:
-            about: what the input was.
+            inputs: what they were.
             steps: that were measured at.
             tallies: by order and site.
         """
         whole = {order: sum(sites.values(), Tally()) for order, sites in tallies.items()}
+        held_out = any(tally.others.norm for tally in whole.values())
         density = {order: tally.density for order, tally in whole.items()}
-        error = {order: tally.relative_error for order, tally in whole.items()}
+        error = {
+            order: (tally.others if held_out else tally.own).relative
+            for order, tally in whole.items()
+        }
         return cls(
-            input=about,
+            inputs=inputs,
             steps=tuple(steps),
             density=density,
             error=error,
+            held_out=held_out,
             sites={
                 order: {site: tally.density for site, tally in sites.items()}
                 for order, sites in tallies.items()

@@ -25,11 +25,11 @@ from calibatt_compiler.calibration.generation import (
     samples_of,
     schedule_of,
 )
-from calibatt_compiler.calibration.orders import OrderSurvey
+from calibatt_compiler.calibration.orders import INPUTS, OrderSurvey
 from calibatt_compiler.calibration.progress import CalibrationProgress
 from calibatt_compiler.calibration.ranks import Ranks
 from calibatt_compiler.calibration.run import CalibrationRun, FirstStepDone, recording
-from calibatt_compiler.calibration.surveying import Surveyor, survey_pipeline
+from calibatt_compiler.calibration.surveying import Surveyor, describe, survey_pipeline
 from calibatt_compiler.plan import Plan
 
 log = logging.getLogger("calibatt")
@@ -139,17 +139,23 @@ class _Job:
             self._progress.step(step, steps)
 
     def surveyor(self) -> Surveyor:
-        """Return how token orders are measured on the first input."""
-        first = next(iter(self._inputs.values()))
+        """Return how token orders are measured on the first inputs."""
+        first = list(self._inputs.values())[:INPUTS]
 
         def measure() -> OrderSurvey:
-            with CalibrationProgress(1, 0, self._config.progress, what="survey") as self._progress:
+            shown = self._config.progress
+            with CalibrationProgress(len(first), 0, shown, what="survey") as self._progress:
                 return survey_pipeline(
-                    self._pipe, self._module, self._config, first, self._arguments, self.on_step
+                    self._pipe,
+                    self._module,
+                    self._config,
+                    first,
+                    self._arguments,
+                    self._progress,
+                    self.on_step,
                 )
 
-        seed, varying = first
-        return Surveyor(identity.describe({"seed": seed, **varying}), measure)
+        return Surveyor(describe(first), measure)
 
     def observe(self, run: CalibrationRun) -> None:
         """Observe this rank's inputs; the first rank then waits for the others."""

@@ -19,7 +19,13 @@ from calibatt_compiler.calibration.generation import (
     schedule_of,
 )
 from calibatt_compiler.calibration.observed import observed
-from calibatt_compiler.calibration.orders import OrderSurvey, Tally, candidates, surveyed_steps
+from calibatt_compiler.calibration.orders import (
+    Error,
+    OrderSurvey,
+    Tally,
+    candidates,
+    surveyed_steps,
+)
 from calibatt_compiler.calibration.records import InputRecord
 from calibatt_compiler.calibration.run import FirstStepDone
 from calibatt_compiler.calibration.survey_observer import SurveyObserver
@@ -81,6 +87,7 @@ def surveyed_step_seconds(
             with suppress(FirstStepDone):
                 generate(pipe, seed, {**arguments, **varying})
                 tick()
+            observer.abandon()
     return clock[1] - clock[0]
 
 
@@ -93,10 +100,10 @@ def survey_bytes(about: object, record: InputRecord) -> int:
     """Return the size of a survey's file.
 
     Args:
-        about: what the surveyed input is.
+        about: what the surveyed inputs are.
         record: of that input, for the sizes.
     """
-    third = Tally(kept=1, blocks=3, error=1.0, norm=9.0)
+    third = Tally(kept=1, blocks=3, own=Error(1.0, 9.0))
     sites = {site.name: third for site in record.sites}
     orders = candidates(record.grid, record.block)
     steps = surveyed_steps(record.schedule_steps)

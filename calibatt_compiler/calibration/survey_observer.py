@@ -7,15 +7,23 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from calibatt_compiler.calibration.config import CalibrationConfig
 from calibatt_compiler.calibration.observation import InputObservation, Schedule
 from calibatt_compiler.calibration.observer import Observer, not_finite
-from calibatt_compiler.calibration.orders import OrderSurvey, Tally, candidates, surveyed_steps
+from calibatt_compiler.calibration.orders import (
+    Error,
+    OrderSurvey,
+    Tally,
+    candidates,
+    surveyed_steps,
+)
 from calibatt_compiler.calibration.records import SiteSize
-from calibatt_compiler.calibration.selection import covering_mask, select
+from calibatt_compiler.calibration.selection import covering_mask, pack, select
 from calibatt_compiler.calibration.text import TextPosition, text_blocks
 from calibatt_compiler.errors import CalibrationError, OptionError
 from calibatt_compiler.plan import BlockPattern
@@ -30,12 +38,36 @@ _HALVINGS = 12
 
 
 @dataclass(frozen=True)
+class _Mask:
+    """Masks of the sampled query blocks of one call.
+
+    Attributes:
+        bits: uint8 (votes, heads, rows, ceil(key_blocks / 8)).
+        lengths: query and key tokens of the call.
+        shape: of its energies.
+    """
+
+    bits: npt.NDArray[np.uint8]
+    lengths: tuple[int, int]
+    shape: tuple[int, ...]
+
+    def fits(self, lengths: tuple[int, int], shape: tuple[int, ...]) -> bool:
+        """Whether another call is of the same sizes."""
+        return lengths == self.lengths and tuple(shape) == self.shape
+
+    def mask(self, device: torch.device) -> Tensor:
+        """Return them as bool (votes, heads, rows, key_blocks)."""
+        bits = np.unpackbits(self.bits, axis=-1, count=self.shape[-1], bitorder="little")
+        return torch.from_numpy(bits).bool().to(device)
+
+
+@dataclass(frozen=True)
 class _Call:
     """The samples of one attention call that count.
 
     Attributes:
         site: its name.
-        step: index of the diffusion step.
+        place: of the diffusion step in the schedule.
         q: (votes, heads, Sq, D).
         k: (votes, heads, Sk, D).
         v: likewise.
@@ -47,7 +79,7 @@ class _Call:
     """
 
     site: str
-    step: int
+    place: int
     q: Tensor
     k: Tensor
     v: Tensor
@@ -75,12 +107,14 @@ class _Call:
 class SurveyObserver(Observer):
     """Counts the blocks that each candidate order needs, and measures the error of its output.
 
-    At most steps attention is dense and nothing is measured.
+    The error is that of a later input's output under the masks of the first input; of the first
+    input's own output if there is no other, or none with text of the same length. At most steps
+    attention is dense and nothing is measured.
 
     Args:
         config: settings; `token_order` does not count.
         text: where the module's text tokens stand in joint attention.
-        schedule: asked at the first call for the sampler's steps.
+        schedule: asked at the first call of each input for the sampler's steps.
         on_step: told, at each new step, its index and T.
         steps: tells which of T steps are measured at.
     """
@@ -98,6 +132,7 @@ class SurveyObserver(Observer):
         self._surveyed = steps
         self._seen: set[int] = set()
         self._now = RASTER
+        self._masks: dict[tuple[str, str, int], _Mask] = {}
         self._tallies: defaultdict[str, defaultdict[str, Tally]] = defaultdict(
             lambda: defaultdict(Tally)
         )
@@ -133,7 +168,7 @@ class SurveyObserver(Observer):
             self._compare(
                 _Call(
                     site=site,
-                    step=step,
+                    place=place,
                     q=q,
                     k=k,
                     v=v,
@@ -147,19 +182,16 @@ class SurveyObserver(Observer):
             )
         return out
 
-    def result(self, about: object) -> OrderSurvey:
-        """End the input and choose.
-
-        Args:
-            about: what the input was.
+    def finish(self) -> None:
+        """End an input.
 
         Raises:
-            CalibrationError: nothing was measured.
+            CalibrationError: nothing was observed, or not every site at every step, or no step
+                that is surveyed.
         """
         run = self._input
         assert run is not None
         run.check_complete(self._skips)
-        self.abandon()
         if not self._tallies:
             raise CalibrationError(
                 "the survey of token orders met none of its steps",
@@ -167,13 +199,21 @@ class SurveyObserver(Observer):
                 got=f"calls at steps {run.positions}",
                 remedy="name an order with --token-order, CalibrationConfig(token_order=...)",
             )
+        self.abandon()
+
+    def result(self, about: object) -> OrderSurvey:
+        """Choose.
+
+        Args:
+            about: what the inputs were.
+        """
         return OrderSurvey.of(about, sorted(self._seen), self._tallies)
 
     def _order(self) -> TokenOrder:
         return self._now
 
     def _compare(self, call: _Call, orders: Iterable[TokenOrder]) -> None:
-        """Measure a call under each order; raster, the first, says at which density to err."""
+        """Measure a call under each order, raster first: its density is that of all errors."""
         density = None
         for order in orders:
             self._now = order
@@ -187,7 +227,7 @@ class SurveyObserver(Observer):
 
         Args:
             call: operands.
-            density: that the output is to be computed at; None: that of the step's threshold.
+            density: of the masks that the output is computed by; None: that of the threshold.
 
         Returns:
             What is counted, and the density.
@@ -197,7 +237,7 @@ class SurveyObserver(Observer):
         block, lengths = self._config.block, (call.q.shape[2], call.k.shape[2])
         energy = block_energy(call.q, call.k, block=block, scale=call.scale)
         if not bool(energy.isfinite().all()):
-            raise not_finite(call.site, call.step)
+            raise not_finite(call.site, call.place)
         mask, _ = select(
             energy,
             call.threshold,
@@ -206,18 +246,26 @@ class SurveyObserver(Observer):
             block=block,
             text=call.text,
         )
+        tally = Tally(int(mask.sum()), mask.numel())
         rows = sampled_rows(lengths[0], call.video, block[0], call.text).to(mask.device)
+        key = (str(self._now), call.site, call.place)
+        known = self._masks.get(key)
+        if known is not None:
+            if known.fits(lengths, energy.shape):
+                tally.others = self._error(call, rows, known.mask(energy.device))
+            return tally, density or 0.0
         chosen = mask[:, :, rows]
         if density is None:
             density = chosen.double().mean().item()
         else:
             always = text_blocks(lengths[1], call.video, block[1], call.text)
             chosen = at_density(energy[:, :, rows], density, always)
-        error, norm = self._error(call, rows, chosen)
-        return Tally(int(mask.sum()), mask.numel(), error, norm), density
+        self._masks[key] = _Mask(pack(chosen), lengths, tuple(energy.shape))
+        tally.own = self._error(call, rows, chosen)
+        return tally, density
 
-    def _error(self, call: _Call, rows: Tensor, mask: Tensor) -> tuple[float, float]:
-        """Return the sums of squares of the error of some query blocks' output, and of the output.
+    def _error(self, call: _Call, rows: Tensor, mask: Tensor) -> Error:
+        """Return the error of some query blocks' output under their masks.
 
         Args:
             call: operands.
@@ -241,7 +289,7 @@ class SurveyObserver(Observer):
             )
             sparse = attend_by(pattern, q[one], call.k[one], call.v[one], call.scale)
             error += (sparse.double() - out[one].double()).square().sum().item()
-        return error, out.double().square().sum().item()
+        return Error(error, out.double().square().sum().item())
 
     def _observe(self, run: InputObservation, size: SiteSize, step: int, energy: Tensor) -> None:
         raise AssertionError("a survey observes no single energies")

@@ -1,9 +1,9 @@
-"""The survey: one input is run densely, and every candidate order of tokens is measured on it."""
+"""The survey: inputs are run densely, and every candidate order of tokens is measured on them."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,15 @@ from calibatt_compiler.calibration.config import CalibrationConfig
 from calibatt_compiler.calibration.generation import branches, generate, samples_of, schedule_of
 from calibatt_compiler.calibration.observed import observed
 from calibatt_compiler.calibration.orders import FILE, OrderSurvey, stored
+from calibatt_compiler.calibration.progress import CalibrationProgress
 from calibatt_compiler.calibration.ranks import Ranks
 from calibatt_compiler.calibration.survey_observer import SurveyObserver
-from calibatt_compiler.errors import CalibrationError
+from calibatt_compiler.errors import CalibrationError, OptionError
 
 log = logging.getLogger("calibatt")
 
-OnStep = Callable[[int, int | None], None]
+Input = tuple[int, Mapping[str, Any]]
+"""Seed and own arguments of one input of a pipeline."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,8 @@ class Surveyor:
     """How a run makes its survey, if it has none yet.
 
     Attributes:
-        about: JSON values that say what the surveyed input is.
-        measure: runs it.
+        about: JSON values that say what the surveyed inputs are.
+        measure: runs them.
     """
 
     about: Any
@@ -39,38 +41,48 @@ class Surveyor:
 
 def survey(
     module: torch.nn.Module,
-    run_input: Callable[[], object],
+    inputs: Sequence[Callable[[], object]],
     config: CalibrationConfig,
     *,
     samples: int | None = None,
 ) -> OrderSurvey:
-    """Measure candidate token orders of a module on one input; the module is left as it was.
+    """Measure candidate token orders of a module; the module is left as it was.
 
     For modules that `calibration` is to observe:
 
-        chosen = survey(module, lambda: sample(module, first), config).chosen
-        config = replace(config, token_order=chosen)
+        found = survey(model, [lambda: sample(model, first), lambda: sample(model, second)], config)
+        config = replace(config, token_order=found.chosen)
 
-    Attention is dense; at a few steps of the input every candidate's blocks are counted and the
-    error of its output is measured, over sampled query blocks. Nothing is stored.
+    Attention is dense. At a few steps every candidate's blocks are counted and the error of its
+    output is measured, over sampled query blocks. Nothing is stored.
 
     Args:
         module: as in `calibration`.
-        run_input: runs the module over all steps of one input.
+        inputs: each runs the module over all steps of one input; best two: the second shows what
+            the masks of the first are worth on another input.
         config: settings; `num_steps` must be given, and `grid` if the module's family is not known.
         samples: as in `CalibrationRun.input`; without it every sample of every call counts.
 
     Raises:
         CalibrationError: nothing could be measured.
-        OptionError: the steps or the grid are not known.
+        OptionError: the steps or the grid are not known, or there are no inputs.
     """
     from calibatt_compiler.models import text_position, unwrap
 
+    if not inputs:
+        raise OptionError(
+            "a survey of token orders needs inputs",
+            expected="one or two functions that run the module",
+            got=inputs,
+            remedy="pass [lambda: sample(module, first), lambda: sample(module, second)]",
+        )
     module = unwrap(module)
     observer = SurveyObserver(config, text_position(type(module).__name__))
     with observed(module, observer, config.inductor), torch.no_grad():
-        observer.begin("survey", {}, samples)
-        run_input()
+        for run_input in inputs:
+            observer.begin("survey", {}, samples)
+            run_input()
+            observer.finish()
     return observer.result(None)
 
 
@@ -78,18 +90,20 @@ def survey_pipeline(
     pipe: Any,
     module: torch.nn.Module,
     config: CalibrationConfig,
-    one: tuple[int, Mapping[str, Any]],
+    inputs: Sequence[Input],
     arguments: Mapping[str, Any],
-    on_step: OnStep,
+    progress: CalibrationProgress,
+    on_step: Callable[[int, int | None], None],
 ) -> OrderSurvey:
-    """Measure candidate token orders on one input of a pipeline.
+    """Measure candidate token orders on inputs of a pipeline.
 
     Args:
         pipe: the pipeline, made quiet, with `module` in its place.
         module: its component that is observed.
         config: settings.
-        one: seed and own arguments of the input.
+        inputs: seed and own arguments of each.
         arguments: of all inputs.
+        progress: told of each finished one.
         on_step: told of each new step.
 
     Raises:
@@ -103,15 +117,22 @@ def survey_pipeline(
         schedule=lambda: schedule_of(pipe.scheduler),
         on_step=on_step,
     )
-    seed, varying = one
     with (
         observed(module, observer, config.inductor),
         branches(module, observer.calls_are),
         torch.no_grad(),
     ):
-        observer.begin("survey", {}, samples_of(arguments))
-        generate(pipe, seed, {**arguments, **varying})
-    return observer.result(identity.describe({"seed": seed, **varying}))
+        for seed, varying in inputs:
+            observer.begin("survey", {}, samples_of(arguments))
+            generate(pipe, seed, {**arguments, **varying})
+            observer.finish()
+            progress.finished()
+    return observer.result(describe(inputs))
+
+
+def describe(inputs: Sequence[Input]) -> list[Any]:
+    """Return JSON values that say what inputs of a pipeline are."""
+    return [identity.describe({"seed": seed, **varying}) for seed, varying in inputs]
 
 
 def settled(
@@ -132,8 +153,8 @@ def settled(
 
     def known() -> OrderSurvey | None:
         found = stored(folder)
-        # Before an input is finished, another first input is no other run: it is surveyed anew.
-        fits = found is not None and (finished or found.input == surveyor.about)
+        # Before an input is finished, other inputs are no other run: they are surveyed anew.
+        fits = found is not None and (finished or found.inputs == surveyor.about)
         return found if fits else None
 
     found = known()
@@ -145,7 +166,7 @@ def settled(
             remedy="restart the run (--restart, CalibrationConfig(restart=True))",
         )
     if found is None and ranks.rank == 0:
-        log.info("surveying token orders on the first input")
+        log.info("surveying token orders on the first inputs")
         found = surveyor.measure()
         found.write(folder)
     if found is None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from calibatt_compiler import Plan
 from calibatt_compiler.calibration import CalibrationConfig, calibrate, estimate, survey
 from calibatt_compiler.calibration.orders import (
     SAVING,
+    Error,
     OrderSurvey,
     Tally,
     candidates,
@@ -52,22 +55,38 @@ class Near(nn.Module):
         return out.transpose(1, 2).reshape(x.shape)
 
 
-class Neighbours(nn.Module):
-    """A module that `Near` is a site of."""
+class Alike(nn.Module):
+    """Attends to tokens with the like content, which differs between inputs."""
 
-    def __init__(self) -> None:
+    def forward(self, x: Tensor) -> Tensor:
+        heads = x.view(1, x.shape[1], 1, -1).transpose(1, 2)
+        out = scaled_dot_product_attention(heads, heads, heads)
+        return out.transpose(1, 2).reshape(x.shape)
+
+
+class Site(nn.Module):
+    """A module with one site."""
+
+    def __init__(self, attention: nn.Module) -> None:
         super().__init__()
-        self.attention = Near()
+        self.attention = attention
 
     def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
         return self.attention(x + 0 * timestep)
 
 
-def sample(model: nn.Module) -> None:
-    tokens = int(np.prod(GRID))
-    for timestep in TIMESTEPS:
-        x = torch.randn(1, tokens, 8, generator=torch.Generator().manual_seed(0))
-        model(x, timestep=torch.tensor([timestep]))
+def noise(seed: int) -> Tensor:
+    return torch.randn(1, int(np.prod(GRID)), 8, generator=torch.Generator().manual_seed(seed))
+
+
+def inputs(model: nn.Module, *seeds: int) -> list[Callable[[], None]]:
+    """Functions that run the model over all steps, on inputs of some seeds."""
+
+    def sample(seed: int) -> None:
+        for timestep in TIMESTEPS:
+            model(noise(seed), timestep=torch.tensor([timestep]))
+
+    return [partial(sample, seed) for seed in seeds]
 
 
 LOCAL = CalibrationConfig(block=(16, 16), A=0.9, C=0.9, k=1.0, grid=GRID, num_steps=3)
@@ -113,16 +132,30 @@ def test_an_order_must_pay() -> None:
 
 def test_tallies_make_a_survey() -> None:
     tallies = {
-        "raster": {"one": Tally(40, 100, 4.0, 100.0), "two": Tally(60, 100, 0.0, 300.0)},
-        "2x8xall": {"one": Tally(20, 100, 1.0, 100.0), "two": Tally(20, 100, 3.0, 300.0)},
+        "raster": {
+            "one": Tally(40, 100, own=Error(4.0, 100.0)),
+            "two": Tally(60, 100, own=Error(0.0, 300.0)),
+        },
+        "2x8xall": {
+            "one": Tally(20, 100, own=Error(1.0, 100.0)),
+            "two": Tally(20, 100, own=Error(3.0, 300.0)),
+        },
     }
-    found = OrderSurvey.of({"seed": 3}, (1, 2), tallies)
+    found = OrderSurvey.of([{"seed": 3}], (1, 2), tallies)
+    assert not found.held_out
     assert found.density == {"raster": 0.5, "2x8xall": 0.2}
     assert found.error == {"raster": 0.1, "2x8xall": 0.1}
     assert found.sites["raster"] == {"one": 0.4, "two": 0.6}
     assert found.chosen == "2x8xall"
     assert OrderSurvey.model_validate_json(found.text()) == found
     assert "raster 50.0% (0.100), 2x8xall 20.0% (0.100)" in str(found)
+    # What the masks of another input are worth goes before.
+    tallies["raster"]["one"].others = Error(4.0, 100.0)
+    tallies["2x8xall"]["one"].others = Error(9.0, 100.0)
+    found = OrderSurvey.of([], (1, 2), tallies)
+    assert found.held_out
+    assert found.error == {"raster": 0.2, "2x8xall": 0.3}
+    assert found.chosen == "raster"
 
 
 def test_masks_are_found_by_density() -> None:
@@ -153,9 +186,10 @@ def test_sampled_rows_hold_no_text_and_are_whole() -> None:
 
 
 def test_local_attention_takes_a_compact_order() -> None:
-    model = Neighbours()
-    found = survey(model, lambda: sample(model), LOCAL)
+    model = Site(Near())
+    found = survey(model, inputs(model, 0, 1), LOCAL)
     assert found.steps == (0, 1, 2)
+    assert found.held_out
     assert found.chosen != "raster"
     assert found.density[found.chosen] < 0.8 * found.density["raster"]
     assert found.error[found.chosen] < found.error["raster"]
@@ -164,32 +198,36 @@ def test_local_attention_takes_a_compact_order() -> None:
     for order in ("raster", found.chosen):
         with calibatt_compiler.calibration(model, replace(LOCAL, token_order=order)) as run:
             with run.input():
-                sample(model)
+                inputs(model, 0)[0]()
             plans[order] = run.plan()
         assert plans[order].density() == pytest.approx(found.density[order], abs=1e-6)
         site = found.sites[order]["attention"]
         assert site == pytest.approx(plans[order].density("attention"), abs=1e-6)
 
 
-def test_the_error_is_that_of_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All query blocks sampled, one order: the error is that of the compiled plan's output."""
+@pytest.mark.parametrize("pooled", [0, 2])
+@pytest.mark.parametrize("seeds", [(0,), (0, 1)])
+def test_the_error_is_that_of_the_last_input_by_the_first_ones_plan(
+    seeds: tuple[int, ...], pooled: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("calibatt_compiler.calibration.survey_observer.SAMPLE", 1000)
-    model = Neighbours()
-    found = survey(model, lambda: sample(model), LOCAL)
-    with calibatt_compiler.calibration(model, LOCAL) as run:
+    model, config = Site(Alike()), replace(LOCAL, pooled=pooled)
+    found = survey(model, inputs(model, *seeds), config)
+    assert found.held_out == (len(seeds) == 2)
+    with calibatt_compiler.calibration(model, config) as run:
         with run.input():
-            sample(model)
+            inputs(model, 0)[0]()
         plan = run.plan()
-    x = torch.randn(1, int(np.prod(GRID)), 8, generator=torch.Generator().manual_seed(0))
-    timestep = torch.tensor([TIMESTEPS[0]])
+    x, timestep = noise(seeds[-1]), torch.tensor([TIMESTEPS[0]])
     dense = model(x, timestep=timestep)
     sparse = torch.compile(model, backend="calibatt", options={"plan": plan})(x, timestep=timestep)
     error = ((sparse - dense).norm() / dense.norm()).item()
+    assert error > 0.01
     assert found.error["raster"] == pytest.approx(error, rel=1e-3)
 
 
 def test_a_bare_module_is_told_what_to_do() -> None:
-    model = Neighbours()
+    model = Site(Near())
     auto = replace(LOCAL, token_order="auto")
     with (
         pytest.raises(OptionError, match=r"calibration\.survey"),
@@ -198,9 +236,11 @@ def test_a_bare_module_is_told_what_to_do() -> None:
         pass
     for missing in ("num_steps", "grid"):
         with pytest.raises(OptionError, match=missing):
-            survey(model, lambda: sample(model), replace(LOCAL, **{missing: None}))
+            survey(model, inputs(model, 0), replace(LOCAL, **{missing: None}))
     with pytest.raises(CalibrationError, match="no attention call"):
-        survey(model, lambda: None, LOCAL)
+        survey(model, [lambda: None], LOCAL)
+    with pytest.raises(OptionError, match="needs inputs"):
+        survey(model, [], LOCAL)
 
 
 AUTO = CalibrationConfig(block=(16, 16), token_order="auto", progress=False)
@@ -237,16 +277,14 @@ def test_a_pipeline_is_surveyed_once(
     explicit = replace(AUTO, token_order=found.chosen)
     same = calibrate(pipe, PROMPTS, 3, config=explicit, **arguments)
     assert [same.block_mask(x, 0).equal(plan.block_mask(x, 0)) for x in plan.sites] == [True] * 2
-    raster = calibrate(
-        pipe, PROMPTS[:1], 3, config=replace(AUTO, token_order="raster"), **arguments
-    )
     one = run("whole", PROMPTS[:1])
-    # All of its steps were surveyed, so the survey's density is the plan's.
-    assert raster.density() == pytest.approx(found.density["raster"], abs=1e-6)
-    assert one.density() == pytest.approx(found.density[found.chosen], abs=1e-6)
+    # All steps were surveyed, of two inputs: the density is the mean of those of their plans.
+    other = calibrate(pipe, PROMPTS[1:], 4, config=explicit, **arguments)
+    both = (one.density() + other.density()) / 2
+    assert both == pytest.approx(found.density[found.chosen], abs=1e-6)
 
     # Killed while it surveys, then while it records.
-    kill_at = 4
+    kill_at = 10
 
     def killer(*_: object) -> None:
         nonlocal kill_at
@@ -259,7 +297,7 @@ def test_a_pipeline_is_surveyed_once(
         with pytest.raises(KeyboardInterrupt):
             run("killed")
         assert stored(tmp_path / "killed.calibration") is None
-        kill_at = 6 + 6 + 3
+        kill_at = 12 + 6 + 3
         with pytest.raises(KeyboardInterrupt):
             run("killed")
         assert RunStore(tmp_path / "killed.calibration").names() == ["00000"]
@@ -295,7 +333,7 @@ def test_costs_count_the_survey(
 ) -> None:
     pipe, arguments, out = tiny_wan_pipeline, tiny_wan_arguments, tmp_path / "p.calibatt"
     told = estimate(pipe, PROMPTS, 3, out=out, config=AUTO, **arguments)
-    assert told.survey_seconds > 3 * told.measured.step_seconds
+    assert told.survey_seconds > 2 * 3 * told.measured.step_seconds
     assert told.seconds > told.survey_seconds + 6 * told.measured.step_seconds
     assert not list(tmp_path.iterdir())
     calibrate(pipe, PROMPTS, 3, out=out, config=AUTO, **arguments)
@@ -310,7 +348,13 @@ def test_costs_count_the_survey(
 def made(about: object = None, chosen: str = "raster") -> OrderSurvey:
     density = {"raster": 0.5, "2x8xall": 0.3}
     return OrderSurvey(
-        input=about, steps=(0,), density=density, error=density, sites={}, chosen=chosen
+        inputs=about,
+        steps=(0,),
+        density=density,
+        error=density,
+        held_out=True,
+        sites={},
+        chosen=chosen,
     )
 
 
