@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -30,7 +33,7 @@ from calibatt_compiler.calibration.orders import (
 )
 from calibatt_compiler.calibration.ranks import Ranks
 from calibatt_compiler.calibration.store import RunStore
-from calibatt_compiler.calibration.survey_observer import SAMPLE, at_density, sampled_rows
+from calibatt_compiler.calibration.survey_call import SAMPLE, at_density, sampled_rows
 from calibatt_compiler.calibration.surveying import Surveyor, settled
 from calibatt_compiler.errors import CalibrationError, OptionError
 
@@ -210,7 +213,7 @@ def test_local_attention_takes_a_compact_order() -> None:
 def test_the_error_is_that_of_the_last_input_by_the_first_ones_plan(
     seeds: tuple[int, ...], pooled: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("calibatt_compiler.calibration.survey_observer.SAMPLE", 1000)
+    monkeypatch.setattr("calibatt_compiler.calibration.survey_call.SAMPLE", 1000)
     model, config = Site(Alike()), replace(LOCAL, pooled=pooled)
     found = survey(model, inputs(model, *seeds), config)
     assert found.held_out == (len(seeds) == 2)
@@ -391,3 +394,36 @@ def test_one_rank_surveys_and_the_others_wait(tmp_path: Path) -> None:
 
     with pytest.raises(CalibrationError, match="rank 0 of 2 failed"):
         settled(tmp_path, Surveyor({"seed": 4}, forbidden), Waiting(lost), ())
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_plan_of_one(
+    tiny_wan_folder: Path,
+    tiny_wan_pipeline: Any,
+    tiny_wan_arguments: dict[str, int],
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "two.calibatt"
+    run = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    command = ["-m", "calibatt_compiler", "calibrate", tiny_wan_folder, "--token-order", "auto"]
+    size = ["--height", "112", "--width", "144", "--frames", "9", "--steps", "3"]
+    size += ["--set", "max_sequence_length=16", "--block", "16", "--seed", "3"]
+    prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
+    done = subprocess.run(
+        [sys.executable, *run, *command, *size, *prompts, "--out", out],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # sums may differ in the last bit with their number
+    try:
+        alone = tmp_path / "one.calibatt"
+        calibrate(tiny_wan_pipeline, PROMPTS, 3, out=alone, config=AUTO, **tiny_wan_arguments)
+    finally:
+        torch.set_num_threads(threads)
+    assert stored(Path(f"{alone}.calibration")) == stored(Path(f"{out}.calibration"))
+    assert Plan.load(out).digest == Plan.load(alone).digest
