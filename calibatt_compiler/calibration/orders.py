@@ -216,7 +216,8 @@ class OrderSurvey(BaseModel):
         write_text(folder / FILE, self.text())
 
     def __str__(self) -> str:
-        return f"token order {self.chosen}; " + said(self.density, self.error)
+        one = "" if self.held_out else "; of one input's own masks, not judged on another"
+        return f"token order {self.chosen}; {said(self.density, self.error)}{one}"
 
 
 def said(density: Mapping[str, float], error: Mapping[str, float]) -> str:

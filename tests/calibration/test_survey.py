@@ -152,11 +152,13 @@ def test_tallies_make_a_survey() -> None:
     assert found.chosen == "2x8xall"
     assert OrderSurvey.model_validate_json(found.text()) == found
     assert "raster 50.0% (0.100), 2x8xall 20.0% (0.100)" in str(found)
+    assert "not judged on another" in str(found)
     # What the masks of another input are worth goes before.
     tallies["raster"]["one"].others = Error(4.0, 100.0)
     tallies["2x8xall"]["one"].others = Error(9.0, 100.0)
     found = OrderSurvey.of([], (1, 2), tallies)
     assert found.held_out
+    assert "not judged on another" not in str(found)
     assert found.error == {"raster": 0.2, "2x8xall": 0.3}
     assert found.chosen == "raster"
 
