@@ -53,6 +53,7 @@ class Call:
     Attributes:
         site: its name.
         place: of the diffusion step in the schedule.
+        number: of the site's calls at this step, from 0: both branches may be observed.
         q: (votes, heads, Sq, D).
         k: (votes, heads, Sk, D).
         v: likewise.
@@ -65,6 +66,7 @@ class Call:
 
     site: str
     place: int
+    number: int
     q: Tensor
     k: Tensor
     v: Tensor

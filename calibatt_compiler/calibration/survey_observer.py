@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -48,10 +49,17 @@ class SurveyObserver(Observer):
         self._surveyed = steps
         self._seen: set[int] = set()
         self._now = RASTER
-        self._masks: dict[tuple[str, str, int], SampledMasks] = {}
+        self._finished = 0
+        self._calls: Counter[tuple[str, int]] = Counter()
+        self._masks: dict[tuple[str, str, int, int], SampledMasks] = {}
         self._tallies: defaultdict[str, defaultdict[str, Tally]] = defaultdict(
             lambda: defaultdict(Tally)
         )
+
+    def begin(self, name: str, about: Mapping[str, Any], samples: int | None) -> None:
+        """Start an input; arguments as in `Observer.begin`."""
+        super().begin(name, about, samples)
+        self._calls.clear()
 
     def attend(
         self, site: str, q: Tensor, k: Tensor, v: Tensor, timestep: float, scale: float
@@ -80,11 +88,14 @@ class SurveyObserver(Observer):
             grid = self._grid(size.query_length)
             if math.prod(grid[:2]) == 1:
                 raise _unknown("grid of tokens", "grid=(frames, height, width)")
+            number = self._calls[site, place]
+            self._calls[site, place] += 1
             q, k, v, counted_out = (x[samples] for x in (q, k, v, out))
             self._compare(
                 Call(
                     site=site,
                     place=place,
+                    number=number,
                     q=q,
                     k=k,
                     v=v,
@@ -116,6 +127,7 @@ class SurveyObserver(Observer):
                 remedy="name an order with --token-order, CalibrationConfig(token_order=...)",
             )
         self.abandon()
+        self._finished += 1
 
     def result(self, about: object) -> OrderSurvey:
         """Choose.
@@ -143,7 +155,8 @@ class SurveyObserver(Observer):
 
         Args:
             call: operands.
-            density: of the masks that the output is computed by; None: that of the threshold.
+            density: of the masks that the first input's output is computed by; None: that of the
+                threshold.
 
         Returns:
             What is counted, and the density.
@@ -165,12 +178,12 @@ class SurveyObserver(Observer):
         )
         tally = Tally(int(mask.sum()), mask.numel())
         rows = sampled_rows(lengths[0], call.video, block[0], call.text).to(mask.device)
-        key = (str(self._now), call.site, call.place)
-        known = self._masks.get(key)
-        if known is not None:
-            if known.fits(lengths, energy.shape):
+        key = (str(self._now), call.site, call.place, call.number)
+        if self._finished:
+            known = self._masks.get(key)
+            if known is not None and known.fits(lengths, energy.shape):
                 tally.others = call.error(rows, known.mask(energy.device), block, pooled)
-            return tally, density or 0.0
+            return tally, 0.0
         chosen = mask[:, :, rows]
         if density is None:
             density = chosen.double().mean().item()

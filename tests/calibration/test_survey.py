@@ -231,6 +231,23 @@ def test_the_error_is_that_of_the_last_input_by_the_first_ones_plan(
     assert found.error["raster"] == pytest.approx(error, rel=1e-3)
 
 
+def test_a_second_call_at_a_step_is_no_other_input() -> None:
+    model = Site(Alike())
+    one, other = (inputs(model, seed)[0] for seed in (0, 1))
+
+    def both() -> None:
+        for timestep in TIMESTEPS:
+            for seed in (0, 1):
+                model(noise(seed), timestep=torch.tensor([timestep]))
+
+    found = survey(model, [both], LOCAL)
+    assert not found.held_out
+    errors = [survey(model, [run], LOCAL).error["raster"] for run in (one, other)]
+    assert min(errors) <= found.error["raster"] <= max(errors)
+    # Of another input each call is judged by the masks of the like call.
+    assert survey(model, [both, both], LOCAL).error["raster"] == found.error["raster"]
+
+
 def test_a_bare_module_is_told_what_to_do() -> None:
     model = Site(Near())
     auto = replace(LOCAL, token_order="auto")
