@@ -43,8 +43,9 @@ class CalibrationConfig:
         token_order: how the grid's tokens are laid out before they are cut into blocks: `raster`,
             as the model has them; frames x height x width of a tile, such as `2x8x8`; the
             cross-section of ropes along one axis, such as `2x8xall` (see `TokenOrder`); or `auto`:
-            `calibrate` runs its first input once more, measures such orders on it, and takes the
-            sparsest that pays (see `calibration.orders.choose`), else `raster`.
+            `calibrate` runs its first two inputs once more, measures such orders on them, and takes
+            the sparsest that pays (see `calibration.orders.choose`), else `raster`. For a bare
+            module `calibration.survey` does that.
         cfg: which branch of classifier-free guidance is observed: `conditional` or `both`. The
             plan serves both in any case.
         num_steps: T of the threshold formula. Default: the number of distinct timesteps of the

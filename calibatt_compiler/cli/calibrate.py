@@ -123,7 +123,7 @@ def calibrate(
             metavar="ORDER",
             help="Cut blocks from tokens in raster order; tile by tile: frames x height x width of "
             "a tile in latent tokens, such as 2x8x8; from ropes along one axis, such as 2x8xall; "
-            "or auto: measure such orders on the first prompt and take the sparsest that pays.",
+            "or auto: measure such orders on the first two prompts, take the sparsest that pays.",
             rich_help_panel=_HOW,
         ),
     ] = "raster",
