@@ -112,6 +112,31 @@ def test_dry_run_tells_and_writes_nothing(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_token_order_is_chosen_and_said(
+    tiny_wan_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "p.calibatt"
+    arguments = ["calibrate", str(tiny_wan_folder), *VIDEO, *COMMON, "--block", "16"]
+    arguments += ["--out", str(out), "--prompt", "a tree", "--token-order"]
+    assert run([*arguments, "spiral"]) == 2
+    assert "2x8xall" in capsys.readouterr().err
+    assert run([*arguments, "auto", "--dry-run"]) == 0
+    assert "to survey token orders" in " ".join(capsys.readouterr().out.split())
+    assert not list(tmp_path.iterdir())
+
+    assert run([*arguments, "auto"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    survey = json.loads((tmp_path / "p.calibatt.calibration" / "order.json").read_text())
+    assert f"token order {survey['chosen']}; blocks kept" in printed
+    for name, density in survey["density"].items():
+        assert f"{name} {density:.1%}" in printed
+    assert str(Plan.load(out).token_order) == survey["chosen"]
+    assert run(["inspect", str(out)]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "orders surveyed" in printed
+    assert "order_density" not in printed
+
+
 def test_tune_searches_and_says_what_it_costs(
     tiny_wan_folder: Path,
     tmp_path: Path,

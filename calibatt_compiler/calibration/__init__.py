@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from calibatt_compiler.calibration.points import Tuning
     from calibatt_compiler.calibration.run import CalibrationRun, calibration
     from calibatt_compiler.calibration.study import SearchSpace
+    from calibatt_compiler.calibration.surveying import survey
     from calibatt_compiler.calibration.tuning import tune, tuning_cost
     from calibatt_compiler.calibration.tuning_config import TuningConfig
     from calibatt_compiler.calibration.validation import validate, validate_run
@@ -44,6 +45,7 @@ __all__ = [
     "calibration",
     "estimate",
     "plan_from_run",
+    "survey",
     "tune",
     "tuning_cost",
     "validate",
@@ -59,6 +61,7 @@ _HOMES = {
     "calibration": "run",
     "estimate": "costs",
     "plan_from_run": "derive",
+    "survey": "surveying",
     "tune": "tuning",
     "tuning_cost": "tuning",
     "validate": "validation",

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal, TypeGuard
 
+from calibatt_compiler.calibration.orders import AUTO
 from calibatt_compiler.calibration.schedule import Thresholds, default_thresholds
 from calibatt_compiler.errors import OptionError, PlanError
 from calibatt_compiler.plan.order import TokenOrder
@@ -52,7 +53,11 @@ class CalibrationConfig:
             queries 0, 4, 8, ... of each; it must divide `block[0]`. docs/energies.md says what
             that does to the masks.
         token_order: how the grid's tokens are laid out before they are cut into blocks: `raster`,
-            as the model has them, or frames x height x width of a tile, such as `2x8x8`.
+            as the model has them; frames x height x width of a tile, such as `2x8x8`; the
+            cross-section of ropes along one axis, such as `2x8xall` (see `TokenOrder`); or `auto`:
+            `calibrate` runs its first two inputs once more, measures such orders on them, and takes
+            the sparsest that pays (see `calibration.orders.choose`), else `raster`. For a bare
+            module `calibration.survey` does that.
         cfg: which branch of classifier-free guidance is observed: `conditional` or `both`. The
             plan serves both in any case.
         num_steps: T of the threshold formula. Default: the number of distinct timesteps of the
@@ -161,9 +166,10 @@ def _check_form(config: CalibrationConfig) -> None:
     if not (_integer(config.queries) and config.queries >= 1) or config.block[0] % config.queries:
         raise _error("queries", f"a divisor of {config.block[0]}", config.queries)
     try:
-        TokenOrder.parse(config.token_order)
+        if config.token_order != AUTO:
+            TokenOrder.parse(config.token_order)
     except (PlanError, TypeError) as error:
-        expected = "raster, or a tile such as 2x8x8"
+        expected = "raster, a tile such as 2x8x8, ropes such as 2x8xall, or auto"
         raise _error("token_order", expected, config.token_order) from error
 
 

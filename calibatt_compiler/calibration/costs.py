@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from calibatt_compiler.calibration.generation import (
     schedule_of,
 )
 from calibatt_compiler.calibration.observed import observed
+from calibatt_compiler.calibration.orders import AUTO, INPUTS, stored
 from calibatt_compiler.calibration.pipeline import about_pipeline, run_folder
 from calibatt_compiler.calibration.ranks import Ranks
 from calibatt_compiler.calibration.recorder import AttentionRecorder
@@ -36,6 +37,13 @@ from calibatt_compiler.calibration.run import FirstStepDone
 from calibatt_compiler.calibration.sizes import Sizes
 from calibatt_compiler.calibration.spool import Spool
 from calibatt_compiler.calibration.store import RunStore, identity_text
+from calibatt_compiler.calibration.survey_costs import (
+    survey_bytes,
+    surveyed_count,
+    surveyed_step_seconds,
+)
+from calibatt_compiler.calibration.surveying import describe
+from calibatt_compiler.plan.order import RASTER
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,7 @@ class Estimate:
         plan_bytes: of the plan's file, at most: steps may share patterns.
         processes: that share the inputs; each needs the memory.
         scored: inputs still to be run that are scored for spatial repetition.
+        survey_seconds: of the survey of token orders still to be made; 0 without one.
     """
 
     inputs: int
@@ -91,17 +100,19 @@ class Estimate:
     plan_bytes: int
     processes: int = 1
     scored: int = 0
+    survey_seconds: float = 0.0
 
     @property
     def seconds(self) -> float:
         """Time of the inputs still to be run; reading and writing of files is not in it."""
         todo = self.inputs - self.finished
         if todo == 0:
-            return 0.0
+            return self.survey_seconds
         each = self.measured.input_seconds + self.steps * self.measured.step_seconds
         scoring = self.steps * self.measured.scoring_seconds
         shares = math.ceil(todo / self.processes), math.ceil(self.scored / self.processes)
-        return shares[0] * each + shares[1] * scoring + self.measured.warm_up_seconds
+        recording = shares[0] * each + shares[1] * scoring
+        return self.survey_seconds + recording + self.measured.warm_up_seconds
 
     @property
     def disk_bytes(self) -> int:
@@ -120,8 +131,9 @@ def estimate(
 ) -> Estimate:
     """Tell what `calibrate` with the same arguments will cost.
 
-    Runs two steps of the first input as calibration would, one to compile and one to measure, and
-    two more with scores if there are any, and writes nothing. The pipeline is left as it was.
+    Runs two steps of the first input as calibration would, one to compile and one to measure, two
+    more with scores if there are any, two more if token orders are to be surveyed, and writes
+    nothing. The pipeline is left as it was.
 
     Raises:
         CalibrationError: the pipeline can't be calibrated.
@@ -133,7 +145,9 @@ def estimate(
     inputs = read_inputs(prompts, seeds, pipeline_arguments)
     arguments = identity.describe(pipeline_arguments)
     module = component_of(pipe, config.component)
-    measured = measure_step(pipe, module, config, inputs[0], pipeline_arguments)
+    surveyed = config.token_order == AUTO
+    recording = replace(config, token_order=str(RASTER)) if surveyed else config
+    measured = measure_step(pipe, module, recording, inputs[0], pipeline_arguments)
     record = measured.record
     scored = min(config.similarity_inputs, len(inputs)) if config.gamma is not None else 0
     sizes = Sizes(record, config.keep_energies, config.anchor_rows if scored else 0)
@@ -144,6 +158,16 @@ def estimate(
         what = identity.describe({"seed": seed, **varying})
         run_bytes += sizes.input_bytes(f"{index:05d}", what, scored=index < scored)
     folder = run_folder(config, out)
+    survey_seconds = 0.0
+    if surveyed:
+        first = inputs[:INPUTS]
+        run_bytes += survey_bytes(describe(first), record)
+        if folder is None or config.restart or stored(folder) is None:
+            count = surveyed_count(record)
+            each = surveyed_step_seconds(pipe, module, config, inputs[0], pipeline_arguments)
+            dense = (len(record.timesteps) - count) * measured.step_seconds
+            one = measured.input_seconds + dense + count * each
+            survey_seconds = measured.warm_up_seconds + len(first) * one
     parameter = next(module.parameters())
     working = sizes.working_bytes(parameter.element_size(), parameter.device)
     thresholds = {**record.thresholds, "rho": config.rho}
@@ -161,6 +185,7 @@ def estimate(
         plan_bytes=0 if out is None else sizes.plan_bytes(thresholds, len(inputs)),
         processes=Ranks.current().size if config.distributed else 1,
         scored=scored - _finished(folder, config, scored),
+        survey_seconds=survey_seconds,
     )
 
 

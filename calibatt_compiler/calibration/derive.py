@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from calibatt_compiler.calibration import orders
 from calibatt_compiler.calibration.config import CalibrationConfig, check_gamma, check_rho
 from calibatt_compiler.calibration.fitting import check_alike, check_raised, sampler_of
 from calibatt_compiler.calibration.forms import (
@@ -212,6 +213,7 @@ def derive_plan(
             **_quality(records, selection),
             **refiner.figures(),
             **repetition_figures(list(sites.values()), selection.gamma),
+            **orders.figures(store.folder),
         },
     )
 

@@ -92,18 +92,11 @@ class Observer(ABC):
         from calibatt_compiler.kernels.attention import dense_attention
         from calibatt_compiler.kernels.energy import attention_with_energy
 
-        run, block = self._input, self._block(site)
-        size = None if run is None or block is None else self._size(run, site, q, k)
-        if run is None or block is None or size is None:
+        call = self._counted(site, q, k, timestep)
+        block = self._block(site)
+        if call is None or block is None:
             return dense_attention(q, k, v, scale)
-        step = self._step(run, site, timestep)
-        counted = run.counted(self.branch, site, step, q.shape[0])
-        if self._config.cfg == "both":
-            counted = slice(0, None)
-        if counted is None:
-            return dense_attention(q, k, v, scale)
-        if run.sizes.setdefault(site, size) != size:
-            raise _another_size(run, run.sizes[site], size)
+        run, size, step, counted = call
         orders = [self._rearrangement(x) for x in (q, k)]
         observed = [
             x[counted] if order is None else order.apply(x[counted])
@@ -120,7 +113,7 @@ class Observer(ABC):
             other = dense_attention(q[rest], k[rest], v[rest], scale)
             out = torch.cat([other.transpose(1, 2), out.transpose(1, 2)]).transpose(1, 2)
         if not bool(energy.isfinite().all()):
-            raise _not_finite(site, step)
+            raise not_finite(site, step)
         run.votes[site, step] += energy.shape[0]
         self._observe(run, size, step, energy, seen)
         return out
@@ -138,6 +131,28 @@ class Observer(ABC):
     def abandon(self) -> None:
         """Forget the input in progress, if there is one."""
         self._input = None
+
+    def _counted(
+        self, site: str, q: Tensor, k: Tensor, timestep: float
+    ) -> tuple[InputObservation, SiteSize, int, slice] | None:
+        """Return input, size, step and samples that a call counts for; None if it does not.
+
+        Raises:
+            CalibrationError: sizes or timesteps that don't fit the run.
+        """
+        run = self._input
+        size = None if run is None or self._block(site) is None else self._size(run, site, q, k)
+        if run is None or size is None:
+            return None
+        step = self._step(run, site, timestep)
+        counted = run.counted(self.branch, site, step, q.shape[0])
+        if self._config.cfg == "both":
+            counted = slice(0, None)
+        if counted is None:
+            return None
+        if run.sizes.setdefault(site, size) != size:
+            raise _another_size(run, run.sizes[site], size)
+        return run, size, step, counted
 
     @abstractmethod
     def _observe(
@@ -222,7 +237,8 @@ class Observer(ABC):
         )
 
 
-def _not_finite(site: str, step: int) -> CalibrationError:
+def not_finite(site: str, step: int) -> CalibrationError:
+    """Return what to raise for attention that is not finite."""
     return CalibrationError(
         f"attention at site {site}, step {step} is not finite",
         expected="finite attention weights",

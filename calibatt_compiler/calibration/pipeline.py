@@ -25,9 +25,11 @@ from calibatt_compiler.calibration.generation import (
     samples_of,
     schedule_of,
 )
+from calibatt_compiler.calibration.orders import INPUTS, OrderSurvey
 from calibatt_compiler.calibration.progress import CalibrationProgress
 from calibatt_compiler.calibration.ranks import Ranks
 from calibatt_compiler.calibration.run import CalibrationRun, FirstStepDone, recording
+from calibatt_compiler.calibration.surveying import Surveyor, describe, survey_pipeline
 from calibatt_compiler.plan import Plan
 
 log = logging.getLogger("calibatt")
@@ -91,6 +93,7 @@ def calibrate(
             schedule=lambda: schedule_of(pipe.scheduler),
             on_step=job.on_step,
             ranks=ranks,
+            surveyor=job.surveyor(),
             task={
                 "inputs": [identity.describe({"seed": seed, **v}) for seed, v in inputs],
                 "out": None if out is None else os.path.abspath(out),
@@ -134,6 +137,25 @@ class _Job:
             raise FirstStepDone
         if self._progress is not None and not self._only_first:
             self._progress.step(step, steps)
+
+    def surveyor(self) -> Surveyor:
+        """Return how token orders are measured on the first inputs."""
+        first = list(self._inputs.values())[:INPUTS]
+
+        def measure() -> OrderSurvey:
+            shown = self._config.progress
+            with CalibrationProgress(len(first), 0, shown, what="survey") as self._progress:
+                return survey_pipeline(
+                    self._pipe,
+                    self._module,
+                    self._config,
+                    first,
+                    self._arguments,
+                    self._progress,
+                    self.on_step,
+                )
+
+        return Surveyor(describe(first), measure)
 
     def observe(self, run: CalibrationRun) -> None:
         """Observe this rank's inputs; the first rank then waits for the others."""

@@ -21,6 +21,7 @@ class CalibrationProgress:
         done: how many are finished already.
         shown: show bars; None: if the error stream is a terminal.
         count: tells how many are finished, where other processes finish some too.
+        what: the inputs are.
     """
 
     def __init__(
@@ -29,6 +30,8 @@ class CalibrationProgress:
         done: int,
         shown: bool | None,
         count: Callable[[], int] | None = None,
+        *,
+        what: str = "inputs",
     ) -> None:
         console = Console(stderr=True)
         self._progress = Progress(
@@ -43,7 +46,7 @@ class CalibrationProgress:
         )
         self._done = done
         self._count = count
-        self._inputs = self._progress.add_task("inputs", total=inputs, completed=done)
+        self._inputs = self._progress.add_task(what, total=inputs, completed=done)
         self._steps = self._progress.add_task("steps", total=None)
 
     def __enter__(self) -> Self:

@@ -174,6 +174,16 @@ class Ranks:
             meanwhile()
             self.check()
 
+    def wait_until(self, ready: Callable[[], bool]) -> None:
+        """Wait, however long it takes, for what another rank does.
+
+        Raises:
+            CalibrationError: one failed or was lost.
+        """
+        while not ready():
+            time.sleep(_POLL)
+            self.check()
+
     def wait_until_alone(self) -> None:
         """Wait, not for ever, until all others have left; then tidy up."""
         until = time.monotonic() + FAREWELL

@@ -16,11 +16,13 @@ from calibatt_compiler.calibration.derive import derive_plan, select_by
 from calibatt_compiler.calibration.observation import Branch, Schedule
 from calibatt_compiler.calibration.observed import observed
 from calibatt_compiler.calibration.opening import opened
+from calibatt_compiler.calibration.orders import AUTO
 from calibatt_compiler.calibration.ranks import Ranks
 from calibatt_compiler.calibration.recorder import AttentionRecorder
 from calibatt_compiler.calibration.spool import Spool
 from calibatt_compiler.calibration.store import RunStore
-from calibatt_compiler.errors import CalibrationError
+from calibatt_compiler.calibration.surveying import Surveyor, settled
+from calibatt_compiler.errors import CalibrationError, OptionError
 from calibatt_compiler.plan import Plan
 from calibatt_compiler.plan.schema import CfgMode
 
@@ -241,8 +243,17 @@ def calibration(
 
     Raises:
         CalibrationError: the run folder is in use or belongs to another calibration.
+        OptionError: the token order is `auto`; `calibration.survey` chooses one beforehand.
     """
     config = config or CalibrationConfig()
+    if config.token_order == AUTO:
+        raise OptionError(
+            "a bare module's token order can't be chosen on the way",
+            expected="the name of an order, such as raster or 2x8xall",
+            got=repr(AUTO),
+            remedy="choose it before: config = replace(config, token_order="
+            "calibatt_compiler.calibration.survey(module, run_first_input, config).chosen)",
+        )
     from calibatt_compiler.models import unwrap
 
     module = unwrap(module)
@@ -263,6 +274,7 @@ def recording(
     on_step: Callable[[int, int | None], None] = lambda step, steps: None,
     ranks: Ranks | None = None,
     task: object = None,
+    surveyor: Surveyor | None = None,
 ) -> Iterator[CalibrationRun]:
     """Open the run folder, compile `module` in recording mode, undo both at the end.
 
@@ -276,6 +288,7 @@ def recording(
         on_step: told of each new step.
         ranks: that calibrate together; None: this process alone.
         task: JSON values that all ranks must have in common beside what the run depends on.
+        surveyor: measures token orders if one is to be chosen.
     """
     from calibatt_compiler import models
 
@@ -284,6 +297,10 @@ def recording(
     model = models.identify(module)
     whole = identity.of_run(module, config, about, cfg, arguments)
     with opened(config, whole, ranks, task) as (store, finished):
+        if config.token_order == AUTO:
+            assert surveyor is not None
+            survey = settled(store.folder, surveyor, ranks, finished)
+            config = replace(config, token_order=survey.chosen)
         recorder = AttentionRecorder(
             config,
             model,

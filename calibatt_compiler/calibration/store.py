@@ -1,6 +1,7 @@
 """The run folder: one file for each finished input, so that a killed run goes on from there.
 
     run.json                      what the run is: model, weights, settings, arguments
+    order.json                    what was measured of token orders, if one was to be chosen
     input-00000.safetensors       masks of one input, packed, with its record in the header
     lock                          held while a process works in the folder, or several ranks do
     rank-00000                    how a rank fares, where several work
@@ -29,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from calibatt_compiler.calibration.lock import FolderLock
+from calibatt_compiler.calibration.orders import FILE as ORDER_FILE
 from calibatt_compiler.calibration.records import InputRecord
 from calibatt_compiler.errors import CalibrationError
 from calibatt_compiler.files import replacing, write_text
@@ -231,7 +233,8 @@ class RunStore:
 
     def _clear(self) -> None:
         for path in self.folder.iterdir():
-            if path.name == "run.json" or path.name.startswith(("input-", ".input-", ".run-")):
+            ours = path.name.startswith(("input-", ".input-", ".run-", ".order-"))
+            if ours or path.name in ("run.json", ORDER_FILE):
                 path.unlink()
 
     def _sweep(self) -> None:

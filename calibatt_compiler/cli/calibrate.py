@@ -143,8 +143,9 @@ def calibrate(
         str,
         typer.Option(
             metavar="ORDER",
-            help="Cut blocks from tokens in raster order, or tile by tile: frames x height x "
-            "width of a tile in latent tokens, such as 2x8x8.",
+            help="Cut blocks from tokens in raster order; tile by tile: frames x height x width of "
+            "a tile in latent tokens, such as 2x8x8; from ropes along one axis, such as 2x8xall; "
+            "or auto: measure such orders on the first two prompts, take the sparsest that pays.",
             rich_help_panel=_HOW,
         ),
     ] = "raster",
@@ -245,10 +246,14 @@ def _calibrate(
     pipe: Any, cases: list[Case], out: Path, config: CalibrationConfig, arguments: dict[str, Any]
 ) -> RenderableType:
     from calibatt_compiler.calibration import calibrate
+    from calibatt_compiler.report.inspect import orders_surveyed
 
     texts, seeds = [case.prompt for case in cases], [case.seed for case in cases]
     plan = calibrate(pipe, texts, seeds, out=out, config=config, **arguments)
+    measured = orders_surveyed(plan)
+    order = "" if measured is None else f"token order {plan.token_order}; {measured}\n"
     return (
         f"{out}: {len(plan.sites)} sites, {plan.steps} steps, sparsity {1 - plan.density():.1%}\n"
+        f"{order}"
         f"see it:     calibatt inspect {out} --html plan.html"
     )

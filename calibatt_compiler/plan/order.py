@@ -2,7 +2,9 @@
 
 A model's sequence is in raster order: frame by frame, row by row. A block of consecutive tokens is
 then a few thin rows. Tokens taken tile by tile make blocks that are compact in space and time, and
-attention, which is local, needs fewer of them.
+attention, which is local, needs fewer of them. Where tiles do not divide the grid, those at its
+edges are cut off, and all blocks behind them straddle two tiles; tokens taken rope by rope make
+blocks that are compact wherever they are cut.
 """
 
 from __future__ import annotations
@@ -15,42 +17,60 @@ import numpy.typing as npt
 
 from calibatt_compiler.errors import PlanError
 
-_TILE = re.compile(r"([1-9]\d{0,3})x([1-9]\d{0,3})x([1-9]\d{0,3})")
+ALL = "all"
+"""Stands for the size of a tile along which a rope runs."""
+
+Tile = tuple[int | None, int | None, int | None]
+
+_SIZE = rf"([1-9]\d{{0,3}}|{ALL})"
+_TILE = re.compile(f"{_SIZE}x{_SIZE}x{_SIZE}")
 
 
 @dataclass(frozen=True)
 class TokenOrder:
     """An order of the tokens of a grid.
 
+    Tiles come in raster order, tokens within a tile too, and tiles at the grid's end are cut off
+    there.
+
+    Ropes run along one axis through the whole grid. The two other axes, of n tokens, are divided
+    into p = max(1, floor(n / size + 1/2)) nearly equal parts: token x is in part floor(x p / n).
+    Ropes are walked like a ploughed field: those of the first part of the earlier axis first, the
+    parts of the later axis forwards and backwards in turn; along its own axis every other rope is
+    walked backwards, each of its cross-sections in raster order.
+
     Attributes:
-        tile: frames, height and width of a tile, in tokens; tiles come in raster order, tokens
-            within a tile too, and tiles at the grid's end are cut off there. None: raster order.
+        tile: frames, height and width of a tile, in tokens; None in place of one: ropes along that
+            axis, of about this cross-section. None: raster order.
     """
 
-    tile: tuple[int, int, int] | None = None
+    tile: Tile | None = None
 
     @classmethod
     def parse(cls, name: str) -> TokenOrder:
-        """Read what `str` gives: `raster`, or a tile such as `2x8x8`.
+        """Read what `str` gives: `raster`, a tile such as `2x8x8`, ropes such as `2x8xall`.
 
         Raises:
-            PlanError: neither.
+            PlanError: none of these.
         """
         if name == "raster":
             return cls()
         match = _TILE.fullmatch(name)
-        if match is None:
+        if match is None or match.groups().count(ALL) > 1:
             raise PlanError(
                 "no such order of tokens",
-                expected="raster, or frames x height x width of a tile, such as 2x8x8",
+                expected="raster, or frames x height x width of a tile, such as 2x8x8, or of "
+                "ropes along one axis, such as 2x8xall",
                 got=repr(name),
                 remedy="name one of these",
             )
-        frames, height, width = (int(size) for size in match.groups())
+        frames, height, width = (None if size == ALL else int(size) for size in match.groups())
         return cls((frames, height, width))
 
     def __str__(self) -> str:
-        return "raster" if self.tile is None else "x".join(map(str, self.tile))
+        if self.tile is None:
+            return "raster"
+        return "x".join(ALL if size is None else str(size) for size in self.tile)
 
     def tokens(
         self, grid: tuple[int, int, int], *, length: int | None = None, first: int = 0
@@ -65,10 +85,7 @@ class TokenOrder:
         """
         if self.tile is None:
             return None
-        frames, height, width = np.indices(grid).reshape(3, -1)
-        of_tile = [x // size for x, size in zip((frames, height, width), self.tile, strict=True)]
-        # Stable: tokens of one tile stay in raster order.
-        order = np.lexsort(of_tile[::-1])
+        order = _ropes(grid, self.tile) if None in self.tile else _tiles(grid, self.tile)
         if (order == np.arange(order.size)).all():
             return None
         tokens = np.arange(order.size if length is None else length)
@@ -77,3 +94,27 @@ class TokenOrder:
 
 
 RASTER = TokenOrder()
+
+
+def parts(tokens: int, size: int) -> int:
+    """Into how many nearly equal parts ropes of about this size divide an axis."""
+    return max(1, (2 * tokens + size) // (2 * size))
+
+
+def _tiles(grid: tuple[int, int, int], tile: Tile) -> npt.NDArray[np.int64]:
+    places = np.indices(grid).reshape(3, -1)
+    of_tile = [x // (size or 1) for x, size in zip(places, tile, strict=True)]
+    # Stable: tokens of one tile stay in raster order.
+    return np.lexsort(of_tile[::-1])
+
+
+def _ropes(grid: tuple[int, int, int], tile: Tile) -> npt.NDArray[np.int64]:
+    places = np.indices(grid).reshape(3, -1)
+    along = tile.index(None)
+    earlier, later = (axis for axis in range(3) if axis != along)
+    count = {axis: parts(grid[axis], tile[axis] or 1) for axis in (earlier, later)}
+    part = {axis: places[axis] * n // grid[axis] for axis, n in count.items()}
+    walked = np.where(part[earlier] % 2, count[later] - 1 - part[later], part[later])
+    rope = part[earlier] * count[later] + walked
+    way = np.where(rope % 2, -places[along], places[along])
+    return np.lexsort((way, rope))

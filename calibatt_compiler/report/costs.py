@@ -19,6 +19,11 @@ def terminal(estimate: Estimate) -> Table:
         else ""
     )
     shared = f", shared by {estimate.processes} processes" if estimate.processes > 1 else ""
+    survey = (
+        f" + {duration(estimate.survey_seconds)} to survey token orders"
+        if estimate.survey_seconds
+        else ""
+    )
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(no_wrap=True)
@@ -29,8 +34,8 @@ def terminal(estimate: Estimate) -> Table:
         f"{todo} inputs x ({duration(measured.input_seconds)} + {estimate.steps} steps x "
         f"{duration(measured.step_seconds)}){scored} + {duration(measured.warm_up_seconds)} to "
         "compile"
-        f"{shared}; measured on one step; {estimate.finished} of {estimate.inputs} inputs are "
-        "done already",
+        f"{shared}{survey}; measured on one step; {estimate.finished} of {estimate.inputs} inputs "
+        "are done already",
     )
     if device is not None:
         table.add_row(

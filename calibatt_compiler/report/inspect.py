@@ -11,6 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from calibatt_compiler.calibration.orders import DENSITY, ERROR, said
 from calibatt_compiler.plan import BlockPattern, Plan, SitePatterns
 from calibatt_compiler.plan.refine import MERGED, SHARED
 
@@ -53,6 +54,10 @@ def facts(plan: Plan) -> list[tuple[str, str]]:
     if repetition := _repetition(plan):
         pairs.insert(-2, ("repetitive heads", repetition))
     quality = dict(metadata.quality)
+    surveyed = orders_surveyed(plan)
+    if surveyed is not None:
+        pairs.insert(-2, ("orders surveyed", surveyed))
+        quality = {k: v for k, v in quality.items() if not k.startswith((DENSITY, ERROR))}
     added = [f"{quality.pop(name):.4f} by {_ADDED[name]}" for name in _ADDED if name in quality]
     if added:
         pairs.insert(-2, ("density added", ", ".join(added)))
@@ -60,6 +65,16 @@ def facts(plan: Plan) -> list[tuple[str, str]]:
         figures = ", ".join(f"{name} {value:.4g}" for name, value in quality.items())
         pairs.insert(-2, ("measured", figures))
     return pairs
+
+
+def orders_surveyed(plan: Plan) -> str | None:
+    """Return what the calibration measured of token orders, in a line; None if it did not."""
+    figures = plan.metadata.quality
+    density, error = (
+        {name.removeprefix(kind): v for name, v in figures.items() if name.startswith(kind)}
+        for kind in (DENSITY, ERROR)
+    )
+    return said(density, error) if density else None
 
 
 def terminal(plan: Plan) -> RenderableType:

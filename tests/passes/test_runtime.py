@@ -100,8 +100,9 @@ def test_the_step_decides_the_pattern():
 
 @pytest.mark.parametrize("lowering", ["table", "reference"])
 @pytest.mark.parametrize(("text", "policy"), [(0, "none"), (7, "dense_first"), (7, "dense_last")])
-def test_a_site_brings_tokens_into_the_plans_order_and_back(text, policy, lowering):
-    grid, order = (2, 5, 8), TokenOrder((1, 2, 3))
+@pytest.mark.parametrize("tile", [(1, 2, 3), (1, 3, None), (None, 2, 2)])
+def test_a_site_brings_tokens_into_the_plans_order_and_back(tile, text, policy, lowering):
+    grid, order = (2, 5, 8), TokenOrder(tile)
     length = 80 + text
     first = text if policy == "dense_first" else 0
     blocks = -(-length // 16)
