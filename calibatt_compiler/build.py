@@ -58,7 +58,7 @@ class PlanSpecs(Collection[KernelSpec]):
             if site.weighted or site.size.pooled:
                 continue
             for step, index in enumerate(site.steps):
-                if site.kept_at(step) == site.size.blocks:
+                if site.kept_at(step) == site.size.blocks and not site.repetitive_at(step):
                     continue
                 for arch in archs:
                     found.setdefault((site.digests[index], channels, arch), (site, index))
@@ -78,7 +78,9 @@ class PlanSpecs(Collection[KernelSpec]):
         return known and self._spec(spec.pattern, spec.head_dim, spec.arch).key == spec.key
 
     def _spec(self, pattern: BlockPattern, head_dim: int, arch: int) -> KernelSpec:
-        target: Target = "hopper" if self._hopper and arch == HOPPER else "portable"
+        # The Hopper kernel leaves patterns with repetitive heads to the portable one.
+        hopper = self._hopper and arch == HOPPER and pattern.repetitive is None
+        target: Target = "hopper" if hopper else "portable"
         return KernelSpec(pattern, self._dtype, head_dim, arch, WIDENED, target)
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from calibatt_compiler.build import PlanSpecs
 from calibatt_compiler.errors import PlanError
 from calibatt_compiler.kernels.compiler import AHEAD, CompiledSource, KernelCompiler, KernelSpec
-from calibatt_compiler.plan import BlockPattern, Plan, Sampler, SitePatterns
+from calibatt_compiler.plan import BlockPattern, Plan, RowCopies, Sampler, SitePatterns
 
 GRID = (1, 16, 12)
 STEPS = 3
@@ -56,6 +57,34 @@ def test_each_pattern_that_has_a_generated_kernel_comes_once(stored, tmp_path: P
 def test_hopper_kernels_are_for_hopper_gpus():
     specs = PlanSpecs(plan_of(), [80, 90], torch.bfloat16, hopper=True)
     assert {(spec.arch, spec.target) for spec in specs} == {(80, "portable"), (90, "hopper")}
+
+
+def test_repetitive_heads_are_for_the_portable_kernel_at_any_density():
+    copies = RowCopies(GRID, 4)  # 48 of 192 queries
+    plain = pattern(1)
+    one_block = BlockPattern.from_mask(
+        torch.ones(1, 1, 1, dtype=torch.bool),
+        query_length=192,
+        key_length=192,
+        block=(192, 192),
+        repetitive=np.array([True]),
+        copies=copies,
+    )
+    some = BlockPattern.from_mask(
+        plain.mask(), block=(64, 64), repetitive=np.array([False, True]), copies=copies
+    )
+    assert one_block.density == 1
+    sites = {
+        "a": SitePatterns.share([one_block], 64),
+        "b": SitePatterns.share([some], 64),
+        "c": SitePatterns.share([plain], 64),
+    }
+    plan = Plan.create(sites, grid=GRID, sampler=Sampler(timesteps=(1.0,)))
+    found = {
+        spec.pattern.digest: spec.target
+        for spec in PlanSpecs(plan, [90], torch.bfloat16, hopper=True)
+    }
+    assert found == {one_block.digest: "portable", some.digest: "portable", plain.digest: "hopper"}
 
 
 def test_the_channels_of_a_head_must_be_known():
