@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
@@ -24,6 +25,7 @@ class IntervalTables:
         shifts: likewise, key block minus its position among the kept blocks of its row.
         weights: float32 (entries), log2 of each interval's weight; empty if all count once.
         kept: uint8 (heads * query_blocks * bytes a row), a bit a key block; empty without pooling.
+        uploaded: recorded behind their copies to a GPU.
     """
 
     offsets: Tensor
@@ -31,6 +33,7 @@ class IntervalTables:
     shifts: Tensor
     weights: Tensor
     kept: Tensor
+    uploaded: torch.cuda.Event | None = None
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -60,16 +63,27 @@ class IntervalTables:
             weights = runs.log_weights * np.float32(math.log2(math.e))
         kept = pattern.bits.ravel() if pattern.pooled else np.empty(0, dtype=np.uint8)
         tables = (runs.offsets, ends.astype(entry), shifts.astype(entry), weights, kept)
-        return cls(*(to_device(table, device) for table in tables))
+        uploaded = None
+        on_device = [to_device(table, device) for table in tables]
+        if device.type == "cuda":
+            uploaded = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            uploaded.record(torch.cuda.current_stream(device))
+        return cls(*on_device, uploaded)
 
 
+_lock = threading.Lock()
 _tables: WeakValueDictionary[tuple[str, str], IntervalTables] = WeakValueDictionary()
 
 
 def interval_tables(pattern: BlockPattern, device: torch.device) -> IntervalTables:
     """Tables of `pattern` on `device`, shared by the kernels of equal patterns while one lives."""
     key = (pattern.digest, str(device))
-    tables = _tables.get(key)
+    with _lock:
+        tables = _tables.get(key)
     if tables is None:
-        tables = _tables[key] = IntervalTables.upload(pattern, device)
+        made = IntervalTables.upload(pattern, device)
+        with _lock:
+            tables = _tables.setdefault(key, made)
+    if tables.uploaded is not None:  # perhaps by another thread, on another stream
+        torch.cuda.current_stream(device).wait_event(tables.uploaded)
     return tables
