@@ -53,22 +53,22 @@ class IntervalTables:
         """
         runs = pattern.intervals()
         lengths = runs.ends - runs.starts
-        ends = np.cumsum(lengths, dtype=np.int64)
-        row_start = np.concatenate([[0], ends])[runs.offsets[:-1]]
-        ends -= np.repeat(row_start, np.diff(runs.offsets))
-        shifts = runs.ends - ends
+        sums = np.cumsum(lengths, dtype=np.int64)
+        row_start = np.concatenate([[0], sums])[runs.offsets[:-1]]
+        sums -= np.repeat(row_start, np.diff(runs.offsets))
+        moved = runs.ends - sums
         entry = np.int16 if pattern.key_blocks < 2**15 else np.int32
-        weights = np.empty(0, dtype=np.float32)
+        log2_weights = np.empty(0, dtype=np.float32)
         if runs.log_weights is not None:
-            weights = runs.log_weights * np.float32(math.log2(math.e))
-        kept = pattern.bits.ravel() if pattern.pooled else np.empty(0, dtype=np.uint8)
-        tables = (runs.offsets, ends.astype(entry), shifts.astype(entry), weights, kept)
+            log2_weights = runs.log_weights * np.float32(math.log2(math.e))
+        bits = pattern.bits.ravel() if pattern.pooled else np.empty(0, dtype=np.uint8)
+        arrays = (runs.offsets, sums.astype(entry), moved.astype(entry), log2_weights, bits)
+        offsets, ends, shifts, weights, kept = (to_device(array, device) for array in arrays)
         uploaded = None
-        on_device = [to_device(table, device) for table in tables]
         if device.type == "cuda":
             uploaded = torch.cuda.Event()  # type: ignore[no-untyped-call]
             uploaded.record(torch.cuda.current_stream(device))
-        return cls(*on_device, uploaded)
+        return cls(offsets, ends, shifts, weights, kept, uploaded)
 
 
 _lock = threading.Lock()
