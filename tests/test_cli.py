@@ -234,7 +234,10 @@ def test_demo_then_compare(
         printed = capsys.readouterr().out
         data = json.loads((folder / "compare.json").read_text("utf-8"))
         assert f"{data['plans'][0]['sparsity']:.1%}" in printed
-        assert len({plan["density"] for plan in data["plans"]}) == len(data["plans"]) > 2
+        main, *curve, highest = (plan["density"] for plan in data["plans"])
+        assert len({main, *curve}) == 3
+        assert highest == pytest.approx(main)
+        assert data["plans"][-1]["label"].endswith("highest blocks")
         plan = Plan.load(folder / "plan.calibatt")
         assert plan.digest == data["plans"][0]["digest"]
         assert plan.steps == 4

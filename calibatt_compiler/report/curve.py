@@ -18,7 +18,8 @@ def write_curve(comparison: Comparison, path: str | os.PathLike[str]) -> Path:
     """Draw PSNR (left axis) and speed-up of a denoising step (right) against sparsity.
 
     Each plan is one point of either line, marked with its label; equal videos (infinite PSNR)
-    have no point.
+    have no point. Plans of one form make a line; those of another form than the main plan's, such
+    as without its weights, have hollow marks.
 
     Raises:
         PipelineError: matplotlib is not installed.
@@ -40,22 +41,29 @@ def write_curve(comparison: Comparison, path: str | os.PathLike[str]) -> Path:
     right = left.twinx()
     shown = [result for result in results if math.isfinite(result.psnr)]
     left.axhline(GOAL_DB, color=_SOFT, linewidth=1, linestyle=(0, (4, 4)), zorder=0)
-    left.plot(
-        [result.sparsity for result in shown],
-        [result.psnr for result in shown],
-        marker="o",
-        color=_ACCENT,
-        linewidth=2,
-    )
-    right.plot(
-        [result.sparsity for result in results],
-        [result.step_ratio for result in results],
-        marker="s",
-        markersize=5,
-        color=_SECOND,
-        linewidth=1.5,
-        linestyle=(0, (5, 2)),
-    )
+    main = comparison.main.plan.metadata.requires
+    for form in sorted({result.plan.metadata.requires for result in results}):
+        hollow = form != main
+        alike = [result for result in results if result.plan.metadata.requires == form]
+        finite = [result for result in alike if result in shown]
+        left.plot(
+            [result.sparsity for result in finite],
+            [result.psnr for result in finite],
+            marker="o",
+            color=_ACCENT,
+            linewidth=2,
+            markerfacecolor="white" if hollow else _ACCENT,
+        )
+        right.plot(
+            [result.sparsity for result in alike],
+            [result.step_ratio for result in alike],
+            marker="s",
+            markersize=5,
+            color=_SECOND,
+            linewidth=1.5,
+            linestyle=(0, (5, 2)),
+            markerfacecolor="white" if hollow else _SECOND,
+        )
     for result in shown:
         left.annotate(
             result.label,
