@@ -62,7 +62,7 @@ class InputObservation:
         positions: place of each in the schedule.
         sizes: sizes of each site's calls; text may be of another length than in `reference`.
         bits: packed masks by site and step, one array a call.
-        energies: energies likewise, if they are kept.
+        energies: energies by site and step, mapped from disk, if they are kept.
         kept_mass: share of attention mass that the masks keep, summed over votes.
         best_share: share in the best key blocks, summed over votes.
         scores: of spatial repetition, by site and step, one array a call, if they are taken.
@@ -80,7 +80,7 @@ class InputObservation:
     positions: list[int] = field(default_factory=list)
     sizes: dict[str, SiteSize] = field(default_factory=dict)
     bits: dict[Key, list[npt.NDArray[np.uint8]]] = field(default_factory=dict)
-    energies: dict[Key, list[npt.NDArray[np.float32]]] = field(default_factory=dict)
+    energies: dict[Key, npt.NDArray[Any]] = field(default_factory=dict)
     scores: dict[Key, list[Scores]] = field(default_factory=dict)
     scored: bool = False
     kept_mass: Counter[Key] = field(default_factory=Counter)
@@ -146,8 +146,7 @@ class InputObservation:
         for (site, step), bits in self.bits.items():
             arrays[f"{site}@{step}"] = bits[0] if len(bits) == 1 else np.concatenate(bits)
         for (site, step), energies in self.energies.items():
-            joined = energies[0] if len(energies) == 1 else np.concatenate(energies)
-            arrays[f"{site}@{step}/energy"] = joined
+            arrays[f"{site}@{step}/energy"] = energies
         for (site, step), scores in self.scores.items():
             arrays[f"{site}@{step}/{ARRAY}"] = np.concatenate(scores, axis=1)
         return arrays

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from calibatt_compiler.calibration.coarse import encode
 from calibatt_compiler.calibration.config import CalibrationConfig
 from calibatt_compiler.calibration.observation import InputObservation, Schedule
 from calibatt_compiler.calibration.observer import Observer
@@ -39,13 +40,13 @@ class AttentionRecorder(Observer):
     """Selects the blocks of each call and gives back the packed masks of an input.
 
     Energies of a call live until its masks are packed; where T is not known yet (the first input
-    of a bare module) they wait on disk.
+    of a bare module) they wait on disk, and so do those that are kept, until the input is stored.
 
     Args:
         config: settings of the calibration.
         model: identity of the module.
         text: where the module's text tokens stand in joint attention.
-        spool: where energies wait if T is not known.
+        spool: where energies wait.
         schedule: asked at the first call of each input for the sampler's steps.
         on_step: told, at each new step, its index and T if known.
     """
@@ -190,7 +191,11 @@ class AttentionRecorder(Observer):
             run.scores[key][which] = at_other_share(run.scores[key][which], kept)
         run.bits.setdefault(key, []).append(pack(self._fitted(mask, size)))
         if self._config.keep_energies:
-            run.energies.setdefault(key, []).append(energy.float().cpu().numpy())
+            host = energy.float().cpu().numpy()
+            coarse = self._config.keep_energies == "coarse"
+            run.energies[key] = self._spool.keep(
+                encode(host) if coarse else host, run.energies.get(key)
+            )
         shares = torch.stack([kept, best_share(energy, BEST)]).mean((-1, -2)).sum(-1).tolist()
         run.kept_mass[key] += shares[0]
         run.best_share[key] += shares[1]

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -55,12 +56,12 @@ class Sizes:
 
     Attributes:
         record: of an input, its arrays not yet known.
-        keep_energies: whether energies are stored beside the masks.
+        keep_energies: as in `CalibrationConfig`.
         anchor_rows: of the inputs that are scored for spatial repetition; 0 if none is.
     """
 
     record: InputRecord
-    keep_energies: bool
+    keep_energies: bool | Literal["coarse"]
     anchor_rows: int = 0
 
     def arrays(self, *, scored: bool = False) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -73,7 +74,8 @@ class Sizes:
                 found[f"{size.name}@{step}"] = ("U8", shape)
                 if self.keep_energies:
                     energies = (votes, size.heads, rows, columns)
-                    found[f"{size.name}@{step}/energy"] = ("F32", energies)
+                    kind = "U8" if self.keep_energies == "coarse" else "F32"
+                    found[f"{size.name}@{step}/energy"] = (kind, energies)
                 if scored and self._copies(size):
                     found[f"{size.name}@{step}/{ARRAY}"] = ("F32", (4, votes, size.heads))
         return found
@@ -137,7 +139,9 @@ class Sizes:
 
     def host_bytes(self) -> int:
         """Most host memory that an input's masks and then the plan take, beside the model."""
-        one_input = sum(_bytes(dtype, shape) for dtype, shape in self.arrays(scored=True).values())
+        arrays = self.arrays(scored=True)
+        on_disk = [name for name in arrays if name.endswith("/energy")]
+        one_input = sum(_bytes(*arrays[name]) for name in arrays.keys() - on_disk)
         bits = [_bytes("U8", self._bits(size)) for size in self.record.sites]
         largest = max(size.heads * math.prod(self._blocks(size)) for size in self.record.sites)
         return max(COPIES * one_input, 2 * sum(bits) + max(bits) + DERIVATION * largest) + SMALL

@@ -1,17 +1,18 @@
-"""Energies that wait on disk until the number of steps, and so their threshold, is known."""
+"""Energies on disk: until their threshold is known, and until their input is stored."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 
 class Spool:
-    """Arrays in a folder, given back in the order they came.
+    """Arrays in a folder: some given back in the order they came, others mapped.
 
     Args:
         folder: made at the first array, removed by `clear`.
@@ -20,6 +21,29 @@ class Spool:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._entries: list[tuple[str, int, Path]] = []
+        self._kept = 0
+
+    def keep(
+        self, energy: npt.NDArray[Any], before: npt.NDArray[Any] | None = None
+    ) -> npt.NDArray[Any]:
+        """Write energies, behind earlier ones of the same call, and return them mapped.
+
+        Args:
+            energy: (votes, heads, query_blocks, key_blocks).
+            before: what this returned earlier, which is gone afterwards.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / f"kept-{self._kept:06d}.npy"
+        self._kept += 1
+        votes = len(energy) + (0 if before is None else len(before))
+        shape = (votes, *energy.shape[1:])
+        mapped = np.lib.format.open_memmap(path, mode="w+", dtype=energy.dtype, shape=shape)
+        mapped[-len(energy) :] = energy
+        if before is not None:
+            assert isinstance(before, np.memmap)
+            mapped[: len(before)] = before
+            Path(str(before.filename)).unlink()
+        return mapped
 
     def put(self, site: str, step: int, energy: npt.NDArray[np.float32]) -> None:
         """Write the energies of one call."""

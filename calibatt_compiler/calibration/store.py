@@ -29,6 +29,7 @@ import pydantic
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from calibatt_compiler.calibration.coarse import decode
 from calibatt_compiler.calibration.lock import FolderLock
 from calibatt_compiler.calibration.orders import FILE as ORDER_FILE
 from calibatt_compiler.calibration.records import InputRecord
@@ -202,7 +203,8 @@ class RunStore:
                 got=f"masks only, for A, C, k = {record.thresholds}",
                 remedy="calibrate again with keep_energies=True; without, only rho can be changed",
             )
-        energy: npt.NDArray[np.float32] = self.tensor(record.name, key)
+        stored = self.tensor(record.name, key)
+        energy: npt.NDArray[np.float32] = decode(stored) if stored.dtype == np.uint8 else stored
         return energy
 
     @contextmanager

@@ -112,7 +112,8 @@ def calibrate(
             "--sample-power",
             metavar="POWER",
             help="Keep a weighted random sample of blocks, drawn in proportion to this power of "
-            "their energy, such as 0.65, instead of the highest. Needs --keep-energies.",
+            "their energy, such as 0.65, instead of the highest. Needs --keep-energies or "
+            "--coarse-energies.",
             rich_help_panel=_HOW,
             show_default=False,
         ),
@@ -160,6 +161,13 @@ def calibrate(
             "with other thresholds, or to validate another plan on these inputs.",
         ),
     ] = False,
+    coarse_energies: Annotated[
+        bool,
+        typer.Option(
+            "--coarse-energies",
+            help="The same in a byte each, a quarter of that; enough for --sample-power.",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -205,7 +213,7 @@ def calibrate(
         anchor_rows=anchor_rows,
         token_order=token_order,
         component=component,
-        keep_energies=keep_energies,
+        keep_energies=keep_energies or ("coarse" if coarse_energies else False),
         restart=restart,
     )
     cases = pipelines.read_cases(prompts, prompt, seed)

@@ -204,12 +204,13 @@ def test_memory_of_masks_and_plan_stays_within_the_bound(
     generator = np.random.default_rng(0)
     dtypes = {"U8": np.uint8, "F32": np.float32}
     store = RunStore(tmp_path / "run").open({"cfg": "none", "arguments": None})
+    spool = Spool(tmp_path / "spool")
 
     def write() -> None:
         arrays: dict[str, Any] = {}
         for name, (dtype, shape) in sizes.arrays().items():
-            raw = generator.integers(1, 255, shape, np.uint8)
-            arrays[name] = raw.astype(dtypes[dtype], copy=False)
+            raw = generator.integers(1, 255, shape, np.uint8).astype(dtypes[dtype], copy=False)
+            arrays[name] = spool.keep(raw) if name.endswith("/energy") else raw
         store.write(known, arrays)
 
     def derive() -> None:
