@@ -41,8 +41,8 @@ class CalibrationConfig:
             as in arXiv 2603.05503.
         sample_power: keep of each row not the blocks of most energy but as many drawn by chance,
             in proportion to this power of their mean energy, each weighted by the inverse of its
-            chance: nothing is left out on average. 0.65 served best in
-            `benchmarks/RESULTS.md`. Needs `keep_energies`; None keeps the highest.
+            chance: nothing is left out on average. `benchmarks/RESULTS.md` compares powers; 1
+            served a video model best. Needs `keep_energies`; None keeps the highest.
         gamma: a head may be repetitive, that is compute a few rows of each frame and copy the
             others, if its rows attend alike by this score or more; in [0.5, 1], 0.87 in
             arXiv 2603.05503. `calibration.forms` states the rule. None: no head is, and nothing is

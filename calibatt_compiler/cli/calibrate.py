@@ -112,7 +112,7 @@ def calibrate(
             "--sample-power",
             metavar="POWER",
             help="Keep a weighted random sample of blocks, drawn in proportion to this power of "
-            "their energy, such as 0.65, instead of the highest. Needs --keep-energies or "
+            "their energy, such as 1, instead of the highest. Needs --keep-energies or "
             "--coarse-energies.",
             rich_help_panel=_HOW,
             show_default=False,
