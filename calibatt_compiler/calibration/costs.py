@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,24 +14,20 @@ import torch
 
 from calibatt_compiler.calibration import identity
 from calibatt_compiler.calibration.config import CalibrationConfig
+from calibatt_compiler.calibration.first_step import FirstStepClock
 from calibatt_compiler.calibration.generation import (
     Prompt,
-    branches,
     component_of,
-    generate,
-    in_place,
-    quiet,
+    observing,
     read_inputs,
     samples_of,
     schedule_of,
 )
-from calibatt_compiler.calibration.observed import observed
 from calibatt_compiler.calibration.orders import AUTO, INPUTS, stored
 from calibatt_compiler.calibration.pipeline import about_pipeline, run_folder
 from calibatt_compiler.calibration.ranks import Ranks
 from calibatt_compiler.calibration.recorder import AttentionRecorder
 from calibatt_compiler.calibration.records import InputRecord
-from calibatt_compiler.calibration.run import FirstStepDone
 from calibatt_compiler.calibration.sizes import Sizes
 from calibatt_compiler.calibration.spool import Spool
 from calibatt_compiler.calibration.store import RunStore, identity_text
@@ -211,18 +205,7 @@ def measure_step(
     from calibatt_compiler.models import identify, text_position
 
     device = next(module.parameters()).device
-    clock: list[float] = []
-
-    def tick() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        clock.append(time.perf_counter())
-
-    def on_step(step: int, steps: int | None) -> None:
-        tick()
-        if step == 1:
-            raise FirstStepDone
-
+    clock = FirstStepClock(device)
     with tempfile.TemporaryDirectory(prefix="calibatt-") as folder:
         probe = _Probe(
             config,
@@ -230,28 +213,20 @@ def measure_step(
             text_position(type(module).__name__),
             Spool(Path(folder) / "spool"),
             schedule=lambda: schedule_of(pipe.scheduler),
-            on_step=on_step,
+            on_step=clock.on_step,
         )
         seed, varying = one
-        with (
-            quiet(pipe),
-            in_place(pipe, config.component, module),
-            observed(module, probe, config.inductor),
-            branches(module, probe.calls_are),
-            torch.no_grad(),
-        ):
+        with observing(pipe, module, config, probe):
             laps: list[tuple[float, ...]] = []
             for scored in (False, False) + (True, True) * (config.gamma is not None):
                 if device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats(device)
-                clock.clear()
+                clock.ticks.clear()
                 probe.begin("00000", {}, samples_of(pipeline_arguments), scored=scored)
-                tick()
-                with suppress(FirstStepDone):
-                    generate(pipe, seed, {**pipeline_arguments, **varying})
-                    tick()
+                clock.tick()
+                clock.run(pipe, seed, {**pipeline_arguments, **varying})
                 record = probe.whole()
-                laps.append(tuple(clock))
+                laps.append(tuple(clock.ticks))
     steps = [end - first for _, first, end in laps]
     wholes = [end - start for start, _, end in laps]
     pairs = zip(wholes[::2], wholes[1::2], strict=True)

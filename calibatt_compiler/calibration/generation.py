@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 
+from calibatt_compiler.calibration.config import CalibrationConfig
 from calibatt_compiler.calibration.observation import Branch, Schedule
+from calibatt_compiler.calibration.observed import observed
+from calibatt_compiler.calibration.observer import Observer
 from calibatt_compiler.errors import CalibrationError, OptionError
 
 log = logging.getLogger("calibatt")
@@ -180,3 +183,25 @@ def quiet(pipe: Any) -> Iterator[None]:
             del pipe._progress_bar_config
         else:
             pipe._progress_bar_config = previous
+
+
+@contextmanager
+def observing(
+    pipe: Any, module: torch.nn.Module, config: CalibrationConfig, observer: Observer
+) -> Iterator[None]:
+    """Let a pipeline's calls be observed, without its progress bars; undo it at the end.
+
+    Args:
+        pipe: the pipeline.
+        module: its component that is observed.
+        config: settings.
+        observer: told of each attention call.
+    """
+    with (
+        quiet(pipe),
+        in_place(pipe, config.component, module),
+        observed(module, observer, config.inductor),
+        branches(module, observer.calls_are),
+        torch.no_grad(),
+    ):
+        yield

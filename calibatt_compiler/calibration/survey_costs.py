@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any
 
 import torch
 
 from calibatt_compiler.calibration.config import CalibrationConfig
-from calibatt_compiler.calibration.generation import (
-    branches,
-    generate,
-    in_place,
-    quiet,
-    samples_of,
-    schedule_of,
-)
-from calibatt_compiler.calibration.observed import observed
+from calibatt_compiler.calibration.first_step import FirstStepClock
+from calibatt_compiler.calibration.generation import observing, samples_of, schedule_of
 from calibatt_compiler.calibration.orders import (
     Error,
     OrderSurvey,
@@ -27,7 +18,6 @@ from calibatt_compiler.calibration.orders import (
     surveyed_steps,
 )
 from calibatt_compiler.calibration.records import InputRecord
-from calibatt_compiler.calibration.run import FirstStepDone
 from calibatt_compiler.calibration.survey_observer import SurveyObserver
 
 
@@ -53,42 +43,22 @@ def surveyed_step_seconds(
     """
     from calibatt_compiler.models import text_position
 
-    device = next(module.parameters()).device
-    clock: list[float] = []
-
-    def tick() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        clock.append(time.perf_counter())
-
-    def on_step(step: int, steps: int | None) -> None:
-        tick()
-        if step == 1:
-            raise FirstStepDone
-
+    clock = FirstStepClock(next(module.parameters()).device)
     observer = SurveyObserver(
         config,
         text_position(type(module).__name__),
         schedule=lambda: schedule_of(pipe.scheduler),
-        on_step=on_step,
+        on_step=clock.on_step,
         steps=lambda steps: tuple(range(steps)),
     )
     seed, varying = one
-    with (
-        quiet(pipe),
-        in_place(pipe, config.component, module),
-        observed(module, observer, config.inductor),
-        branches(module, observer.calls_are),
-        torch.no_grad(),
-    ):
+    with observing(pipe, module, config, observer):
         for _ in range(2):
-            clock.clear()
+            clock.ticks.clear()
             observer.begin("survey", {}, samples_of(arguments))
-            with suppress(FirstStepDone):
-                generate(pipe, seed, {**arguments, **varying})
-                tick()
+            clock.run(pipe, seed, {**arguments, **varying})
             observer.abandon()
-    return clock[1] - clock[0]
+    return clock.ticks[1] - clock.ticks[0]
 
 
 def surveyed_count(record: InputRecord) -> int:

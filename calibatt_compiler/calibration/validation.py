@@ -16,18 +16,15 @@ from calibatt_compiler.calibration.config import CalibrationConfig
 from calibatt_compiler.calibration.derive import inputs_digest
 from calibatt_compiler.calibration.generation import (
     Prompt,
-    branches,
     component_of,
     generate,
-    in_place,
-    quiet,
+    observing,
     read_inputs,
     samples_of,
     schedule_of,
 )
 from calibatt_compiler.calibration.kept import MARGIN, KeptMass, Validation, check_margin
 from calibatt_compiler.calibration.observation import InputObservation, Schedule
-from calibatt_compiler.calibration.observed import observed
 from calibatt_compiler.calibration.observer import Observer
 from calibatt_compiler.calibration.progress import CalibrationProgress
 from calibatt_compiler.calibration.records import SiteSize
@@ -91,13 +88,7 @@ def validate(
             schedule=lambda: schedule_of(pipe.scheduler),
             on_step=progress.step,
         )
-        with (
-            quiet(pipe),
-            in_place(pipe, config.component, module),
-            observed(module, observer, config.inductor),
-            branches(module, observer.calls_are),
-            torch.no_grad(),
-        ):
+        with observing(pipe, module, config, observer):
             for index, (seed, varying) in enumerate(inputs):
                 observer.begin(f"{index:05d}", {}, samples_of(pipeline_arguments))
                 generate(pipe, seed, {**pipeline_arguments, **varying})
