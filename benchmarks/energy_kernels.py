@@ -128,10 +128,27 @@ def _swept(with_output: bool, **changes: int) -> Maker:
     return make
 
 
+def hopper(operands: Operands, size: Size) -> Measured:
+    """The Hopper kernel, output and energies."""
+    from calibatt_compiler.kernels.hopper_energy import hopper_attention_and_energy
+
+    scale = 1 / math.sqrt(size.head_dim)
+    return Measured(lambda: hopper_attention_and_energy(*operands, size.block, scale))
+
+
+def fused(operands: Operands, size: Size) -> Measured:
+    """The portable kernel, output and energies."""
+    from calibatt_compiler.kernels.triton_fused_energy import triton_attention_and_energy
+
+    scale = 1 / math.sqrt(size.head_dim)
+    return Measured(lambda: triton_attention_and_energy(*operands, size.block, scale))
+
+
 DENSE = {name: _dense(name) for name in DENSE_ATTENTION}
 ALL: dict[str, Maker] = {
     **DENSE,
-    "fused": _both(fused=True),
+    "hopper": hopper,
+    "fused": fused,
     "SDPA and pass": _both(fused=False),
     "SDPA and pass 1/4": _both(every=4, fused=False),
     "fa3 and pass": fa3_and_pass,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from calibatt_compiler.errors import KernelError
 from calibatt_compiler.kernels.attention import dense_attention, triton_serves
-from calibatt_compiler.kernels.tiles import MAX_HEAD_DIM
+from calibatt_compiler.kernels.tiles import MAX_HEAD_DIM, architecture
 
 
 def block_energy(
@@ -126,12 +126,24 @@ def attention_with_energy(
                 got=f"{q.dtype}, head dim {q.shape[-1]}, queries={queries}",
                 remedy="leave out fused=True",
             )
-        return triton_attention_and_energy(q, k, v, block, factor)
+        both = _hopper(q, k, v, block, factor)
+        return both or triton_attention_and_energy(q, k, v, block, factor)
     else:
         from calibatt_compiler.kernels.dense_lse import dense_attention_and_lse
 
         out, known = dense_attention_and_lse(q, k, v, factor)
     return out, block_energy(q, k, block=block, scale=factor, lse=known, queries=queries)
+
+
+def _hopper(
+    q: Tensor, k: Tensor, v: Tensor, block: tuple[int, int], scale: float
+) -> tuple[Tensor, Tensor] | None:
+    """Output and energies by the Hopper kernel, or None where it does not serve."""
+    if architecture(q.device) != 90:
+        return None
+    from calibatt_compiler.kernels.hopper_energy import try_hopper
+
+    return try_hopper(q, k, v, block, scale)
 
 
 def fuses(dtype: torch.dtype, head_dim: int) -> bool:

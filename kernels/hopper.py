@@ -156,12 +156,40 @@ class HopperAttention:
         Raises:
             KernelError: the operands don't fit the pattern or this kernel.
         """
-        check_operands(self.pattern, q, k, v)
-        check_specialisation(q, device=self.device, dtype=self.dtype, head_dim=self.head_dim)
-        config = self.config.with_outputs(lse=return_lse, lengths=key_lengths is not None)
-        q, k, v = (readable(tensor) for tensor in (q, k, v))
         out = empty_output(q)
         lse = q.new_empty(q.shape[:3], dtype=torch.float32) if return_lse else None
+        self.write((q, k, v, out), scale=scale, key_lengths=key_lengths, lse=lse)
+        return out, lse
+
+    def write(
+        self,
+        operands: tuple[Tensor, Tensor, Tensor, Tensor],
+        *,
+        scale: float | None = None,
+        key_lengths: Tensor | None = None,
+        lse: Tensor | None = None,
+        sums: Tensor | None = None,
+    ) -> None:
+        """Attend into given tensors.
+
+        Args:
+            operands: q, k, v as in a plain call, and the output (B, H, Sq, D), readable by TMA.
+            scale: factor on the scores; default 1 / sqrt(D).
+            key_lengths: as for `attend`.
+            lse: float32 (B, H, Sq), contiguous, or None.
+            sums: float32 (B, H, query_blocks, key_blocks, 128), contiguous, or None; for a pattern
+                that keeps every block: see `hopper_kernel.hopper_attention`.
+
+        Raises:
+            KernelError: the operands don't fit the pattern or this kernel.
+        """
+        q, k, v, out = operands
+        check_operands(self.pattern, q, k, v)
+        check_specialisation(q, device=self.device, dtype=self.dtype, head_dim=self.head_dim)
+        config = self.config.with_outputs(
+            lse=lse is not None, lengths=key_lengths is not None, energy=sums is not None
+        )
+        q, k, v = (readable(tensor) for tensor in (q, k, v))
         # A flag for each call: calls on other streams have theirs, and a graph replays its zero.
         flag = torch.zeros(1, dtype=torch.int32, device=q.device)
         with on_device(q):
@@ -169,9 +197,9 @@ class HopperAttention:
             given = arguments(
                 (q, k, v, out), self.tables, State(flag, self._repairs),
                 block_n=config.block_n, scale=scale, lse=lse, lengths=lengths, counts=counts,
+                sums=sums,
             )  # fmt: skip
             self._launch(config, given)
-        return out, lse
 
     def _launch(self, config: HopperConfig, given: dict[str, object]) -> None:
         """The kernel and, with a fixed reference, the repair that ends at once unless flagged."""

@@ -8,14 +8,16 @@ registers into the second product; they never see shared memory.
 from __future__ import annotations
 
 from calibatt_compiler.kernels.hopper_primitives import (
-    add_probabilities,
+    add_sums,
     advance,
+    cut,
     exp2,
     fence_async_shared,
     finite,
     gl,
     gluon,
     high,
+    keep_sums,
     low,
     mask_scores,
     matrix,
@@ -26,6 +28,7 @@ from calibatt_compiler.kernels.hopper_primitives import (
     tiles_to_do,
     warpgroup_mma,
     warpgroup_mma_wait,
+    whole_sums,
 )  # fmt: skip
 
 # Row sums in this range are exact to rounding: nothing that counts was flushed to zero, and their
@@ -76,9 +79,20 @@ def probabilities(scores, maximum, scale_log2, shift):
 
 
 @gluon.jit
+def sums_place(tiles_ptr, entry, batch, heads, query_blocks, count, ENERGY: gl.constexpr):
+    """Where the sums of a tile's blocks are kept, in elements; see `keep_sums`."""
+    if ENERGY:
+        where = gl.load(tiles_ptr + entry * 4)
+        row = (gl.cast(batch, gl.int64) * heads + high(where)) * query_blocks + low(where)
+        return row * low(count) * 128
+    else:  # noqa: RET505  two return types: only one is compiled
+        return 0
+
+
+@gluon.jit
 def finish(
-    acc, total, maximum, q, staged, flag_ptr, lse_ptr, tiles_ptr, entry, batch, count, heads,
-    length_q, PART: gl.constexpr, FIXED: gl.constexpr, LSE: gl.constexpr,
+    acc, total, lse_total, maximum, q, staged, flag_ptr, lse_ptr, tiles_ptr, entry, batch, count,
+    heads, length_q, PART: gl.constexpr, FIXED: gl.constexpr, LSE: gl.constexpr,
     LENGTHS: gl.constexpr,
 ):  # fmt: skip
     """Divide, stage the output where the queries were, and tell the store warp.
@@ -95,10 +109,11 @@ def finish(
         if (gl.max(wrong, 0) > 0) & (low(count) > 0):
             gl.store(flag_ptr, 1)
     if LSE:
+        lse_sums = gl.convert_layout(gl.sum(lse_total, 1), maximum.type.layout)
         where = gl.load(tiles_ptr + entry * 4)
         rows_of: gl.constexpr = maximum.type.layout
         row = low(where) * 128 + PART * 64 + gl.arange(0, 64, rows_of)
-        lse = (finite(maximum) + gl.log2(gl.convert_layout(sums, rows_of))) * 0.6931471805599453
+        lse = (finite(maximum) + gl.log2(lse_sums)) * 0.6931471805599453
         base = gl.cast(batch * heads + high(where), gl.int64) * length_q
         gl.store(lse_ptr + base + row, lse, mask=row < length_q)
     inverse = 1.0 / gl.convert_layout(sums, by_row)
@@ -114,11 +129,11 @@ def finish(
 @gluon.jit
 def consumer(  # noqa: PLR0915  one loop, read from top to bottom
     q_tiles, k_tiles, v_tiles, q_full, staged, k_full, k_empty, v_full, v_empty,
-    tiles_ptr, starts_ptr, counts_ptr, lengths_ptr, weight_ptr, lse_ptr, flag_ptr,
+    tiles_ptr, starts_ptr, counts_ptr, lengths_ptr, weight_ptr, lse_ptr, flag_ptr, sums_ptr,
     scale_log2, batches, heads, tiles, query_blocks, length_q, length_k,
     PART: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
     FIXED: gl.constexpr, REPAIR: gl.constexpr, RAGGED: gl.constexpr, LENGTHS: gl.constexpr,
-    TAIL: gl.constexpr, LSE: gl.constexpr,
+    TAIL: gl.constexpr, LSE: gl.constexpr, ENERGY: gl.constexpr,
 ):  # fmt: skip
     """Attend the query rows PART * 64 to PART * 64 + 64 of every tile of this program."""
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -145,8 +160,12 @@ def consumer(  # noqa: PLR0915  one loop, read from top to bottom
         scores = mask_scores(scores, 1, high(count), valid, RAGGED)
         shift = shift_of(0, exact, weight, TAIL)
         maximum = first_maximum(scores, scale_log2, shift)
-        p = probabilities(scores, maximum, scale_log2, shift)
+        p32 = probabilities(scores, maximum, scale_log2, shift)
+        p = cut(p32, FIXED)
         sums = partial_sums(p)
+        lse_sums = whole_sums(p32, sums, FIXED, LSE)
+        place = sums_place(tiles_ptr, entry, batch, heads, query_blocks, count, ENERGY)
+        keep_sums(sums_ptr, place, 0, lse_sums, maximum, PART, ENERGY)
         p = gl.convert_layout(p.to(dtype), p_layout)
         mbarrier.wait(v_full.index(0), 0)
         done += 1
@@ -167,6 +186,9 @@ def consumer(  # noqa: PLR0915  one loop, read from top to bottom
             next_exact, next_weight = tail_shift(
                 tiles_ptr, weight_ptr, next_entry, query_blocks, TAIL
             )
+            next_place = sums_place(
+                tiles_ptr, next_entry, next_batch, heads, query_blocks, next_count, ENERGY
+            )  # fmt: skip
             mbarrier.wait(k_full.index(done % STAGES), (done // STAGES) & 1, pred=blocks > 1)
             for position in range(1, blocks):
                 stage = done % STAGES
@@ -201,8 +223,13 @@ def consumer(  # noqa: PLR0915  one loop, read from top to bottom
                     shrink = exp2(maximum - finite(higher))
                     maximum = higher
                 p32 = probabilities(scores, maximum, scale_log2, shift)
-                sums = add_probabilities(sums, p32, shrink, FIXED)
-                p = gl.convert_layout(p32.to(dtype), p_layout)
+                after_cut = cut(p32, FIXED)
+                part = partial_sums(after_cut)
+                whole = whole_sums(p32, part, FIXED, LSE)
+                keep_sums(sums_ptr, place, position, whole, maximum, PART, ENERGY)
+                sums = add_sums(sums, part, shrink, FIXED)
+                lse_sums = add_sums(lse_sums, whole, shrink, FIXED)
+                p = gl.convert_layout(after_cut.to(dtype), p_layout)
                 if not FIXED:
                     acc = acc * gl.expand_dims(gl.convert_layout(shrink, by_row), 1)
                 done += 1
@@ -228,24 +255,28 @@ def consumer(  # noqa: PLR0915  one loop, read from top to bottom
                 acc, next_maximum = warpgroup_mma_wait(0, deps=[out_token, next_maximum])
                 release(v_empty.index(before))
                 p32 = probabilities(scores, next_maximum, scale_log2, shift)
-                next_sums = partial_sums(p32)
-                p = gl.convert_layout(p32.to(dtype), p_layout)
+                after_cut = cut(p32, FIXED)
+                next_sums = partial_sums(after_cut)
+                next_lse_sums = whole_sums(p32, next_sums, FIXED, LSE)
+                keep_sums(sums_ptr, next_place, 0, next_lse_sums, next_maximum, PART, ENERGY)
+                p = gl.convert_layout(after_cut.to(dtype), p_layout)
                 finish(
-                    acc, sums, maximum, q, staged.index(slot), flag_ptr, lse_ptr, tiles_ptr,
-                    entry, batch, count, heads, length_q, PART, FIXED, LSE, LENGTHS,
+                    acc, sums, lse_sums, maximum, q, staged.index(slot), flag_ptr, lse_ptr,
+                    tiles_ptr, entry, batch, count, heads, length_q, PART, FIXED, LSE, LENGTHS,
                 )  # fmt: skip
                 # After `finish`: the values of a one-block tile come only once the store warp has
                 # freed the slot of the tile before.
                 mbarrier.wait(v_full.index(stage), phase)
                 sums = next_sums
+                lse_sums = next_lse_sums
                 maximum = next_maximum
                 done += 1
             else:
                 acc = warpgroup_mma(p, matrix(v_tiles, before), acc, is_async=False)
                 release(v_empty.index(before))
                 finish(
-                    acc, sums, maximum, q, staged.index(slot), flag_ptr, lse_ptr, tiles_ptr,
-                    entry, batch, count, heads, length_q, PART, FIXED, LSE, LENGTHS,
+                    acc, sums, lse_sums, maximum, q, staged.index(slot), flag_ptr, lse_ptr,
+                    tiles_ptr, entry, batch, count, heads, length_q, PART, FIXED, LSE, LENGTHS,
                 )  # fmt: skip
             entry = next_entry
             batch = next_batch
@@ -253,3 +284,4 @@ def consumer(  # noqa: PLR0915  one loop, read from top to bottom
             valid = next_valid
             exact = next_exact
             weight = next_weight
+            place = next_place

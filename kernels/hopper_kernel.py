@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from calibatt_compiler.kernels.hopper_consumer import consumer
 from calibatt_compiler.kernels.hopper_primitives import (
+    exp2,
     fence_async_shared,
     gl,
     gluon,
@@ -36,10 +37,10 @@ RUN_TIME_SIZES = ("batches", "heads", "tiles", "query_blocks", "length_q", "leng
 def hopper_attention(
     q_desc, k_desc, v_desc, o_desc,
     tiles_ptr, starts_ptr, runs_ptr, counts_ptr, lengths_ptr, weight_ptr, lse_ptr, flag_ptr,
-    repairs_ptr, scale_log2, batches, heads, tiles, query_blocks, length_q, length_k,
+    repairs_ptr, sums_ptr, scale_log2, batches, heads, tiles, query_blocks, length_q, length_k,
     BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, FIXED: gl.constexpr,
     REPAIR: gl.constexpr, RAGGED: gl.constexpr, LENGTHS: gl.constexpr, TAIL: gl.constexpr,
-    LSE: gl.constexpr, LITERALS: gl.constexpr, RUNS: gl.constexpr,
+    LSE: gl.constexpr, ENERGY: gl.constexpr, LITERALS: gl.constexpr, RUNS: gl.constexpr,
 ):  # fmt: skip
     """Attend every tile of `tiles_ptr`, once for each batch item.
 
@@ -48,8 +49,10 @@ def hopper_attention(
     (B + 1, T) and lengths int32 (B): with LENGTHS only, see `hopper_counts`. weight float32
     (H, query_blocks): log2 weight of tail blocks, with TAIL only. lse float32 (B, H, Sq): natural
     log-sum-exp, written with LSE only. flag int32 (1): set with FIXED, read with REPAIR, which adds
-    one to repairs int32 (1). LITERALS: None, or a function that gives the key blocks of a row as
-    literals, in RUNS intervals.
+    one to repairs int32 (1). sums float32 (B, H, query_blocks, key_blocks, 128), with ENERGY only,
+    where every tile keeps every key block: log2 of each query's sum of exponentials over the key
+    block at each position of its tile. LITERALS: None, or a function that gives the key blocks of a
+    row as literals, in RUNS intervals.
     """
     # Two tiles of queries: the next one's are loaded while this one's are used, and its slot stages
     # this one's output.
@@ -86,14 +89,16 @@ def hopper_attention(
             (consumer, (
                 q_tiles, k_tiles, v_tiles, q_full, staged, k_full, k_empty, v_full, v_empty,
                 tiles_ptr, starts_ptr, counts_ptr, lengths_ptr, weight_ptr, lse_ptr, flag_ptr,
-                scale_log2, batches, heads, tiles, query_blocks, length_q, length_k,
+                sums_ptr, scale_log2, batches, heads, tiles, query_blocks, length_q, length_k,
                 0, BLOCK_N, HEAD_DIM, STAGES, FIXED, REPAIR, RAGGED, LENGTHS, TAIL, LSE,
+                ENERGY,
             )),
             (consumer, (
                 q_tiles, k_tiles, v_tiles, q_full, staged, k_full, k_empty, v_full, v_empty,
                 tiles_ptr, starts_ptr, counts_ptr, lengths_ptr, weight_ptr, lse_ptr, flag_ptr,
-                scale_log2, batches, heads, tiles, query_blocks, length_q, length_k,
+                sums_ptr, scale_log2, batches, heads, tiles, query_blocks, length_q, length_k,
                 1, BLOCK_N, HEAD_DIM, STAGES, FIXED, REPAIR, RAGGED, LENGTHS, TAIL, LSE,
+                ENERGY,
             )),
             (producer, (
                 q_desc, k_desc, v_desc, q_tiles, k_tiles, v_tiles,
@@ -144,3 +149,39 @@ def hopper_counts(
     masked = gl.where(blocks == 0, 1, masked)
     out = counts_ptr + gl.program_id(1) * tiles + tile
     gl.store(out, blocks + (masked << 16), mask=inside)
+
+
+@gluon.jit(do_not_specialize=["query_blocks", "key_blocks", "length_q"])
+def hopper_energies(
+    sums_ptr, lse_ptr, energy_ptr, query_blocks, key_blocks, length_q,
+    BLOCK_N: gl.constexpr, POSITIONS: gl.constexpr,
+):  # fmt: skip
+    """Turn the sums that `hopper_attention` kept into block energies.
+
+    sums float32 (N, query_blocks, key_blocks, 128), lse float32 (N, Sq), natural log; energy
+    float32 (N, query_blocks, key_blocks), N heads of all batch items. Each tile took its key blocks
+    from the diagonal one upwards, then from the lowest. Grid: (N * query_blocks, key_blocks /
+    POSITIONS).
+    """
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0])
+    by_position: gl.constexpr = gl.SliceLayout(1, layout)
+    tile = gl.program_id(0)
+    block = tile % query_blocks
+    token = block * 128 + gl.arange(0, 128, gl.SliceLayout(0, layout))
+    lse_row = gl.cast(tile // query_blocks, gl.int64) * length_q
+    lse = gl.load(lse_ptr + lse_row + token, mask=token < length_q, other=0.0)
+    # Queries past the end count nothing.
+    lse = gl.where(token < length_q, lse * 1.4426950408889634, float("inf"))
+    position = gl.program_id(1) * POSITIONS + gl.arange(0, POSITIONS, by_position)
+    row = gl.cast(tile, gl.int64) * key_blocks
+    offset = gl.expand_dims(position * 128, 1) + gl.expand_dims(token - block * 128, 0)
+    inside = gl.expand_dims(position < key_blocks, 1) & gl.expand_dims(token >= 0, 0)
+    kept = gl.load(sums_ptr + row * 128 + offset, mask=inside, other=-float("inf"))
+    energy = gl.sum(exp2(kept - gl.expand_dims(lse, 0)), 1) / gl.minimum(
+        length_q - block * 128, 128
+    )
+    first = gl.minimum(block * 128 // BLOCK_N, key_blocks - 1)
+    key_block = gl.where(
+        position + first < key_blocks, position + first, position + first - key_blocks
+    )
+    gl.store(energy_ptr + row + key_block, energy, mask=position < key_blocks)

@@ -47,6 +47,7 @@ class HopperConfig:
         tail: the pattern has tail blocks with a weight.
         lse: the log-sum-exp is written.
         lengths: each batch item has a number of valid keys.
+        energy: the sums of each query and key block are written.
     """
 
     block_n: int
@@ -57,6 +58,7 @@ class HopperConfig:
     tail: bool = False
     lse: bool = False
     lengths: bool = False
+    energy: bool = False
 
     @property
     def stages(self) -> int:
@@ -76,6 +78,7 @@ class HopperConfig:
             "LENGTHS": self.lengths,
             "TAIL": self.tail,
             "LSE": self.lse,
+            "ENERGY": self.energy,
         }
 
     @property
@@ -93,9 +96,11 @@ class HopperConfig:
             f"{softmax}-{'ragged' if self.ragged else 'whole'}-triton{triton.__version__}"
         )
 
-    def with_outputs(self, *, lse: bool, lengths: bool) -> HopperConfig:
+    def with_outputs(
+        self, *, lse: bool, lengths: bool = False, energy: bool = False
+    ) -> HopperConfig:
         """The same with optional operands."""
-        return replace(self, lse=lse, lengths=lengths)
+        return replace(self, lse=lse, lengths=lengths, energy=energy)
 
 
 def hopper_config(
@@ -209,6 +214,7 @@ def arguments(
     lse: Tensor | None = None,
     lengths: Tensor | None = None,
     counts: Tensor | None = None,
+    sums: Tensor | None = None,
 ) -> dict[str, Any]:
     """Run-time arguments of `hopper_attention` by name.
 
@@ -221,6 +227,7 @@ def arguments(
         lse: float32 (B, H, Sq), to be written.
         lengths: int32 (B), valid keys of each batch item.
         counts: int32 (B + 1, T), from `hopper_counts`; with lengths.
+        sums: float32 (B, H, query_blocks, key_blocks, 128), to be written.
     """
     q, k, v, out = operands
     q, scale = positive_scale(q, scale)
@@ -238,6 +245,7 @@ def arguments(
         "lse_ptr": lse,
         "flag_ptr": state.flag,
         "repairs_ptr": state.repairs,
+        "sums_ptr": sums,
         "scale_log2": scale * math.log2(math.e),
         "batches": q.shape[0],
         "heads": q.shape[1],

@@ -56,6 +56,7 @@ def compile_hopper(
         lse_ptr=pointer(torch.float32, config.lse),
         flag_ptr=i32,
         repairs_ptr=i32,
+        sums_ptr=pointer(torch.float32, config.energy),
         scale_log2=1.0,
         **dict.fromkeys(RUN_TIME_SIZES, 16),
         **config.constexprs(repair=repair),

@@ -18,14 +18,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 # For the other partitions: one place that knows where Gluon keeps things.
 __all__ = [
-    "add_probabilities",
+    "add_sums",
     "advance",
+    "cut",
     "exp2",
     "fence_async_shared",
     "finite",
     "gl",
     "gluon",
     "high",
+    "keep_sums",
     "low",
     "mask_scores",
     "matrix",
@@ -36,6 +38,7 @@ __all__ = [
     "tiles_to_do",
     "warpgroup_mma",
     "warpgroup_mma_wait",
+    "whole_sums",
 ]
 
 
@@ -128,12 +131,46 @@ def partial_sums(p):
 
 
 @gluon.jit
-def add_probabilities(total, p, shrink, FIXED: gl.constexpr):
-    """Add the rows of p (M, N) to the partial sums (M, 4), which shrink unless FIXED."""
+def cut(p, FIXED: gl.constexpr):
+    """p with a fixed reference cut to the bits of bfloat16, so that PV and row sums see the same.
+
+    Where one key holds most of a row, what its probability loses would else be the row's error;
+    divided by the same number it cancels. With the running maximum that probability is 1. Cut and
+    not rounded: the error is as large, and one instruction leaves it in its register.
+    """
+    if FIXED:
+        return (p.to(gl.int32, bitcast=True) & -65536).to(gl.float32, bitcast=True)
+    return p
+
+
+@gluon.jit
+def whole_sums(p, part, FIXED: gl.constexpr, LSE: gl.constexpr):
+    """Partial sums (M, 4) of p before the cut, for the log-sum-exp; `part` are those after it."""
+    if FIXED & LSE:
+        return partial_sums(p)
+    return part
+
+
+@gluon.jit
+def keep_sums(sums_ptr, place, position, part, maximum, PART: gl.constexpr, ENERGY: gl.constexpr):
+    """With ENERGY, store log2 of the sums of a block's 64 rows, the reference added.
+
+    `place` is the tile's own, in elements; it holds 128 rows for each position.
+    """
+    if ENERGY:
+        rows_of: gl.constexpr = maximum.type.layout
+        total = gl.convert_layout(gl.sum(part, 1), rows_of)
+        row = PART * 64 + gl.arange(0, 64, rows_of)
+        gl.store(sums_ptr + place + position * 128 + row, gl.log2(total) + finite(maximum))
+
+
+@gluon.jit
+def add_sums(total, part, shrink, FIXED: gl.constexpr):
+    """Add a block's partial sums (M, 4) to those of its row, which shrink unless FIXED."""
     if not FIXED:
         by_row = gl.convert_layout(shrink, gl.SliceLayout(1, total.type.layout))
         total = total * gl.expand_dims(by_row, 1)
-    return total + partial_sums(p)
+    return total + part
 
 
 @gluon.jit

@@ -30,8 +30,8 @@ class Tile(np.ndarray):
 
     type = SimpleNamespace(layout=None)
 
-    def to(self, dtype: str) -> Tile:
-        return rounded(self, dtype)
+    def to(self, dtype: str, bitcast: bool = False) -> Tile:
+        return tile(self.view(dtype)) if bitcast else rounded(self, dtype)
 
 
 def tile(x: Any) -> Any:

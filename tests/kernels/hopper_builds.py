@@ -36,6 +36,8 @@ TABLES = {
     "exact, D 128, ragged": HopperConfig(128, 128, BF16, False, True),
     "fp16, D 128, lse": HopperConfig(128, 128, FP16, False, True, False, True),
     "fixed, D 128, blocks of 64": HopperConfig(64, 128, BF16, True, True),
+    "fixed, D 128, energy": HopperConfig(128, 128, BF16, True, True, lse=True, energy=True),
+    "exact, D 128, energy": HopperConfig(128, 128, FP16, False, True, lse=True, energy=True),
     "fixed, D 64": HopperConfig(128, 64, BF16, True, True),
     "fp16, D 64, blocks of 64": HopperConfig(64, 64, FP16, False, True),
 }

@@ -15,8 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from calibatt_compiler.kernels import hopper_energy
 from calibatt_compiler.kernels.attention import make_attention
 from calibatt_compiler.kernels.baked import BakedAttention
+from calibatt_compiler.kernels.energy import attention_with_energy
+from calibatt_compiler.kernels.energy_reference import reference_energy
 from calibatt_compiler.kernels.hopper import HopperAttention
 from calibatt_compiler.kernels.hopper_capability import device_reason, gluon_reason
 from calibatt_compiler.kernels.hopper_fallback import WithFallback
@@ -178,6 +181,48 @@ def test_key_lengths(
         assert error(out, exact) <= 1.1 * error(yardstick, exact)
         assert (out[4] == 0).all()
         assert kernel.repairs == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "keys", "heads", "head_dim", "block_n", "batch", "dtype"),
+    [
+        (300, 333, 2, 128, 128, 2, BF16),
+        (1267, 1267, 3, 128, 64, 1, BF16),
+        (2160, 2160, 4, 64, 128, 1, FP16),
+        (4000, 4000, 5, 128, 128, 1, BF16),
+    ],
+)
+def test_output_and_block_energies(
+    operands: Callable[..., Operands],
+    assert_attention: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    rows: int,
+    keys: int,
+    heads: int,
+    head_dim: int,
+    block_n: int,
+    batch: int,
+    dtype: torch.dtype,
+) -> None:
+    q, k, v = operands(
+        batch=batch, heads=heads, query_length=rows, key_length=keys, head_dim=head_dim,
+        dtype=dtype, device=CUDA,
+    )  # fmt: skip
+    # One row far above its first block: repaired, energies and all.
+    q[0, 0, 5], k[0, 0, keys - 1] = 6.0, 6.0
+    block = (128, block_n)
+    monkeypatch.setattr(
+        hopper_energy, "SUMS_BYTES", 2 * 512 * -(-rows // 128) * -(-keys // block_n)
+    )
+    out, energy = attention_with_energy(q, k, v, block=block)
+    assert_attention(out, q, k, v, BlockPattern.dense(heads, rows, keys, block), factor=1.1)
+    exact = reference_energy(q, k, block=block)
+    assert (energy.double() - exact).abs().max() < 2e-5
+    torch.testing.assert_close(energy.sum(-1), torch.ones_like(energy[..., 0]), atol=1e-4, rtol=0)
+    scale = 1 / math.sqrt(head_dim)
+    again = hopper_energy.hopper_attention_and_energy(q, k, v, block, scale)
+    assert torch.equal(out, again[0])
+    assert torch.equal(energy, again[1])
 
 
 def test_weighted_blocks(

@@ -19,9 +19,10 @@ from calibatt_compiler.plan.pattern import BlockPattern
 
 pytest.importorskip("triton", reason="Gluon is part of triton")
 
-from calibatt_compiler.kernels import hopper
+from calibatt_compiler.kernels import hopper, hopper_energy
 from calibatt_compiler.kernels.baked import BakedAttention
 from calibatt_compiler.kernels.cache import get_entry
+from calibatt_compiler.kernels.energy_reference import reference_energy
 from calibatt_compiler.kernels.hopper import HopperAttention, HopperLiterals
 
 CPU = torch.device("cpu")
@@ -293,6 +294,55 @@ def test_literals_give_the_bits_of_the_tables(
     assert literals.tables.runs.numel() == 1
     with pytest.raises(KernelError, match="literals: True"):
         literals.attend(q, k, v, key_lengths=torch.tensor([5]))
+
+
+@pytest.mark.parametrize(
+    ("rows", "keys", "heads", "block_n", "batch", "dtype"),
+    [
+        (300, 300, 3, 128, 2, torch.bfloat16),
+        (130, 500, 2, 64, 1, torch.bfloat16),
+        (257, 130, 2, 128, 1, torch.float16),
+    ],
+)
+def test_output_and_block_energies_in_one_launch(
+    launches: Any,
+    operands: Callable[..., tuple[Tensor, ...]],
+    assert_attention: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    rows: int,
+    keys: int,
+    heads: int,
+    block_n: int,
+    batch: int,
+    dtype: torch.dtype,
+) -> None:
+    summed = interpreter.Interpreted(hopper_energy.hopper_energies)
+    monkeypatch.setattr(hopper_energy, "hopper_energies", summed)
+    monkeypatch.setattr(hopper_energy, "multiprocessors", lambda _: 2)
+    monkeypatch.setattr(hopper, "multiprocessors", lambda _: 2)
+    q, k, v = operands(batch=batch, heads=heads, query_length=rows, key_length=keys, dtype=dtype)
+    # A spike in one head, far above the first block: repaired, energies and all.
+    spike(q, k, 3, keys - 1, 300.0)
+    block = (128, block_n)
+    # The budget holds two heads.
+    monkeypatch.setattr(
+        hopper_energy, "SUMS_BYTES", 2 * 512 * -(-rows // 128) * -(-keys // block_n)
+    )
+    out, energy = hopper_energy.hopper_attention_and_energy(q, k, v, block, 0.125)
+    assert_attention(out, q, k, v, BlockPattern.dense(heads, rows, keys, block))
+    exact = reference_energy(q, k, block=block)
+    assert (energy.double() - exact).abs().max() < 1e-5
+    torch.testing.assert_close(energy.sum(-1), torch.ones(energy.shape[:-1]))
+    parts = -(-heads // hopper_energy.heads_a_launch(heads, rows, energy.shape[3], 2))
+    assert launches.launches == parts * batch * (2 if dtype == torch.bfloat16 else 1)
+
+
+def test_heads_of_a_launch_fit_its_budget_and_fill_the_gpu() -> None:
+    share = hopper_energy.heads_a_launch
+    assert share(40, 75600, 591, 132) == 2  # 8.95 rounds of programs; 3 heads would take 13.4
+    assert 1 <= share(40, 32760, 256, 132) <= 16
+    assert share(3, 128, 1, 132) == 3
+    assert share(2, 1 << 20, 1 << 13, 132) == 1  # one head's sums exceed the budget
 
 
 def test_operands_of_another_kind_are_refused(
