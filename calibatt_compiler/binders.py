@@ -76,6 +76,7 @@ class PlanBinder:
                 dtype=query.dtype,
                 head_dim=info.head_dim,
                 hopper=self._options.hopper,
+                softmax=self._options.softmax,
                 monitor=self._options.monitor,
                 kernels=self._store(query.device),
             )

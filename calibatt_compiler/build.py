@@ -10,10 +10,9 @@ from calibatt_compiler.errors import PlanError
 from calibatt_compiler.kernels.cache import Target
 from calibatt_compiler.kernels.compiler import BuildReport, KernelSpec, shared_compiler
 from calibatt_compiler.kernels.cover import WIDENED
+from calibatt_compiler.kernels.hopper_capability import operand_reason
+from calibatt_compiler.kernels.tiles import HOPPER
 from calibatt_compiler.plan import BlockPattern, Plan, SitePatterns
-
-HOPPER = 90
-"""Compute capability of Hopper GPUs."""
 
 
 class PlanSpecs(Collection[KernelSpec]):
@@ -28,7 +27,7 @@ class PlanSpecs(Collection[KernelSpec]):
         archs: compute capabilities, each as one number, such as 90.
         dtype: of the model.
         head_dim: channels a head, for sites of which the plan does not record it.
-        hopper: for sm_90, the kernels of the option `hopper` instead of the portable ones.
+        hopper: for sm_90, the Hopper kernels; False: the portable ones, for `hopper=False`.
 
     Raises:
         PlanError: the plan does not record the channels of a head, and none were given.
@@ -41,7 +40,7 @@ class PlanSpecs(Collection[KernelSpec]):
         dtype: torch.dtype,
         head_dim: int | None = None,
         *,
-        hopper: bool = False,
+        hopper: bool = True,
     ) -> None:
         self._dtype = dtype
         self._hopper = hopper
@@ -78,9 +77,8 @@ class PlanSpecs(Collection[KernelSpec]):
         return known and self._spec(spec.pattern, spec.head_dim, spec.arch).key == spec.key
 
     def _spec(self, pattern: BlockPattern, head_dim: int, arch: int) -> KernelSpec:
-        # The Hopper kernel leaves patterns with repetitive heads to the portable one.
-        hopper = self._hopper and arch == HOPPER and pattern.repetitive is None
-        target: Target = "hopper" if hopper else "portable"
+        served = operand_reason(self._dtype, head_dim, pattern) is None
+        target: Target = "hopper" if self._hopper and arch == HOPPER and served else "portable"
         return KernelSpec(pattern, self._dtype, head_dim, arch, WIDENED, target)
 
 

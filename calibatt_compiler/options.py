@@ -13,6 +13,7 @@ from calibatt_compiler.errors import OptionError
 from calibatt_compiler.plan import Plan
 
 Lowering = Literal["baked", "table", "reference"]
+Softmax = Literal["auto", "exact"]
 OnMismatch = Literal["dense", "error"]
 
 
@@ -27,7 +28,9 @@ class CompileOptions:
         on_mismatch: what to do where the plan does not fit a call (another size of video, another
             number of heads): run `dense`, counted in the summary, or raise an `error`.
         inductor: settings handed on to Inductor, such as `{"max_autotune": True}`.
-        hopper: take the kernel for Hopper GPUs where it serves. Off until its speed is measured.
+        hopper: take the kernel for Hopper GPUs where it serves, else the portable one.
+        softmax: `auto`: the Hopper kernel keeps one reference for each row where that is exact to
+            rounding, and repairs where it is not; `exact`: the running maximum, as elsewhere.
         monitor: of so many calls of a site, look at one: a few of its queries are attended densely,
             and the attention mass that the plan keeps of theirs stands in the summary beside the
             mass that it was calibrated to keep. 0 looks at none.
@@ -40,7 +43,8 @@ class CompileOptions:
     lowering: Lowering = "baked"
     on_mismatch: OnMismatch = "dense"
     inductor: Mapping[str, Any] = field(default_factory=dict)
-    hopper: bool = False
+    hopper: bool = True
+    softmax: Softmax = "auto"
     monitor: int = 0
 
     @classmethod
@@ -67,7 +71,8 @@ class CompileOptions:
                 )
         _check_choice("lowering", given.get("lowering", "baked"), get_args(Lowering))
         _check_choice("on_mismatch", given.get("on_mismatch", "dense"), get_args(OnMismatch))
-        if not isinstance(given.get("hopper", False), bool):
+        _check_choice("softmax", given.get("softmax", "auto"), get_args(Softmax))
+        if not isinstance(given.get("hopper", True), bool):
             raise OptionError(
                 "option 'hopper' must be a boolean",
                 expected="True or False",

@@ -6,8 +6,8 @@
 | CPU | any float | any other | `NativeCpuAttention` (C++) |
 | CUDA, sm_80 and newer | float32, bfloat16, float16 | table | `TableAttention` (Triton) |
 | CUDA, sm_80 and newer | float32, bfloat16, float16 | baked | `BakedAttention` (Triton) |
-| CUDA, sm_90, with `hopper=True` | bfloat16, float16 | table | `HopperAttention` (Gluon) |
-| CUDA, sm_90, with `hopper=True` | bfloat16, float16 | baked | `BakedAttention` (Gluon) |
+| CUDA, sm_90, unless `hopper=False` | bfloat16, float16 | table | `HopperAttention` (Gluon) |
+| CUDA, sm_90, unless `hopper=False` | bfloat16, float16 | baked | `BakedAttention` (Gluon) |
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from calibatt_compiler.errors import KernelError
 from calibatt_compiler.kernels.operands import token_major
-from calibatt_compiler.options import Lowering
+from calibatt_compiler.kernels.tiles import HOPPER, architecture
+from calibatt_compiler.options import Lowering, Softmax
 from calibatt_compiler.plan.pattern import BlockPattern
 
 if TYPE_CHECKING:
@@ -115,7 +116,8 @@ def make_attention(
     device: torch.device,
     dtype: torch.dtype,
     head_dim: int,
-    hopper: bool = False,
+    hopper: bool = True,
+    softmax: Softmax = "auto",
 ) -> AttentionKernel:
     """Return the kernel that serves a pattern.
 
@@ -125,7 +127,9 @@ def make_attention(
         device: of the operands.
         dtype: of the operands.
         head_dim: of the operands.
-        hopper: take the kernel for Hopper GPUs where it serves; where not, `reason` says why.
+        hopper: take the kernel for Hopper GPUs where it serves; where not, on such a GPU, `reason`
+            says why.
+        softmax: the Hopper kernel's: see `HopperAttention`.
 
     Raises:
         KernelError: there is no kernel for this device, dtype and head dim.
@@ -146,8 +150,9 @@ def make_attention(
 
         return NativeCpuAttention(pattern, dtype=dtype, head_dim=head_dim)
     if device.type == "cuda":
-        serve = _hopper_kernel if hopper else _cuda_kernel
-        return serve(pattern, lowering, device, dtype, head_dim)
+        if hopper and architecture(device) == HOPPER:
+            return _hopper_kernel(pattern, lowering, device, dtype, head_dim, softmax)
+        return _cuda_kernel(pattern, lowering, device, dtype, head_dim)
     raise KernelError(
         "there is no block-sparse kernel for this device",
         expected="cpu or cuda",
@@ -186,10 +191,9 @@ def _hopper_kernel(
     device: torch.device,
     dtype: torch.dtype,
     head_dim: int,
+    softmax: Softmax,
 ) -> AttentionKernel:
     """The Hopper kernel, or a portable one that says why."""
-    # Asked for by name only, until its speed is measured on the GPUs that it is for; then the
-    # default of `hopper` becomes True, here and in `CompileOptions`.
     from calibatt_compiler.kernels.hopper_capability import hopper_serves
 
     where: dict[str, Any] = {"device": device, "dtype": dtype, "head_dim": head_dim}
@@ -204,11 +208,11 @@ def _hopper_kernel(
     if lowering == "table":
         from calibatt_compiler.kernels.hopper import HopperAttention
 
-        kernel = HopperAttention(pattern, **where)
+        kernel = HopperAttention(pattern, **where, softmax=softmax)
     else:
         from calibatt_compiler.kernels.baked import BakedAttention
 
-        kernel = BakedAttention(pattern, **where, hopper=True)
+        kernel = BakedAttention(pattern, **where, hopper=True, softmax=softmax)
     return WithFallback(kernel, lambda: _cuda_kernel(pattern, lowering, **where))
 
 

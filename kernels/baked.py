@@ -44,6 +44,7 @@ from calibatt_compiler.kernels.triton_launch import (
     on_device,
 )
 from calibatt_compiler.kernels.triton_table import TableAttention
+from calibatt_compiler.options import Softmax
 from calibatt_compiler.plan.pattern import BlockPattern
 
 log = logging.getLogger("calibatt")
@@ -86,6 +87,7 @@ class BakedAttention:
             `calibatt build` has made, else have a kernel of the exact mask made.
         compiler: who compiles; default the process's own.
         hopper: take the Hopper kernel and its tables instead of the portable ones.
+        softmax: the Hopper kernel's: see `HopperAttention`.
 
     Attributes:
         pattern: what is really attended: the covered mask.
@@ -106,12 +108,14 @@ class BakedAttention:
         limits: CoverLimits | None = None,
         compiler: KernelCompiler | None = None,
         hopper: bool = False,
+        softmax: Softmax = "auto",
     ) -> None:
         self.pattern = pattern
         self.added_density = 0.0
         self.reason: str | None = None
         self._baked: _Generated | None = None
         self._target: Target = "hopper" if hopper else "portable"
+        self._hopper: dict[str, Any] = {"softmax": softmax}
         self._future: Future[CompiledSource] | None = None
         self._entry: CacheEntry | None = None
         where: dict[str, Any] = {"device": device, "dtype": dtype, "head_dim": head_dim}
@@ -136,7 +140,7 @@ class BakedAttention:
             self._switch()
         else:
             arch = self.table.arch
-            spec = KernelSpec(pattern, dtype, head_dim, arch, self._limits, self._target)
+            spec = KernelSpec(pattern, dtype, head_dim, arch, self._limits, self._target, softmax)
             self._future = (compiler or shared_compiler()).submit(spec)
 
     def _built(self, pattern: BlockPattern) -> CacheEntry | None:
@@ -226,7 +230,7 @@ class BakedAttention:
         if self._target == "hopper":
             from calibatt_compiler.kernels.hopper import HopperAttention
 
-            return HopperAttention(self.pattern, **where)
+            return HopperAttention(self.pattern, **where, **self._hopper)
         return TableAttention(self.pattern, **where)
 
     def _compiled(self, entry: CacheEntry, dtype: torch.dtype) -> bool:
@@ -246,7 +250,9 @@ class BakedAttention:
             if self._target == "hopper":
                 from calibatt_compiler.kernels.hopper import HopperLiterals
 
-                self._baked = HopperLiterals(self._entry, self.pattern, **self._where)
+                self._baked = HopperLiterals(
+                    self._entry, self.pattern, **self._where, **self._hopper
+                )
             else:
                 self._baked = _GeneratedKernel(self._entry, self.pattern, **self._where)
         except Exception as error:

@@ -117,7 +117,12 @@ def _hopper_variants(entry: CacheEntry, pattern: BlockPattern, job: dict[str, An
     from calibatt_compiler.kernels.hopper_launch import hopper_config
     from calibatt_compiler.kernels.hopper_offline import compile_hopper
 
-    config = hopper_config(pattern, dtype=getattr(torch, job["dtype"]), head_dim=job["head_dim"])
+    config = hopper_config(
+        pattern,
+        dtype=getattr(torch, job["dtype"]),
+        head_dim=job["head_dim"],
+        softmax=job["softmax"],
+    )
     for repair in config.repairs:
 
         def compile_kernel(repair: bool = repair) -> Any:

@@ -28,6 +28,7 @@ import torch
 from calibatt_compiler.errors import KernelError
 from calibatt_compiler.kernels.cache import Target
 from calibatt_compiler.kernels.cover import EXACT, CoverError, CoverLimits
+from calibatt_compiler.options import Softmax
 from calibatt_compiler.plan.pattern import BlockPattern
 
 log = logging.getLogger("calibatt")
@@ -50,6 +51,7 @@ class KernelSpec:
         arch: compute capability as one number, such as 90.
         limits: what its cover may take.
         target: whose kernel: the portable one, or Hopper's, which runs on sm_90 only.
+        softmax: the Hopper kernel's, as in `CompileOptions`.
     """
 
     pattern: BlockPattern
@@ -58,11 +60,12 @@ class KernelSpec:
     arch: int
     limits: CoverLimits = EXACT
     target: Target = "portable"
+    softmax: Softmax = "auto"
 
     @property
     def key(self) -> tuple[object, ...]:
         """Equal for specs that one compiled kernel serves."""
-        kind = (self.target, self.pattern.digest, str(self.dtype))
+        kind = (self.target, self.softmax, self.pattern.digest, str(self.dtype))
         return (*kind, self.head_dim, self.arch, self.limits)
 
     def job(self) -> str:
@@ -77,6 +80,7 @@ class KernelSpec:
                 "arch": self.arch,
                 "limits": asdict(self.limits),
                 "target": self.target,
+                "softmax": self.softmax,
             }
         )
 

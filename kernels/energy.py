@@ -15,7 +15,7 @@ from torch import Tensor
 
 from calibatt_compiler.errors import KernelError
 from calibatt_compiler.kernels.attention import dense_attention, triton_serves
-from calibatt_compiler.kernels.tiles import MAX_HEAD_DIM, architecture
+from calibatt_compiler.kernels.tiles import HOPPER, MAX_HEAD_DIM, architecture
 
 
 def block_energy(
@@ -139,7 +139,7 @@ def _hopper(
     q: Tensor, k: Tensor, v: Tensor, block: tuple[int, int], scale: float
 ) -> tuple[Tensor, Tensor] | None:
     """Output and energies by the Hopper kernel, or None where it does not serve."""
-    if architecture(q.device) != 90:
+    if architecture(q.device) != HOPPER:
         return None
     from calibatt_compiler.kernels.hopper_energy import try_hopper
 

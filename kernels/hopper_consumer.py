@@ -10,7 +10,6 @@ from __future__ import annotations
 from calibatt_compiler.kernels.hopper_primitives import (
     add_sums,
     advance,
-    cut,
     exp2,
     fence_async_shared,
     finite,
@@ -28,7 +27,6 @@ from calibatt_compiler.kernels.hopper_primitives import (
     tiles_to_do,
     warpgroup_mma,
     warpgroup_mma_wait,
-    whole_sums,
 )  # fmt: skip
 
 # Row sums in this range are exact to rounding: nothing that counts was flushed to zero, and their
@@ -91,7 +89,7 @@ def sums_place(tiles_ptr, entry, batch, heads, query_blocks, count, ENERGY: gl.c
 
 @gluon.jit
 def finish(
-    acc, total, lse_total, maximum, q, staged, flag_ptr, lse_ptr, tiles_ptr, entry, batch, count,
+    acc, total, maximum, q, staged, flag_ptr, lse_ptr, tiles_ptr, entry, batch, count,
     heads, length_q, PART: gl.constexpr, FIXED: gl.constexpr, LSE: gl.constexpr,
     LENGTHS: gl.constexpr,
 ):  # fmt: skip
@@ -109,11 +107,10 @@ def finish(
         if (gl.max(wrong, 0) > 0) & (low(count) > 0):
             gl.store(flag_ptr, 1)
     if LSE:
-        lse_sums = gl.convert_layout(gl.sum(lse_total, 1), maximum.type.layout)
         where = gl.load(tiles_ptr + entry * 4)
         rows_of: gl.constexpr = maximum.type.layout
         row = low(where) * 128 + PART * 64 + gl.arange(0, 64, rows_of)
-        lse = (finite(maximum) + gl.log2(lse_sums)) * 0.6931471805599453
+        lse = (finite(maximum) + gl.log2(gl.convert_layout(sums, rows_of))) * 0.6931471805599453
         base = gl.cast(batch * heads + high(where), gl.int64) * length_q
         gl.store(lse_ptr + base + row, lse, mask=row < length_q)
     inverse = 1.0 / gl.convert_layout(sums, by_row)
@@ -160,12 +157,10 @@ def consumer(  # noqa: PLR0915  one loop, read from top to bottom
         scores = mask_scores(scores, 1, high(count), valid, RAGGED)
         shift = shift_of(0, exact, weight, TAIL)
         maximum = first_maximum(scores, scale_log2, shift)
-        p32 = probabilities(scores, maximum, scale_log2, shift)
-        p = cut(p32, FIXED)
+        p = probabilities(scores, maximum, scale_log2, shift)
         sums = partial_sums(p)
-        lse_sums = whole_sums(p32, sums, FIXED, LSE)
         place = sums_place(tiles_ptr, entry, batch, heads, query_blocks, count, ENERGY)
-        keep_sums(sums_ptr, place, 0, lse_sums, maximum, PART, ENERGY)
+        keep_sums(sums_ptr, place, 0, sums, maximum, PART, ENERGY)
         p = gl.convert_layout(p.to(dtype), p_layout)
         mbarrier.wait(v_full.index(0), 0)
         done += 1
@@ -223,13 +218,10 @@ def consumer(  # noqa: PLR0915  one loop, read from top to bottom
                     shrink = exp2(maximum - finite(higher))
                     maximum = higher
                 p32 = probabilities(scores, maximum, scale_log2, shift)
-                after_cut = cut(p32, FIXED)
-                part = partial_sums(after_cut)
-                whole = whole_sums(p32, part, FIXED, LSE)
-                keep_sums(sums_ptr, place, position, whole, maximum, PART, ENERGY)
+                part = partial_sums(p32)
+                keep_sums(sums_ptr, place, position, part, maximum, PART, ENERGY)
                 sums = add_sums(sums, part, shrink, FIXED)
-                lse_sums = add_sums(lse_sums, whole, shrink, FIXED)
-                p = gl.convert_layout(after_cut.to(dtype), p_layout)
+                p = gl.convert_layout(p32.to(dtype), p_layout)
                 if not FIXED:
                     acc = acc * gl.expand_dims(gl.convert_layout(shrink, by_row), 1)
                 done += 1
@@ -255,27 +247,24 @@ def consumer(  # noqa: PLR0915  one loop, read from top to bottom
                 acc, next_maximum = warpgroup_mma_wait(0, deps=[out_token, next_maximum])
                 release(v_empty.index(before))
                 p32 = probabilities(scores, next_maximum, scale_log2, shift)
-                after_cut = cut(p32, FIXED)
-                next_sums = partial_sums(after_cut)
-                next_lse_sums = whole_sums(p32, next_sums, FIXED, LSE)
-                keep_sums(sums_ptr, next_place, 0, next_lse_sums, next_maximum, PART, ENERGY)
-                p = gl.convert_layout(after_cut.to(dtype), p_layout)
+                next_sums = partial_sums(p32)
+                keep_sums(sums_ptr, next_place, 0, next_sums, next_maximum, PART, ENERGY)
+                p = gl.convert_layout(p32.to(dtype), p_layout)
                 finish(
-                    acc, sums, lse_sums, maximum, q, staged.index(slot), flag_ptr, lse_ptr,
+                    acc, sums, maximum, q, staged.index(slot), flag_ptr, lse_ptr,
                     tiles_ptr, entry, batch, count, heads, length_q, PART, FIXED, LSE, LENGTHS,
                 )  # fmt: skip
                 # After `finish`: the values of a one-block tile come only once the store warp has
                 # freed the slot of the tile before.
                 mbarrier.wait(v_full.index(stage), phase)
                 sums = next_sums
-                lse_sums = next_lse_sums
                 maximum = next_maximum
                 done += 1
             else:
                 acc = warpgroup_mma(p, matrix(v_tiles, before), acc, is_async=False)
                 release(v_empty.index(before))
                 finish(
-                    acc, sums, lse_sums, maximum, q, staged.index(slot), flag_ptr, lse_ptr,
+                    acc, sums, maximum, q, staged.index(slot), flag_ptr, lse_ptr,
                     tiles_ptr, entry, batch, count, heads, length_q, PART, FIXED, LSE, LENGTHS,
                 )  # fmt: skip
             entry = next_entry

@@ -66,10 +66,11 @@ def heads_a_launch(heads: int, length_q: int, key_blocks: int, programs: int) ->
     tiles = -(-length_q // 128)
     fit = min(heads, max(1, SUMS_BYTES // (4 * 128 * tiles * key_blocks)))
 
-    def rounds_over_work(count: int) -> float:
-        return math.ceil(count * tiles / programs) / (count * tiles / programs)
+    def idle(count: int) -> tuple[float, int]:
+        rounds = count * tiles / programs
+        return round(math.ceil(rounds) / rounds, 2), -count
 
-    return min(range(fit, 0, -1), key=rounds_over_work)
+    return min(range(1, fit + 1), key=idle)
 
 
 def hopper_attention_and_energy(

@@ -18,6 +18,7 @@ from calibatt_compiler.kernels.triton_launch import positive_scale
 from calibatt_compiler.plan.pattern import BlockPattern
 
 Softmax = Literal["auto", "exact", "fixed"]
+"""As in `CompileOptions`; `fixed` insists on the fixed reference."""
 
 ALIGNMENT = 16
 """Bytes to which TMA wants pointers and strides aligned."""

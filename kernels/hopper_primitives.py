@@ -20,7 +20,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 __all__ = [
     "add_sums",
     "advance",
-    "cut",
     "exp2",
     "fence_async_shared",
     "finite",
@@ -38,7 +37,6 @@ __all__ = [
     "tiles_to_do",
     "warpgroup_mma",
     "warpgroup_mma_wait",
-    "whole_sums",
 ]
 
 
@@ -128,27 +126,6 @@ def partial_sums(p):
     rows: gl.constexpr = p.shape[0]
     columns: gl.constexpr = p.shape[1]
     return gl.sum(gl.sum(gl.reshape(p, [rows, columns // 8, 4, 2]), 3), 1)
-
-
-@gluon.jit
-def cut(p, FIXED: gl.constexpr):
-    """p with a fixed reference cut to the bits of bfloat16, so that PV and row sums see the same.
-
-    Where one key holds most of a row, what its probability loses would else be the row's error;
-    divided by the same number it cancels. With the running maximum that probability is 1. Cut and
-    not rounded: the error is as large, and one instruction leaves it in its register.
-    """
-    if FIXED:
-        return (p.to(gl.int32, bitcast=True) & -65536).to(gl.float32, bitcast=True)
-    return p
-
-
-@gluon.jit
-def whole_sums(p, part, FIXED: gl.constexpr, LSE: gl.constexpr):
-    """Partial sums (M, 4) of p before the cut, for the log-sum-exp; `part` are those after it."""
-    if FIXED & LSE:
-        return partial_sums(p)
-    return part
 
 
 @gluon.jit

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 MAX_HEAD_DIM = 256
 
+HOPPER = 90
+"""Compute capability of Hopper GPUs, as one number."""
+
 
 @dataclass(frozen=True)
 class TileSettings:

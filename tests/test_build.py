@@ -55,8 +55,16 @@ def test_each_pattern_that_has_a_generated_kernel_comes_once(stored, tmp_path: P
 
 
 def test_hopper_kernels_are_for_hopper_gpus():
-    specs = PlanSpecs(plan_of(), [80, 90], torch.bfloat16, hopper=True)
+    mask = torch.ones(1, 2, 2, dtype=torch.bool)
+    mask[0, 0, 1] = False
+    site = SitePatterns.share([BlockPattern.from_mask(mask, block=(128, 128))], 64)
+    plan = Plan.create({"a": site}, grid=(1, 16, 16), sampler=Sampler(timesteps=(1.0,)))
+    specs = PlanSpecs(plan, [80, 90], torch.bfloat16)
     assert {(spec.arch, spec.target) for spec in specs} == {(80, "portable"), (90, "hopper")}
+    portable = PlanSpecs(plan, [90], torch.bfloat16, hopper=False)
+    assert {spec.target for spec in portable} == {"portable"}
+    # Blocks of 64x64 are not for it.
+    assert {spec.target for spec in PlanSpecs(plan_of(), [90], torch.bfloat16)} == {"portable"}
 
 
 def test_repetitive_heads_are_for_the_portable_kernel_at_any_density():
@@ -80,11 +88,12 @@ def test_repetitive_heads_are_for_the_portable_kernel_at_any_density():
         "c": SitePatterns.share([plain], 64),
     }
     plan = Plan.create(sites, grid=GRID, sampler=Sampler(timesteps=(1.0,)))
-    found = {
-        spec.pattern.digest: spec.target
-        for spec in PlanSpecs(plan, [90], torch.bfloat16, hopper=True)
+    found = {spec.pattern.digest: spec.target for spec in PlanSpecs(plan, [90], torch.bfloat16)}
+    assert found == {
+        one_block.digest: "portable",
+        some.digest: "portable",
+        plain.digest: "portable",
     }
-    assert found == {one_block.digest: "portable", some.digest: "portable", plain.digest: "hopper"}
 
 
 def test_the_channels_of_a_head_must_be_known():

@@ -38,10 +38,10 @@ def build(
             show_default=False,
         ),
     ] = None,
-    hopper: Annotated[
+    portable: Annotated[
         bool,
         typer.Option(
-            "--hopper", help="For sm_90: the kernels that the compile option hopper=True takes."
+            "--portable", help="For sm_90: the kernels that the compile option hopper=False takes."
         ),
     ] = False,
     workers: Annotated[
@@ -77,7 +77,7 @@ def build(
     loaded = Plan.load(plan)
     targets = _archs(arch)
     specs = PlanSpecs(
-        loaded, targets, dtype_of(dtype, torch.device("cuda")), head_dim, hopper=hopper
+        loaded, targets, dtype_of(dtype, torch.device("cuda")), head_dim, hopper=not portable
     )
     with TerminalProgress() as progress, KernelCompiler(workers) as compiler:
         progress.start(f"compiling kernels, {compiler.workers} at a time", len(specs))

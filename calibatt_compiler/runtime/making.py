@@ -10,7 +10,7 @@ from typing import cast
 import torch
 
 from calibatt_compiler.kernels.attention import AttentionKernel, make_attention
-from calibatt_compiler.options import Lowering
+from calibatt_compiler.options import Lowering, Softmax
 from calibatt_compiler.plan import Plan
 from calibatt_compiler.plan.pattern import BlockPattern
 from calibatt_compiler.plan.text import fit_pattern
@@ -31,6 +31,7 @@ class SiteKernels:
         dtype: of the operands.
         head_dim: of the operands.
         hopper: as in `CompileOptions`.
+        softmax: as in `CompileOptions`.
         repaired: calls that kernels which are gone had to compute again.
     """
 
@@ -40,7 +41,8 @@ class SiteKernels:
     device: torch.device
     dtype: torch.dtype
     head_dim: int
-    hopper: bool
+    hopper: bool = True
+    softmax: Softmax = "auto"
     repaired: int = 0
 
     def __post_init__(self) -> None:
@@ -95,6 +97,7 @@ class SiteKernels:
             dtype=self.dtype,
             head_dim=self.head_dim,
             hopper=self.hopper,
+            softmax=self.softmax,
         )
 
     def retire(self, kernel: AttentionKernel) -> None:

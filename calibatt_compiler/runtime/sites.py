@@ -12,7 +12,7 @@ from torch import Tensor
 
 from calibatt_compiler.capture import Recorder
 from calibatt_compiler.kernels.attention import AttentionKernel, dense_attention
-from calibatt_compiler.options import Lowering
+from calibatt_compiler.options import Lowering, Softmax
 from calibatt_compiler.plan import Plan
 from calibatt_compiler.plan.text import other_text
 from calibatt_compiler.runtime.kernels import KernelStore, Maker
@@ -41,6 +41,7 @@ class SparseSite:
         dtype: of the operands.
         head_dim: of the operands.
         hopper: as in `CompileOptions`.
+        softmax: as in `CompileOptions`.
         monitor: as in `CompileOptions`.
         kernels: where the kernels of the graph are held; default: a store of its own.
 
@@ -61,7 +62,8 @@ class SparseSite:
         device: torch.device,
         dtype: torch.dtype,
         head_dim: int,
-        hopper: bool = False,
+        hopper: bool = True,
+        softmax: Softmax = "auto",
         monitor: int = 0,
         kernels: KernelStore | None = None,
     ) -> None:
@@ -70,7 +72,9 @@ class SparseSite:
         self._site = plan.sites[name]
         self._steps = self._site.steps
         self._device = device
-        self._made = SiteKernels(plan, name, lowering, device, dtype, head_dim, hopper)
+        self._made = SiteKernels(
+            plan, name, lowering, device, dtype, head_dim, hopper=hopper, softmax=softmax
+        )
         self._served: dict[int, _Served] = {}
         self.calls: Counter[str] = Counter()
         # What a weighted sample keeps is no measure of how well it serves.

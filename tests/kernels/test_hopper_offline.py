@@ -161,17 +161,22 @@ class Stand:
 
 
 def test_the_portable_kernel_says_why_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     monkeypatch.setattr(
         "calibatt_compiler.kernels.attention._cuda_kernel", lambda *_, **__: Stand()
     )
     where: dict[str, Any] = {"device": torch.device("cuda"), "dtype": torch.bfloat16}
-    for hopper in (False, True):
+    # Other GPUs have no Hopper kernel to miss.
+    for capability, hopper, words in (
+        ((8, 0), True, None),
+        ((9, 0), False, None),
+        ((9, 0), True, "no Hopper kernel: it takes head dims 64 and 128, not 96"),
+    ):
+        monkeypatch.setattr(torch.version, "hip", None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
         made = make_attention(
-            BlockPattern.dense(1, 300, 300), lowering="table", **where, head_dim=128, hopper=hopper
+            BlockPattern.dense(1, 300, 300), lowering="table", **where, head_dim=96, hopper=hopper
         )
-        expected = "no Hopper kernel: it needs a Hopper GPU (sm_90), this one is sm_80"
-        assert made.reason == (expected if hopper else None)
+        assert made.reason == words
 
 
 def test_a_kernel_that_does_not_compile_is_replaced_at_its_first_call() -> None:
