@@ -177,8 +177,8 @@ class HopperAttention:
             scale: factor on the scores; default 1 / sqrt(D).
             key_lengths: as for `attend`.
             lse: float32 (B, H, Sq), contiguous, or None.
-            sums: float32 (B, H, query_blocks, key_blocks, 128), contiguous, or None; for a pattern
-                that keeps every block: see `hopper_kernel.hopper_attention`.
+            sums: float32 (B, H, query_blocks, key_blocks | 1, 128), contiguous, or None;
+                for a pattern that keeps every block: see `hopper_kernel.hopper_attention`.
 
         Raises:
             KernelError: the operands don't fit the pattern or this kernel.

@@ -82,7 +82,7 @@ def sums_place(tiles_ptr, entry, batch, heads, query_blocks, count, ENERGY: gl.c
     if ENERGY:
         where = gl.load(tiles_ptr + entry * 4)
         row = (gl.cast(batch, gl.int64) * heads + high(where)) * query_blocks + low(where)
-        return row * low(count) * 128
+        return row * (low(count) | 1) * 128
     else:  # noqa: RET505  two return types: only one is compiled
         return 0
 

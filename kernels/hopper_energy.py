@@ -64,7 +64,7 @@ def heads_a_launch(heads: int, length_q: int, key_blocks: int, programs: int) ->
         programs: that run at a time.
     """
     tiles = -(-length_q // 128)
-    fit = min(heads, max(1, SUMS_BYTES // (4 * 128 * tiles * key_blocks)))
+    fit = min(heads, max(1, SUMS_BYTES // (4 * 128 * tiles * (key_blocks | 1))))
 
     def idle(count: int) -> tuple[float, int]:
         rounds = count * tiles / programs
@@ -99,7 +99,7 @@ def hopper_attention_and_energy(
     out = empty_output(q)
     energy = q.new_empty(batch, heads, query_blocks, key_blocks, dtype=torch.float32)
     step = heads_a_launch(heads, length_q, key_blocks, multiprocessors(q.device))
-    sums = q.new_empty(step, query_blocks, key_blocks, 128, dtype=torch.float32)
+    sums = q.new_empty(step, query_blocks, key_blocks | 1, 128, dtype=torch.float32)
     lse = q.new_empty(1, step, length_q, dtype=torch.float32)
     for first in range(0, heads, step):
         part = slice(first, min(first + step, heads))

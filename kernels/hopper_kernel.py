@@ -49,10 +49,10 @@ def hopper_attention(
     (B + 1, T) and lengths int32 (B): with LENGTHS only, see `hopper_counts`. weight float32
     (H, query_blocks): log2 weight of tail blocks, with TAIL only. lse float32 (B, H, Sq): natural
     log-sum-exp, written with LSE only. flag int32 (1): set with FIXED, read with REPAIR, which adds
-    one to repairs int32 (1). sums float32 (B, H, query_blocks, key_blocks, 128), with ENERGY only,
-    where every tile keeps every key block: log2 of each query's sum of exponentials over the key
-    block at each position of its tile. LITERALS: None, or a function that gives the key blocks of a
-    row as literals, in RUNS intervals.
+    one to repairs int32 (1). sums float32 (B, H, query_blocks, key_blocks | 1, 128), with
+    ENERGY only, where every tile keeps every key block: log2 of each query's sum of exponentials
+    over the key block at each position of its tile. LITERALS: None, or a function that gives the
+    key blocks of a row as literals, in RUNS intervals.
     """
     # Two tiles of queries: the next one's are loaded while this one's are used, and its slot stages
     # this one's output.
@@ -158,10 +158,10 @@ def hopper_energies(
 ):  # fmt: skip
     """Turn the sums that `hopper_attention` kept into block energies.
 
-    sums float32 (N, query_blocks, key_blocks, 128), lse float32 (N, Sq), natural log; energy
-    float32 (N, query_blocks, key_blocks), N heads of all batch items. Each tile took its key blocks
-    from the diagonal one upwards, then from the lowest. Grid: (N * query_blocks, key_blocks /
-    POSITIONS).
+    sums float32 (N, query_blocks, key_blocks | 1, 128), lse float32 (N, Sq), natural log; energy
+    float32 (N, query_blocks, key_blocks), N heads of all batch items. Each tile took the
+    diagonal key block first, then the others from the lowest upwards. Grid: (N * query_blocks,
+    key_blocks / POSITIONS).
     """
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0])
     by_position: gl.constexpr = gl.SliceLayout(1, layout)
@@ -174,14 +174,14 @@ def hopper_energies(
     lse = gl.where(token < length_q, lse * 1.4426950408889634, float("inf"))
     position = gl.program_id(1) * POSITIONS + gl.arange(0, POSITIONS, by_position)
     row = gl.cast(tile, gl.int64) * key_blocks
+    kept_row = gl.cast(tile, gl.int64) * (key_blocks | 1) * 128
     offset = gl.expand_dims(position * 128, 1) + gl.expand_dims(token - block * 128, 0)
     inside = gl.expand_dims(position < key_blocks, 1) & gl.expand_dims(token >= 0, 0)
-    kept = gl.load(sums_ptr + row * 128 + offset, mask=inside, other=-float("inf"))
+    kept = gl.load(sums_ptr + kept_row + offset, mask=inside, other=-float("inf"))
     energy = gl.sum(exp2(kept - gl.expand_dims(lse, 0)), 1) / gl.minimum(
         length_q - block * 128, 128
     )
     first = gl.minimum(block * 128 // BLOCK_N, key_blocks - 1)
-    key_block = gl.where(
-        position + first < key_blocks, position + first, position + first - key_blocks
-    )
+    key_block = gl.where(position <= first, position - 1, position)
+    key_block = gl.where(position == 0, first, key_block)
     gl.store(energy_ptr + row + key_block, energy, mask=position < key_blocks)

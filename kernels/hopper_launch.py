@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -130,6 +131,14 @@ def launch_options() -> dict[str, int | bool]:
     return dict(_OPTIONS)
 
 
+@cache
+def _layout(rows: int, head_dim: int, element: Any) -> Any:
+    """Of a tile in shared memory; made once, for every call asks for it four times."""
+    from triton.experimental.gluon import language as gl
+
+    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, head_dim], element)
+
+
 def descriptor(tensor: Tensor, rows: int) -> Any:
     """TMA descriptor of (B, H, S, D) by its strides, for tiles of `rows` tokens of one head."""
     from triton.experimental.gluon import language as gl
@@ -137,7 +146,7 @@ def descriptor(tensor: Tensor, rows: int) -> Any:
 
     element = gl.bfloat16 if tensor.dtype == torch.bfloat16 else gl.float16
     box = [1, 1, rows, tensor.shape[3]]
-    layout = gl.NVMMASharedLayout.get_default_for(box, element)
+    layout = _layout(rows, tensor.shape[3], element)
     strides = [
         # An axis of one element may have any stride; TMA wants a multiple of its alignment.
         stride if size > 1 else tensor.shape[3]
@@ -228,7 +237,7 @@ def arguments(
         lse: float32 (B, H, Sq), to be written.
         lengths: int32 (B), valid keys of each batch item.
         counts: int32 (B + 1, T), from `hopper_counts`; with lengths.
-        sums: float32 (B, H, query_blocks, key_blocks, 128), to be written.
+        sums: float32 (B, H, query_blocks, key_blocks | 1, 128), to be written.
     """
     q, k, v, out = operands
     q, scale = positive_scale(q, scale)

@@ -132,7 +132,9 @@ def partial_sums(p):
 def keep_sums(sums_ptr, place, position, part, maximum, PART: gl.constexpr, ENERGY: gl.constexpr):
     """With ENERGY, store log2 of the sums of a block's 64 rows, the reference added.
 
-    `place` is the tile's own, in elements; it holds 128 rows for each position.
+    `place` is the tile's own, in elements; it holds 128 rows for each position, and one position
+    more where their number is even: tiles that lie a power of two apart fight for the same sets of
+    the L2 cache.
     """
     if ENERGY:
         rows_of: gl.constexpr = maximum.type.layout

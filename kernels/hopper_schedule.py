@@ -29,8 +29,9 @@ Words = npt.NDArray[np.int32]
 class KeyRuns:
     """Key blocks of every row in the order in which a tile takes them.
 
-    Row `r = head * query_blocks + block` takes first the exact blocks from its first block on, then
-    the exact ones below it, then the tail ones.
+    Row `r = head * query_blocks + block` takes its first block, then the other exact ones, then the
+    tail ones, each from the lowest upwards: programs that work on a head at the same time then ask
+    for the same keys at about the same time.
 
     Attributes:
         offsets: int64 (rows + 1), first run of each row.
@@ -112,8 +113,8 @@ def key_runs(pattern: BlockPattern, first_blocks: npt.NDArray[np.int64] | None =
     exact = kept
     if pattern.weights is not None:
         exact = kept & (pattern.weights.reshape(kept.shape) == 0)
-    upper = np.arange(pattern.key_blocks) >= first_blocks.reshape(-1, 1)
-    pieces = [_runs(exact & upper), _runs(exact & ~upper)]
+    first = _first_exact(exact, first_blocks.reshape(-1, 1))
+    pieces = [_runs(first), _runs(exact & ~first)]
     if pattern.weights is not None:
         pieces.append(_runs(kept & ~exact))
     rows = np.concatenate([piece[0] for piece in pieces])
@@ -123,9 +124,22 @@ def key_runs(pattern: BlockPattern, first_blocks: npt.NDArray[np.int64] | None =
     counts = np.bincount(rows, minlength=len(kept))
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     blocks, exact_blocks = kept.sum(1, dtype=np.int64), exact.sum(1, dtype=np.int64)
-    below = (exact & ~upper).sum(1, dtype=np.int64)
-    masked = np.where(exact[:, -1], exact_blocks - below - 1, np.where(kept[:, -1], blocks - 1, -1))
+    before = np.cumsum(first, 1) == 0
+    below = np.where(first.any(1), (exact & before).sum(1), 0).astype(np.int64)
+    last = np.where(first[:, -1], 0, np.where(exact[:, -1], exact_blocks, blocks) - 1)
+    masked = np.where(kept[:, -1], last, -1)
     return KeyRuns(offsets, starts, lengths, blocks, exact_blocks, below, masked)
+
+
+def _first_exact(
+    exact: npt.NDArray[np.bool_], first_blocks: npt.NDArray[np.int64]
+) -> npt.NDArray[np.bool_]:
+    """Mark in each row the lowest exact block from its first block on, or the lowest of all."""
+    upper = exact & (np.arange(exact.shape[1]) >= first_blocks)
+    chosen = np.where(upper.any(1), upper.argmax(1), exact.argmax(1))
+    first = np.zeros_like(exact)
+    first[np.arange(len(exact)), chosen] = exact.any(1)
+    return first
 
 
 def _runs(mask: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.int64], ...]:

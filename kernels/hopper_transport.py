@@ -107,9 +107,9 @@ def producer(  # noqa: PLR0915  one loop, read from top to bottom
         if LITERALS is not None:
             literals = LITERALS(head, low(where))
             for position in range(blocks):
-                # From the row's first block upwards, then from the lowest: see `hopper_schedule`.
-                rank = position + offset
-                rank = gl.where(rank >= blocks, rank - blocks, rank)
+                # The row's first block, then the others from the lowest: see `hopper_schedule`.
+                rank = gl.where(position <= offset, position - 1, position)
+                rank = gl.where(position == 0, offset, rank)
                 row = literal_block(literals, rank, RUNS) * BLOCK_N
                 load_block(
                     k_desc, v_desc, k_tiles, v_tiles, k_full, k_empty, v_full, v_empty,

@@ -326,7 +326,7 @@ def test_output_and_block_energies_in_one_launch(
     block = (128, block_n)
     # The budget holds two heads.
     monkeypatch.setattr(
-        hopper_energy, "SUMS_BYTES", 2 * 512 * -(-rows // 128) * -(-keys // block_n)
+        hopper_energy, "SUMS_BYTES", 2 * 512 * -(-rows // 128) * (-(-keys // block_n) | 1)
     )
     out, energy = hopper_energy.hopper_attention_and_energy(q, k, v, block, 0.125)
     assert_attention(out, q, k, v, BlockPattern.dense(heads, rows, keys, block))

@@ -47,7 +47,8 @@ def check(pattern: BlockPattern, programs: int, first: npt.NDArray[np.int64] | N
         diagonal = min(row * pattern.block_m // pattern.block_n, last)
         start = diagonal if first is None else first[head, row]
         kept = np.flatnonzero(mask[head, row])
-        expected = [*kept[kept >= start], *kept[kept < start]]
+        lead = kept[kept >= start][0] if kept[-1] >= start else kept[0]
+        expected = [lead, *kept[kept != lead]]
         assert keys_of(made, index) == expected
         blocks, masked = made.tiles[index, 1] & 0xFFFF, (made.tiles[index, 1] >> 16) - 1
         assert blocks == len(expected)
