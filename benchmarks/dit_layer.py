@@ -39,13 +39,15 @@ from calibatt_compiler.files import write_text
 from calibatt_compiler.plan import Plan, Sampler, SitePatterns
 
 TIMESTEP = 500.0
-VARIANTS = ("stock", "cudnn", "fa3", "table", "baked", "hopper table", "hopper baked", "none")
+VARIANTS = ("stock", "cudnn", "fa3", "table", "baked", "hopper table", "hopper exact",
+            "hopper baked", "none")  # fmt: skip
 CHECK_VARIANTS = ("stock", "table", "none")
 OURS: dict[str, dict[str, Any]] = {
-    "table": {"lowering": "table"},
-    "baked": {"lowering": "baked"},
-    "hopper table": {"lowering": "table", "hopper": True},
-    "hopper baked": {"lowering": "baked", "hopper": True},
+    "table": {"lowering": "table", "hopper": False},
+    "baked": {"lowering": "baked", "hopper": False},
+    "hopper table": {"lowering": "table"},
+    "hopper exact": {"lowering": "table", "softmax": "exact"},
+    "hopper baked": {"lowering": "baked"},
 }
 
 
