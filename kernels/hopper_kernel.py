@@ -54,6 +54,8 @@ def hopper_attention(
     over the key block at each position of its tile. LITERALS: None, or a function that gives the
     key blocks of a row as literals, in RUNS intervals.
     """
+    # A stage more for values: PV of a block follows its QK by a block, so they leave later.
+    V_STAGES: gl.constexpr = STAGES + 1
     # Two tiles of queries: the next one's are loaded while this one's are used, and its slot stages
     # this one's output.
     q_tiles = gl.allocate_shared_memory(q_desc.dtype, [4, 1, 1, 64, HEAD_DIM], q_desc.layout)
@@ -61,7 +63,7 @@ def hopper_attention(
         k_desc.dtype, [STAGES, 1, 1, BLOCK_N, HEAD_DIM], k_desc.layout
     )
     v_tiles = gl.allocate_shared_memory(
-        v_desc.dtype, [STAGES, 1, 1, BLOCK_N, HEAD_DIM], v_desc.layout
+        v_desc.dtype, [V_STAGES, 1, 1, BLOCK_N, HEAD_DIM], v_desc.layout
     )
     layout: gl.constexpr = mbarrier.MBarrierLayout()
     q_full = gl.allocate_shared_memory(gl.int64, [4, 1], layout)
@@ -69,17 +71,18 @@ def hopper_attention(
     staged = gl.allocate_shared_memory(gl.int64, [4, 1], layout)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], layout)
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], layout)
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], layout)
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], layout)
+    v_full = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], layout)
+    v_empty = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], layout)
     for slot in gl.static_range(4):
         mbarrier.init(q_full.index(slot), count=1)
         mbarrier.init(q_empty.index(slot), count=1)
         mbarrier.init(staged.index(slot), count=1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(k_full.index(stage), count=1)
-        mbarrier.init(v_full.index(stage), count=1)
         # Every thread of both consumers releases a stage: see `release`.
         mbarrier.init(k_empty.index(stage), count=256)
+    for stage in gl.static_range(V_STAGES):
+        mbarrier.init(v_full.index(stage), count=1)
         mbarrier.init(v_empty.index(stage), count=256)
     fence_async_shared()
     # fmt: off

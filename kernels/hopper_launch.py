@@ -64,7 +64,7 @@ class HopperConfig:
 
     @property
     def stages(self) -> int:
-        """Key and value blocks in flight: what fills the ring, a power of two."""
+        """Key blocks in flight, a power of two; values have one more."""
         return _RING // (2 * self.block_n * self.head_dim * self.dtype.itemsize)
 
     def constexprs(self, *, repair: bool = False) -> dict[str, Any]:

@@ -32,31 +32,23 @@ def load_tile(desc, batch, head, row, full, tile):
 
 
 @gluon.jit
-def load_values(v_desc, v_tiles, v_full, v_empty, batch, head, row, number, STAGES: gl.constexpr):
-    """Load the values of block `number` once their stage is free."""
-    stage = number % STAGES
-    mbarrier.wait(v_empty.index(stage), ((number // STAGES) & 1) ^ 1)
-    load_tile(v_desc, batch, head, row, v_full.index(stage), v_tiles.index(stage))
-
-
-@gluon.jit
 def load_block(
     k_desc, v_desc, k_tiles, v_tiles, k_full, k_empty, v_full, v_empty,
-    batch, head, row, last_batch, last_head, last_row, number, live, STAGES: gl.constexpr,
+    batch, head, row, number, live, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Load the keys of block `number`, then the values of the block before.
+    """Load the keys and then the values of block `number`, once their stages are free.
 
-    It is the order in which stages come free. `live` is always true: triton 3.6 drops a
-    loop-carried number whose only use is the bound of a nested loop (the first tile's value would
-    then serve every tile), so callers give such bounds this second use.
+    `live` is always true: triton 3.6 drops a loop-carried number whose only use is the bound of a
+    nested loop (the first tile's value would then serve every tile), so callers give such bounds
+    this second use.
     """
+    V_STAGES: gl.constexpr = STAGES + 1
     stage = number % STAGES
     mbarrier.wait(k_empty.index(stage), ((number // STAGES) & 1) ^ 1, pred=live)
     load_tile(k_desc, batch, head, row, k_full.index(stage), k_tiles.index(stage))
-    if number > 0:
-        load_values(
-            v_desc, v_tiles, v_full, v_empty, last_batch, last_head, last_row, number - 1, STAGES
-        )  # fmt: skip
+    stage = number % V_STAGES
+    mbarrier.wait(v_empty.index(stage), ((number // V_STAGES) & 1) ^ 1)
+    load_tile(v_desc, batch, head, row, v_full.index(stage), v_tiles.index(stage))
 
 
 @gluon.jit
@@ -69,7 +61,7 @@ def literal_block(literals, rank, RUNS: gl.constexpr):
 
 
 @gluon.jit
-def producer(  # noqa: PLR0915  one loop, read from top to bottom
+def producer(
     q_desc, k_desc, v_desc, q_tiles, k_tiles, v_tiles,
     q_full, q_empty, k_full, k_empty, v_full, v_empty,
     tiles_ptr, starts_ptr, runs_ptr, counts_ptr, lengths_ptr, flag_ptr, batches, tiles,
@@ -79,9 +71,6 @@ def producer(  # noqa: PLR0915  one loop, read from top to bottom
     """Load the queries, keys and values of every tile of this program, in the consumers' order."""
     first, end, total = tiles_to_do(starts_ptr, flag_ptr, batches, REPAIR)
     number = 0
-    last_batch = 0
-    last_head = 0
-    last_row = 0
     entry = first
     batch = 0
     where = gl.load(tiles_ptr + entry * 4)
@@ -113,12 +102,8 @@ def producer(  # noqa: PLR0915  one loop, read from top to bottom
                 row = literal_block(literals, rank, RUNS) * BLOCK_N
                 load_block(
                     k_desc, v_desc, k_tiles, v_tiles, k_full, k_empty, v_full, v_empty,
-                    batch, head, row, last_batch, last_head, last_row, number, position < blocks,
-                    STAGES,
+                    batch, head, row, number, position < blocks, STAGES,
                 )  # fmt: skip
-                last_batch = batch
-                last_head = head
-                last_row = row
                 number += 1
         else:
             for t in range(low(intervals)):
@@ -135,12 +120,9 @@ def producer(  # noqa: PLR0915  one loop, read from top to bottom
                     row = (start + position) * BLOCK_N
                     load_block(
                         k_desc, v_desc, k_tiles, v_tiles, k_full, k_empty, v_full, v_empty,
-                        batch, head, row, last_batch, last_head, last_row, number,
+                        batch, head, row, number,
                         (position < length) & (t < low(intervals)), STAGES,
                     )  # fmt: skip
-                    last_batch = batch
-                    last_head = head
-                    last_row = row
                     number += 1
         entry = next_entry
         batch = next_batch
@@ -148,10 +130,6 @@ def producer(  # noqa: PLR0915  one loop, read from top to bottom
         count = next_count
         intervals = next_intervals
         offset = next_offset
-    if number > 0:
-        load_values(
-            v_desc, v_tiles, v_full, v_empty, last_batch, last_head, last_row, number - 1, STAGES
-        )  # fmt: skip
 
 
 @gluon.jit
