@@ -6,31 +6,24 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from calibatt_compiler.runtime.serving import lookup
+from calibatt_compiler.runtime.timestep import read, send
 
 
 @torch.library.custom_op("calibatt::host_timestep", mutates_args=())
 def host_timestep(timestep: Tensor) -> Tensor:
-    """Return the diffusion timestep of a call as a float64 scalar on the CPU.
-
-    A timestep per token (the conditioning frames at zero) stands for its greatest value. Samples
-    of one batch at different timesteps have no common step: NaN.
+    """Return the diffusion timestep of a call; sites read it: see `runtime.timestep`.
 
     Args:
         timestep: any shape, any dtype, one entry a sample on the first dimension.
+
+    Returns:
+        Float64 scalar on the CPU.
     """
-    values = timestep.detach().to("cpu", torch.float64)
-    if values.dim() == 0:
-        return values.clone()
-    by_sample = values.reshape(values.shape[0], -1).amax(1)
-    if bool((by_sample == by_sample[0]).all()):
-        return by_sample[0].clone()
-    return torch.tensor(math.nan, dtype=torch.float64)
+    return send(timestep)
 
 
 @host_timestep.register_fake
@@ -57,7 +50,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, timestep: Tensor, site: str, scal
     Raises:
         KernelError: no such site, or operands that its kernel can't take.
     """
-    return lookup(site).attend(q, k, v, timestep.item(), scale)
+    return lookup(site).attend(q, k, v, read(timestep), scale)
 
 
 @attention.register_fake
