@@ -78,9 +78,7 @@ class PlanSpecs(Collection[KernelSpec]):
         return known and self._spec(spec.pattern, spec.head_dim, spec.arch).key == spec.key
 
     def _spec(self, pattern: BlockPattern, head_dim: int, arch: int) -> KernelSpec:
-        # The Hopper kernel leaves patterns with repetitive heads to the portable one.
-        hopper = self._hopper and arch == HOPPER and pattern.repetitive is None
-        target: Target = "hopper" if hopper else "portable"
+        target: Target = "hopper" if self._hopper and arch == HOPPER else "portable"
         return KernelSpec(pattern, self._dtype, head_dim, arch, WIDENED, target)
 
 
