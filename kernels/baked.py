@@ -40,8 +40,6 @@ from calibatt_compiler.kernels.triton_launch import (
     LaunchConfig,
     aligned,
     call_arguments,
-    grid,
-    on_device,
 )
 from calibatt_compiler.kernels.triton_table import TableAttention
 from calibatt_compiler.options import Softmax
@@ -87,7 +85,7 @@ class BakedAttention:
             `calibatt build` has made, else have a kernel of the exact mask made.
         compiler: who compiles; default the process's own.
         hopper: take the Hopper kernel and its tables instead of the portable ones.
-        softmax: the Hopper kernel's: see `HopperAttention`.
+        softmax: see `DeviceKernel` and `HopperAttention`.
 
     Attributes:
         pattern: what is really attended: the covered mask.
@@ -115,10 +113,14 @@ class BakedAttention:
         self.reason: str | None = None
         self._baked: _Generated | None = None
         self._target: Target = "hopper" if hopper else "portable"
-        self._hopper: dict[str, Any] = {"softmax": softmax}
         self._future: Future[CompiledSource] | None = None
         self._entry: CacheEntry | None = None
-        where: dict[str, Any] = {"device": device, "dtype": dtype, "head_dim": head_dim}
+        where: dict[str, Any] = {
+            "device": device,
+            "dtype": dtype,
+            "head_dim": head_dim,
+            "softmax": softmax,
+        }
         if device.type == "cpu" and limits is None:
             limits = WIDENED  # interpreted: there is nothing to wait for
         self._limits = limits or EXACT
@@ -172,7 +174,7 @@ class BakedAttention:
 
     @property
     def repairs(self) -> int:
-        """Calls computed again because a fixed softmax reference overflowed (Hopper only)."""
+        """Calls computed again because a fixed softmax reference overflowed."""
         kernels = (self.table, self._baked)
         return sum(getattr(kernel, "repairs", 0) for kernel in kernels)
 
@@ -230,7 +232,7 @@ class BakedAttention:
         if self._target == "hopper":
             from calibatt_compiler.kernels.hopper import HopperAttention
 
-            return HopperAttention(self.pattern, **where, **self._hopper)
+            return HopperAttention(self.pattern, **where)
         return TableAttention(self.pattern, **where)
 
     def _compiled(self, entry: CacheEntry, dtype: torch.dtype) -> bool:
@@ -239,7 +241,10 @@ class BakedAttention:
         if isinstance(config, HopperConfig):
             names = [config.variant_name(repair=repair) for repair in config.repairs]
         else:
-            names = [variant_name(config, arch=self.table.arch, dtype=dtype)]
+            assert isinstance(self.table, DeviceKernel)
+            names = [
+                variant_name(each, arch=self.table.arch, dtype=dtype) for each in self.table.configs
+            ]
         return all(is_compiled(entry, name) for name in names)
 
     def _switch(self) -> None:
@@ -250,9 +255,7 @@ class BakedAttention:
             if self._target == "hopper":
                 from calibatt_compiler.kernels.hopper import HopperLiterals
 
-                self._baked = HopperLiterals(
-                    self._entry, self.pattern, **self._where, **self._hopper
-                )
+                self._baked = HopperLiterals(self._entry, self.pattern, **self._where)
             else:
                 self._baked = _GeneratedKernel(self._entry, self.pattern, **self._where)
         except Exception as error:
@@ -276,10 +279,7 @@ class _GeneratedKernel(DeviceKernel):
         q, k, v = (aligned(tensor, config) for tensor in (q, k, v))
         out = empty_output(q)
         q, arguments = call_arguments(q, k, v, out, scale, config)
-        with on_device(q):
-            self.kernel[grid(pattern, config, q.shape[0])](
-                q, k, v, out, **self._tables(), **arguments, **config.constexprs, **config.options
-            )
+        self.launch(self.kernel, (q, k, v, out), **self._tables(), **arguments)
         self.launched = True
         return out
 

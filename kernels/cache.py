@@ -213,7 +213,8 @@ def variant_name(config: LaunchConfig, *, arch: int, dtype: torch.dtype) -> str:
     tiles, head_dim = config.settings, config.constexprs["HEAD_DIM"]
     return (
         f"sm_{arch}-{str(dtype).removeprefix('torch.')}-d{head_dim}-"
-        f"{tiles.m}x{tiles.n}-w{tiles.warps}-s{tiles.stages}-triton{triton.__version__}"
+        f"{tiles.m}x{tiles.n}-w{tiles.warps}-s{tiles.stages}-r{tiles.registers}-{config.softmax}-"
+        f"triton{triton.__version__}"
     )
 
 

@@ -19,6 +19,14 @@ from calibatt_compiler.kernels.copies import copy_tables
 from calibatt_compiler.kernels.cover_form import Cover
 from calibatt_compiler.plan.pattern import BlockPattern
 
+_CALLED = (
+    "attend_tile",
+    "check_rows",
+    "count_repair",
+    "head_rows",
+    "reference_maximum",
+    "split_tiles",
+)
 _PLAIN = ("load_rows", "store_rows")
 
 ENTRY_POINT = "baked_attention"
@@ -44,7 +52,9 @@ def baked_attention(
     k_ptr,
     v_ptr,
     o_ptr,
-{tables}    stride_qb: tl.int64,
+{tables}    flag_ptr,
+    repairs_ptr,
+    stride_qb: tl.int64,
     stride_qh: tl.int64,
     stride_qs,
     stride_kb: tl.int64,
@@ -66,7 +76,13 @@ def baked_attention(
     ALIGN: tl.constexpr,
     RAGGED_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    FIXED: tl.constexpr,
+    REPAIR: tl.constexpr,
 ):
+    if REPAIR:
+        if tl.load(flag_ptr) == 0:
+            return
+    count_repair(repairs_ptr, REPAIR)
     tile = tl.program_id(0)
     batch = tl.program_id(1) // {heads}
     head = tl.program_id(1) % {heads}
@@ -113,7 +129,10 @@ _GATHER = """\
 
 _BEGIN = """\
     acc = tl.zeros([TILE_M, PADDED_DIM], tl.float32)
-    maximum = tl.full([TILE_M], -float("inf"), tl.float32)
+    maximum = reference_maximum(
+        q, k_head, stride_ks, first, {length_k}, scale_log2,
+        TILE_M, TILE_N, HEAD_DIM, PADDED_DIM, PRECISION, FIXED,
+    )
     total = tl.zeros([TILE_M], tl.float32)
 """
 
@@ -121,13 +140,16 @@ _ATTEND = """\
         acc, maximum, total = attend_tile(
             q, k_head, v_head, stride_ks, stride_vs, (position + shift) * TILE_N, {length_k},
             acc, maximum, total, scale_log2, TILE_N, HEAD_DIM, PADDED_DIM, False, PRECISION,
+            FIXED=FIXED,
         )
     if RAGGED_K:
         if ragged:
             acc, maximum, total = attend_tile(
                 q, k_head, v_head, stride_ks, stride_vs, {length_k} // TILE_N * TILE_N, {length_k},
                 acc, maximum, total, scale_log2, TILE_N, HEAD_DIM, PADDED_DIM, True, PRECISION,
+                FIXED=FIXED,
             )
+    check_rows(acc, total, flag_ptr, FIXED)
 """
 
 _STORE = """\
@@ -170,7 +192,8 @@ def generate(cover: Cover, pattern: BlockPattern) -> str:
         kernel.append(_COMPUTED_ROWS.format(**lengths, repetitive=_repetitive(pattern)))
     kernel += choose_form(cover)
     kernel += _positions(cover.max_intervals, pattern.key_length)
-    kernel += [_HEADS, (_LOAD if copies is None else _GATHER).format(**lengths), _BEGIN]
+    kernel += [_HEADS, (_LOAD if copies is None else _GATHER).format(**lengths)]
+    kernel.append(_BEGIN.format(**lengths))
     kernel.append("    for position in tl.range(0, tiles):\n        shift = shift_0\n")
     for k in range(1, cover.max_intervals):
         kernel.append(f"        shift = tl.where(position >= tiles_{k}, shift_{k}, shift)\n")
@@ -182,7 +205,7 @@ def generate(cover: Cover, pattern: BlockPattern) -> str:
 
 def _imports(copies: bool) -> str:
     by_form = ("gather_rows", "scatter_rows") if copies else _PLAIN
-    names = sorted(("attend_tile", "head_rows", "split_tiles", *by_form))
+    names = sorted((*_CALLED, *by_form))
     return _IMPORTS.format(names="".join(f"    {name},\n" for name in names))
 
 

@@ -31,7 +31,7 @@ from calibatt_compiler.kernels.cache import (
 )
 from calibatt_compiler.kernels.cover import CoverError, CoverLimits
 from calibatt_compiler.kernels.offline import baked_arguments, compile_offline
-from calibatt_compiler.kernels.triton_launch import launch_config
+from calibatt_compiler.kernels.triton_launch import LaunchConfig, launch_configs
 from calibatt_compiler.plan.copies import RowCopies
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.pattern import BlockPattern
@@ -100,16 +100,17 @@ Variants = Iterator[tuple[str, Callable[[], Any]]]
 
 
 def _portable_variants(entry: CacheEntry, pattern: BlockPattern, job: dict[str, Any]) -> Variants:
-    """The one kernel of a portable entry: its name, and what compiles it."""
+    """The kernels of a portable entry: with a fixed reference, also the one that repairs."""
     arch, dtype = job["arch"], getattr(torch, job["dtype"])
-    config = launch_config(pattern, arch=arch, dtype=dtype, head_dim=job["head_dim"])
+    sizes = {"arch": arch, "dtype": dtype, "head_dim": job["head_dim"]}
+    for config in launch_configs(pattern, **sizes, softmax=job["softmax"]):
 
-    def compile_kernel() -> Any:
-        kernel = load_kernel(entry)
-        extra = baked_arguments(copies=pattern.repetitive is not None)
-        return compile_offline(kernel, arch=arch, dtype=dtype, config=config, extra=extra)
+        def compile_kernel(config: LaunchConfig = config) -> Any:
+            kernel = load_kernel(entry)
+            extra = baked_arguments(copies=pattern.repetitive is not None)
+            return compile_offline(kernel, arch=arch, dtype=dtype, config=config, extra=extra)
 
-    yield variant_name(config, arch=arch, dtype=dtype), compile_kernel
+        yield variant_name(config, arch=arch, dtype=dtype), compile_kernel
 
 
 def _hopper_variants(entry: CacheEntry, pattern: BlockPattern, job: dict[str, Any]) -> Variants:

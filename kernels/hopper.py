@@ -22,7 +22,6 @@ from calibatt_compiler.kernels.hopper_kernel import hopper_attention, hopper_cou
 from calibatt_compiler.kernels.hopper_launch import (
     COUNT_TILES,
     HopperConfig,
-    Softmax,
     State,
     Tables,
     arguments,
@@ -33,7 +32,7 @@ from calibatt_compiler.kernels.hopper_launch import (
 from calibatt_compiler.kernels.hopper_schedule import key_runs, make_schedule, tail_weights
 from calibatt_compiler.kernels.operands import check_operands, check_specialisation, empty_output
 from calibatt_compiler.kernels.tiles import multiprocessors
-from calibatt_compiler.kernels.triton_launch import on_device
+from calibatt_compiler.kernels.triton_launch import Softmax, on_device
 from calibatt_compiler.plan.pattern import BlockPattern
 
 _tables: WeakValueDictionary[tuple[object, ...], Tables] = WeakValueDictionary()

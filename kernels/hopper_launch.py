@@ -9,18 +9,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from calibatt_compiler.errors import KernelError
 from calibatt_compiler.kernels.copies import DeviceCopies
-from calibatt_compiler.kernels.triton_launch import positive_scale
+from calibatt_compiler.kernels.triton_launch import Softmax, positive_scale
 from calibatt_compiler.plan.pattern import BlockPattern
-
-Softmax = Literal["auto", "exact", "fixed"]
-"""As in `CompileOptions`; `fixed` insists on the fixed reference."""
 
 ALIGNMENT = 16
 """Bytes to which TMA wants pointers and strides aligned."""

@@ -74,6 +74,10 @@ def compile_offline(
     )
 
 
+_STATE = {"flag_ptr": torch.int32, "repairs_ptr": torch.int32}
+# What a launch leaves behind: see `DeviceKernel.launch`.
+
+
 def table_arguments(
     dtype: torch.dtype,
     entry: torch.dtype = torch.int16,
@@ -85,15 +89,15 @@ def table_arguments(
     """The table kernel's own run-time arguments, for `compile_offline`; `dtype` of the operands."""
     pointers = {
         "offsets_ptr": torch.int32,
-        "ends_ptr": entry,
-        "shifts_ptr": entry,
-        "weights_ptr": torch.float32,
+        "blocks_ptr": entry,
+        "weights_ptr": torch.float16,
         "kept_ptr": torch.uint8,
         "pooled_k_ptr": dtype,
         "pooled_v_ptr": dtype,
         "repetitive_ptr": torch.uint8 if copies else None,
         "computed_ptr": torch.int32 if copies else None,
         "targets_ptr": torch.int32 if copies else None,
+        **_STATE,
     }
     names = ("heads", "query_blocks", "length_q", "length_k", "parts", "computed_rows", "slots")
     forms = {"WEIGHTED": weighted, "POOLED": pooled, "COPIES": copies}
@@ -102,4 +106,5 @@ def table_arguments(
 
 def baked_arguments(*, copies: bool) -> dict[str, Any]:
     """A generated kernel's own run-time arguments, for `compile_offline`."""
-    return {"computed_ptr": torch.int32, "targets_ptr": torch.int32} if copies else {}
+    tables = {"computed_ptr": torch.int32, "targets_ptr": torch.int32} if copies else {}
+    return tables | _STATE

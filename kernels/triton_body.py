@@ -165,6 +165,60 @@ def attend_tile_sums(
 
 
 @triton.jit
+def reference_maximum(
+    q,
+    k_ptr,
+    stride_ks,
+    first,
+    length_k,
+    scale_log2,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FIXED: tl.constexpr,
+):
+    """What the row maxima (M,) start from, in units of log2, scaled.
+
+    With FIXED those of the key tile that holds token `first`, the first query's own: representative
+    where queries and keys are the same tokens. It need not be kept. Else -inf.
+    """
+    if FIXED:
+        tile = tl.minimum(first, length_k - 1) // TILE_N
+        scores = key_scores(
+            q, k_ptr, stride_ks, tile * TILE_N, length_k, TILE_N, HEAD_DIM, PADDED_DIM, True,
+            PRECISION,
+        )  # fmt: skip
+        maximum = tl.max(scores, 1) * scale_log2
+        return tl.where(maximum == -float("inf"), 0.0, maximum)
+    else:  # noqa: RET505  one of the two is compiled
+        return tl.full([TILE_M], -float("inf"), tl.float32)
+
+
+@triton.jit
+def check_rows(acc, total, flag_ptr, FIXED: tl.constexpr):
+    """With FIXED raise the flag unless every number is finite and the row sums are in range.
+
+    In this range they are exact to rounding: nothing that counts was flushed to zero. NaN fails the
+    comparison, and a product with zero carries what is wrong with any element of acc.
+    """
+    if FIXED:
+        check = total + tl.sum(acc * 0.0, 1)
+        fine = (check < 2.0**120) & (check > 2.0**-60)
+        # Each row by itself: triton 3.7 can't lay out the maximum of a vector beside tcgen05.
+        tl.store(flag_ptr + tl.zeros_like(fine).to(tl.int32), 1, mask=~fine)
+
+
+@triton.jit
+def count_repair(repairs_ptr, REPAIR: tl.constexpr):
+    """Count a launch that repairs, once."""
+    if REPAIR:  # noqa: SIM102
+        if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+            tl.atomic_add(repairs_ptr, 1)
+
+
+@triton.jit
 def attend_tile(
     q,
     k_ptr,
@@ -184,12 +238,29 @@ def attend_tile(
     PRECISION: tl.constexpr,
     log2_weight=0.0,
     WEIGHTED: tl.constexpr = False,
+    FIXED: tl.constexpr = False,
 ):
-    """As `attend_tile_sums`, without the tile's own sums."""
-    acc, maximum, total, _, _ = attend_tile_sums(
-        q, k_ptr, v_ptr, stride_ks, stride_vs, first, length_k, acc, maximum, total, scale_log2,
-        TILE_N, HEAD_DIM, PADDED_DIM, RAGGED, PRECISION, log2_weight, WEIGHTED,
-    )  # fmt: skip
+    """As `attend_tile_sums`, without the tile's own sums.
+
+    With FIXED `maximum` stays what it is: neither a maximum nor rescaling in the loop.
+    """
+    if FIXED:
+        scores = key_scores(
+            q, k_ptr, stride_ks, first, length_k, TILE_N, HEAD_DIM, PADDED_DIM, RAGGED, PRECISION
+        )
+        if WEIGHTED:
+            scores = scores * scale_log2 + log2_weight
+            probability = tl.math.exp2(scores - maximum[:, None])
+        else:
+            probability = tl.math.exp2(scores * scale_log2 - maximum[:, None])
+        v = load_rows(v_ptr, stride_vs, first, length_k, TILE_N, HEAD_DIM, PADDED_DIM, RAGGED)
+        acc = tl.dot(probability.to(v.dtype), v, acc, input_precision=PRECISION)
+        total += tl.sum(probability, 1)
+    else:
+        acc, maximum, total, _, _ = attend_tile_sums(
+            q, k_ptr, v_ptr, stride_ks, stride_vs, first, length_k, acc, maximum, total,
+            scale_log2, TILE_N, HEAD_DIM, PADDED_DIM, RAGGED, PRECISION, log2_weight, WEIGHTED,
+        )  # fmt: skip
     return acc, maximum, total
 
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +24,10 @@ ALIGNMENT = 16
 """Bytes to which pointers and strides are aligned, so that every load moves 16 bytes at once."""
 
 
+Softmax = Literal["auto", "exact", "fixed"]
+"""As in `CompileOptions`; `fixed` insists on the fixed reference."""
+
+
 @dataclass(frozen=True)
 class LaunchConfig:
     """What a portable kernel is specialised on, besides its source.
@@ -32,22 +36,25 @@ class LaunchConfig:
         constexprs: the kernel's compile-time arguments by name.
         options: Triton's own launch options.
         settings: the tiles they are made from.
+        softmax: "exact", "fixed", or "repair": the exact form, run where the fixed one failed.
     """
 
     constexprs: dict[str, int | str | bool]
     options: dict[str, int | bool]
     settings: TileSettings
+    softmax: str = "exact"
 
 
-def launch_config(
+def launch_configs(
     pattern: BlockPattern,
     *,
     arch: int,
     dtype: torch.dtype,
     head_dim: int,
     settings: TileSettings | None = None,
-) -> LaunchConfig:
-    """Derive the compile-time arguments for a pattern.
+    softmax: Softmax = "auto",
+) -> tuple[LaunchConfig, ...]:
+    """Derive the compile-time arguments of the launches of one call, in order.
 
     Args:
         pattern: whose blocks are walked.
@@ -55,14 +62,37 @@ def launch_config(
         dtype: float16, bfloat16 or float32.
         head_dim: elements a head.
         settings: tiles to use instead of the table's, which must divide the blocks.
+        softmax: "auto": a fixed reference for bfloat16.
+
+    Returns:
+        One configuration, or with a fixed reference that and the repair's.
 
     Raises:
-        KernelError: dtype or head_dim that no portable kernel takes.
+        KernelError: dtype or head_dim that no portable kernel takes; a fixed reference for float16.
     """
     check_dtype(dtype)
-    tiles = settings or tile_settings(pattern, arch=arch, dtype=dtype, head_dim=head_dim)
-    blocks = {"ROW_TILES": pattern.block_m // tiles.m, "KEY_TILES": pattern.block_n // tiles.n}
-    return tiled_config(tiles, blocks, pattern.key_length, dtype=dtype, head_dim=head_dim)
+    if softmax == "fixed" and dtype == torch.float16:
+        raise KernelError(
+            "a fixed softmax reference needs the range of bfloat16",
+            expected="softmax='auto' or 'exact'",
+            got=dtype,
+            remedy="leave softmax out, or run the model in bfloat16",
+        )
+    fixed = softmax == "fixed" or (softmax == "auto" and dtype == torch.bfloat16)
+    made = []
+    for kind in ("fixed", "repair") if fixed else ("exact",):
+        tiles = settings or tile_settings(
+            pattern, arch=arch, dtype=dtype, head_dim=head_dim, fixed=kind == "fixed"
+        )
+        blocks = {
+            "ROW_TILES": pattern.block_m // tiles.m,
+            "KEY_TILES": pattern.block_n // tiles.n,
+            "FIXED": kind == "fixed",
+            "REPAIR": kind == "repair",
+        }
+        config = tiled_config(tiles, blocks, pattern.key_length, dtype=dtype, head_dim=head_dim)
+        made.append(replace(config, softmax=kind))
+    return tuple(made)
 
 
 def check_dtype(dtype: torch.dtype) -> None:
@@ -111,6 +141,8 @@ def tiled_config(
         "num_stages": tiles.stages,
         "enable_fp_fusion": True,
     }
+    if tiles.registers:
+        options["maxnreg"] = tiles.registers
     return LaunchConfig(constexprs, options, tiles)
 
 
@@ -185,6 +217,9 @@ class DeviceKernel:
         dtype: of q, k and v.
         head_dim: elements a head.
         settings: tiles to use instead of the architecture's own.
+        softmax: "fixed": the maximum over each query's own key tile is the reference of the
+            softmax, and where that overflows a second launch repairs the result; "exact": online
+            softmax; "auto": fixed for bfloat16.
     """
 
     def __init__(
@@ -195,15 +230,57 @@ class DeviceKernel:
         dtype: torch.dtype,
         head_dim: int,
         settings: TileSettings | None = None,
+        softmax: Softmax = "auto",
     ) -> None:
         self.pattern = pattern
         self.device = device
         self.dtype = dtype
         self.head_dim = head_dim
         self.arch = architecture(device)
-        self.config = launch_config(
-            pattern, arch=self.arch, dtype=dtype, head_dim=head_dim, settings=settings
+        self.configs = launch_configs(
+            pattern,
+            arch=self.arch,
+            dtype=dtype,
+            head_dim=head_dim,
+            settings=settings,
+            softmax=softmax,
         )
+        self.config = self.configs[0]
+        self._repairs: Tensor | None = None
+
+    @property
+    def repairs(self) -> int:
+        """Calls whose fixed softmax reference failed, and that were computed again.
+
+        Reading it waits for the device.
+        """
+        return 0 if self._repairs is None else int(self._repairs.item())
+
+    def launch(self, kernel: Any, tensors: tuple[Tensor, ...], **arguments: Any) -> None:
+        """Launch `kernel` and, with a fixed reference, the repair that ends at once unless flagged.
+
+        Args:
+            kernel: whose first arguments are `tensors`, the queries first.
+            tensors: as they come.
+            arguments: the others by name, but for what the configuration says.
+        """
+        q = tensors[0]
+        if self._repairs is None:
+            self._repairs = torch.zeros(1, dtype=torch.int32, device=q.device)
+        flag = self._repairs
+        if len(self.configs) > 1:
+            # One for each call: calls on other streams have theirs, and a graph replays its zero.
+            flag = torch.zeros(1, dtype=torch.int32, device=q.device)
+        with on_device(q):
+            for config in self.configs:
+                kernel[grid(self.pattern, config, q.shape[0])](
+                    *tensors,
+                    flag_ptr=flag,
+                    repairs_ptr=self._repairs,
+                    **arguments,
+                    **config.constexprs,
+                    **config.options,
+                )
 
     def check_specialisation(self, q: Tensor) -> None:
         """Raise `KernelError` unless q has the dtype, head dim and device of this kernel."""

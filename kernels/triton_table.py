@@ -1,4 +1,4 @@
-"""One kernel for every pattern: it reads the kept key blocks from interval tables on the device.
+"""One kernel for every pattern: it reads the kept key blocks from tables on the device.
 
 It never compiles per plan: lengths, heads and tables are run-time arguments. It also serves a site
 until that site's baked kernel is compiled.
@@ -12,16 +12,19 @@ import triton.language as tl
 from torch import Tensor
 
 from calibatt_compiler.kernels.copies import NO_COPIES, DeviceCopies
-from calibatt_compiler.kernels.interval_tables import interval_tables
+from calibatt_compiler.kernels.index_tables import index_tables
 from calibatt_compiler.kernels.operands import check_operands, empty_output
 from calibatt_compiler.kernels.pooling import pool
 from calibatt_compiler.kernels.tiles import TileSettings
 from calibatt_compiler.kernels.triton_body import (
     attend_tile,
+    check_rows,
+    count_repair,
     gather_rows,
     head_rows,
     load_rows,
     part_bias,
+    reference_maximum,
     scatter_rows,
     split_tiles,
     store_rows,
@@ -29,10 +32,9 @@ from calibatt_compiler.kernels.triton_body import (
 from calibatt_compiler.kernels.triton_launch import (
     STRIDES,
     DeviceKernel,
+    Softmax,
     aligned,
     call_arguments,
-    grid,
-    on_device,
 )
 from calibatt_compiler.plan.pattern import BlockPattern
 
@@ -44,14 +46,13 @@ from calibatt_compiler.plan.pattern import BlockPattern
         *STRIDES, "heads", "query_blocks", "length_q", "length_k", "parts", "computed_rows", "slots"
     ]
 )  # fmt: skip
-def table_attention(
+def table_attention(  # noqa: PLR0912, PLR0915  one kernel, its forms decided when compiling
     q_ptr,
     k_ptr,
     v_ptr,
     o_ptr,
     offsets_ptr,
-    ends_ptr,
-    shifts_ptr,
+    blocks_ptr,
     weights_ptr,
     kept_ptr,
     pooled_k_ptr,
@@ -59,6 +60,8 @@ def table_attention(
     repetitive_ptr,
     computed_ptr,
     targets_ptr,
+    flag_ptr,
+    repairs_ptr,
     stride_qb: tl.int64,
     stride_qh: tl.int64,
     stride_qs,
@@ -91,18 +94,24 @@ def table_attention(
     WEIGHTED: tl.constexpr,
     POOLED: tl.constexpr,
     COPIES: tl.constexpr,
+    FIXED: tl.constexpr,
+    REPAIR: tl.constexpr,
 ):
-    """Attention of TILE_M queries of one head over the intervals of their row of blocks.
+    """Attention of TILE_M queries of one head over the kept blocks of their row of blocks.
 
     q, o: (B, H, Sq, D) and k, v: (B, H, Sk, D) by strides in units of ALIGN elements. Row
-    `r = head * query_blocks + block` owns the entries offsets[r] to offsets[r + 1] of `ends` (kept
-    blocks up to the end of each interval) and `shifts` (key block minus its position among the
-    kept ones); if WEIGHTED, the entry's `weights` is added to the log2 scores of its interval.
-    If POOLED, pooled keys and values (B, H, parts, D), contiguous, follow for the blocks of which
-    the row's bits in `kept` are not set, POOLED to a block. If COPIES, the heads of which
-    `repetitive` is not 0 have `computed_rows` rows, at the positions `computed`; the output of each
-    goes to its `targets` (slots, computed_rows).
+    `r = head * query_blocks + block` owns the entries offsets[r] to offsets[r + 1] of `blocks`; if
+    WEIGHTED, an entry's `weights` is added to the log2 scores of its block. If POOLED, pooled keys
+    and values (B, H, parts, D), contiguous, follow for the blocks of which the row's bits in `kept`
+    are not set, POOLED to a block. If COPIES, the heads of which `repetitive` is not 0 have
+    `computed_rows` rows, at the positions `computed`; the output of each goes to its `targets`
+    (slots, computed_rows). FIXED: see `reference_maximum`; where that fails `flag` is set. REPAIR:
+    nothing is done unless it is.
     """
+    if REPAIR:  # noqa: SIM102
+        if tl.load(flag_ptr) == 0:
+            return
+    count_repair(repairs_ptr, REPAIR)
     tile = tl.program_id(0)
     batch = tl.program_id(1) // heads
     head = tl.program_id(1) % heads
@@ -123,39 +132,41 @@ def table_attention(
     else:
         q = load_rows(q_head, stride_qs, first, length_q, TILE_M, HEAD_DIM, PADDED_DIM, True)
     acc = tl.zeros([TILE_M, PADDED_DIM], tl.float32)
-    maximum = tl.full([TILE_M], -float("inf"), tl.float32)
+    maximum = reference_maximum(
+        q, k_head, stride_ks, first, length_k, scale_log2,
+        TILE_M, TILE_N, HEAD_DIM, PADDED_DIM, PRECISION, FIXED,
+    )  # fmt: skip
     total = tl.zeros([TILE_M], tl.float32)
 
     row = head * query_blocks + tile // ROW_TILES
     cursor = tl.load(offsets_ptr + row)
-    last = tl.load(offsets_ptr + row + 1) - 1
-    blocks = tl.load(ends_ptr + last).to(tl.int32)
-    end_block = blocks + tl.load(shifts_ptr + last).to(tl.int32)
-    tiles, ragged = split_tiles(blocks, end_block, length_k, KEY_TILES, TILE_N)
-    end = tl.load(ends_ptr + cursor).to(tl.int32) * KEY_TILES
-    shift = tl.load(shifts_ptr + cursor).to(tl.int32) * KEY_TILES
+    past = tl.load(offsets_ptr + row + 1)
+    end_block = tl.load(blocks_ptr + past - 1).to(tl.int32) + 1
+    tiles, ragged = split_tiles(past - cursor, end_block, length_k, KEY_TILES, TILE_N)
+    following = tl.load(blocks_ptr + cursor).to(tl.int32) * KEY_TILES
     weight = 0.0
-    # One flat loop over all intervals, so that the pipeline never drains between two of them.
     for position in tl.range(0, tiles):
-        cursor += (position >= end).to(tl.int32)
-        end = tl.load(ends_ptr + cursor).to(tl.int32) * KEY_TILES
-        shift = tl.load(shifts_ptr + cursor).to(tl.int32) * KEY_TILES
+        key_tile = following
+        # An iteration ahead, so that no load of keys waits for it; behind the last lies a spare.
+        after = position + 1
+        block = tl.load(blocks_ptr + cursor + after // KEY_TILES).to(tl.int32)
+        following = block * KEY_TILES + after % KEY_TILES
         if WEIGHTED:
-            weight = tl.load(weights_ptr + cursor)
+            weight = tl.load(weights_ptr + cursor + position // KEY_TILES).to(tl.float32)
         acc, maximum, total = attend_tile(
-            q, k_head, v_head, stride_ks, stride_vs, (position + shift) * TILE_N, length_k,
+            q, k_head, v_head, stride_ks, stride_vs, key_tile * TILE_N, length_k,
             acc, maximum, total, scale_log2, TILE_N, HEAD_DIM, PADDED_DIM, False, PRECISION,
-            weight, WEIGHTED,
+            weight, WEIGHTED, FIXED,
         )  # fmt: skip
     # Not `and`: RAGGED_K is decided when compiling, `ragged` when running.
     if RAGGED_K:  # noqa: SIM102
         if ragged:
             if WEIGHTED:
-                weight = tl.load(weights_ptr + last)
+                weight = tl.load(weights_ptr + past - 1).to(tl.float32)
             acc, maximum, total = attend_tile(
                 q, k_head, v_head, stride_ks, stride_vs, length_k // TILE_N * TILE_N, length_k,
                 acc, maximum, total, scale_log2, TILE_N, HEAD_DIM, PADDED_DIM, True, PRECISION,
-                weight, WEIGHTED,
+                weight, WEIGHTED, FIXED,
             )  # fmt: skip
     if POOLED > 0:
         kept_row = kept_ptr + row * ((parts // POOLED + 7) // 8)
@@ -167,8 +178,9 @@ def table_attention(
             acc, maximum, total = attend_tile(
                 q, pooled_k_ptr + head_parts, pooled_v_ptr + head_parts, HEAD_DIM, HEAD_DIM, start,
                 parts, acc, maximum, total, scale_log2, TILE_N, HEAD_DIM, PADDED_DIM, True,
-                PRECISION, bias[None, :], True,
+                PRECISION, bias[None, :], True, FIXED,
             )  # fmt: skip
+    check_rows(acc, total, flag_ptr, FIXED)
     if COPIES:
         scatter_rows(
             o_head, stride_os, targets_ptr, repetitive, slots, first, length_q, acc, total,
@@ -200,10 +212,18 @@ class TableAttention(DeviceKernel):
         dtype: torch.dtype,
         head_dim: int,
         settings: TileSettings | None = None,
+        softmax: Softmax = "auto",
     ) -> None:
-        super().__init__(pattern, device=device, dtype=dtype, head_dim=head_dim, settings=settings)
+        super().__init__(
+            pattern,
+            device=device,
+            dtype=dtype,
+            head_dim=head_dim,
+            settings=settings,
+            softmax=softmax,
+        )
         self.density = pattern.computed_density
-        self.tables = interval_tables(pattern, device)
+        self.tables = index_tables(pattern, device)
         self.copies = DeviceCopies.upload(pattern, device)
 
     @property
@@ -233,25 +253,18 @@ class TableAttention(DeviceKernel):
         out = empty_output(q)
         pooled = (pool(k, pattern), pool(v, pattern)) if pattern.pooled else (k, v)
         q, arguments = call_arguments(q, k, v, out, scale, config)
-        with on_device(q):
-            table_attention[grid(pattern, config, q.shape[0])](
-                q,
-                k,
-                v,
-                out,
-                *tables.tensors,
-                *pooled,
-                **(NO_COPIES if self.copies is None else self.copies.arguments()),
-                **arguments,
-                heads=pattern.heads,
-                query_blocks=pattern.query_blocks,
-                length_q=pattern.query_length,
-                length_k=pattern.key_length,
-                parts=pattern.key_blocks * pattern.pooled,
-                POOLED=pattern.pooled,
-                WEIGHTED=pattern.weights is not None,
-                COPIES=self.copies is not None,
-                **config.constexprs,
-                **config.options,
-            )
+        self.launch(
+            table_attention,
+            (q, k, v, out, *tables.tensors, *pooled),
+            **(NO_COPIES if self.copies is None else self.copies.arguments()),
+            **arguments,
+            heads=pattern.heads,
+            query_blocks=pattern.query_blocks,
+            length_q=pattern.query_length,
+            length_k=pattern.key_length,
+            parts=pattern.key_blocks * pattern.pooled,
+            POOLED=pattern.pooled,
+            WEIGHTED=pattern.weights is not None,
+            COPIES=self.copies is not None,
+        )
         return out

@@ -9,8 +9,11 @@ import triton.language as tl
 
 from calibatt_compiler.kernels.triton_body import (
     attend_tile,
+    check_rows,
+    count_repair,
     head_rows,
     load_rows,
+    reference_maximum,
     split_tiles,
     store_rows,
 )
@@ -53,6 +56,8 @@ def baked_attention(
     k_ptr,
     v_ptr,
     o_ptr,
+    flag_ptr,
+    repairs_ptr,
     stride_qb: tl.int64,
     stride_qh: tl.int64,
     stride_qs,
@@ -75,7 +80,13 @@ def baked_attention(
     ALIGN: tl.constexpr,
     RAGGED_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    FIXED: tl.constexpr,
+    REPAIR: tl.constexpr,
 ):
+    if REPAIR:
+        if tl.load(flag_ptr) == 0:
+            return
+    count_repair(repairs_ptr, REPAIR)
     tile = tl.program_id(0)
     batch = tl.program_id(1) // 2
     head = tl.program_id(1) % 2
@@ -137,7 +148,10 @@ def baked_attention(
     )
     q = load_rows(q_head, stride_qs, first, 1267, TILE_M, HEAD_DIM, PADDED_DIM, True)
     acc = tl.zeros([TILE_M, PADDED_DIM], tl.float32)
-    maximum = tl.full([TILE_M], -float("inf"), tl.float32)
+    maximum = reference_maximum(
+        q, k_head, stride_ks, first, 1267, scale_log2,
+        TILE_M, TILE_N, HEAD_DIM, PADDED_DIM, PRECISION, FIXED,
+    )
     total = tl.zeros([TILE_M], tl.float32)
     for position in tl.range(0, tiles):
         shift = shift_0
@@ -149,11 +163,14 @@ def baked_attention(
         acc, maximum, total = attend_tile(
             q, k_head, v_head, stride_ks, stride_vs, (position + shift) * TILE_N, 1267,
             acc, maximum, total, scale_log2, TILE_N, HEAD_DIM, PADDED_DIM, False, PRECISION,
+            FIXED=FIXED,
         )
     if RAGGED_K:
         if ragged:
             acc, maximum, total = attend_tile(
                 q, k_head, v_head, stride_ks, stride_vs, 1267 // TILE_N * TILE_N, 1267,
                 acc, maximum, total, scale_log2, TILE_N, HEAD_DIM, PADDED_DIM, True, PRECISION,
+                FIXED=FIXED,
             )
+    check_rows(acc, total, flag_ptr, FIXED)
     store_rows(o_head, stride_os, first, 1267, acc, total, TILE_M, HEAD_DIM, PADDED_DIM)

@@ -9,8 +9,11 @@ import triton.language as tl
 
 from calibatt_compiler.kernels.triton_body import (
     attend_tile,
+    check_rows,
+    count_repair,
     gather_rows,
     head_rows,
+    reference_maximum,
     scatter_rows,
     split_tiles,
 )
@@ -53,6 +56,8 @@ def baked_attention(
     o_ptr,
     computed_ptr,
     targets_ptr,
+    flag_ptr,
+    repairs_ptr,
     stride_qb: tl.int64,
     stride_qh: tl.int64,
     stride_qs,
@@ -75,7 +80,13 @@ def baked_attention(
     ALIGN: tl.constexpr,
     RAGGED_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    FIXED: tl.constexpr,
+    REPAIR: tl.constexpr,
 ):
+    if REPAIR:
+        if tl.load(flag_ptr) == 0:
+            return
+    count_repair(repairs_ptr, REPAIR)
     tile = tl.program_id(0)
     batch = tl.program_id(1) // 5
     head = tl.program_id(1) % 5
@@ -121,20 +132,26 @@ def baked_attention(
         q_head, stride_qs, computed_ptr, repetitive, first, rows, TILE_M, HEAD_DIM, PADDED_DIM
     )
     acc = tl.zeros([TILE_M, PADDED_DIM], tl.float32)
-    maximum = tl.full([TILE_M], -float("inf"), tl.float32)
+    maximum = reference_maximum(
+        q, k_head, stride_ks, first, 570, scale_log2,
+        TILE_M, TILE_N, HEAD_DIM, PADDED_DIM, PRECISION, FIXED,
+    )
     total = tl.zeros([TILE_M], tl.float32)
     for position in tl.range(0, tiles):
         shift = shift_0
         acc, maximum, total = attend_tile(
             q, k_head, v_head, stride_ks, stride_vs, (position + shift) * TILE_N, 570,
             acc, maximum, total, scale_log2, TILE_N, HEAD_DIM, PADDED_DIM, False, PRECISION,
+            FIXED=FIXED,
         )
     if RAGGED_K:
         if ragged:
             acc, maximum, total = attend_tile(
                 q, k_head, v_head, stride_ks, stride_vs, 570 // TILE_N * TILE_N, 570,
                 acc, maximum, total, scale_log2, TILE_N, HEAD_DIM, PADDED_DIM, True, PRECISION,
+                FIXED=FIXED,
             )
+    check_rows(acc, total, flag_ptr, FIXED)
     scatter_rows(
         o_head, stride_os, targets_ptr, repetitive, 3, first, rows, acc, total,
         TILE_M, HEAD_DIM, PADDED_DIM,

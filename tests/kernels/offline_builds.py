@@ -24,7 +24,7 @@ from calibatt_compiler.kernels.copies import copy_tables
 from calibatt_compiler.kernels.cover import EXACT
 from calibatt_compiler.kernels.offline import compile_offline, table_arguments
 from calibatt_compiler.kernels.operands import empty_output
-from calibatt_compiler.kernels.triton_launch import LaunchConfig, call_arguments, launch_config
+from calibatt_compiler.kernels.triton_launch import LaunchConfig, call_arguments, launch_configs
 from calibatt_compiler.kernels.triton_table import table_attention
 from calibatt_compiler.plan.copies import RowCopies
 from calibatt_compiler.plan.pattern import BlockPattern
@@ -80,14 +80,17 @@ def main() -> None:
     assert not report.failed, report.failed
     for arch in archs:
         for head_dim in (64, 128):
-            config = launch_config(made, arch=arch, dtype=bf16, head_dim=head_dim)
+            sizes = {"arch": arch, "dtype": bf16, "head_dim": head_dim}
+            config, repair = launch_configs(made, **sizes)
+            for each in (config, repair):
+                kernel = compile_offline(
+                    table_attention, arch=arch, dtype=bf16, config=each, extra=table_arguments(bf16)
+                )
+                kind = "table" if each is config else "table repair"
+                facts = {"kind": kind, "arch": arch, "head_dim": head_dim, **describe(kernel)}
+                print(json.dumps(facts))
             arguments = {"arch": arch, "dtype": bf16, "config": config}
-            kernel = compile_offline(table_attention, **arguments, extra=table_arguments(bf16))
-            facts = {"kind": "table", "arch": arch, "head_dim": head_dim, **describe(kernel)}
-            print(json.dumps(facts))
-            pooling = launch_config(
-                replace(made, pooled=4), arch=arch, dtype=bf16, head_dim=head_dim
-            )
+            pooling = launch_configs(replace(made, pooled=4), **sizes)[0]
             kernel = compile_offline(
                 table_attention,
                 **{**arguments, "config": pooling},
@@ -125,6 +128,8 @@ def baked(pattern: BlockPattern, arch: int, config: LaunchConfig) -> dict[str, A
     q, k, v = (torch.zeros(shape, dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
     out = empty_output(q)
     q, arguments = call_arguments(q, k, v, out, None, config)
+    for name in ("flag_ptr", "repairs_ptr"):
+        arguments[name] = torch.zeros(1, dtype=torch.int32)
     if (tables := copy_tables(pattern)) is not None:
         arguments["computed_ptr"] = torch.from_numpy(tables.computed.copy())
         arguments["targets_ptr"] = torch.from_numpy(tables.targets.copy())

@@ -31,13 +31,14 @@ def test_machine_code_and_ahead_of_time_compilation(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(kernels) == 24
+    assert len(kernels) == 30
     for kernel in kernels:
         # Both are where spilled registers would go. On an sm_80 the kernels take all registers
-        # already, and what finds copied rows spills up to four.
-        spilled = 16 if kernel["arch"] == 80 and "copies" in kernel["kind"] else 0
+        # already, and what finds copied rows spills up to twelve. On an sm_90 they may take half,
+        # so that two programs fit a multiprocessor: faster, spills included (RESULTS.md).
+        halved = kernel["arch"] == 90 and kernel["registers"] == 128
         assert kernel["local"] == 0, kernel
-        assert kernel["stack"] <= spilled, kernel
+        assert kernel["stack"] <= (48 if kernel["arch"] == 80 else 192 if halved else 0), kernel
         assert kernel["shared"] <= SHARED_MEMORY[kernel["arch"]], kernel
         # The loads of keys and values run ahead of the products.
         assert kernel["cp_async"] > 0, kernel
