@@ -216,6 +216,9 @@ def compiled(model: Any, variant: Variant, plan: Plan, tokens: int) -> Any:
     settings: dict[str, Any] = {"fullgraph": True, "dynamic": False}
     if name in OURS:
         settings["options"] = {"plan": plan, "on_mismatch": "error", **OURS[name]}
+        if variant.around:
+            # The default: equal options would share the graph of the other variant.
+            settings["options"]["inductor"] = {"max_autotune": False}
         return torch.compile(model, backend="calibatt", **settings)
     operators = {
         "fa3": torch.ops.calibatt_benchmark.fa3.default,
