@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from calibatt_compiler.kernels.uploads import to_device
 from calibatt_compiler.plan.copies import RowCopies
 from calibatt_compiler.plan.pattern import BlockPattern
 
@@ -130,11 +131,3 @@ _shared: WeakValueDictionary[tuple[RowCopies | None, int, int, str], _Shared] = 
     WeakValueDictionary()
 )
 _lock = threading.Lock()
-
-
-def to_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:
-    """Copy a table; to a GPU from pinned memory on the current stream, without waiting."""
-    host = torch.from_numpy(np.require(array, requirements=["C", "W"]))
-    if device.type == "cuda":
-        return host.pin_memory().to(device, non_blocking=True)
-    return host.to(device)

@@ -6,6 +6,7 @@ default: see `attention.make_attention`.
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -33,8 +34,10 @@ from calibatt_compiler.kernels.hopper_schedule import key_runs, make_schedule, t
 from calibatt_compiler.kernels.operands import check_operands, check_specialisation, empty_output
 from calibatt_compiler.kernels.tiles import multiprocessors
 from calibatt_compiler.kernels.triton_launch import Softmax, on_device
+from calibatt_compiler.kernels.uploads import Uploaded, to_device
 from calibatt_compiler.plan.pattern import BlockPattern
 
+_lock = threading.Lock()
 _tables: WeakValueDictionary[tuple[object, ...], Tables] = WeakValueDictionary()
 
 
@@ -288,15 +291,18 @@ def shared_tables(
 ) -> Tables:
     """Tables of `pattern` on `device`, shared by the kernels of equal patterns while one lives."""
     key = (pattern.digest, str(device), programs, literals)
-    found = _tables.get(key) if first_blocks is None else None
+    shared = first_blocks is None
+    with _lock:
+        found = _tables.get(key) if shared else None
     if found is None:
-        runs = key_runs(pattern, first_blocks)
-        made = make_schedule(pattern, runs, programs, literals=literals)
+        made = make_schedule(pattern, key_runs(pattern, first_blocks), programs, literals=literals)
         copies = DeviceCopies.upload(pattern, device, whole=pattern.block_m)
-        put = [torch.from_numpy(x).to(device) for x in (made.tiles, made.starts, made.runs)]
+        put = [to_device(x, device) for x in (made.tiles, made.starts, made.runs)]
         weights = tail_weights(pattern)
-        tail = None if weights is None else torch.from_numpy(weights).to(device)
-        found = Tables(put[0], put[1], put[2], tail, copies)
-        if first_blocks is None:
-            _tables[key] = found
+        tail = None if weights is None else to_device(weights, device)
+        found = Tables(put[0], put[1], put[2], tail, copies, Uploaded(device))
+        if shared:
+            with _lock:
+                found = _tables.setdefault(key, found)
+    found.uploaded.wait()  # perhaps by another thread, on another stream
     return found

@@ -17,6 +17,7 @@ from torch import Tensor
 from calibatt_compiler.errors import KernelError
 from calibatt_compiler.kernels.copies import DeviceCopies
 from calibatt_compiler.kernels.triton_launch import Softmax, positive_scale
+from calibatt_compiler.kernels.uploads import Uploaded
 from calibatt_compiler.plan.pattern import BlockPattern
 
 ALIGNMENT = 16
@@ -189,13 +190,15 @@ class Tables:
         runs: int32 (runs + 1).
         weight: float32 (H, query_blocks), log2 weight of tail blocks, or None.
         copies: what repetitive heads compute and copy, filled up to whole tiles, or None.
+        uploaded: behind their copies.
     """
 
     tiles: Tensor
     starts: Tensor
     runs: Tensor
-    weight: Tensor | None = None
-    copies: DeviceCopies | None = None
+    weight: Tensor | None
+    copies: DeviceCopies | None
+    uploaded: Uploaded
 
     @property
     def count(self) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calibatt_compiler.kernels.copies import to_device
+from calibatt_compiler.kernels.uploads import Uploaded, to_device
 from calibatt_compiler.plan.pattern import BlockPattern
 from calibatt_compiler.plan.weights import STEPS
 
@@ -29,14 +29,14 @@ class IndexTables:
             the last.
         weights: float16 (entries), log2 of each block's weight; empty if all count once.
         kept: uint8 (heads * query_blocks * bytes a row), a bit a key block; empty without pooling.
-        uploaded: recorded behind their copies to a GPU.
+        uploaded: behind their copies.
     """
 
     offsets: Tensor
     blocks: Tensor
     weights: Tensor
     kept: Tensor
-    uploaded: torch.cuda.Event | None = None
+    uploaded: Uploaded
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -68,11 +68,7 @@ class IndexTables:
         bits = pattern.bits.ravel() if pattern.pooled else np.empty(0, dtype=np.uint8)
         arrays = (sums[runs.offsets].astype(np.int32), blocks, log2_weights, bits)
         offsets, entries, weights, kept = (to_device(array, device) for array in arrays)
-        uploaded = None
-        if device.type == "cuda":
-            uploaded = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            uploaded.record(torch.cuda.current_stream(device))
-        return cls(offsets, entries, weights, kept, uploaded)
+        return cls(offsets, entries, weights, kept, Uploaded(device))
 
 
 _lock = threading.Lock()
@@ -88,6 +84,5 @@ def index_tables(pattern: BlockPattern, device: torch.device) -> IndexTables:
         made = IndexTables.upload(pattern, device)
         with _lock:
             tables = _tables.setdefault(key, made)
-    if tables.uploaded is not None:  # perhaps by another thread, on another stream
-        torch.cuda.current_stream(device).wait_event(tables.uploaded)
+    tables.uploaded.wait()  # perhaps by another thread, on another stream
     return tables

@@ -254,7 +254,9 @@ class DeviceKernel:
 
         Reading it waits for the device.
         """
-        return 0 if self._repairs is None else int(self._repairs.item())
+        if self._repairs is None or len(self.configs) == 1:
+            return 0
+        return int(self._repairs.item())
 
     def launch(self, kernel: Any, tensors: tuple[Tensor, ...], **arguments: Any) -> None:
         """Launch `kernel` and, with a fixed reference, the repair that ends at once unless flagged.
