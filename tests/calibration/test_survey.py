@@ -355,7 +355,9 @@ def test_costs_count_the_survey(
 ) -> None:
     pipe, arguments, out = tiny_wan_pipeline, tiny_wan_arguments, tmp_path / "p.calibatt"
     told = estimate(pipe, PROMPTS, 3, out=out, config=AUTO, **arguments)
-    assert told.survey_seconds > 2 * 3 * told.measured.step_seconds
+    # Two inputs, whatever a surveyed step took beside an ordinary one on a busy machine.
+    own = told.measured.warm_up_seconds + 2 * told.measured.input_seconds
+    assert told.survey_seconds > own
     assert told.seconds > told.survey_seconds + 6 * told.measured.step_seconds
     assert not list(tmp_path.iterdir())
     calibrate(pipe, PROMPTS, 3, out=out, config=AUTO, **arguments)
