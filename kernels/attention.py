@@ -129,7 +129,7 @@ def make_attention(
         head_dim: of the operands.
         hopper: take the kernel for Hopper GPUs where it serves; where not, on such a GPU, `reason`
             says why.
-        softmax: the Hopper kernel's: see `HopperAttention`.
+        softmax: of the kernels in Triton and Gluon; see `CompileOptions`.
 
     Raises:
         KernelError: there is no kernel for this device, dtype and head dim.
@@ -152,7 +152,7 @@ def make_attention(
     if device.type == "cuda":
         if hopper and architecture(device) == HOPPER:
             return _hopper_kernel(pattern, lowering, device, dtype, head_dim, softmax)
-        return _cuda_kernel(pattern, lowering, device, dtype, head_dim)
+        return _cuda_kernel(pattern, lowering, device, dtype, head_dim, softmax)
     raise KernelError(
         "there is no block-sparse kernel for this device",
         expected="cpu or cuda",
@@ -167,6 +167,7 @@ def _cuda_kernel(
     device: torch.device,
     dtype: torch.dtype,
     head_dim: int,
+    softmax: Softmax,
 ) -> BakedAttention | TableAttention:
     if not triton_serves(device, dtype):
         raise KernelError(
@@ -179,10 +180,12 @@ def _cuda_kernel(
     if lowering == "table":
         from calibatt_compiler.kernels.triton_table import TableAttention
 
-        return TableAttention(pattern, device=device, dtype=dtype, head_dim=head_dim)
+        return TableAttention(
+            pattern, device=device, dtype=dtype, head_dim=head_dim, softmax=softmax
+        )
     from calibatt_compiler.kernels.baked import BakedAttention
 
-    return BakedAttention(pattern, device=device, dtype=dtype, head_dim=head_dim)
+    return BakedAttention(pattern, device=device, dtype=dtype, head_dim=head_dim, softmax=softmax)
 
 
 def _hopper_kernel(
@@ -197,6 +200,7 @@ def _hopper_kernel(
     from calibatt_compiler.kernels.hopper_capability import hopper_serves
 
     where: dict[str, Any] = {"device": device, "dtype": dtype, "head_dim": head_dim}
+    where["softmax"] = softmax
     reason = hopper_serves(device, dtype, head_dim, pattern)
     if reason is not None:
         portable = _cuda_kernel(pattern, lowering, **where)
@@ -208,11 +212,11 @@ def _hopper_kernel(
     if lowering == "table":
         from calibatt_compiler.kernels.hopper import HopperAttention
 
-        kernel = HopperAttention(pattern, **where, softmax=softmax)
+        kernel = HopperAttention(pattern, **where)
     else:
         from calibatt_compiler.kernels.baked import BakedAttention
 
-        kernel = BakedAttention(pattern, **where, hopper=True, softmax=softmax)
+        kernel = BakedAttention(pattern, **where, hopper=True)
     return WithFallback(kernel, lambda: _cuda_kernel(pattern, lowering, **where))
 
 

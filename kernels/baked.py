@@ -38,13 +38,14 @@ from calibatt_compiler.kernels.operands import check_operands, empty_output
 from calibatt_compiler.kernels.triton_launch import (
     DeviceKernel,
     LaunchConfig,
+    Softmax,
     aligned,
     call_arguments,
     grid,
+    key_sources,
     on_device,
 )
 from calibatt_compiler.kernels.triton_table import TableAttention
-from calibatt_compiler.options import Softmax
 from calibatt_compiler.plan.pattern import BlockPattern
 
 log = logging.getLogger("calibatt")
@@ -87,7 +88,7 @@ class BakedAttention:
             `calibatt build` has made, else have a kernel of the exact mask made.
         compiler: who compiles; default the process's own.
         hopper: take the Hopper kernel and its tables instead of the portable ones.
-        softmax: the Hopper kernel's: see `HopperAttention`.
+        softmax: as in `CompileOptions`; "fixed" insists on a fixed reference.
 
     Attributes:
         pattern: what is really attended: the covered mask.
@@ -115,10 +116,10 @@ class BakedAttention:
         self.reason: str | None = None
         self._baked: _Generated | None = None
         self._target: Target = "hopper" if hopper else "portable"
-        self._hopper: dict[str, Any] = {"softmax": softmax}
         self._future: Future[CompiledSource] | None = None
         self._entry: CacheEntry | None = None
         where: dict[str, Any] = {"device": device, "dtype": dtype, "head_dim": head_dim}
+        where["softmax"] = softmax
         if device.type == "cpu" and limits is None:
             limits = WIDENED  # interpreted: there is nothing to wait for
         self._limits = limits or EXACT
@@ -172,7 +173,7 @@ class BakedAttention:
 
     @property
     def repairs(self) -> int:
-        """Calls computed again because a fixed softmax reference overflowed (Hopper only)."""
+        """Calls computed again because a fixed softmax reference overflowed."""
         kernels = (self.table, self._baked)
         return sum(getattr(kernel, "repairs", 0) for kernel in kernels)
 
@@ -230,7 +231,7 @@ class BakedAttention:
         if self._target == "hopper":
             from calibatt_compiler.kernels.hopper import HopperAttention
 
-            return HopperAttention(self.pattern, **where, **self._hopper)
+            return HopperAttention(self.pattern, **where)
         return TableAttention(self.pattern, **where)
 
     def _compiled(self, entry: CacheEntry, dtype: torch.dtype) -> bool:
@@ -239,7 +240,8 @@ class BakedAttention:
         if isinstance(config, HopperConfig):
             names = [config.variant_name(repair=repair) for repair in config.repairs]
         else:
-            names = [variant_name(config, arch=self.table.arch, dtype=dtype)]
+            configs = [config, config.repair()] if config.softmax == "fixed" else [config]
+            names = [variant_name(each, arch=self.table.arch, dtype=dtype) for each in configs]
         return all(is_compiled(entry, name) for name in names)
 
     def _switch(self) -> None:
@@ -250,21 +252,23 @@ class BakedAttention:
             if self._target == "hopper":
                 from calibatt_compiler.kernels.hopper import HopperLiterals
 
-                self._baked = HopperLiterals(
-                    self._entry, self.pattern, **self._where, **self._hopper
-                )
+                self._baked = HopperLiterals(self._entry, self.pattern, **self._where)
             else:
-                self._baked = _GeneratedKernel(self._entry, self.pattern, **self._where)
+                table: Any = self.table
+                self._baked = _GeneratedKernel(self._entry, self.pattern, table, **self._where)
         except Exception as error:
             self.reason = f"{type(error).__name__}: {error}"
             log.warning("a generated kernel can't be loaded: %s", self.reason)
 
 
 class _GeneratedKernel(DeviceKernel):
-    """A launch of one generated kernel."""
+    """A launch of one generated kernel; where its fixed reference overflows, the table repairs."""
 
-    def __init__(self, entry: CacheEntry, pattern: BlockPattern, **where: Any) -> None:
+    def __init__(
+        self, entry: CacheEntry, pattern: BlockPattern, table: TableAttention, **where: Any
+    ) -> None:
         super().__init__(pattern, **where)
+        self.table = table
         self.kernel = load_kernel(entry)
         self.copies = DeviceCopies.upload(pattern, self.device)
         self.launched = False
@@ -277,9 +281,19 @@ class _GeneratedKernel(DeviceKernel):
         out = empty_output(q)
         q, arguments = call_arguments(q, k, v, out, scale, config)
         with on_device(q):
+            flag = self.flag()
             self.kernel[grid(pattern, config, q.shape[0])](
-                q, k, v, out, **self._tables(), **arguments, **config.constexprs, **config.options
+                q,
+                *key_sources(k, v, config),
+                out,
+                flag,
+                **self._tables(),
+                **arguments,
+                **config.constexprs,
+                **config.options,
             )
+            if flag is not None:
+                self.table.repair((q, k, v, out), flag, arguments)
         self.launched = True
         return out
 

@@ -32,12 +32,16 @@ class TileSettings:
         n: keys an iteration.
         warps: warps a program.
         stages: software pipeline stages of the key and value loads.
+        registers: most registers a thread may take; None leaves it to the compiler.
+        descriptors: keys and values are loaded by TMA (sm_90 and newer).
     """
 
     m: int
     n: int
     warps: int
     stages: int
+    registers: int | None = None
+    descriptors: bool = False
 
 
 # (largest head dim, limits), smallest first; chosen so that nothing spills and shared memory fits.
@@ -64,6 +68,22 @@ _HALF_PRECISION: dict[str, tuple[tuple[int, TileSettings], ...]] = {
     "sm_100": (
         (64, TileSettings(128, 64, 4, 3)),
         (128, TileSettings(128, 64, 8, 3)),
+        (256, TileSettings(64, 32, 4, 2)),
+    ),
+}
+# Attention alone, without weights and pooled keys.
+_ATTENTION = _HALF_PRECISION | {
+    # Two programs a multiprocessor: one's exponentials beneath the other's products. For D = 128
+    # that leaves 128 registers a thread, and a few bytes spill. Both that and TMA, which saves
+    # pointers, are measured: benchmarks/RESULTS.md, "Which form of the portable kernel".
+    "sm_90": (
+        (128, TileSettings(128, 64, 8, 2, registers=128, descriptors=True)),
+        (256, TileSettings(64, 32, 4, 2)),
+    ),
+    # With fewer warps, or stages, more would spill on sm_120.
+    "small": (
+        (64, TileSettings(128, 32, 8, 2)),
+        (128, TileSettings(128, 32, 8, 3)),
         (256, TileSettings(64, 32, 4, 2)),
     ),
 }
@@ -163,15 +183,16 @@ def tile_settings(
     Raises:
         KernelError: head_dim out of range.
     """
-    limits = _limits(_HALF_PRECISION, _SINGLE_PRECISION, arch, dtype, head_dim)
-    if pattern.weights is not None or pattern.pooled:
+    special = pattern.weights is not None or pattern.pooled > 0
+    half = _HALF_PRECISION if special else _ATTENTION
+    limits = _limits(half, _SINGLE_PRECISION, arch, dtype, head_dim)
+    if special:
         # Scaled scores beside raw ones: larger tiles, or fewer warps, would spill.
         limits = replace(limits, n=min(limits.n, 32), warps=max(limits.warps, 8))
-    return TileSettings(
+    return replace(
+        limits,
         m=min(limits.m, pattern.block_m & -pattern.block_m),
         n=min(limits.n, pattern.block_n & -pattern.block_n),
-        warps=limits.warps,
-        stages=limits.stages,
     )
 
 

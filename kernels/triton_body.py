@@ -12,14 +12,27 @@ import triton.language as tl
 
 
 @triton.jit
-def head_rows(ptr, stride_b, stride_h, stride_s, batch, head, ALIGN: tl.constexpr):
+def head_rows(
+    ptr,
+    stride_b,
+    stride_h,
+    stride_s,
+    batch,
+    head,
+    ALIGN: tl.constexpr,
+    TMA: tl.constexpr = False,
+):
     """Pointer to token 0 of one head, and the distance of two tokens in elements.
 
     The strides count units of ALIGN elements. The multiplication by a literal is what tells the
     compiler that 16-byte loads are aligned: a hint on an argument gets lost when functions are
-    inlined.
+    inlined. With TMA, `ptr` is a descriptor of all heads, which needs neither: see `load_tokens`.
     """
-    return ptr + (batch * stride_b + head * stride_h) * ALIGN, stride_s * ALIGN
+    # Not two returns: what follows one is compiled, too.
+    if not TMA:
+        ptr += (batch * stride_b + head * stride_h) * ALIGN
+        stride_s *= ALIGN
+    return ptr, stride_s
 
 
 @triton.jit
@@ -51,6 +64,31 @@ def load_rows(
     if HEAD_DIM != PADDED_DIM:
         return tl.load(pointers, mask=(column < HEAD_DIM)[None, :], other=0.0)
     return tl.load(pointers)
+
+
+@triton.jit
+def load_tokens(
+    source,
+    stride,
+    batch,
+    head,
+    first,
+    length,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    RAGGED: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """As `load_rows` from the pointer `source`, or with TMA from a descriptor of (B, H, S, D).
+
+    A descriptor finds the tokens by `batch` and `head`, and reads zero past any end.
+    """
+    if TMA:
+        tokens = tl.reshape(source.load([batch, head, first, 0]), [ROWS, PADDED_DIM])
+    else:
+        tokens = load_rows(source, stride, first, length, ROWS, HEAD_DIM, PADDED_DIM, RAGGED)
+    return tokens
 
 
 @triton.jit
@@ -91,12 +129,18 @@ def key_scores(
     PADDED_DIM: tl.constexpr,
     RAGGED: tl.constexpr,
     PRECISION: tl.constexpr,
+    batch=0,
+    head=0,
+    TMA: tl.constexpr = False,
 ):
     """Raw scores (M, N) of q (M, D) against the keys `first` to `first + TILE_N`.
 
-    With RAGGED, keys from `length_k` on score -inf, which stays so under a positive scale.
+    With RAGGED, keys from `length_k` on score -inf, which stays so under a positive scale. For
+    `batch`, `head` and TMA see `load_tokens`.
     """
-    k = load_rows(k_ptr, stride_ks, first, length_k, TILE_N, HEAD_DIM, PADDED_DIM, RAGGED)
+    k = load_tokens(
+        k_ptr, stride_ks, batch, head, first, length_k, TILE_N, HEAD_DIM, PADDED_DIM, RAGGED, TMA
+    )
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if RAGGED:
         inside = first + tl.arange(0, TILE_N) < length_k
@@ -165,6 +209,34 @@ def attend_tile_sums(
 
 
 @triton.jit
+def reference_maximum(
+    q,
+    k_ptr,
+    stride_ks,
+    first,
+    length_k,
+    scale_log2,
+    TILE_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    batch,
+    head,
+    TMA: tl.constexpr,
+):
+    """The fixed softmax reference: row maximum (M,) of the keys `first` to `first + TILE_N`.
+
+    In units of log2, scaled. These keys are attended, too, so a row's sum is at least 1: whatever
+    flushes to zero beside it is below 2^-126 of it. See `flag_overflow` for the other end.
+    """
+    scores = key_scores(
+        q, k_ptr, stride_ks, first, length_k, TILE_N, HEAD_DIM, PADDED_DIM, True, PRECISION,
+        batch, head, TMA,
+    )  # fmt: skip
+    return tl.max(scores, 1) * scale_log2
+
+
+@triton.jit
 def attend_tile(
     q,
     k_ptr,
@@ -184,13 +256,47 @@ def attend_tile(
     PRECISION: tl.constexpr,
     log2_weight=0.0,
     WEIGHTED: tl.constexpr = False,
+    batch=0,
+    head=0,
+    FIXED: tl.constexpr = False,
+    TMA: tl.constexpr = False,
 ):
-    """As `attend_tile_sums`, without the tile's own sums."""
-    acc, maximum, total, _, _ = attend_tile_sums(
-        q, k_ptr, v_ptr, stride_ks, stride_vs, first, length_k, acc, maximum, total, scale_log2,
-        TILE_N, HEAD_DIM, PADDED_DIM, RAGGED, PRECISION, log2_weight, WEIGHTED,
+    """Attend the keys `first` to `first + TILE_N`; q is (M, D), acc (M, D) float32.
+
+    Returns the new acc, maximum and total. If FIXED, `maximum` is the `reference_maximum` and stays
+    so. Only a RAGGED tile is masked. For `batch`, `head` and TMA see `load_tokens`.
+    """
+    scores = key_scores(
+        q, k_ptr, stride_ks, first, length_k, TILE_N, HEAD_DIM, PADDED_DIM, RAGGED, PRECISION,
+        batch, head, TMA,
     )  # fmt: skip
+    if FIXED:
+        probability = tl.math.exp2(scores * scale_log2 - maximum[:, None])
+        total += tl.sum(probability, 1)
+    else:
+        probability, sums, shrink, maximum = online_softmax_update(
+            scores, maximum, scale_log2, log2_weight, WEIGHTED
+        )
+        acc = acc * shrink[:, None]
+        total = total * shrink + sums
+    v = load_tokens(
+        v_ptr, stride_vs, batch, head, first, length_k, TILE_N, HEAD_DIM, PADDED_DIM, RAGGED, TMA
+    )
+    acc = tl.dot(probability.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, maximum, total
+
+
+@triton.jit
+def flag_overflow(flag_ptr, acc, total):
+    """Set the flag unless every row sum (M,) is in range and all of acc (M, D) is finite.
+
+    Below 2^-60 or above 2^120 a fixed softmax reference is not trusted: the call is repaired.
+    """
+    # 0 for what is finite, else NaN, which no comparison holds for.
+    check = total + tl.sum(acc * 0.0, 1)
+    inside = (check > 2.0**-60) & (check < 2.0**120)
+    # Each such row stores: a reduction to one number is more than triton 3.7 compiles for sm_100.
+    tl.store(flag_ptr + tl.zeros_like(check).to(tl.int32), 1, mask=inside == 0)
 
 
 @triton.jit

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +24,10 @@ ALIGNMENT = 16
 """Bytes to which pointers and strides are aligned, so that every load moves 16 bytes at once."""
 
 
+Softmax = Literal["auto", "exact", "fixed"]
+"""As in `CompileOptions`; `fixed` insists on the fixed reference."""
+
+
 @dataclass(frozen=True)
 class LaunchConfig:
     """What a portable kernel is specialised on, besides its source.
@@ -32,11 +36,20 @@ class LaunchConfig:
         constexprs: the kernel's compile-time arguments by name.
         options: Triton's own launch options.
         settings: the tiles they are made from.
+        softmax: "exact": the running maximum; "fixed": a fixed reference and a flag; "repair": the
+            running maximum, if the flag is set.
+        descriptors: keys and values are passed as TMA descriptors.
     """
 
     constexprs: dict[str, int | str | bool]
     options: dict[str, int | bool]
     settings: TileSettings
+    softmax: Literal["exact", "fixed", "repair"] = "exact"
+    descriptors: bool = False
+
+    def repair(self) -> LaunchConfig:
+        """Of the launch behind one with a fixed reference."""
+        return replace(self, constexprs={**self.constexprs, "FIXED": False}, softmax="repair")
 
 
 def launch_config(
@@ -46,6 +59,7 @@ def launch_config(
     dtype: torch.dtype,
     head_dim: int,
     settings: TileSettings | None = None,
+    softmax: Softmax = "auto",
 ) -> LaunchConfig:
     """Derive the compile-time arguments for a pattern.
 
@@ -55,14 +69,46 @@ def launch_config(
         dtype: float16, bfloat16 or float32.
         head_dim: elements a head.
         settings: tiles to use instead of the table's, which must divide the blocks.
+        softmax: "auto" takes a fixed reference where `fixed_reference` allows it.
 
     Raises:
-        KernelError: dtype or head_dim that no portable kernel takes.
+        KernelError: dtype or head_dim that no portable kernel takes, or a fixed reference that is
+            insisted on where there is none.
     """
     check_dtype(dtype)
     tiles = settings or tile_settings(pattern, arch=arch, dtype=dtype, head_dim=head_dim)
     blocks = {"ROW_TILES": pattern.block_m // tiles.m, "KEY_TILES": pattern.block_n // tiles.n}
-    return tiled_config(tiles, blocks, pattern.key_length, dtype=dtype, head_dim=head_dim)
+    config = tiled_config(tiles, blocks, pattern.key_length, dtype=dtype, head_dim=head_dim)
+    fixed = fixed_reference(pattern, dtype, softmax)
+    # TMA wants tokens that are aligned to 16 bytes.
+    descriptors = tiles.descriptors and config.constexprs["ALIGN"] != 1
+    return replace(
+        config,
+        constexprs={**config.constexprs, "FIXED": fixed, "TMA": descriptors},
+        softmax="fixed" if fixed else "exact",
+        descriptors=descriptors,
+    )
+
+
+def fixed_reference(pattern: BlockPattern, dtype: torch.dtype, softmax: Softmax) -> bool:
+    """Whether the softmax of a pattern takes a fixed reference, with a repair behind it.
+
+    It asks for the range of float32, which float16 lacks. "auto" leaves float32 itself exact: its
+    products take no tensor core, so little would be gained. Weighted and pooled keys are exact,
+    too: their scores have other terms, which a reference tile would have to share.
+
+    Raises:
+        KernelError: "fixed" where it can't be.
+    """
+    plain = pattern.weights is None and not pattern.pooled
+    if softmax == "fixed" and not (plain and dtype != torch.float16):
+        raise KernelError(
+            "no fixed softmax reference for this call",
+            expected="bfloat16 or float32, a pattern without weights and pooled keys",
+            got=f"{dtype}, {'a plain' if plain else 'such a'} pattern",
+            remedy="leave softmax out",
+        )
+    return plain and (softmax == "fixed" or (softmax == "auto" and dtype == torch.bfloat16))
 
 
 def check_dtype(dtype: torch.dtype) -> None:
@@ -111,6 +157,8 @@ def tiled_config(
         "num_stages": tiles.stages,
         "enable_fp_fusion": True,
     }
+    if tiles.registers is not None:
+        options["maxnreg"] = tiles.registers
     return LaunchConfig(constexprs, options, tiles)
 
 
@@ -123,12 +171,13 @@ def aligned(tensor: Tensor, config: LaunchConfig) -> Tensor:
     """`tensor` (B, H, S, D) itself if the kernel can read it, else a contiguous copy.
 
     Readable is unit stride along D and, where D allows it, pointer and strides aligned to 16 bytes:
-    permuted views of (B, S, H, D) are.
+    permuted views of (B, S, H, D) are. TMA also takes no tensor that repeats itself.
     """
     align = config.constexprs["ALIGN"]
     assert isinstance(align, int)
     strides_fit = tensor.stride(3) == 1 and all(
-        stride % align == 0 for stride in tensor.stride()[:3]
+        stride % align == 0 and (stride > 0 or not config.descriptors)
+        for stride in tensor.stride()[:3]
     )
     if strides_fit and (tensor.data_ptr() % ALIGNMENT == 0):
         return tensor
@@ -158,6 +207,16 @@ def call_arguments(
     return q, {**strides, "scale_log2": scale * math.log2(math.e)}
 
 
+def key_sources(k: Tensor, v: Tensor, config: LaunchConfig) -> tuple[Any, Any]:
+    """What a kernel loads keys and values from: `aligned` tensors, or TMA descriptors of them."""
+    if not config.descriptors:
+        return k, v
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    tile = [1, 1, config.settings.n, config.constexprs["PADDED_DIM"]]
+    return tuple(TensorDescriptor(x, list(x.shape), list(x.stride()), tile) for x in (k, v))
+
+
 def positive_scale(q: Tensor, scale: float | None) -> tuple[Tensor, float]:
     """Return queries (other ones if scale <= 0) and a positive scale with the same scores.
 
@@ -185,6 +244,7 @@ class DeviceKernel:
         dtype: of q, k and v.
         head_dim: elements a head.
         settings: tiles to use instead of the architecture's own.
+        softmax: as for `launch_config`.
     """
 
     def __init__(
@@ -195,6 +255,7 @@ class DeviceKernel:
         dtype: torch.dtype,
         head_dim: int,
         settings: TileSettings | None = None,
+        softmax: Softmax = "auto",
     ) -> None:
         self.pattern = pattern
         self.device = device
@@ -202,8 +263,22 @@ class DeviceKernel:
         self.head_dim = head_dim
         self.arch = architecture(device)
         self.config = launch_config(
-            pattern, arch=self.arch, dtype=dtype, head_dim=head_dim, settings=settings
+            pattern,
+            arch=self.arch,
+            dtype=dtype,
+            head_dim=head_dim,
+            settings=settings,
+            softmax=softmax,
         )
+
+    def flag(self) -> Tensor | None:
+        """A flag for one call whose softmax has a fixed reference, else None.
+
+        One a call: calls on other streams have theirs, and a graph replays its zero.
+        """
+        if self.config.softmax != "fixed":
+            return None
+        return torch.zeros(1, dtype=torch.int32, device=self.device)
 
     def check_specialisation(self, q: Tensor) -> None:
         """Raise `KernelError` unless q has the dtype, head dim and device of this kernel."""
