@@ -2,13 +2,16 @@
 
     python benchmarks/dit_layer.py --out results                  480p and 720p, 2 layers
     python benchmarks/dit_layer.py --sizes 720p --layers 4 --density 0.375
+    python benchmarks/dit_layer.py --token-order 2x8xall --layers 8    what it adds
     python benchmarks/dit_layer.py --check                        no GPU: tiny, times mean nothing
 
 The model has true widths and random weights; all layers share one mask of `attention_cases.py`.
 Every variant is the same module under `torch.compile`; what differs is what serves self-attention:
 `stock` is Inductor with SDPA as torch picks it, `cudnn` with cuDNN's, `none` returns zeros, which
 tells what a layer costs without attention. Times are medians of rounds that interleave all
-variants in one process. Results are printed and written to OUT/dit_layer.json.
+variants in one process. With `--token-order` our kernels are timed twice more, by a plan of the
+same masks in that order: tokens permuted `once` a forward pass, through all layers, and
+`around` each site. Results are printed and written to OUT/dit_layer.json.
 """
 
 from __future__ import annotations
@@ -21,10 +24,11 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from attention_cases import SIZES, Case, make_pattern
@@ -36,16 +40,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import calibatt_compiler
 from calibatt_compiler.files import write_text
+from calibatt_compiler.passes import pipeline
+from calibatt_compiler.passes.permute_tokens import permute_tokens
 from calibatt_compiler.plan import Plan, Sampler, SitePatterns
+from calibatt_compiler.plan.order import RASTER, TokenOrder
 
 TIMESTEP = 500.0
-VARIANTS = ("stock", "cudnn", "fa3", "table", "baked", "hopper table", "hopper baked", "none")
+ONCE = "permuted once a forward pass"
+VARIANTS = ("stock", "cudnn", "fa3", "table", "baked", "hopper table", "hopper exact",
+            "hopper baked", "none")  # fmt: skip
 CHECK_VARIANTS = ("stock", "table", "none")
 OURS: dict[str, dict[str, Any]] = {
-    "table": {"lowering": "table"},
-    "baked": {"lowering": "baked"},
-    "hopper table": {"lowering": "table", "hopper": True},
-    "hopper baked": {"lowering": "baked", "hopper": True},
+    "table": {"lowering": "table", "hopper": False},
+    "baked": {"lowering": "baked", "hopper": False},
+    "hopper table": {"lowering": "table"},
+    "hopper exact": {"lowering": "table", "softmax": "exact"},
+    "hopper baked": {"lowering": "baked"},
 }
 
 
@@ -158,11 +168,57 @@ def make_model(scale: Scale, layers: int, device: torch.device, dtype: torch.dty
     return model.to(dtype).eval().requires_grad_(False)
 
 
-def compiled(model: Any, name: str, plan: Plan, tokens: int) -> Any:
+@dataclass(frozen=True)
+class Variant:
+    """What serves self-attention.
+
+    Attributes:
+        kind: one of `VARIANTS`.
+        order: tokens of the plan's blocks.
+        around: let each site permute tokens, whatever the passes could do.
+    """
+
+    kind: str
+    order: TokenOrder = RASTER
+    around: bool = False
+
+    @property
+    def name(self) -> str:
+        """Shown in results."""
+        if self.order == RASTER:
+            return self.kind
+        return f"{self.kind} {self.order} {'around' if self.around else 'once'}"
+
+    def compiling(self) -> AbstractContextManager[Any]:
+        """The passes that its first call is compiled by."""
+        others = tuple(each for each in pipeline.PASSES if each is not permute_tokens)
+        return mock.patch.object(pipeline, "PASSES", others) if self.around else nullcontext()
+
+    def running(self) -> AbstractContextManager[Any]:
+        """The backend of stock attention."""
+        return sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if self.kind == "cudnn" else nullcontext()
+
+
+def variants(kinds: Sequence[str], order: TokenOrder) -> list[Variant]:
+    """List all variants to be timed; our kernels in the other order, too, if one is given."""
+    found = [Variant(kind) for kind in kinds]
+    if order != RASTER:
+        ours = [kind for kind in kinds if kind in OURS]
+        found += [Variant(kind, order, around) for kind in ours for around in (False, True)]
+    return found
+
+
+def compiled(model: Any, variant: Variant, plan: Plan, tokens: int) -> Any:
     """Compile one variant, apart from the others."""
-    settings: dict[str, Any] = {"fullgraph": True, "dynamic": False, "isolate_recompiles": True}
+    name = variant.kind
+    # Counted for all of them together.
+    torch._dynamo.config.recompile_limit = 64
+    settings: dict[str, Any] = {"fullgraph": True, "dynamic": False}
     if name in OURS:
         settings["options"] = {"plan": plan, "on_mismatch": "error", **OURS[name]}
+        if variant.around:
+            # The default: equal options would share the graph of the other variant.
+            settings["options"]["inductor"] = {"max_autotune": False}
         return torch.compile(model, backend="calibatt", **settings)
     operators = {
         "fa3": torch.ops.calibatt_benchmark.fa3.default,
@@ -192,11 +248,16 @@ def measure(size: str, density: float, options: argparse.Namespace) -> Row:
     )
     pattern = make_pattern(Case(shape, options.mask, density))
     site = SitePatterns((pattern,), (0,), scale.head_dim)
-    plan = Plan.create(
-        {f"blocks.{layer}.attn1": site for layer in range(options.layers)},
-        grid=scale.grid,
-        sampler=Sampler(timesteps=(TIMESTEP,)),
-    )
+    chosen = variants(options.variants, options.token_order)
+    plans = {
+        order: Plan.create(
+            {f"blocks.{layer}.attn1": site for layer in range(options.layers)},
+            grid=scale.grid,
+            sampler=Sampler(timesteps=(TIMESTEP,)),
+            token_order=order,
+        )
+        for order in {variant.order for variant in chosen}
+    }
     arguments = {
         "hidden_states": torch.randn(1, 16, *scale.latent, device=device, dtype=dtype),
         "timestep": torch.tensor([int(TIMESTEP)], device=device),
@@ -205,27 +266,29 @@ def measure(size: str, density: float, options: argparse.Namespace) -> Row:
     }
     runs: dict[str, Callable[[], Any]] = {}
     left_out: dict[str, str] = {}
-    for name in options.variants:
-        variant = compiled(model, name, plan, tokens)
-        backend = sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if name == "cudnn" else nullcontext()
+    for variant in chosen:
+        served = compiled(model, variant, plans[variant.order], tokens)
 
-        def run(variant: Any = variant, backend: Any = backend) -> Any:
-            return variant(**arguments)
+        def run(served: Any = served) -> Any:
+            return served(**arguments)
 
         try:
-            with backend:
+            with variant.compiling(), variant.running():
                 run()
-            wait_for_kernels(variant, name)
+            wait_for_kernels(served, variant.kind)
+            check_order(served, variant)
             beat()
         except Exception as error:
-            left_out[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            left_out[variant.name] = f"{type(error).__name__}: {error}".splitlines()[0]
             continue
-        runs[name] = run
+        runs[variant.name] = run
+    chosen = [variant for variant in chosen if variant.name in runs]
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(options.rounds + 1):
-        for name, run in runs.items():
-            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if name == "cudnn" else nullcontext():
-                took = calls(run, 2 if on_gpu else 1, on_gpu)[-1]
+        for variant in chosen:
+            name = variant.name
+            with variant.running():
+                took = calls(runs[name], 2 if on_gpu else 1, on_gpu)[-1]
             if turn:
                 times[name].append(took / options.layers)
     ms = {name: statistics.median(values) for name, values in times.items()}
@@ -248,18 +311,37 @@ def wait_for_kernels(variant: Any, name: str, seconds: float = 120.0) -> None:
         raise RuntimeError(f"served by {dict(served)}: {'; '.join(sorted(reasons))}")
 
 
+def check_order(served: Any, variant: Variant) -> None:
+    """Raise where tokens are not permuted as the variant's name says."""
+    if variant.order == RASTER:
+        return
+    orders = calibatt_compiler.summary(served).orders
+    if orders != (() if variant.around else (f"token order {variant.order}: {ONCE}",)):
+        raise RuntimeError(f"not permuted once a forward pass: {'; '.join(orders)}")
+
+
 def report(row: Row) -> None:
     """Print one row."""
     print(f"\n{row.size}: {row.tokens} tokens, density {row.density:.3f}, {row.layers} layers")
     over_fa3, over_stock = row.speed_up("fa3"), row.speed_up("stock")
+    width = max(map(len, (*row.ms, *row.left_out)))
     for name, ms in row.ms.items():
         print(
-            f"  {name:14s} {ms:8.2f} ms a layer   x{over_fa3[name]:.2f} over fa3   "
-            f"x{over_stock[name]:.2f} over stock",
+            f"  {name:{width}s} {ms:8.2f} ms a layer   x{over_fa3[name]:.2f} over fa3   "
+            f"x{over_stock[name]:.2f} over stock{added(row, name)}",
             flush=True,
         )
     for name, why in row.left_out.items():
-        print(f"  {name:14s} left out: {why}", flush=True)
+        print(f"  {name:{width}s} left out: {why}", flush=True)
+
+
+def added(row: Row, name: str) -> str:
+    """Say what a token order adds to the same kernels in raster order."""
+    kind, _, way = name.rpartition(" ")
+    raster = row.ms.get(kind.rpartition(" ")[0], math.nan)
+    if way not in ("once", "around") or math.isnan(raster):
+        return ""
+    return f"   {row.ms[name] / raster - 1:+.1%} on raster order"
 
 
 def parse() -> argparse.Namespace:
@@ -272,6 +354,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--mask", default="ragged")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--token-order", type=TokenOrder.parse, default=RASTER, metavar="ORDER")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--check", action="store_true", help="tiny, on a CPU: shows that it runs")
@@ -300,6 +383,7 @@ def main() -> int:
                 "device": device,
                 "torch": torch.__version__,
                 "mask": options.mask,
+                "token_order": str(options.token_order),
                 "rows": [asdict(row) for row in rows],
             }
             options.out.mkdir(parents=True, exist_ok=True)

@@ -54,7 +54,8 @@ def calibatt(
     except CalibattError as error:
         return _raising(error)
     compiled = CompiledGraph(_inductor(gm, example_inputs, checked.inductor), rewrite.entries())
-    keep_report(inputs.module, GraphReport(compiled, binder, options))
+    report = GraphReport(compiled, binder, options, rewrite.order_in_words())
+    keep_report(inputs.module, report)
     return compiled
 
 

@@ -14,7 +14,7 @@ from calibatt_compiler.dynamo import FrameInputs
 from calibatt_compiler.errors import KernelError, PlanMismatchError
 from calibatt_compiler.options import CompileOptions
 from calibatt_compiler.passes.graph import example
-from calibatt_compiler.passes.rewrite import SdpaCall, Skip
+from calibatt_compiler.passes.rewrite import Layout, SdpaCall, Skip
 from calibatt_compiler.plan import Plan, SitePatterns
 from calibatt_compiler.plan.text import other_text
 from calibatt_compiler.runtime.kernels import KernelStore
@@ -46,6 +46,14 @@ class PlanBinder:
     def plan(self) -> Plan:
         """The plan that is bound."""
         return self._plan
+
+    @property
+    def layout(self) -> Layout | None:
+        """Layout of tokens in the plan's patterns; None if it is the model's own."""
+        plan = self._plan
+        if plan.token_order.tokens(plan.grid) is None:
+            return None
+        return Layout(plan.token_order, plan.grid, plan.text_position == "first")
 
     def bind(self, call: SdpaCall) -> Site | Skip:
         """Return the site that serves a call, or why it stays dense."""
@@ -101,7 +109,13 @@ class PlanBinder:
 
 
 class RecordingBinder:
-    """Binds every site that could be sparse to a recorder."""
+    """Binds every site that could be sparse to a recorder.
+
+    Attributes:
+        layout: None: a recorder is shown tokens in the model's order.
+    """
+
+    layout = None
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import torch
 
 from calibatt_compiler.errors import PlanError
+from calibatt_compiler.kernels.attention import softmax_for
 from calibatt_compiler.kernels.cache import Target
 from calibatt_compiler.kernels.compiler import BuildReport, KernelSpec, shared_compiler
 from calibatt_compiler.kernels.cover import WIDENED
@@ -79,7 +80,8 @@ class PlanSpecs(Collection[KernelSpec]):
     def _spec(self, pattern: BlockPattern, head_dim: int, arch: int) -> KernelSpec:
         served = operand_reason(self._dtype, head_dim, pattern) is None
         target: Target = "hopper" if self._hopper and arch == HOPPER and served else "portable"
-        return KernelSpec(pattern, self._dtype, head_dim, arch, WIDENED, target)
+        softmax = softmax_for(pattern, "auto")
+        return KernelSpec(pattern, self._dtype, head_dim, arch, WIDENED, target, softmax)
 
 
 def build_for_device(

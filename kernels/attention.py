@@ -129,7 +129,7 @@ def make_attention(
         head_dim: of the operands.
         hopper: take the kernel for Hopper GPUs where it serves; where not, on such a GPU, `reason`
             says why.
-        softmax: of the kernels in Triton and Gluon; see `CompileOptions`.
+        softmax: as in `CompileOptions`.
 
     Raises:
         KernelError: there is no kernel for this device, dtype and head dim.
@@ -150,9 +150,9 @@ def make_attention(
 
         return NativeCpuAttention(pattern, dtype=dtype, head_dim=head_dim)
     if device.type == "cuda":
-        if hopper and architecture(device) == HOPPER:
-            return _hopper_kernel(pattern, lowering, device, dtype, head_dim, softmax)
-        return _cuda_kernel(pattern, lowering, device, dtype, head_dim, softmax)
+        softmax = softmax_for(pattern, softmax)
+        serve = _hopper_kernel if hopper and architecture(device) == HOPPER else _cuda_kernel
+        return serve(pattern, lowering, device, dtype, head_dim, softmax)
     raise KernelError(
         "there is no block-sparse kernel for this device",
         expected="cpu or cuda",
@@ -177,15 +177,19 @@ def _cuda_kernel(
             got=f"{torch.cuda.get_device_name(device)}, {dtype}",
             remedy="use the option lowering='reference'",
         )
+    where: dict[str, Any] = {
+        "device": device,
+        "dtype": dtype,
+        "head_dim": head_dim,
+        "softmax": softmax,
+    }
     if lowering == "table":
         from calibatt_compiler.kernels.triton_table import TableAttention
 
-        return TableAttention(
-            pattern, device=device, dtype=dtype, head_dim=head_dim, softmax=softmax
-        )
+        return TableAttention(pattern, **where)
     from calibatt_compiler.kernels.baked import BakedAttention
 
-    return BakedAttention(pattern, device=device, dtype=dtype, head_dim=head_dim, softmax=softmax)
+    return BakedAttention(pattern, **where)
 
 
 def _hopper_kernel(
@@ -200,10 +204,9 @@ def _hopper_kernel(
     from calibatt_compiler.kernels.hopper_capability import hopper_serves
 
     where: dict[str, Any] = {"device": device, "dtype": dtype, "head_dim": head_dim}
-    where["softmax"] = softmax
     reason = hopper_serves(device, dtype, head_dim, pattern)
     if reason is not None:
-        portable = _cuda_kernel(pattern, lowering, **where)
+        portable = _cuda_kernel(pattern, lowering, **where, softmax=softmax)
         portable.reason = portable.reason or f"no Hopper kernel: {reason}"
         return portable
     from calibatt_compiler.kernels.hopper_fallback import WithFallback
@@ -212,12 +215,22 @@ def _hopper_kernel(
     if lowering == "table":
         from calibatt_compiler.kernels.hopper import HopperAttention
 
-        kernel = HopperAttention(pattern, **where)
+        kernel = HopperAttention(pattern, **where, softmax=softmax)
     else:
         from calibatt_compiler.kernels.baked import BakedAttention
 
-        kernel = BakedAttention(pattern, **where, hopper=True)
-    return WithFallback(kernel, lambda: _cuda_kernel(pattern, lowering, **where))
+        kernel = BakedAttention(pattern, **where, hopper=True, softmax=softmax)
+    return WithFallback(kernel, lambda: _cuda_kernel(pattern, lowering, **where, softmax=softmax))
+
+
+FIXED_FROM = 8192
+"""Keys from which on a fixed softmax reference is asked for. On short sequences the launch of its
+repair (61 microseconds of the host, measured beside an H100) outweighs what it saves."""
+
+
+def softmax_for(pattern: BlockPattern, softmax: Softmax) -> Softmax:
+    """The softmax to ask a kernel for: short sequences take the exact one."""
+    return "exact" if pattern.key_length < FIXED_FROM else softmax
 
 
 def triton_serves(device: torch.device, dtype: torch.dtype) -> bool:

@@ -52,7 +52,7 @@ _GENERATOR = (
     "codegen_forms.py",
     "codegen.py",
     "codegen_hopper.py",
-    "key_stream.py",
+    "index_tables.py",
     "triton_body.py",
     "triton_table.py",
     "hopper_primitives.py",

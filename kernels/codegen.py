@@ -223,7 +223,7 @@ def _repetitive(pattern: BlockPattern) -> str:
 
 
 def _reference(intervals: int, pattern: BlockPattern) -> str:
-    """Lines that set `maximum` where the softmax takes a fixed reference; see `KeyStream`."""
+    """Lines that set `maximum` where the softmax takes a fixed reference; see `IndexTables`."""
     diagonal = f"row * {pattern.block_m} // {pattern.block_n}"
     return _REFERENCE.format(
         diagonal="row" if pattern.block_m == pattern.block_n else diagonal,

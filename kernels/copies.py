@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from calibatt_compiler.kernels.uploads import to_device
 from calibatt_compiler.plan.copies import RowCopies
 from calibatt_compiler.plan.pattern import BlockPattern
 
@@ -89,8 +90,13 @@ class DeviceCopies:
         }
 
     @classmethod
-    def upload(cls, pattern: BlockPattern, device: torch.device) -> DeviceCopies | None:
+    def upload(
+        cls, pattern: BlockPattern, device: torch.device, *, whole: int = 1
+    ) -> DeviceCopies | None:
         """Return the tables of a pattern on a device, None if no head is repetitive.
+
+        They are filled up to a multiple of `whole` rows: by the last row, which no token takes from
+        there.
 
         To a GPU the flags are copied from pinned memory on the current stream, and not waited for;
         shared tables are, but they are copied once.
@@ -98,13 +104,16 @@ class DeviceCopies:
         tables = copy_tables(pattern)
         if tables is None or pattern.repetitive is None:
             return None
-        key = (pattern.copies, pattern.query_length, str(device))
+        key = (pattern.copies, pattern.query_length, whole, str(device))
         # Another thread may launch on another stream as soon as it finds them.
         with _lock:
             shared = _shared.get(key)
             if shared is None:
-                both = (table.copy() for table in (tables.computed, tables.targets))
-                shared = _Shared(*(torch.from_numpy(table).to(device) for table in both))
+                more = -len(tables.computed) % whole
+                computed = np.pad(tables.computed, (0, more), mode="edge")
+                targets = np.pad(tables.targets, ((0, 0), (0, more)), constant_values=-1)
+                both = (torch.from_numpy(table).to(device) for table in (computed, targets))
+                shared = _Shared(*both)
                 _shared[key] = shared
         return cls(to_device(pattern.repetitive.view(np.uint8), device), shared)
 
@@ -118,13 +127,7 @@ NO_COPIES: dict[str, Any] = {
 }
 """Arguments of a kernel for patterns without repetitive heads."""
 
-_shared: WeakValueDictionary[tuple[RowCopies | None, int, str], _Shared] = WeakValueDictionary()
+_shared: WeakValueDictionary[tuple[RowCopies | None, int, int, str], _Shared] = (
+    WeakValueDictionary()
+)
 _lock = threading.Lock()
-
-
-def to_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:
-    """Copy a table; to a GPU from pinned memory on the current stream, without waiting."""
-    host = torch.from_numpy(np.require(array, requirements=["C", "W"]))
-    if device.type == "cuda":
-        return host.pin_memory().to(device, non_blocking=True)
-    return host.to(device)

@@ -6,6 +6,7 @@ default: see `attention.make_attention`.
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -16,12 +17,12 @@ from torch import Tensor
 
 from calibatt_compiler.errors import KernelError
 from calibatt_compiler.kernels.cache import CacheEntry, load_kernel
+from calibatt_compiler.kernels.copies import DeviceCopies
 from calibatt_compiler.kernels.hopper_capability import hopper_serves
 from calibatt_compiler.kernels.hopper_kernel import hopper_attention, hopper_counts
 from calibatt_compiler.kernels.hopper_launch import (
     COUNT_TILES,
     HopperConfig,
-    Softmax,
     State,
     Tables,
     arguments,
@@ -32,9 +33,11 @@ from calibatt_compiler.kernels.hopper_launch import (
 from calibatt_compiler.kernels.hopper_schedule import key_runs, make_schedule, tail_weights
 from calibatt_compiler.kernels.operands import check_operands, check_specialisation, empty_output
 from calibatt_compiler.kernels.tiles import multiprocessors
-from calibatt_compiler.kernels.triton_launch import on_device
+from calibatt_compiler.kernels.triton_launch import Softmax, on_device
+from calibatt_compiler.kernels.uploads import Uploaded, to_device
 from calibatt_compiler.plan.pattern import BlockPattern
 
+_lock = threading.Lock()
 _tables: WeakValueDictionary[tuple[object, ...], Tables] = WeakValueDictionary()
 
 
@@ -97,6 +100,7 @@ class HopperAttention:
             literals=self._indices()["LITERALS"] is not None,
         )
         self._repairs = torch.zeros(1, dtype=torch.int32, device=device)
+        self._rows: tuple[Tensor, ...] | None = None
 
     @property
     def table_bytes(self) -> int:
@@ -159,7 +163,7 @@ class HopperAttention:
         out = empty_output(q)
         lse = q.new_empty(q.shape[:3], dtype=torch.float32) if return_lse else None
         self.write((q, k, v, out), scale=scale, key_lengths=key_lengths, lse=lse)
-        return out, lse
+        return out, None if lse is None else self._spread(lse)
 
     def write(
         self,
@@ -176,7 +180,7 @@ class HopperAttention:
             operands: q, k, v as in a plain call, and the output (B, H, Sq, D), readable by TMA.
             scale: factor on the scores; default 1 / sqrt(D).
             key_lengths: as for `attend`.
-            lse: float32 (B, H, Sq), contiguous, or None.
+            lse: float32 (B, H, Sq), contiguous, or None; of a repetitive head row by row.
             sums: float32 (B, H, query_blocks, key_blocks | 1, 128), contiguous, or None;
                 for a pattern that keeps every block: see `hopper_kernel.hopper_attention`.
 
@@ -200,6 +204,21 @@ class HopperAttention:
                 sums=sums,
             )  # fmt: skip
             self._launch(config, given)
+
+    def _spread(self, lse: Tensor) -> Tensor:
+        """Give each token of a repetitive head the log-sum-exp of the row that it takes.
+
+        The kernel has written it row by row. Not worth a place in the kernel: one number a row.
+        """
+        pattern = self.pattern
+        if pattern.copies is None or pattern.repetitive is None:
+            return lse
+        if self._rows is None:
+            sources = pattern.copies.sources(pattern.query_length).astype(np.int64)
+            both = (np.flatnonzero(pattern.repetitive), sources)
+            self._rows = tuple(torch.from_numpy(index).to(lse.device) for index in both)
+        heads, rows = self._rows
+        return lse.index_copy(1, heads, lse[:, heads][:, :, rows])
 
     def _launch(self, config: HopperConfig, given: dict[str, object]) -> None:
         """The kernel and, with a fixed reference, the repair that ends at once unless flagged."""
@@ -228,7 +247,7 @@ class HopperAttention:
         counts = torch.empty(batch + 1, tiles, dtype=torch.int32, device=self.device)
         hopper_counts[(-(-tiles // COUNT_TILES), batch + 1)](
             self.tables.tiles, self.tables.runs, lengths, counts, tiles, batch,
-            BLOCK_N=self.pattern.block_n, TILES=COUNT_TILES, num_warps=4,
+            BLOCK_N=self.pattern.block_n, TILES=COUNT_TILES, COPIES=self.config.copies, num_warps=4,
         )  # fmt: skip
         return lengths, counts
 
@@ -272,14 +291,18 @@ def shared_tables(
 ) -> Tables:
     """Tables of `pattern` on `device`, shared by the kernels of equal patterns while one lives."""
     key = (pattern.digest, str(device), programs, literals)
-    found = _tables.get(key) if first_blocks is None else None
+    shared = first_blocks is None
+    with _lock:
+        found = _tables.get(key) if shared else None
     if found is None:
-        runs = key_runs(pattern, first_blocks)
-        made = make_schedule(pattern, runs, programs, literals=literals)
-        put = [torch.from_numpy(x).to(device) for x in (made.tiles, made.starts, made.runs)]
+        made = make_schedule(pattern, key_runs(pattern, first_blocks), programs, literals=literals)
+        copies = DeviceCopies.upload(pattern, device, whole=pattern.block_m)
+        put = [to_device(x, device) for x in (made.tiles, made.starts, made.runs)]
         weights = tail_weights(pattern)
-        tail = None if weights is None else torch.from_numpy(weights).to(device)
-        found = Tables(put[0], put[1], put[2], tail)
-        if first_blocks is None:
-            _tables[key] = found
+        tail = None if weights is None else to_device(weights, device)
+        found = Tables(put[0], put[1], put[2], tail, copies, Uploaded(device))
+        if shared:
+            with _lock:
+                found = _tables.setdefault(key, found)
+    found.uploaded.wait()  # perhaps by another thread, on another stream
     return found

@@ -35,7 +35,12 @@ _NEEDED: dict[str, tuple[tuple[str, ...], ...]] = {
         ("NVMMASharedLayout",),
         ("SliceLayout",),
     ),
-    f"{_GLUON}.language.nvidia.ampere.async_copy": (("mbarrier_arrive",),),
+    f"{_GLUON}.language.nvidia.ampere.async_copy": (
+        ("async_load", "async_copy_global_to_shared"),
+        ("commit_group",),
+        ("mbarrier_arrive",),
+        ("wait_group",),
+    ),
     f"{_GLUON}.language.nvidia.hopper": (
         ("fence_async_shared",),
         ("warpgroup_mma",),
@@ -94,8 +99,6 @@ def operand_reason(dtype: torch.dtype, head_dim: int, pattern: BlockPattern) -> 
         return f"its tables name at most {MAX_BLOCKS} blocks a side"
     if pattern.pooled:
         return "it takes no pooled keys"
-    if pattern.repetitive is not None:
-        return "it has no repetitive heads"
     if pattern.weights is not None and not one_weight_a_row(pattern.weights):
         return "it takes one weight a row of blocks, this pattern has rows with several"
     return None
@@ -121,9 +124,11 @@ def gluon_reason() -> str | None:
                     return f"triton {version} has no {module}.{' or '.join(names)}"
         from triton.experimental.gluon.language import shared_memory_descriptor
 
-        for method in ("index", "permute", "reshape"):
-            if not hasattr(shared_memory_descriptor, method):
-                return f"triton {version} has no shared_memory_descriptor.{method}"
+        methods = ("index", "load", "permute", "reshape", "store")
+        for either in (*((name,) for name in methods), ("reinterpret", "_reinterpret")):
+            if not any(hasattr(shared_memory_descriptor, name) for name in either):
+                words = " or ".join(either)
+                return f"triton {version} has no shared_memory_descriptor.{words}"
     except ImportError as error:
         return f"the installed triton has no Gluon for Hopper: {error}"
     return None

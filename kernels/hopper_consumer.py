@@ -140,7 +140,8 @@ def consumer(  # noqa: PLR0915  one loop, read from top to bottom
     dtype: gl.constexpr = q_tiles.dtype
     first, end, total = tiles_to_do(starts_ptr, flag_ptr, batches, REPAIR)
     no_scores = gl.zeros([64, BLOCK_N], gl.float32, score_layout)
-    # Blocks consumed so far: block i lies in stage i % STAGES, on its (i // STAGES)-th use.
+    V_STAGES: gl.constexpr = STAGES + 1
+    # Blocks consumed so far: keys of block i lie in stage i % STAGES, on its (i // STAGES)-th use.
     done = 0
     if total > 0:
         entry = first
@@ -188,7 +189,8 @@ def consumer(  # noqa: PLR0915  one loop, read from top to bottom
             for position in range(1, blocks):
                 stage = done % STAGES
                 phase = (done // STAGES) & 1
-                before = (done - 1) % STAGES
+                v_stage = done % V_STAGES
+                before = (done - 1) % V_STAGES
                 # QK of this block and PV of the last one are issued together: the tensor cores
                 # have work while this warpgroup computes exponentials.
                 keys = matrix(k_tiles, stage).permute((1, 0))
@@ -204,7 +206,7 @@ def consumer(  # noqa: PLR0915  one loop, read from top to bottom
                 # PV of the last block is nearly done here, since a warp can't run ahead of its own
                 # products: wait for it before the exponentials, so that ptxas mixes rescaling into
                 # them. The barrier wait in front keeps ptxas from hoisting the product's wait.
-                mbarrier.wait(v_full.index(stage), phase)
+                mbarrier.wait(v_full.index(v_stage), (done // V_STAGES) & 1)
                 acc, higher = warpgroup_mma_wait(0, deps=[out_token, higher])
                 release(v_empty.index(before))
                 following = done + 1
@@ -225,7 +227,7 @@ def consumer(  # noqa: PLR0915  one loop, read from top to bottom
                 if not FIXED:
                     acc = acc * gl.expand_dims(gl.convert_layout(shrink, by_row), 1)
                 done += 1
-            before = (done - 1) % STAGES
+            before = (done - 1) % V_STAGES
             if turn + 1 < total:
                 # The first QK of the next tile goes out together with this tile's last PV: no
                 # bubble where tiles meet.
@@ -256,7 +258,7 @@ def consumer(  # noqa: PLR0915  one loop, read from top to bottom
                 )  # fmt: skip
                 # After `finish`: the values of a one-block tile come only once the store warp has
                 # freed the slot of the tile before.
-                mbarrier.wait(v_full.index(stage), phase)
+                mbarrier.wait(v_full.index(done % V_STAGES), (done // V_STAGES) & 1)
                 sums = next_sums
                 maximum = next_maximum
                 done += 1

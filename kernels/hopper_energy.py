@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from functools import cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ def hopper_energy_reason(q: Tensor, k: Tensor, block: tuple[int, int]) -> str | 
     """
     if block not in BLOCKS:
         return f"it takes blocks of 128x128 and 128x64 tokens, not {block[0]}x{block[1]}"
-    pattern = _dense(1, q.shape[2], k.shape[2], block)
+    pattern = BlockPattern.dense(1, q.shape[2], k.shape[2], block)
     return hopper_serves(q.device, q.dtype, q.shape[3], pattern) or _failed.get((q.dtype, block))
 
 
@@ -49,9 +49,18 @@ _failed: dict[tuple[torch.dtype, tuple[int, int]], str] = {}
 # What the installed triton turned out not to compile, with its words.
 
 
-@cache
-def _dense(heads: int, length_q: int, length_k: int, block: tuple[int, int]) -> BlockPattern:
-    return BlockPattern.dense(heads, length_q, length_k, block)
+@lru_cache(maxsize=16)
+def _kernel(
+    heads: int,
+    lengths: tuple[int, int],
+    block: tuple[int, int],
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+) -> HopperAttention:
+    """Kept, for its schedule takes longer to make than to run."""
+    pattern = BlockPattern.dense(heads, *lengths, block)
+    return HopperAttention(pattern, device=device, dtype=dtype, head_dim=head_dim)
 
 
 def heads_a_launch(heads: int, length_q: int, key_blocks: int, programs: int) -> int:
@@ -104,10 +113,7 @@ def hopper_attention_and_energy(
     for first in range(0, heads, step):
         part = slice(first, min(first + step, heads))
         count = part.stop - part.start
-        kernel = HopperAttention(
-            _dense(count, length_q, length_k, block),
-            device=q.device, dtype=q.dtype, head_dim=head_dim,
-        )  # fmt: skip
+        kernel = _kernel(count, (length_q, length_k), block, q.device, q.dtype, head_dim)
         for item in range(batch):
             here = slice(item, item + 1), part
             kernel.write(

@@ -4,7 +4,8 @@ Two consumer warpgroups compute (`hopper_consumer`), one warp loads through a ri
 and one stores (`hopper_transport`). Each program walks its own list of tiles, made on the host
 (`hopper_schedule`). A tile is one query block of 128 rows of one head; tensors are read and written
 in place through four-dimensional TMA descriptors, which also fill what lies past the end with
-zeros and drop what is written there.
+zeros and drop what is written there. Only rows of repetitive heads are gathered and scattered one
+by one, by the same two warps (COPIES).
 
     softmax(scale * q k^T) v    over the key blocks that a tile's row keeps
 
@@ -29,11 +30,13 @@ from calibatt_compiler.kernels.hopper_primitives import (
 )
 from calibatt_compiler.kernels.hopper_transport import producer, storer
 
+COPY_SIZES = ("q_batch", "q_head", "q_token", "computed_rows", "stores")
+"""Integers that only patterns with repetitive heads have; None elsewhere."""
 RUN_TIME_SIZES = ("batches", "heads", "tiles", "query_blocks", "length_q", "length_k")
 """Integers that must not be specialised: no pattern compiles a kernel of its own."""
 
 
-@gluon.jit(do_not_specialize=RUN_TIME_SIZES)
+@gluon.jit(do_not_specialize=[*RUN_TIME_SIZES, *COPY_SIZES])
 def hopper_attention(
     q_desc, k_desc, v_desc, o_desc,
     tiles_ptr, starts_ptr, runs_ptr, counts_ptr, lengths_ptr, weight_ptr, lse_ptr, flag_ptr,
@@ -41,6 +44,8 @@ def hopper_attention(
     BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, FIXED: gl.constexpr,
     REPAIR: gl.constexpr, RAGGED: gl.constexpr, LENGTHS: gl.constexpr, TAIL: gl.constexpr,
     LSE: gl.constexpr, ENERGY: gl.constexpr, LITERALS: gl.constexpr, RUNS: gl.constexpr,
+    q_ptr, o_ptr, q_batch, q_head, q_token, computed_ptr, targets_ptr, computed_rows, stores,
+    COPIES: gl.constexpr,
 ):  # fmt: skip
     """Attend every tile of `tiles_ptr`, once for each batch item.
 
@@ -53,7 +58,16 @@ def hopper_attention(
     ENERGY only, where every tile keeps every key block: log2 of each query's sum of exponentials
     over the key block at each position of its tile. LITERALS: None, or a function that gives the
     key blocks of a row as literals, in RUNS intervals.
+
+    COPIES: tiles whose last word is negative are of repetitive heads. Their row i is the token
+    `computed[i]`, int32 (computed_rows), and its output goes to those of the tokens
+    `targets[:, i]`, int32 (slots, computed_rows), that are not below 0; computed_rows is a multiple
+    of 128. lse holds such a head row by row. TMA can't gather rows, so q and o come as pointers,
+    too: the strides of q count 8 elements, o is contiguous (B, Sq, H, D). stores: pieces of 8 rows
+    x 64 columns that are stored of a tile, all slots together.
     """
+    # A stage more for values: PV of a block follows its QK by a block, so they leave later.
+    V_STAGES: gl.constexpr = STAGES + 1
     # Two tiles of queries: the next one's are loaded while this one's are used, and its slot stages
     # this one's output.
     q_tiles = gl.allocate_shared_memory(q_desc.dtype, [4, 1, 1, 64, HEAD_DIM], q_desc.layout)
@@ -61,7 +75,7 @@ def hopper_attention(
         k_desc.dtype, [STAGES, 1, 1, BLOCK_N, HEAD_DIM], k_desc.layout
     )
     v_tiles = gl.allocate_shared_memory(
-        v_desc.dtype, [STAGES, 1, 1, BLOCK_N, HEAD_DIM], v_desc.layout
+        v_desc.dtype, [V_STAGES, 1, 1, BLOCK_N, HEAD_DIM], v_desc.layout
     )
     layout: gl.constexpr = mbarrier.MBarrierLayout()
     q_full = gl.allocate_shared_memory(gl.int64, [4, 1], layout)
@@ -69,21 +83,24 @@ def hopper_attention(
     staged = gl.allocate_shared_memory(gl.int64, [4, 1], layout)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], layout)
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], layout)
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], layout)
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], layout)
+    v_full = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], layout)
+    v_empty = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], layout)
     for slot in gl.static_range(4):
         mbarrier.init(q_full.index(slot), count=1)
         mbarrier.init(q_empty.index(slot), count=1)
         mbarrier.init(staged.index(slot), count=1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(k_full.index(stage), count=1)
-        mbarrier.init(v_full.index(stage), count=1)
         # Every thread of both consumers releases a stage: see `release`.
         mbarrier.init(k_empty.index(stage), count=256)
+    for stage in gl.static_range(V_STAGES):
+        mbarrier.init(v_full.index(stage), count=1)
         mbarrier.init(v_empty.index(stage), count=256)
     fence_async_shared()
-    # fmt: off
     # Registers move from the two warps that only copy to the warpgroups that hold accumulators.
+    # To gather and scatter rows takes more of them than to start TMA.
+    registers: gl.constexpr = [232, 40, 40] if COPIES else [240, 24, 24]
+    # fmt: off
     gl.warp_specialize(
         [
             (consumer, (
@@ -105,14 +122,15 @@ def hopper_attention(
                 q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 tiles_ptr, starts_ptr, runs_ptr, counts_ptr, lengths_ptr, flag_ptr, batches, tiles,
                 BLOCK_N, STAGES, REPAIR, LENGTHS, LITERALS, RUNS,
+                q_ptr, q_batch, q_head, q_token, computed_ptr, computed_rows, COPIES,
             )),
             (storer, (
                 o_desc, q_tiles, q_empty, staged, tiles_ptr, starts_ptr, flag_ptr, repairs_ptr,
-                batches, REPAIR,
+                batches, REPAIR, o_ptr, targets_ptr, computed_rows, stores, heads, length_q, COPIES,
             )),
         ],
         [4, 1, 1],
-        [240, 24, 24],
+        registers,
     )
     # fmt: on
 
@@ -120,7 +138,7 @@ def hopper_attention(
 @gluon.jit(do_not_specialize=["tiles", "batches"])
 def hopper_counts(
     tiles_ptr, runs_ptr, lengths_ptr, counts_ptr, tiles, batches,
-    BLOCK_N: gl.constexpr, TILES: gl.constexpr,
+    BLOCK_N: gl.constexpr, TILES: gl.constexpr, COPIES: gl.constexpr,
 ):  # fmt: skip
     """Count the key blocks of each tile that hold valid keys: counts int32 (B + 1, T).
 
@@ -137,6 +155,8 @@ def hopper_counts(
     cut = gl.where(length % BLOCK_N != 0, length // BLOCK_N, -1)
     intervals = low(gl.load(tiles_ptr + tile * 4 + 2, mask=inside, other=0))
     offset = gl.load(tiles_ptr + tile * 4 + 3, mask=inside, other=0)
+    if COPIES:
+        offset = offset & 0x7FFFFFFF
     blocks = gl.zeros([TILES], gl.int32, layout)
     masked = gl.zeros([TILES], gl.int32, layout)
     for t in range(gl.max(intervals, 0)):

@@ -9,23 +9,31 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from calibatt_compiler.errors import KernelError
-from calibatt_compiler.kernels.triton_launch import positive_scale
+from calibatt_compiler.kernels.copies import DeviceCopies
+from calibatt_compiler.kernels.triton_launch import Softmax, positive_scale
+from calibatt_compiler.kernels.uploads import Uploaded
 from calibatt_compiler.plan.pattern import BlockPattern
-
-Softmax = Literal["auto", "exact", "fixed"]
-"""As in `CompileOptions`; `fixed` insists on the fixed reference."""
 
 ALIGNMENT = 16
 """Bytes to which TMA wants pointers and strides aligned."""
 
 QUERY_ROWS = 64
 """Rows of a consumer warpgroup, so of a tile of queries or outputs."""
+
+COPY_UNIT = 8
+"""Elements in which strides of gathered queries are counted: 16 bytes of them."""
+
+COPY_NAMES = (
+    "q_ptr", "o_ptr", "q_batch", "q_head", "q_token",
+    "computed_ptr", "targets_ptr", "computed_rows", "stores",
+)  # fmt: skip
+"""Arguments that only patterns with repetitive heads have."""
 
 COUNT_TILES = 128
 """Tiles that one program of `hopper_counts` counts."""
@@ -50,6 +58,7 @@ class HopperConfig:
         lse: the log-sum-exp is written.
         lengths: each batch item has a number of valid keys.
         energy: the sums of each query and key block are written.
+        copies: some heads are repetitive.
     """
 
     block_n: int
@@ -61,10 +70,11 @@ class HopperConfig:
     lse: bool = False
     lengths: bool = False
     energy: bool = False
+    copies: bool = False
 
     @property
     def stages(self) -> int:
-        """Key and value blocks in flight: what fills the ring, a power of two."""
+        """Key blocks in flight, a power of two; values have one more."""
         return _RING // (2 * self.block_n * self.head_dim * self.dtype.itemsize)
 
     def constexprs(self, *, repair: bool = False) -> dict[str, Any]:
@@ -81,6 +91,7 @@ class HopperConfig:
             "TAIL": self.tail,
             "LSE": self.lse,
             "ENERGY": self.energy,
+            "COPIES": self.copies,
         }
 
     @property
@@ -95,7 +106,8 @@ class HopperConfig:
         softmax = "repair" if repair else "fixed" if self.fixed else "exact"
         return (
             f"sm_90-{str(self.dtype).removeprefix('torch.')}-d{self.head_dim}-n{self.block_n}-"
-            f"{softmax}-{'ragged' if self.ragged else 'whole'}-triton{triton.__version__}"
+            f"{softmax}-{'ragged' if self.ragged else 'whole'}{'-copies' if self.copies else ''}-"
+            f"triton{triton.__version__}"
         )
 
     def with_outputs(
@@ -122,8 +134,8 @@ def hopper_config(
         )
     fixed = dtype == torch.bfloat16 if softmax == "auto" else softmax == "fixed"
     ragged = pattern.key_length % pattern.block_n != 0
-    tail = pattern.weights is not None
-    return HopperConfig(pattern.block_n, head_dim, dtype, fixed, ragged, tail)
+    tail, copies = pattern.weights is not None, pattern.repetitive is not None
+    return HopperConfig(pattern.block_n, head_dim, dtype, fixed, ragged, tail, copies=copies)
 
 
 def launch_options() -> dict[str, int | bool]:
@@ -177,12 +189,16 @@ class Tables:
         starts: int32 (programs + 1).
         runs: int32 (runs + 1).
         weight: float32 (H, query_blocks), log2 weight of tail blocks, or None.
+        copies: what repetitive heads compute and copy, filled up to whole tiles, or None.
+        uploaded: behind their copies.
     """
 
     tiles: Tensor
     starts: Tensor
     runs: Tensor
-    weight: Tensor | None = None
+    weight: Tensor | None
+    copies: DeviceCopies | None
+    uploaded: Uploaded
 
     @property
     def count(self) -> int:
@@ -192,8 +208,8 @@ class Tables:
     @property
     def nbytes(self) -> int:
         """Bytes that they take on the device."""
-        weight = 0 if self.weight is None else self.weight.nbytes
-        return self.tiles.nbytes + self.starts.nbytes + self.runs.nbytes + weight
+        more = sum(table.nbytes for table in (self.weight, self.copies) if table is not None)
+        return self.tiles.nbytes + self.starts.nbytes + self.runs.nbytes + more
 
     @property
     def programs(self) -> int:
@@ -263,4 +279,24 @@ def arguments(
         "query_blocks": -(-q.shape[2] // (2 * QUERY_ROWS)),
         "length_q": q.shape[2],
         "length_k": k.shape[2],
+        **copy_arguments(q, out, tables.copies),
     }
+
+
+def copy_arguments(q: Tensor, out: Tensor, copies: DeviceCopies | None) -> dict[str, Any]:
+    """Arguments that only patterns with repetitive heads have.
+
+    Args:
+        q: (B, H, Sq, D), readable by TMA.
+        out: (B, H, Sq, D), laid out as contiguous (B, Sq, H, D).
+        copies: their tables, filled up to whole tiles, or None.
+    """
+    if copies is None:
+        return dict.fromkeys(COPY_NAMES)
+    assert out.transpose(1, 2).is_contiguous()
+    sizes = zip(q.stride(), q.shape, strict=True)
+    units = [stride // COPY_UNIT if size > 1 else 0 for stride, size in sizes]
+    slots, rows = copies.shared.targets.shape
+    pieces = 2 * QUERY_ROWS // 8 * (q.shape[3] // 64)
+    values = (q, out, *units[:3], copies.shared.computed, copies.shared.targets)
+    return dict(zip(COPY_NAMES, (*values, rows, slots * pieces), strict=True))

@@ -33,7 +33,7 @@ def compile_hopper(
     """
     from triton.runtime.jit import MockTensor
 
-    from calibatt_compiler.kernels.hopper_kernel import RUN_TIME_SIZES, hopper_attention
+    from calibatt_compiler.kernels.hopper_kernel import COPY_SIZES, RUN_TIME_SIZES, hopper_attention
 
     take_stand_in_driver(ARCH)
 
@@ -59,6 +59,11 @@ def compile_hopper(
         sums_ptr=pointer(torch.float32, config.energy),
         scale_log2=1.0,
         **dict.fromkeys(RUN_TIME_SIZES, 16),
+        q_ptr=pointer(config.dtype, config.copies),
+        o_ptr=pointer(config.dtype, config.copies),
+        computed_ptr=pointer(torch.int32, config.copies),
+        targets_ptr=pointer(torch.int32, config.copies),
+        **dict.fromkeys(COPY_SIZES, 16 if config.copies else None),
         **config.constexprs(repair=repair),
         LITERALS=literals,
         RUNS=runs,
@@ -67,7 +72,7 @@ def compile_hopper(
     )
 
 
-def compile_counts(block_n: int) -> Any:
+def compile_counts(block_n: int, *, copies: bool = False) -> Any:
     """Compile `hopper_counts` likewise."""
     from triton.runtime.jit import MockTensor
 
@@ -77,5 +82,6 @@ def compile_counts(block_n: int) -> Any:
     take_stand_in_driver(ARCH)
     i32 = MockTensor.wrap_dtype(torch.int32)
     return hopper_counts.warmup(
-        i32, i32, i32, i32, 16, 16, BLOCK_N=block_n, TILES=COUNT_TILES, num_warps=4, grid=(1, 1)
-    )
+        *(i32, i32, i32, i32, 16, 16), BLOCK_N=block_n, TILES=COUNT_TILES, COPIES=copies,
+        num_warps=4, grid=(1, 1),
+    )  # fmt: skip

@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 __all__ = [
     "add_sums",
     "advance",
+    "async_copy",
     "exp2",
     "fence_async_shared",
     "finite",

@@ -61,7 +61,8 @@ class Schedule:
             head << 16 | query block;
             key blocks | (position of the block to mask + 1) << 16, 0 where none is;
             runs | exact key blocks << 16;
-            first run of the tile, or with literals the number of kept blocks below the first one.
+            first run of the tile, or with literals the number of kept blocks below the first one;
+            less 2^31 where the head is repetitive.
         starts: int32 (programs + 1), first tile of each program.
         runs: int32 (runs + 1): first key block | length << 16, in the order of the tiles, and a
             spare; with literals only the spare.
@@ -78,9 +79,14 @@ def diagonal_blocks(pattern: BlockPattern) -> npt.NDArray[np.int64]:
     Where queries and keys are the same tokens its scores hold each query with itself, so its row
     maximum is representative: what a fixed softmax reference wants.
     """
-    row = np.arange(pattern.query_blocks, dtype=np.int64) * pattern.block_m // pattern.block_n
-    row = np.minimum(row, pattern.key_blocks - 1)
-    return np.broadcast_to(row, (pattern.heads, pattern.query_blocks))
+    token = np.arange(pattern.query_blocks, dtype=np.int64) * pattern.block_m
+    first = np.broadcast_to(token, (pattern.heads, pattern.query_blocks))
+    if pattern.repetitive is not None:
+        assert pattern.copies is not None
+        computed = pattern.copies.computed(pattern.query_length)
+        of_rows = computed[np.minimum(token, len(computed) - 1)]
+        first = np.where(pattern.repetitive[:, None], of_rows, first)
+    return np.minimum(first // pattern.block_n, pattern.key_blocks - 1)
 
 
 def tail_weights(pattern: BlockPattern) -> npt.NDArray[np.float32] | None:
@@ -170,7 +176,8 @@ def assign(blocks: npt.NDArray[np.int64], heads: int, programs: int) -> list[npt
     dealt longest first, so that all programs end together.
 
     Args:
-        blocks: key blocks of each row, row = head * query_blocks + query block.
+        blocks: key blocks of each row, row = head * query_blocks + query block; none where it is
+            not computed, which no program takes.
         heads: number of heads.
         programs: number of lists.
 
@@ -180,6 +187,7 @@ def assign(blocks: npt.NDArray[np.int64], heads: int, programs: int) -> list[npt
     by_head = blocks.reshape(heads, -1)
     heads_in_order = np.argsort(-by_head.sum(1), kind="stable")
     rows = np.arange(len(blocks)).reshape(heads, -1)[heads_in_order].reshape(-1)
+    rows = rows[blocks[rows] > 0]
     cut = max(0, len(rows) - TAIL_TILES * programs)
     tail = rows[cut:]
     rows = np.concatenate([rows[:cut], tail[np.argsort(-blocks[tail], kind="stable")]])
@@ -215,11 +223,14 @@ def make_schedule(
     ragged = pattern.key_length % pattern.block_n != 0
     masked = np.where(ragged, runs.masked[rows] + 1, 0)
     head, block = np.divmod(rows, pattern.query_blocks)
+    last = runs.below[rows] if literals else first_run
+    if pattern.repetitive is not None:
+        last = np.where(pattern.repetitive[head], last - (1 << 31), last)
     words = [
         head << 16 | block,
         runs.blocks[rows] | masked << 16,
         counts | runs.exact[rows] << 16,
-        runs.below[rows] if literals else first_run,
+        last,
     ]
     spare = np.zeros(1, np.int32)
     stream = spare if literals else np.concatenate([packed, spare]).astype(np.int32)

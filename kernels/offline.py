@@ -93,7 +93,7 @@ def table_arguments(
         "repairs_ptr": state,
         "offsets_ptr": torch.int32,
         "blocks_ptr": entry,
-        "weights_ptr": torch.uint8,
+        "weights_ptr": torch.float16,
         "kept_ptr": torch.uint8,
         "pooled_k_ptr": dtype,
         "pooled_v_ptr": dtype,

@@ -226,8 +226,9 @@ def reference_maximum(
 ):
     """The fixed softmax reference: row maximum (M,) of the keys `first` to `first + TILE_N`.
 
-    In units of log2, scaled. These keys are attended, too, so a row's sum is at least 1: whatever
-    flushes to zero beside it is below 2^-126 of it. See `flag_overflow` for the other end.
+    In units of log2, scaled. These keys are attended, too, and no weight is below 1, so a row's sum
+    is at least 1: whatever flushes to zero is below 2^-126 of it. See `flag_overflow` for the other
+    end.
     """
     scores = key_scores(
         q, k_ptr, stride_ks, first, length_k, TILE_N, HEAD_DIM, PADDED_DIM, True, PRECISION,
@@ -271,6 +272,9 @@ def attend_tile(
         batch, head, TMA,
     )  # fmt: skip
     if FIXED:
+        if WEIGHTED:
+            scores = scores * scale_log2 + log2_weight
+            scale_log2 = 1.0
         probability = tl.math.exp2(scores * scale_log2 - maximum[:, None])
         total += tl.sum(probability, 1)
     else:

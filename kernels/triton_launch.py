@@ -79,7 +79,7 @@ def launch_config(
     tiles = settings or tile_settings(pattern, arch=arch, dtype=dtype, head_dim=head_dim)
     blocks = {"ROW_TILES": pattern.block_m // tiles.m, "KEY_TILES": pattern.block_n // tiles.n}
     config = tiled_config(tiles, blocks, pattern.key_length, dtype=dtype, head_dim=head_dim)
-    fixed = fixed_reference(pattern, dtype, softmax)
+    fixed = fixed_reference(dtype, softmax)
     # TMA wants tokens that are aligned to 16 bytes.
     descriptors = tiles.descriptors and config.constexprs["ALIGN"] != 1
     return replace(
@@ -90,25 +90,23 @@ def launch_config(
     )
 
 
-def fixed_reference(pattern: BlockPattern, dtype: torch.dtype, softmax: Softmax) -> bool:
-    """Whether the softmax of a pattern takes a fixed reference, with a repair behind it.
+def fixed_reference(dtype: torch.dtype, softmax: Softmax) -> bool:
+    """Whether the softmax takes a fixed reference, with a repair behind it.
 
     It asks for the range of float32, which float16 lacks. "auto" leaves float32 itself exact: its
-    products take no tensor core, so little would be gained. Weighted and pooled keys are exact,
-    too: their scores have other terms, which a reference tile would have to share.
+    products take no tensor core, so little would be gained.
 
     Raises:
-        KernelError: "fixed" where it can't be.
+        KernelError: "fixed" for float16.
     """
-    plain = pattern.weights is None and not pattern.pooled
-    if softmax == "fixed" and not (plain and dtype != torch.float16):
+    if softmax == "fixed" and dtype == torch.float16:
         raise KernelError(
-            "no fixed softmax reference for this call",
-            expected="bfloat16 or float32, a pattern without weights and pooled keys",
-            got=f"{dtype}, {'a plain' if plain else 'such a'} pattern",
-            remedy="leave softmax out",
+            "a fixed softmax reference needs the range of bfloat16",
+            expected="softmax='auto' or 'exact'",
+            got=dtype,
+            remedy="leave softmax out, or run the model in bfloat16",
         )
-    return plain and (softmax == "fixed" or (softmax == "auto" and dtype == torch.bfloat16))
+    return softmax == "fixed" or (softmax == "auto" and dtype == torch.bfloat16)
 
 
 def check_dtype(dtype: torch.dtype) -> None:

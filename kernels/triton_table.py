@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from calibatt_compiler.kernels.copies import NO_COPIES, DeviceCopies
-from calibatt_compiler.kernels.key_stream import key_stream
+from calibatt_compiler.kernels.index_tables import index_tables
 from calibatt_compiler.kernels.operands import check_operands, empty_output
 from calibatt_compiler.kernels.pooling import pool
 from calibatt_compiler.kernels.tiles import TileSettings
@@ -43,10 +43,6 @@ from calibatt_compiler.kernels.triton_launch import (
     on_device,
 )
 from calibatt_compiler.plan.pattern import BlockPattern
-from calibatt_compiler.plan.weights import STEPS
-
-OCTAVE = tl.constexpr(STEPS)
-"""Weight codes an octave."""
 
 
 @triton.jit
@@ -99,7 +95,7 @@ def attend_kept(
         block = entry + (position + 1) // KEY_TILES
         after = tl.load(blocks_ptr + block).to(tl.int32) * KEY_TILES + (position + 1) % KEY_TILES
         if WEIGHTED:
-            weight = tl.load(weights_ptr + entry + position // KEY_TILES).to(tl.float32) / OCTAVE
+            weight = tl.load(weights_ptr + entry + position // KEY_TILES).to(tl.float32)
         acc, maximum, total = attend_tile(
             q, k_ptr, v_ptr, stride_ks, stride_vs, key_tile * TILE_N, length_k,
             acc, maximum, total, scale_log2, TILE_N, HEAD_DIM, PADDED_DIM, False, PRECISION,
@@ -109,7 +105,7 @@ def attend_kept(
     if RAGGED_K:  # noqa: SIM102
         if ragged:
             if WEIGHTED:
-                weight = tl.load(weights_ptr + past - 1).to(tl.float32) / OCTAVE
+                weight = tl.load(weights_ptr + past - 1).to(tl.float32)
             acc, maximum, total = attend_tile(
                 q, k_ptr, v_ptr, stride_ks, stride_vs, length_k // TILE_N * TILE_N, length_k,
                 acc, maximum, total, scale_log2, TILE_N, HEAD_DIM, PADDED_DIM, True, PRECISION,
@@ -136,6 +132,7 @@ def attend_pooled(
     PADDED_DIM: tl.constexpr,
     PRECISION: tl.constexpr,
     POOLED: tl.constexpr,
+    FIXED: tl.constexpr,
 ):
     """Attend the pooled keys (parts, D) of the blocks that the bits at `kept_ptr` do not keep.
 
@@ -147,7 +144,7 @@ def attend_pooled(
         )
         acc, maximum, total = attend_tile(
             q, k_ptr, v_ptr, HEAD_DIM, HEAD_DIM, start, parts, acc, maximum, total, scale_log2,
-            TILE_N, HEAD_DIM, PADDED_DIM, True, PRECISION, bias[None, :], True,
+            TILE_N, HEAD_DIM, PADDED_DIM, True, PRECISION, bias[None, :], True, 0, 0, FIXED,
         )  # fmt: skip
     return acc, maximum, total
 
@@ -216,12 +213,12 @@ def table_attention(
     q, o: (B, H, Sq, D) and k, v: (B, H, Sk, D) by strides in units of ALIGN elements; with TMA, k
     and v are descriptors. Row `r = head * query_blocks + block` owns the entries offsets[r] to
     offsets[r + 1] of `blocks`: the block of the reference, then those to attend, upwards. If
-    WEIGHTED, each has a code in `weights`. If FIXED, the flag is set where the result can't be
-    trusted; if REPAIR, nothing is done unless it is set, and `repairs` counts what is done.
-    If POOLED, pooled keys and values (B, H, parts, D), contiguous, follow for the blocks of which
-    the row's bits in `kept` are not set, POOLED to a block. If COPIES, the heads of which
-    `repetitive` is not 0 have `computed_rows` rows, at the positions `computed`; the output of each
-    goes to its `targets` (slots, computed_rows).
+    WEIGHTED, an entry's `weights` is added to the log2 scores of its block. If FIXED, the flag is
+    set where the result can't be trusted; if REPAIR, nothing is done unless it is set, and
+    `repairs` counts what is done. If POOLED, pooled keys and values (B, H, parts, D), contiguous,
+    follow for the blocks of which the row's bits in `kept` are not set, POOLED to a block. If
+    COPIES, the heads of which `repetitive` is not 0 have `computed_rows` rows, at the positions
+    `computed`; the output of each goes to its `targets` (slots, computed_rows).
     """
     if REPAIR:
         if tl.load(flag_ptr) == 0:
@@ -263,6 +260,7 @@ def table_attention(
             q, pooled_k_ptr + head_parts, pooled_v_ptr + head_parts,
             kept_ptr + row * ((parts // POOLED + 7) // 8), parts, length_k, acc, maximum, total,
             scale_log2, TILE_N, KEY_TILES, HEAD_DIM, PADDED_DIM, PRECISION, POOLED,
+            FIXED,
         )  # fmt: skip
     if FIXED:
         flag_overflow(flag_ptr, acc, total)
@@ -302,7 +300,7 @@ class TableAttention(DeviceKernel):
         where: dict[str, Any] = {"device": device, "dtype": dtype, "head_dim": head_dim}
         super().__init__(pattern, **where, settings=settings, softmax=softmax)
         self.density = pattern.computed_density
-        self.tables = key_stream(pattern, device)
+        self.tables = index_tables(pattern, device)
         self.copies = DeviceCopies.upload(pattern, device)
         fixed = self.config.softmax == "fixed"
         self._repairs = torch.zeros(1, dtype=torch.int32, device=device) if fixed else None

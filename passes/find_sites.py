@@ -13,17 +13,13 @@ from torch.fx import GraphModule, Node
 from calibatt_compiler.capture import SiteInfo
 from calibatt_compiler.passes.graph import (
     OPERANDS,
+    SDPA,
     example,
     module_name,
     sdpa_operands,
     subgraphs,
 )
 from calibatt_compiler.passes.rewrite import Rewrite, SdpaCall
-
-SDPA = (
-    torch.nn.functional.scaled_dot_product_attention,
-    torch.ops.aten.scaled_dot_product_attention.default,
-)
 
 THREADABLE = ("tag_activation_checkpoint", "wrap")
 """Higher-order operators whose operands map one to one to the inputs of their subgraph."""

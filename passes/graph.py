@@ -8,6 +8,11 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+SDPA = (
+    torch.nn.functional.scaled_dot_product_attention,
+    torch.ops.aten.scaled_dot_product_attention.default,
+)
+
 OPERANDS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 """Parameters of `scaled_dot_product_attention`, in order."""
 

@@ -8,7 +8,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from calibatt_compiler.passes.graph import finish, subgraphs
-from calibatt_compiler.passes.rewrite import Lowered, Rewrite, SdpaCall
+from calibatt_compiler.passes.rewrite import Lowered, Permuted, Rewrite, SdpaCall
 
 
 def lower_attention(rewrite: Rewrite) -> Rewrite:
@@ -23,7 +23,7 @@ def lower_attention(rewrite: Rewrite) -> Rewrite:
                 if higher_order not in threaded:
                     threaded[higher_order] = _thread(higher_order, timestep)
                 timestep = threaded[higher_order]
-            _replace(call, timestep)
+            _replace(call, timestep, ordered=isinstance(rewrite.order, Permuted))
             changed.add(call.gm)
     for gm in changed - {rewrite.gm}:
         finish(gm)
@@ -31,11 +31,12 @@ def lower_attention(rewrite: Rewrite) -> Rewrite:
     return rewrite
 
 
-def _replace(call: SdpaCall, timestep: Node) -> None:
+def _replace(call: SdpaCall, timestep: Node, *, ordered: bool) -> None:
     operands = [cast("Node", call.operands[name]) for name in ("query", "key", "value")]
     with call.gm.graph.inserting_before(call.node):
         lowered = call.gm.graph.call_function(
-            torch.ops.calibatt.attention.default, (*operands, timestep, call.info.name, call.scale)
+            torch.ops.calibatt.attention.default,
+            (*operands, timestep, call.info.name, call.scale, ordered),
         )
     lowered.meta = dict(call.node.meta)
     call.node.replace_all_uses_with(lowered)

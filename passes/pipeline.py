@@ -13,6 +13,7 @@ from calibatt_compiler.passes.bind_sites import bind_sites
 from calibatt_compiler.passes.find_sites import find_sites
 from calibatt_compiler.passes.find_timestep import find_timestep
 from calibatt_compiler.passes.lower_attention import lower_attention
+from calibatt_compiler.passes.permute_tokens import permute_tokens
 from calibatt_compiler.passes.rewrite import Binder, Rewrite
 
 Pass = Callable[[Rewrite], Rewrite]
@@ -21,6 +22,7 @@ PASSES: tuple[Pass, ...] = (
     find_sites,  # names first: all that follows speaks of sites
     find_timestep,  # before binding: a site that can't know its step stays dense
     bind_sites,  # all decisions at once, so that a mismatch leaves the graph untouched
+    permute_tokens,  # needs to know the sites; reads attention nodes as the model has them
     lower_attention,  # last: the only pass that replaces nodes, and it ends with clean-up
 )
 

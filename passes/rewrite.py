@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -11,6 +12,7 @@ from torch.fx import GraphModule, Node
 from calibatt_compiler.capture import SiteInfo
 from calibatt_compiler.dynamo import FrameInputs
 from calibatt_compiler.passes.graph import sdpa_operands
+from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.runtime.serving import Site
 
 
@@ -66,8 +68,49 @@ class Lowered:
     site: Site
 
 
+@dataclass(frozen=True)
+class Layout:
+    """The order of tokens that a plan's blocks are cut from, where it is not the model's.
+
+    Attributes:
+        order: of the grid's tokens.
+        grid: tokens (frames, height, width).
+        text_first: whether text of joint attention stands before the video.
+    """
+
+    order: TokenOrder
+    grid: tuple[int, int, int]
+    text_first: bool
+
+    @property
+    def video(self) -> int:
+        """Tokens of the video."""
+        return math.prod(self.grid)
+
+
+@dataclass(frozen=True)
+class Permuted:
+    """Tokens that are brought into the plan's order once a forward pass.
+
+    Attributes:
+        entries: values permuted on the way in: the video, rotary tables.
+        exits: values permuted back.
+    """
+
+    entries: int
+    exits: int
+
+
 class Binder(Protocol):
-    """Decides what serves the sites of a graph."""
+    """Decides what serves the sites of a graph.
+
+    Attributes:
+        layout: of tokens in the patterns that serve; None: as in the model.
+    """
+
+    @property
+    def layout(self) -> Layout | None:
+        """Layout of tokens in the patterns that serve."""
 
     def bind(self, call: SdpaCall) -> Site | Skip:
         """Return what serves a call, or why it stays dense."""
@@ -84,6 +127,8 @@ class Rewrite:
         calls: all attention calls, in order of execution.
         timestep: the host timestep, once resolved.
         decisions: for each call, what became of it.
+        order: what became of the plan's token order: permuted once, or why around each site; None
+            where there is nothing to permute.
     """
 
     gm: GraphModule
@@ -92,6 +137,16 @@ class Rewrite:
     calls: tuple[SdpaCall, ...] = ()
     timestep: Node | None = None
     decisions: tuple[Lowered | Skip, ...] = field(default=())
+    order: Permuted | Skip | None = None
+
+    def order_in_words(self) -> str | None:
+        """Return what became of the plan's token order; None where there is nothing to permute."""
+        if self.order is None or self.binder.layout is None:
+            return None
+        name = f"token order {self.binder.layout.order}"
+        if isinstance(self.order, Permuted):
+            return f"{name}: permuted once a forward pass"
+        return f"{name}: permuted around each site, as {self.order.reason}"
 
     def entries(self) -> dict[str, Site | str]:
         """Return, by name of the call, what serves it, or why nothing of ours does."""

@@ -15,8 +15,8 @@ PACKAGE = ROOT / "calibatt_compiler"
 LEAVES = {"plan", "errors", "options", "debug", "files", "capture", "version"}
 CODE_LOADERS = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 
-# Passes share two helpers; only the list of passes imports the passes.
-PASS_HELPERS = {"graph", "rewrite"}
+# Passes share helpers, which rewrite nothing; only the list of passes imports the passes.
+PASS_HELPERS = {"graph", "rewrite", "token_axis", "token_flow", "token_places", "token_rules"}
 PASS_LIST = "pipeline"
 
 # The reference defines what is right: it must not lean on what it is compared with.

@@ -60,10 +60,14 @@ class GraphReport:
     Attributes:
         options: the very dict that `torch.compile` was given.
         plan_digest: digest of the plan.
+        order: what became of the plan's token order, in words; None if it is the model's.
     """
 
-    def __init__(self, graph: CompiledGraph, binder: PlanBinder, options: object) -> None:
+    def __init__(
+        self, graph: CompiledGraph, binder: PlanBinder, options: object, order: str | None
+    ) -> None:
         self.options = options
+        self.order = order
         self.plan_digest = binder.plan.digest
         self._graph = graph
         self._plan = binder.plan
@@ -103,11 +107,14 @@ class Summary:
         rows: one a site and graph.
         graphs: how many graphs were compiled: one for each size of video.
         plan_digest: digest of the plan.
+        orders: how the graphs bring tokens into the plan's order, in words; empty if it is the
+            model's.
     """
 
     rows: tuple[SiteRow, ...]
     graphs: int
     plan_digest: str
+    orders: tuple[str, ...] = ()
 
     @property
     def sparse_calls(self) -> int:
@@ -132,6 +139,7 @@ class Summary:
         return {
             "plan_digest": self.plan_digest,
             "graphs": self.graphs,
+            "token_order": list(self.orders),
             "sparse_calls": self.sparse_calls,
             "dense_calls": dict(self.dense_calls),
             "skipped": dict(self.skipped),
@@ -154,7 +162,7 @@ class Summary:
         }
 
     def notes(self) -> list[str]:
-        """Return, in words, what did not go as asked for, with its count."""
+        """Return, in words, how tokens are brought into order, and what did not go as asked for."""
         reasons: Counter[str] = Counter()
         for row in self.rows:
             reasons.update(row.reasons)
@@ -163,7 +171,8 @@ class Summary:
         )
         repairs = sum(row.repairs for row in self.rows)
         return (
-            [f"{n} calls {why}" for why, n in dense.most_common()]
+            list(self.orders)
+            + [f"{n} calls {why}" for why, n in dense.most_common()]
             + [f"{n} patterns by another kernel: {why}" for why, n in reasons.most_common()]
             + [f"{repairs} calls computed again: scores overflowed their softmax reference"]
             * (repairs > 0)
@@ -263,7 +272,8 @@ def summary(compiled: object) -> Summary:
             remedy="call the model or its pipeline first; compilation happens in the first call",
         )
     rows = tuple(row for report in reports for row in report.rows())
-    return Summary(rows, len(reports), reports[-1].plan_digest)
+    orders = dict.fromkeys(report.order for report in reports if report.order is not None)
+    return Summary(rows, len(reports), reports[-1].plan_digest, tuple(orders))
 
 
 def _shared(kind: type, options: object) -> list[GraphReport]:

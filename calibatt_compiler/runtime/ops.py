@@ -1,36 +1,34 @@
-"""The two operators that the passes put into a graph.
+"""The operators that the passes put into a graph.
 
 `calibatt::host_timestep` brings the timestep to the host once a forward pass;
-`calibatt::attention` serves one site. Both are opaque to Inductor and pure in their result.
+`calibatt::token_order` says in which order a plan has a video's tokens; `calibatt::attention`
+serves one site. All are opaque to Inductor and pure in their result.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from calibatt_compiler.plan.order import TokenOrder
+from calibatt_compiler.runtime.order import laid_out
 from calibatt_compiler.runtime.serving import lookup
+from calibatt_compiler.runtime.timestep import read, send
 
 
 @torch.library.custom_op("calibatt::host_timestep", mutates_args=())
 def host_timestep(timestep: Tensor) -> Tensor:
-    """Return the diffusion timestep of a call as a float64 scalar on the CPU.
-
-    A timestep per token (the conditioning frames at zero) stands for its greatest value. Samples
-    of one batch at different timesteps have no common step: NaN.
+    """Return the diffusion timestep of a call; sites read it: see `runtime.timestep`.
 
     Args:
         timestep: any shape, any dtype, one entry a sample on the first dimension.
+
+    Returns:
+        Float64 scalar on the CPU.
     """
-    values = timestep.detach().to("cpu", torch.float64)
-    if values.dim() == 0:
-        return values.clone()
-    by_sample = values.reshape(values.shape[0], -1).amax(1)
-    if bool((by_sample == by_sample[0]).all()):
-        return by_sample[0].clone()
-    return torch.tensor(math.nan, dtype=torch.float64)
+    return send(timestep)
 
 
 @host_timestep.register_fake
@@ -38,8 +36,47 @@ def _(timestep: Tensor) -> Tensor:
     return torch.empty((), dtype=torch.float64, device="cpu")
 
 
+@torch.library.custom_op("calibatt::token_order", mutates_args=())
+def token_order(
+    like: Tensor, order: str, grid: Sequence[int], length: int, first: int, inverse: bool
+) -> Tensor:
+    """Return what `index_select` takes to bring tokens into an order, or back.
+
+    Args:
+        like: a tensor on the device of the result.
+        order: name of a `TokenOrder` that is not the grid's own.
+        grid: tokens (frames, height, width).
+        length: tokens of the sequence, text included; text stays where it is.
+        first: where in the sequence the video begins.
+        inverse: bring tokens back.
+
+    Returns:
+        int32 (length): the token for each place.
+    """
+    frames, height, width = grid
+    found = laid_out(TokenOrder.parse(order), (frames, height, width), length, first, like.device)
+    assert found is not None, "the pass permutes only what has another order"
+    # A copy: the memory of an operator's result may be used again.
+    return (found.positions if inverse else found.tokens).clone()
+
+
+@token_order.register_fake
+def _(
+    like: Tensor, order: str, grid: Sequence[int], length: int, first: int, inverse: bool
+) -> Tensor:
+    return like.new_empty(length, dtype=torch.int32)
+
+
 @torch.library.custom_op("calibatt::attention", mutates_args=())
-def attention(q: Tensor, k: Tensor, v: Tensor, timestep: Tensor, site: str, scale: float) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    timestep: Tensor,
+    site: str,
+    scale: float,
+    ordered: bool = False,
+) -> Tensor:
     """Attention of one site at a timestep.
 
     Args:
@@ -49,6 +86,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, timestep: Tensor, site: str, scal
         timestep: what `host_timestep` returned.
         site: its name in the graph that is running.
         scale: factor of the scores.
+        ordered: whether the operands, and so the output, are in the plan's token order.
 
     Returns:
         (batch, heads, query_length, head_dim), laid out as (batch, query_length, heads, head_dim)
@@ -57,10 +95,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, timestep: Tensor, site: str, scal
     Raises:
         KernelError: no such site, or operands that its kernel can't take.
     """
-    return lookup(site).attend(q, k, v, timestep.item(), scale)
+    return lookup(site).attend(q, k, v, read(timestep), scale, ordered=ordered)
 
 
 @attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, timestep: Tensor, site: str, scale: float) -> Tensor:
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    timestep: Tensor,
+    site: str,
+    scale: float,
+    ordered: bool = False,
+) -> Tensor:
     batch, heads, length, head_dim = q.shape
     return q.new_empty(batch, length, heads, head_dim).transpose(1, 2)

@@ -34,7 +34,6 @@ class Rearrangement:
         return x.transpose(1, 2).index_select(1, self.positions).transpose(1, 2)
 
 
-@functools.lru_cache(maxsize=64)
 def rearrangement(
     order: TokenOrder,
     grid: tuple[int, int, int],
@@ -52,7 +51,18 @@ def rearrangement(
         text_first: whether text stands before the video.
         device: of the operands.
     """
-    first = length - math.prod(grid) if text_first else 0
+    return laid_out(order, grid, length, length - math.prod(grid) if text_first else 0, device)
+
+
+@functools.lru_cache(maxsize=64)
+def laid_out(
+    order: TokenOrder,
+    grid: tuple[int, int, int],
+    length: int,
+    first: int,
+    device: torch.device,
+) -> Rearrangement | None:
+    """As `rearrangement`, for a video that begins at place `first` of a sequence."""
     tokens = order.tokens(grid, length=length, first=first)
     return None if tokens is None else Rearrangement(tokens, device)
 

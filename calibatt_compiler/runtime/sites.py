@@ -88,8 +88,21 @@ class SparseSite:
             self._kernels.put(name, first, kernel)
             self._note(first, kernel)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, timestep: float, scale: float) -> Tensor:
-        """Attention at a timestep: sparse where the plan has a step near it, else dense."""
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        timestep: float,
+        scale: float,
+        *,
+        ordered: bool = False,
+    ) -> Tensor:
+        """Attention at a timestep: sparse where the plan has a step near it, else dense.
+
+        Dense attention is the same for any order of tokens. So only kernels of patterns ask
+        whether the operands are `ordered` as in the plan; if not, they are brought into its order.
+        """
         step = self._plan.step_of(timestep)
         if step is None:
             mixed = math.isnan(timestep)
@@ -107,7 +120,7 @@ class SparseSite:
         self.calls[kernel.kind] += 1
         if variant is None:
             self._note(self._steps[step], kernel)
-        orders = [self._rearrangement(length) for length in lengths]
+        orders = [None if ordered else self._rearrangement(length) for length in lengths]
         out = attend_in_order(kernel, q, k, v, scale, (orders[0], orders[1]))
         self._kernels.launched(self._name)
         if self.monitor is not None and self.monitor.due():
@@ -197,6 +210,16 @@ class RecordingSite:
         self._recorder = recorder
         self._name = name
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, timestep: float, scale: float) -> Tensor:
-        """Dense attention, observed by the recorder."""
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        timestep: float,
+        scale: float,
+        *,
+        ordered: bool = False,
+    ) -> Tensor:
+        """Dense attention, observed by the recorder, which knows tokens in the model's order."""
+        assert not ordered, "recording graphs are not permuted"
         return self._recorder.attend(self._name, q, k, v, timestep, scale)

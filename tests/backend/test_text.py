@@ -18,6 +18,7 @@ from calibatt_compiler.calibration.store import RunStore
 from calibatt_compiler.calibration.text import text_blocks
 from calibatt_compiler.errors import CalibrationError
 from calibatt_compiler.plan import BlockPattern, RowCopies, Sampler, SitePatterns
+from calibatt_compiler.plan.order import RASTER, TokenOrder
 from calibatt_compiler.plan.text import fit_pattern
 
 GRID, VIDEO, TEXT = (3, 5, 7), 105, 6
@@ -87,7 +88,11 @@ def arguments(family: str, text: int) -> dict[str, Any]:
     }
 
 
-def plan_of(position: Any, repetitive: tuple[bool, bool] = (False, False)) -> Plan:
+def plan_of(
+    position: Any,
+    repetitive: tuple[bool, bool] = (False, False),
+    order: TokenOrder = RASTER,
+) -> Plan:
     length = VIDEO + TEXT
     text = text_blocks(length, VIDEO, BLOCK[0], position)
     assert text is not None
@@ -102,12 +107,12 @@ def plan_of(position: Any, repetitive: tuple[bool, bool] = (False, False)) -> Pl
             key_length=length,
             block=BLOCK,
             repetitive=np.array(repetitive),
-            copies=RowCopies(GRID, 2, TEXT if position == "first" else 0),
+            copies=RowCopies(GRID, 2, TEXT if position == "first" else 0, order),
         )
         sites[name] = SitePatterns.share([pattern])
     sampler = Sampler(timesteps=(900.0,))
     policy: Any = f"dense_{position}"
-    return Plan.create(sites, grid=GRID, sampler=sampler, text_policy=policy)
+    return Plan.create(sites, grid=GRID, sampler=sampler, text_policy=policy, token_order=order)
 
 
 def expanded(
@@ -131,14 +136,16 @@ def expanded(
         return model(**inputs)[0]
 
 
+@pytest.mark.parametrize("order", ["raster", "2x4xall"])
 @pytest.mark.parametrize("repetitive", [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("family", ["cogvideox", "mochi"])
 def test_other_text_lengths_are_served_sparse(
-    family: str, repetitive: tuple[bool, bool], attend: Any
+    family: str, repetitive: tuple[bool, bool], order: str, attend: Any
 ) -> None:
     torch._dynamo.reset()
     model = {"cogvideox": cogvideox, "mochi": mochi}[family]()
-    plan = plan_of("first" if family == "cogvideox" else "last", repetitive)
+    position = "first" if family == "cogvideox" else "last"
+    plan = plan_of(position, repetitive, TokenOrder.parse(order))
     options = {"plan": plan, "lowering": "table"}
     compiled = torch.compile(model, backend="calibatt", fullgraph=True, options=options)
     lengths = (TEXT, 9, 22, 40)
@@ -152,6 +159,8 @@ def test_other_text_lengths_are_served_sparse(
     summary = calibatt_compiler.summary(compiled)
     assert summary.sparse_calls == len(SITES) * len(lengths)
     assert not any("length" in reason for reason in summary.dense_calls)
+    once = () if order == "raster" else (f"token order {order}: permuted once a forward pass",)
+    assert summary.orders == once
 
 
 def test_masks_of_ones_own_serve_their_length_only() -> None:

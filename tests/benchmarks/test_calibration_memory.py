@@ -27,3 +27,11 @@ def test_it_tells_what_a_calibration_takes(drawn: list[str], tmp_path: Path):
     assert told["masks of an input MB"] == pytest.approx(2 * 9 * 2 * 3 / 1e6)
     assert told["host memory beyond that MB"] > 0
     assert not list(tmp_path.iterdir())
+
+
+def test_the_cost_of_observing_is_told():
+    script = SCRIPT.with_name("calibration_cost.py")
+    done = subprocess.run(
+        [sys.executable, str(script), "--check"], check=True, capture_output=True, text=True
+    )
+    assert "tiny: 180 tokens, 1 layers: dense" in done.stdout

@@ -44,41 +44,60 @@ def rounded(x: np.ndarray, dtype: str) -> Tile:
     return tile(torch.from_numpy(np.array(x, np.float32)).to(low).float().numpy())
 
 
+class Memory:
+    """What a pointer may reach: the elements of a tensor of any strides, and nothing between."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        size = 1 + sum((length - 1) * stride for length, stride in steps)
+        self.flat = tensor.as_strided((size,), (1,))
+        self.own = torch.zeros(size, dtype=torch.bool)
+        self.own.as_strided(tensor.shape, tensor.stride()).fill_(True)
+
+    def check(self, offsets: torch.Tensor) -> torch.Tensor:
+        inside = (offsets >= 0) & (offsets < len(self.own))
+        assert inside.all(), f"access out of bounds: {offsets} of {len(self.own)}"
+        assert self.own[offsets].all(), "access between the rows of a tensor"
+        return offsets
+
+    def read(self, offsets: Any) -> Any:
+        """Values as in registers: integers, or floats of 32 bits."""
+        values = self.flat[self.check(torch.as_tensor(np.asarray(offsets)).long())]
+        return (values.float() if values.is_floating_point() else values).numpy()
+
+    def write(self, offsets: Any, values: Any) -> None:
+        where = self.check(torch.as_tensor(np.asarray(offsets)).long())
+        self.flat[where] = torch.as_tensor(np.array(values)).to(self.flat.dtype)
+
+
 class Pointer:
     """A pointer into a tensor, or a vector of them."""
 
-    def __init__(self, tensor: torch.Tensor, offset: Any = 0) -> None:
-        assert tensor.is_contiguous()
-        self.array = tensor.view(-1).numpy()
-        self.tensor, self.offset = tensor, offset
+    def __init__(self, memory: Memory, offset: Any = 0) -> None:
+        self.memory, self.offset = memory, offset
 
     def __add__(self, step: Any) -> Pointer:
-        return Pointer(self.tensor, self.offset + step)
-
-    def check(self, offsets: Any) -> None:
-        outside = (np.asarray(offsets) < 0) | (np.asarray(offsets) >= len(self.array))
-        assert not outside.any(), f"access out of bounds: {offsets} of {len(self.array)}"
+        return Pointer(self.memory, self.offset + step)
 
 
 def load(pointer: Pointer, mask: Any = None, other: Any = None) -> Any:
     if not np.ndim(pointer.offset):
-        pointer.check(pointer.offset)
-        return pointer.array[pointer.offset].item()
-    inside = np.ones(pointer.offset.shape, bool) if mask is None else np.asarray(mask)
-    pointer.check(pointer.offset[inside])
-    values = np.full(pointer.offset.shape, other or 0, pointer.array.dtype)
-    values[inside] = pointer.array[pointer.offset[inside]]
+        return pointer.memory.read(pointer.offset).item()
+    if mask is None:
+        return tile(pointer.memory.read(pointer.offset))
+    inside = np.broadcast_to(np.asarray(mask), pointer.offset.shape)
+    found = pointer.memory.read(pointer.offset[inside])
+    values = np.full(inside.shape, other or 0, found.dtype)
+    values[inside] = found
     return tile(values)
 
 
 def store(pointer: Pointer, value: Any, mask: Any = None) -> None:
-    if not np.ndim(pointer.offset):
-        pointer.check(pointer.offset)
-        pointer.array[pointer.offset] = value
+    if mask is None:
+        pointer.memory.write(pointer.offset, value)
         return
-    inside = np.ones(pointer.offset.shape, bool) if mask is None else np.asarray(mask)
-    pointer.check(pointer.offset[inside])
-    pointer.array[pointer.offset[inside]] = np.broadcast_to(value, inside.shape)[inside]
+    inside = np.broadcast_to(np.asarray(mask), pointer.offset.shape)
+    pointer.memory.write(pointer.offset[inside], np.broadcast_to(value, inside.shape)[inside])
 
 
 class Barrier:
@@ -140,6 +159,29 @@ class SharedTiles:
 
     def store(self, value: np.ndarray) -> None:
         self.array[...] = value
+        _thread.unfenced = True
+
+    def load(self, _: object) -> Tile:
+        return tile(self.array.copy())
+
+
+class Pieces:
+    """The same memory as pieces of 8 rows x 64 columns: how tiles lie that TMA swizzles."""
+
+    def __init__(self, tiles: SharedTiles, dtype: str, shape: Sequence[int], _: object) -> None:
+        assert dtype == tiles.dtype
+        self.tiles = tiles
+        number, _, _, self.rows, self.columns = tiles.shape
+        assert list(shape) == [number * self.rows * self.columns // 512, 8, 64]
+
+    def index(self, i: int) -> SharedTiles:
+        i, group = divmod(i, self.rows // 8)
+        number, strip = divmod(i, self.columns // 64)
+        part = SharedTiles(self.tiles.dtype, [1])
+        rows, columns = slice(group * 8, group * 8 + 8), slice(strip * 64, strip * 64 + 64)
+        part.array = self.tiles.array[number, 0, 0, rows, columns]
+        part.shape = list(part.array.shape)
+        return part
 
 
 class Barriers:
@@ -176,6 +218,37 @@ def start_load(desc: Descriptor, coordinates: Any, full: Barrier, into: SharedTi
     into.array[...] = 0
     into.array[0, 0, : len(part)] = part
     full.update(0, -desc.block_type.nbytes)
+
+
+def start_gather(into: SharedTiles, pointer: Pointer) -> None:
+    """Rows through the generic proxy; they land when their group is waited for."""
+    assert pointer.offset.shape == into.array.shape
+    assert (pointer.offset[:, ::8] % 8 == 0).all(), "rows that are not aligned to 16 bytes"
+    into.array[...] = np.nan
+    _thread.gathers.append((into, pointer))
+
+
+def commit_group() -> None:
+    _thread.groups.append(_thread.gathers)
+    _thread.gathers = []
+
+
+def wait_group(outstanding: int) -> None:
+    """Copies that were not committed are not waited for."""
+    while len(_thread.groups) > outstanding:
+        for into, pointer in _thread.groups.pop(0):
+            into.array[...] = pointer.memory.read(pointer.offset)
+            _thread.unfenced = True
+
+
+def fence() -> None:
+    _thread.unfenced = False
+
+
+def arrive(barrier: Barrier, count: int) -> None:
+    """What this warp wrote, others read through the asynchronous proxy."""
+    assert not _thread.unfenced, "written to shared memory and not fenced"
+    barrier.update(count, 0)
 
 
 def start_store(desc: Descriptor, coordinates: Any, source: SharedTiles) -> None:
@@ -232,7 +305,7 @@ def exp2(asm: str, *rest: Any, **_: object) -> Tile:
 
 
 def atomic_add(pointer: Pointer, value: int) -> None:
-    pointer.array[pointer.offset] += value
+    pointer.memory.write(pointer.offset, pointer.memory.read(pointer.offset) + value)
 
 
 def reduce(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -252,10 +325,13 @@ def warp_specialize(parts: Any, warps: object, registers: object) -> None:
 
     def run(function: Callable[..., None], arguments: Any) -> None:
         _thread.program, _thread.products = program, []
+        _thread.gathers, _thread.groups, _thread.unfenced = [], [], False
         try:
             with np.errstate(all="ignore"):
                 function(*arguments)
             assert not _thread.products, "a product was never waited for"
+            waiting = _thread.gathers or _thread.groups
+            assert not waiting, "gathered rows were never waited for"
         except BaseException as error:
             program.failed.append(error)
 
@@ -290,13 +366,13 @@ GL = SimpleNamespace(
     program_id=lambda axis: _thread.program.index[axis],
     allocate_shared_memory=allocate, warp_specialize=warp_specialize,
     NVMMADistributedLayout=layout, SliceLayout=layout, DotOperandLayout=layout,
-    BlockedLayout=layout,
+    BlockedLayout=layout, NVMMASharedLayout=layout,
 )  # fmt: skip
 MBARRIER = SimpleNamespace(
     MBarrierLayout=layout,
     init=lambda barrier, count: barrier.init(count),
     expect=lambda barrier, size: barrier.update(1, size),
-    arrive=lambda barrier, count: barrier.update(count, 0),
+    arrive=arrive,
     wait=lambda barrier, phase, pred=True: barrier.wait(phase) if pred else None,
 )
 NAMES = {
@@ -305,13 +381,17 @@ NAMES = {
     "tma": SimpleNamespace(store_wait=lambda pending: None),
     # Every thread of a warpgroup arrives.
     "async_copy": SimpleNamespace(
-        mbarrier_arrive=lambda barrier, increment_count: barrier.update(128, 0)
+        mbarrier_arrive=lambda barrier, increment_count: barrier.update(128, 0),
+        commit_group=commit_group,
+        wait_group=wait_group,
     ),
+    "reinterpret": Pieces,
+    "start_gather": start_gather,
     "start_load": start_load,
     "start_store": start_store,
     "warpgroup_mma": warpgroup_mma,
     "warpgroup_mma_wait": warpgroup_mma_wait,
-    "fence_async_shared": lambda: None,
+    "fence_async_shared": fence,
 }
 
 
@@ -341,6 +421,7 @@ class Interpreted:
     """Stands for a Gluon kernel: `kernel[grid](...)` runs its programs one after another."""
 
     def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
         self.function = interpret(kernel)
         self.launches = 0
 
@@ -351,6 +432,7 @@ class Interpreted:
             named = {name: self.argument(value) for name, value in named.items()}
             for index in np.ndindex(*grid):
                 _thread.program = SimpleNamespace(index=index, failed=[])
+                _thread.gathers, _thread.groups, _thread.unfenced = [], [], False
                 with np.errstate(all="ignore"):
                     self.function(*positional, **named)
 
@@ -359,5 +441,5 @@ class Interpreted:
     @staticmethod
     def argument(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return Pointer(value)
+            return Pointer(Memory(value))
         return interpret(value) if hasattr(value, "fn") else value

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from triton import knobs
 
@@ -24,11 +25,12 @@ from calibatt_compiler.kernels.compiler import KernelCompiler, KernelSpec
 from calibatt_compiler.kernels.cover import EXACT
 from calibatt_compiler.kernels.hopper_launch import HopperConfig
 from calibatt_compiler.kernels.hopper_offline import compile_counts, compile_hopper
+from calibatt_compiler.plan.copies import RowCopies
 from calibatt_compiler.plan.pattern import BlockPattern
 
 BF16, FP16 = torch.bfloat16, torch.float16
 
-# block_n, head_dim, dtype, fixed, ragged, then optional: tail, lse, lengths
+# block_n, head_dim, dtype, fixed, ragged, then optional: tail, lse, lengths, copies
 TABLES = {
     "fixed, D 128": HopperConfig(128, 128, BF16, True, False),
     "fixed, D 128, everything": HopperConfig(128, 128, BF16, True, True, True, True),
@@ -40,6 +42,21 @@ TABLES = {
     "exact, D 128, energy": HopperConfig(128, 128, FP16, False, True, lse=True, energy=True),
     "fixed, D 64": HopperConfig(128, 64, BF16, True, True),
     "fp16, D 64, blocks of 64": HopperConfig(64, 64, FP16, False, True),
+    "fixed, D 128, copies": HopperConfig(128, 128, BF16, True, True, copies=True),
+    "fixed, D 128, copies, everything": HopperConfig(
+        *(128, 128, BF16, True, True, True, True), copies=True
+    ),
+    "fixed, D 128, copies, lengths": HopperConfig(
+        *(128, 128, BF16, True, True, False, True, True), copies=True
+    ),
+    "exact, D 128, copies, lengths": HopperConfig(
+        *(128, 128, BF16, False, True, False, True, True), copies=True
+    ),
+    "exact, D 128, copies, blocks of 64": HopperConfig(
+        *(64, 128, BF16, False, True, True, True), copies=True
+    ),
+    "fixed, D 64, copies": HopperConfig(128, 64, BF16, True, True, lse=True, copies=True),
+    "fp16, D 64, copies, blocks of 64": HopperConfig(64, 64, FP16, False, True, copies=True),
 }
 
 
@@ -69,6 +86,8 @@ def describe(kernel: Any) -> dict[str, Any]:
         "tma_loads": len(re.findall(r"\bUTMALDG\b", code)),
         "tma_dimensions": sorted(set(re.findall(r"\bUTMALDG\.(\dD)", code))),
         "tma_stores": len(re.findall(r"\bUTMASTG\b", code)),
+        "gathers": len(re.findall(r"\bLDGSTS\S*\.128\b", code)),
+        "scatters": len(re.findall(r"\bSTG\S*\.128\b", code)),
         "register_moves": sorted(set(re.findall(r"USETMAXREG\S* (?:\w+, )?(0x\w+)", code))),
         "exponentials": len(re.findall(r"\bMUFU\.EX2\b", code)),
     }
@@ -78,32 +97,37 @@ def cached_files() -> int:
     return sum(1 for path in Path(os.environ["TRITON_CACHE_DIR"]).rglob("*") if path.is_file())
 
 
-def pattern() -> BlockPattern:
+def pattern(*, copies: bool = False) -> BlockPattern:
     row = torch.arange(12)
     mask = (row[:, None] - row[None]).abs()[None] <= torch.tensor([1, 2])[:, None, None]
     mask[:, :, 0] = True
-    return BlockPattern.from_mask(mask, query_length=12 * 128 - 37, key_length=12 * 128 - 37)
+    length = 12 * 128 - 37
+    repeated: dict[str, Any] = {}
+    if copies:
+        repeated = {"repetitive": np.array([True, False]), "copies": RowCopies((3, 20, 20), 4)}
+    return BlockPattern.from_mask(mask, query_length=length, key_length=length, **repeated)
 
 
-def build_literals() -> None:
+def build_literals(*, copies: bool = False) -> None:
     """By the compiling process, as a model does; then a launch must find everything."""
-    made = pattern()
+    made = pattern(copies=copies)
     with KernelCompiler(workers=1) as compiler:
         report = compiler.build([KernelSpec(made, BF16, 128, 90, target="hopper")])
     assert not report.failed, report.failed
     entry = cache.get_entry(made, EXACT, "hopper")
-    config = HopperConfig(128, 128, BF16, True, True)
+    config = HopperConfig(128, 128, BF16, True, True, copies=copies)
     for repair in config.repairs:
         assert cache.is_compiled(entry, config.variant_name(repair=repair))
         before = cached_files()
         literals, runs = cache.load_kernel(entry), entry.covering.cover.max_intervals
         kernel = compile_hopper(config, repair=repair, literals=literals, runs=runs)
-        facts = {"name": f"literals, repair {repair}", "new_files": cached_files() - before}
+        name = f"literals{', copies' if copies else ''}, repair {repair}"
+        facts = {"name": name, "new_files": cached_files() - before}
         print(json.dumps(facts | describe(kernel)), flush=True)
 
 
 def main() -> None:
-    chosen = sys.argv[1:] or [*TABLES, "counts", "repair", "literals"]
+    chosen = sys.argv[1:] or [*TABLES, "counts", "repair", "literals", "literals, copies"]
     for name, config in TABLES.items():
         if name in chosen:
             start = time.perf_counter()
@@ -115,8 +139,9 @@ def main() -> None:
     if "repair" in chosen:
         kernel = compile_hopper(TABLES["fixed, D 128"], repair=True)
         print(json.dumps({"name": "repair"} | describe(kernel)), flush=True)
-    if "literals" in chosen:
-        build_literals()
+    for copies in (False, True):
+        if f"literals{', copies' if copies else ''}" in chosen:
+            build_literals(copies=copies)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from calibatt_compiler.kernels import cache
 from calibatt_compiler.kernels.compiler import KernelCompiler, KernelSpec
 from calibatt_compiler.kernels.copies import NO_COPIES, DeviceCopies, copy_tables
 from calibatt_compiler.kernels.cover import EXACT
-from calibatt_compiler.kernels.key_stream import KeyStream
+from calibatt_compiler.kernels.index_tables import IndexTables
 from calibatt_compiler.kernels.offline import compile_offline, table_arguments
 from calibatt_compiler.kernels.operands import empty_output
 from calibatt_compiler.kernels.triton_launch import (
@@ -139,12 +139,12 @@ def baked(pattern: BlockPattern, arch: int, config: LaunchConfig) -> dict[str, A
         q, *keys, out, flag, grid=(1, 1), **arguments, **config.constexprs, **config.options
     )
     # And the table kernel's launch that repairs.
-    stream, repair = KeyStream.upload(pattern, flag.device), config.repair()
+    indices, repair = IndexTables.upload(pattern, flag.device), config.repair()
     table = DeviceCopies.upload(pattern, flag.device)
     for name in ("computed_ptr", "targets_ptr"):
         arguments.pop(name, None)
     table_attention.warmup(
-        q, *keys, out, flag, flag, *stream.tensors, k, v, grid=(1, 1),
+        q, *keys, out, flag, flag, *indices.tensors, k, v, grid=(1, 1),
         **(NO_COPIES if table is None else table.arguments()), **arguments,
         heads=2, query_blocks=pattern.query_blocks, length_q=pattern.query_length,
         length_k=pattern.key_length, parts=0, POOLED=0, WEIGHTED=False, COPIES=table is not None,

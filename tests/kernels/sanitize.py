@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 
 import torch
+from gluon_control import run_control
 
 from calibatt_compiler.kernels.energy import block_energy
 from calibatt_compiler.kernels.hopper import HopperAttention
@@ -48,6 +49,7 @@ def main() -> None:
             "hopper fixed": lambda: HopperAttention(pattern, **where)(q, k, v),
             "hopper exact": lambda: HopperAttention(pattern, softmax="exact", **where)(q, k, v),
             "hopper repaired": lambda: HopperAttention(pattern, **where)(spiked, k, v),
+            "control": run_control,
             "hopper energies": lambda: hopper_attention_and_energy(q, k, v, (128, 128), 0.125),
         }
     for name in sys.argv[1:] or cases:

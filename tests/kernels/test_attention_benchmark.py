@@ -44,8 +44,13 @@ def test_the_check_runs(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.inductor
-def test_the_check_of_layers_runs(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("order", "more"),
+    [("raster", set()), ("2x4xall", {"table 2x4xall once", "table 2x4xall around"})],
+)
+def test_the_check_of_layers_runs(order: str, more: set[str], tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / "dit_layer.py"), "--check", "--out", str(tmp_path)]
+    command += ["--token-order", order]
     done = subprocess.run(
         command,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
@@ -55,7 +60,7 @@ def test_the_check_of_layers_runs(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (row,) = json.loads((tmp_path / "dit_layer.json").read_text())["rows"]
-    assert set(row["ms"]) == {"stock", "table", "none"}
+    assert set(row["ms"]) == {"stock", "table", "none"} | more
     assert row["left_out"] == {}
 
 

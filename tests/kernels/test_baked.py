@@ -65,7 +65,7 @@ def make(
     monkeypatch.setenv("CALIBATT_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("calibatt_compiler.kernels.triton_launch.architecture", lambda device: 90)
     monkeypatch.setattr(
-        "calibatt_compiler.kernels.triton_table.key_stream", lambda pattern, device: None
+        "calibatt_compiler.kernels.triton_table.index_tables", lambda pattern, device: None
     )
 
     def build(error: Exception | None = None, **limits: object) -> BakedAttention:

@@ -67,6 +67,21 @@ def test_patterns_that_copy_alike_share_tables_on_a_device(
     assert first.nbytes == 2 + 4 * rows + 4 * rows * first.shared.targets.shape[0]
 
 
+def test_tables_are_filled_up_to_whole_tiles(
+    random_pattern: Callable[..., BlockPattern],
+) -> None:
+    pattern = random_pattern(repetitive=(True, False), copies=COPIES[0])
+    plain, whole = (DeviceCopies.upload(pattern, CPU, whole=rows) for rows in (1, 64))
+    assert plain is not None
+    assert whole is not None
+    rows = len(COPIES[0].computed(200))
+    assert whole.shared.computed.shape == (-(-rows // 64) * 64,)
+    assert torch.equal(whole.shared.computed[:rows], plain.shared.computed)
+    assert (whole.shared.computed[rows:] == plain.shared.computed[-1]).all()
+    assert torch.equal(whole.shared.targets[:, :rows], plain.shared.targets)
+    assert (whole.shared.targets[:, rows:] == -1).all()
+
+
 def test_nothing_is_uploaded_without_repetitive_heads(
     random_pattern: Callable[..., BlockPattern],
 ) -> None:

@@ -20,12 +20,14 @@ from calibatt_compiler.kernels.hopper_schedule import (
     make_schedule,
     tail_weights,
 )
+from calibatt_compiler.plan.copies import RowCopies
 from calibatt_compiler.plan.pattern import BlockPattern
 
 
 def keys_of(made: Schedule, index: int) -> list[int]:
     """Key blocks of a tile in the order in which they are taken."""
     _, _, intervals, first = made.tiles[index].tolist()
+    first &= 0x7FFFFFFF
     taken: list[int] = []
     for run in made.runs[first : first + (intervals & 0xFFFF)].tolist():
         taken += range(run & 0xFFFF, (run & 0xFFFF) + (run >> 16))
@@ -38,13 +40,20 @@ def check(pattern: BlockPattern, programs: int, first: npt.NDArray[np.int64] | N
     assert made.starts[0] == 0
     assert len(made.starts) == programs + 1
     assert (np.diff(made.starts) >= 0).all()
-    assert made.starts[-1] == len(made.tiles) - 1 == pattern.heads * pattern.query_blocks
+    computed = pattern.computed_rows()
+    assert made.starts[-1] == len(made.tiles) - 1 == computed.sum()
     rows = [divmod(int(word), 1 << 16) for word in made.tiles[:-1, 0]]
-    assert sorted(rows) == [(h, r) for h in range(pattern.heads) for r in range(mask.shape[1])]
+    assert sorted(rows) == list(zip(*np.nonzero(computed), strict=True))
+    repetitive = [pattern.repetitive is not None and pattern.repetitive[head] for head, _ in rows]
+    assert (made.tiles[:-1, 3] < 0).tolist() == repetitive
     ragged = pattern.key_length % pattern.block_n != 0
     last = pattern.key_blocks - 1
     for index, (head, row) in enumerate(rows):
-        diagonal = min(row * pattern.block_m // pattern.block_n, last)
+        token = row * pattern.block_m
+        if repetitive[index]:
+            assert pattern.copies is not None
+            token = pattern.copies.computed(pattern.query_length)[token]
+        diagonal = min(token // pattern.block_n, last)
         start = diagonal if first is None else first[head, row]
         kept = np.flatnonzero(mask[head, row])
         lead = kept[kept >= start][0] if kept[-1] >= start else kept[0]
@@ -88,6 +97,29 @@ def test_tables_reproduce_any_mask(
     )
     check(pattern, programs)
     check(pattern, programs, generator.integers(0, columns, (heads, rows)))
+
+
+@pytest.mark.parametrize("anchors", [1, 3, 12])
+@pytest.mark.parametrize("flags", [(True, False, True), (True, True, True)])
+def test_repetitive_heads_have_tiles_of_the_rows_that_they_compute(
+    random_pattern: Callable[..., BlockPattern], anchors: int, flags: tuple[bool, ...]
+) -> None:
+    pattern = random_pattern(
+        heads=3,
+        query_length=700,
+        key_length=777,
+        block=(128, 128),
+        repetitive=flags,
+        copies=RowCopies((2, 12, 20), anchors, first=77),
+    )
+    for programs in (1, 7, 40):
+        check(pattern, programs)
+    first = np.random.default_rng(0).integers(0, pattern.key_blocks, (3, pattern.query_blocks))
+    check(pattern, 2, first)
+    literal = make_schedule(pattern, key_runs(pattern), 2, literals=True).tiles[:-1, 3]
+    below = key_runs(pattern).below.reshape(3, -1)
+    rows = make_schedule(pattern, key_runs(pattern), 2).tiles[:-1, 0]
+    assert np.array_equal(literal & 0x7FFFFFFF, below[rows >> 16, rows & 0xFFFF])
 
 
 @pytest.mark.parametrize("kind", ["diagonal", "last column", "checkerboard", "dense"])

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from calibatt_compiler.plan import Plan
+from calibatt_compiler.runtime import timestep
 from calibatt_compiler.runtime.kernels import KernelStore
 from calibatt_compiler.runtime.lanes import CudaLane
 from calibatt_compiler.runtime.sites import SparseSite
@@ -67,3 +68,17 @@ def test_results_are_those_of_kernels_that_are_held(share: float) -> None:
             assert torch.equal(out, expected[key]), key
     assert store.counts.peak <= max(budget, 1.2 * one)
     assert store.counts.ahead > 0 or share < 1
+
+
+def test_a_timestep_is_read_when_the_device_has_come_to_it() -> None:
+    busy = torch.randn(4096, 4096, device="cuda")
+    values = torch.arange(50, dtype=torch.float32, device="cuda")
+    sent = []
+    for i in range(50):
+        busy = busy @ busy
+        sent.append(timestep.send(values[i : i + 1].expand(2)))
+    # Read late and out of turn, and some never.
+    assert [timestep.read(sent[i]) for i in (3, 49, 0, 7)] == [3.0, 49.0, 0.0, 7.0]
+    torch.cuda.synchronize()
+    assert timestep.read(timestep.send(values[1:3])) != timestep.read(timestep.send(values[1:2]))
+    assert len(timestep._pending) <= 1

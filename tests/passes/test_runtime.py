@@ -126,10 +126,28 @@ def test_a_site_brings_tokens_into_the_plans_order_and_back(tile, text, policy, 
     got = site.attend(q, k, v, 5.0, 8**-0.5)
     assert torch.allclose(got, expected, atol=1e-5)
     assert got.transpose(1, 2).is_contiguous()
+    laid = [x[:, :, tokens] for x in (q, k, v)]
+    ordered = site.attend(*laid, 5.0, 8**-0.5, ordered=True)
+    assert torch.allclose(ordered, expected[:, :, tokens], atol=1e-5)
     raster = pattern.token_mask()[None]
     assert not torch.allclose(
         got, torch.nn.functional.scaled_dot_product_attention(q, k, v, raster), atol=1e-2
     )
+
+
+@pytest.mark.parametrize(("first", "length"), [(0, 80), (7, 87), (0, 87), (3, 90)])
+def test_token_order_is_a_sound_operator_with_memory_of_its_own(first: int, length: int) -> None:
+    like, grid = torch.empty(0), [2, 5, 8]
+    arguments = (like, "1x2x3", grid, length, first)
+    for inverse in (False, True):
+        torch.library.opcheck(ops.token_order, (*arguments, inverse))
+    tokens, places = (ops.token_order(*arguments, inverse) for inverse in (False, True))
+    expected = TokenOrder((1, 2, 3)).tokens((2, 5, 8), length=length, first=first)
+    assert expected is not None
+    assert tokens.tolist() == expected.tolist()
+    assert (tokens[places] == torch.arange(length)).all()
+    tokens.zero_()  # Inductor may use the memory again
+    assert ops.token_order(*arguments, False).tolist() == expected.tolist()
 
 
 def stepped_masks(steps: int) -> torch.Tensor:
