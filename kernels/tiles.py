@@ -189,9 +189,13 @@ def tile_settings(
     if special:
         # Scaled scores beside raw ones: larger tiles, or fewer warps, would spill.
         limits = replace(limits, n=min(limits.n, 32), warps=max(limits.warps, 8))
+    m = min(limits.m, pattern.block_m & -pattern.block_m)
+    if limits.descriptors and m <= 64:
+        # A warpgroup takes 64 rows; memory for keys then is what limits programs, not registers.
+        limits = replace(limits, warps=4, registers=None)
     return replace(
         limits,
-        m=min(limits.m, pattern.block_m & -pattern.block_m),
+        m=m,
         n=min(limits.n, pattern.block_n & -pattern.block_n),
     )
 
