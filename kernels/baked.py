@@ -38,11 +38,14 @@ from calibatt_compiler.kernels.operands import check_operands, empty_output
 from calibatt_compiler.kernels.triton_launch import (
     DeviceKernel,
     LaunchConfig,
+    Softmax,
     aligned,
     call_arguments,
+    grid,
+    key_sources,
+    on_device,
 )
 from calibatt_compiler.kernels.triton_table import TableAttention
-from calibatt_compiler.options import Softmax
 from calibatt_compiler.plan.pattern import BlockPattern
 
 log = logging.getLogger("calibatt")
@@ -85,7 +88,7 @@ class BakedAttention:
             `calibatt build` has made, else have a kernel of the exact mask made.
         compiler: who compiles; default the process's own.
         hopper: take the Hopper kernel and its tables instead of the portable ones.
-        softmax: see `DeviceKernel` and `HopperAttention`.
+        softmax: as in `CompileOptions`; "fixed" insists on a fixed reference.
 
     Attributes:
         pattern: what is really attended: the covered mask.
@@ -115,12 +118,8 @@ class BakedAttention:
         self._target: Target = "hopper" if hopper else "portable"
         self._future: Future[CompiledSource] | None = None
         self._entry: CacheEntry | None = None
-        where: dict[str, Any] = {
-            "device": device,
-            "dtype": dtype,
-            "head_dim": head_dim,
-            "softmax": softmax,
-        }
+        where: dict[str, Any] = {"device": device, "dtype": dtype, "head_dim": head_dim}
+        where["softmax"] = softmax
         if device.type == "cpu" and limits is None:
             limits = WIDENED  # interpreted: there is nothing to wait for
         self._limits = limits or EXACT
@@ -241,10 +240,8 @@ class BakedAttention:
         if isinstance(config, HopperConfig):
             names = [config.variant_name(repair=repair) for repair in config.repairs]
         else:
-            assert isinstance(self.table, DeviceKernel)
-            names = [
-                variant_name(each, arch=self.table.arch, dtype=dtype) for each in self.table.configs
-            ]
+            configs = [config, config.repair()] if config.softmax == "fixed" else [config]
+            names = [variant_name(each, arch=self.table.arch, dtype=dtype) for each in configs]
         return all(is_compiled(entry, name) for name in names)
 
     def _switch(self) -> None:
@@ -257,17 +254,21 @@ class BakedAttention:
 
                 self._baked = HopperLiterals(self._entry, self.pattern, **self._where)
             else:
-                self._baked = _GeneratedKernel(self._entry, self.pattern, **self._where)
+                table: Any = self.table
+                self._baked = _GeneratedKernel(self._entry, self.pattern, table, **self._where)
         except Exception as error:
             self.reason = f"{type(error).__name__}: {error}"
             log.warning("a generated kernel can't be loaded: %s", self.reason)
 
 
 class _GeneratedKernel(DeviceKernel):
-    """A launch of one generated kernel."""
+    """A launch of one generated kernel; where its fixed reference overflows, the table repairs."""
 
-    def __init__(self, entry: CacheEntry, pattern: BlockPattern, **where: Any) -> None:
+    def __init__(
+        self, entry: CacheEntry, pattern: BlockPattern, table: TableAttention, **where: Any
+    ) -> None:
         super().__init__(pattern, **where)
+        self.table = table
         self.kernel = load_kernel(entry)
         self.copies = DeviceCopies.upload(pattern, self.device)
         self.launched = False
@@ -279,7 +280,20 @@ class _GeneratedKernel(DeviceKernel):
         q, k, v = (aligned(tensor, config) for tensor in (q, k, v))
         out = empty_output(q)
         q, arguments = call_arguments(q, k, v, out, scale, config)
-        self.launch(self.kernel, (q, k, v, out), **self._tables(), **arguments)
+        with on_device(q):
+            flag = self.flag()
+            self.kernel[grid(pattern, config, q.shape[0])](
+                q,
+                *key_sources(k, v, config),
+                out,
+                flag,
+                **self._tables(),
+                **arguments,
+                **config.constexprs,
+                **config.options,
+            )
+            if flag is not None:
+                self.table.repair((q, k, v, out), flag, arguments)
         self.launched = True
         return out
 

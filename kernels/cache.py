@@ -52,7 +52,9 @@ _GENERATOR = (
     "codegen_forms.py",
     "codegen.py",
     "codegen_hopper.py",
+    "index_tables.py",
     "triton_body.py",
+    "triton_table.py",
     "hopper_primitives.py",
     "hopper_consumer.py",
     "hopper_transport.py",
@@ -207,13 +209,14 @@ def load_kernel(entry: CacheEntry) -> Any:
 
 
 def variant_name(config: LaunchConfig, *, arch: int, dtype: torch.dtype) -> str:
-    """Name of what one source is compiled for."""
+    """Name of what one source is compiled for, or of the table kernel that repairs its calls."""
     import triton
 
     tiles, head_dim = config.settings, config.constexprs["HEAD_DIM"]
+    registers = "" if tiles.registers is None else f"-r{tiles.registers}"
     return (
-        f"sm_{arch}-{str(dtype).removeprefix('torch.')}-d{head_dim}-"
-        f"{tiles.m}x{tiles.n}-w{tiles.warps}-s{tiles.stages}-r{tiles.registers}-{config.softmax}-"
+        f"sm_{arch}-{str(dtype).removeprefix('torch.')}-d{head_dim}-{tiles.m}x{tiles.n}-"
+        f"w{tiles.warps}-s{tiles.stages}{registers}{'-tma' * config.descriptors}-{config.softmax}-"
         f"triton{triton.__version__}"
     )
 

@@ -19,14 +19,7 @@ from calibatt_compiler.kernels.copies import copy_tables
 from calibatt_compiler.kernels.cover_form import Cover
 from calibatt_compiler.plan.pattern import BlockPattern
 
-_CALLED = (
-    "attend_tile",
-    "check_rows",
-    "count_repair",
-    "head_rows",
-    "reference_maximum",
-    "split_tiles",
-)
+_SHARED = ("attend_tile", "flag_overflow", "head_rows", "reference_maximum", "split_tiles")
 _PLAIN = ("load_rows", "store_rows")
 
 ENTRY_POINT = "baked_attention"
@@ -52,9 +45,8 @@ def baked_attention(
     k_ptr,
     v_ptr,
     o_ptr,
-{tables}    flag_ptr,
-    repairs_ptr,
-    stride_qb: tl.int64,
+    flag_ptr,
+{tables}    stride_qb: tl.int64,
     stride_qh: tl.int64,
     stride_qs,
     stride_kb: tl.int64,
@@ -77,12 +69,8 @@ def baked_attention(
     RAGGED_K: tl.constexpr,
     PRECISION: tl.constexpr,
     FIXED: tl.constexpr,
-    REPAIR: tl.constexpr,
+    TMA: tl.constexpr,
 ):
-    if REPAIR:
-        if tl.load(flag_ptr) == 0:
-            return
-    count_repair(repairs_ptr, REPAIR)
     tile = tl.program_id(0)
     batch = tl.program_id(1) // {heads}
     head = tl.program_id(1) % {heads}
@@ -107,10 +95,10 @@ _HEADS = """\
         q_ptr, stride_qb, stride_qh, stride_qs, batch, head, ALIGN
     )
     k_head, stride_ks = head_rows(
-        k_ptr, stride_kb, stride_kh, stride_ks, batch, head, ALIGN
+        k_ptr, stride_kb, stride_kh, stride_ks, batch, head, ALIGN, TMA
     )
     v_head, stride_vs = head_rows(
-        v_ptr, stride_vb, stride_vh, stride_vs, batch, head, ALIGN
+        v_ptr, stride_vb, stride_vh, stride_vs, batch, head, ALIGN, TMA
     )
     o_head, stride_os = head_rows(
         o_ptr, stride_ob, stride_oh, stride_os, batch, head, ALIGN
@@ -129,27 +117,41 @@ _GATHER = """\
 
 _BEGIN = """\
     acc = tl.zeros([TILE_M, PADDED_DIM], tl.float32)
-    maximum = reference_maximum(
-        q, k_head, stride_ks, first, {length_k}, scale_log2,
-        TILE_M, TILE_N, HEAD_DIM, PADDED_DIM, PRECISION, FIXED,
-    )
+    maximum = tl.full([TILE_M], -float("inf"), tl.float32)
     total = tl.zeros([TILE_M], tl.float32)
+"""
+
+_REFERENCE = """\
+    if FIXED:
+        # The lowest kept block from the diagonal on, or the highest.
+        diagonal = {diagonal}
+        reference = end_block - 1
+{reference}        maximum = reference_maximum(
+            q, k_head, stride_ks, reference * KEY_TILES * TILE_N, {length_k}, scale_log2,
+            TILE_N, HEAD_DIM, PADDED_DIM, PRECISION, batch, head, TMA,
+        )
+"""
+
+_CANDIDATE = """\
+        begin = tl.maximum(run_{k} & 0xFFFF, diagonal)
+        reference = tl.where((run_{k} >> 16) > begin, begin, reference)
 """
 
 _ATTEND = """\
         acc, maximum, total = attend_tile(
             q, k_head, v_head, stride_ks, stride_vs, (position + shift) * TILE_N, {length_k},
             acc, maximum, total, scale_log2, TILE_N, HEAD_DIM, PADDED_DIM, False, PRECISION,
-            FIXED=FIXED,
+            0.0, False, batch, head, FIXED, TMA,
         )
     if RAGGED_K:
         if ragged:
             acc, maximum, total = attend_tile(
                 q, k_head, v_head, stride_ks, stride_vs, {length_k} // TILE_N * TILE_N, {length_k},
                 acc, maximum, total, scale_log2, TILE_N, HEAD_DIM, PADDED_DIM, True, PRECISION,
-                FIXED=FIXED,
+                0.0, False, batch, head, FIXED, TMA,
             )
-    check_rows(acc, total, flag_ptr, FIXED)
+    if FIXED:
+        flag_overflow(flag_ptr, acc, total)
 """
 
 _STORE = """\
@@ -172,8 +174,9 @@ def generate(cover: Cover, pattern: BlockPattern) -> str:
         pattern: its lengths, block sizes and repetitive heads; the bits are not looked at.
 
     Returns:
-        Source of a module whose `baked_attention` takes the arguments of `triton_launch`, and, if
-        a head is repetitive, the tables of `kernels.copies`.
+        Source of a module whose `baked_attention` takes the arguments of `triton_launch`, a flag
+        for a softmax with a FIXED reference and, if a head is repetitive, the tables of
+        `kernels.copies`. The flag is acted upon by `TableAttention.repair`.
 
     Raises:
         KernelError: more key blocks than an interval's bounds can name.
@@ -192,8 +195,8 @@ def generate(cover: Cover, pattern: BlockPattern) -> str:
         kernel.append(_COMPUTED_ROWS.format(**lengths, repetitive=_repetitive(pattern)))
     kernel += choose_form(cover)
     kernel += _positions(cover.max_intervals, pattern.key_length)
-    kernel += [_HEADS, (_LOAD if copies is None else _GATHER).format(**lengths)]
-    kernel.append(_BEGIN.format(**lengths))
+    kernel += [_HEADS, (_LOAD if copies is None else _GATHER).format(**lengths), _BEGIN]
+    kernel.append(_reference(cover.max_intervals, pattern))
     kernel.append("    for position in tl.range(0, tiles):\n        shift = shift_0\n")
     for k in range(1, cover.max_intervals):
         kernel.append(f"        shift = tl.where(position >= tiles_{k}, shift_{k}, shift)\n")
@@ -205,7 +208,7 @@ def generate(cover: Cover, pattern: BlockPattern) -> str:
 
 def _imports(copies: bool) -> str:
     by_form = ("gather_rows", "scatter_rows") if copies else _PLAIN
-    names = sorted((*_CALLED, *by_form))
+    names = sorted((*_SHARED, *by_form))
     return _IMPORTS.format(names="".join(f"    {name},\n" for name in names))
 
 
@@ -217,6 +220,16 @@ def _repetitive(pattern: BlockPattern) -> str:
     lines = [f"    repetitive = (head >= {first}) & (head < {last})\n"]
     lines += [f"    repetitive |= (head >= {first}) & (head < {last})\n" for first, last in others]
     return "".join(lines)
+
+
+def _reference(intervals: int, pattern: BlockPattern) -> str:
+    """Lines that set `maximum` where the softmax takes a fixed reference; see `IndexTables`."""
+    diagonal = f"row * {pattern.block_m} // {pattern.block_n}"
+    return _REFERENCE.format(
+        diagonal="row" if pattern.block_m == pattern.block_n else diagonal,
+        reference="".join(_CANDIDATE.format(k=k) for k in reversed(range(intervals))),
+        length_k=pattern.key_length,
+    )
 
 
 def _positions(intervals: int, key_length: int) -> list[str]:

@@ -30,8 +30,8 @@ from calibatt_compiler.kernels.cache import (
     variant_name,
 )
 from calibatt_compiler.kernels.cover import CoverError, CoverLimits
-from calibatt_compiler.kernels.offline import baked_arguments, compile_offline
-from calibatt_compiler.kernels.triton_launch import LaunchConfig, launch_configs
+from calibatt_compiler.kernels.offline import baked_arguments, compile_offline, table_arguments
+from calibatt_compiler.kernels.triton_launch import launch_config
 from calibatt_compiler.plan.copies import RowCopies
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.pattern import BlockPattern
@@ -100,17 +100,26 @@ Variants = Iterator[tuple[str, Callable[[], Any]]]
 
 
 def _portable_variants(entry: CacheEntry, pattern: BlockPattern, job: dict[str, Any]) -> Variants:
-    """The kernels of a portable entry: with a fixed reference, also the one that repairs."""
-    arch, dtype = job["arch"], getattr(torch, job["dtype"])
-    sizes = {"arch": arch, "dtype": dtype, "head_dim": job["head_dim"]}
-    for config in launch_configs(pattern, **sizes, softmax=job["softmax"]):
+    """The kernel of a portable entry and, with a fixed reference, the one that repairs."""
+    dtype, head_dim, copies = getattr(torch, job["dtype"]), job["head_dim"], pattern.repetitive
+    where: dict[str, Any] = {"arch": job["arch"], "dtype": dtype}
+    config = launch_config(pattern, **where, head_dim=head_dim, softmax=job["softmax"])
 
-        def compile_kernel(config: LaunchConfig = config) -> Any:
-            kernel = load_kernel(entry)
-            extra = baked_arguments(copies=pattern.repetitive is not None)
-            return compile_offline(kernel, arch=arch, dtype=dtype, config=config, extra=extra)
+    def compile_kernel() -> Any:
+        extra = baked_arguments(config, copies=copies is not None)
+        return compile_offline(load_kernel(entry), **where, config=config, extra=extra)
 
-        yield variant_name(config, arch=arch, dtype=dtype), compile_kernel
+    def compile_repair() -> Any:
+        from calibatt_compiler.kernels.triton_table import table_attention
+
+        repair, wide = config.repair(), pattern.key_blocks >= 2**15
+        entries = torch.int32 if wide else torch.int16
+        extra = table_arguments(dtype, repair, entries, copies=copies is not None)
+        return compile_offline(table_attention, **where, config=repair, extra=extra)
+
+    yield variant_name(config, **where), compile_kernel
+    if config.softmax == "fixed":
+        yield variant_name(config.repair(), **where), compile_repair
 
 
 def _hopper_variants(entry: CacheEntry, pattern: BlockPattern, job: dict[str, Any]) -> Variants:

@@ -28,7 +28,7 @@ import torch
 from calibatt_compiler.errors import KernelError
 from calibatt_compiler.kernels.cache import Target
 from calibatt_compiler.kernels.cover import EXACT, CoverError, CoverLimits
-from calibatt_compiler.options import Softmax
+from calibatt_compiler.kernels.triton_launch import Softmax
 from calibatt_compiler.plan.pattern import BlockPattern
 
 log = logging.getLogger("calibatt")
@@ -51,7 +51,7 @@ class KernelSpec:
         arch: compute capability as one number, such as 90.
         limits: what its cover may take.
         target: whose kernel: the portable one, or Hopper's, which runs on sm_90 only.
-        softmax: the Hopper kernel's, as in `CompileOptions`.
+        softmax: as in `CompileOptions`.
     """
 
     pattern: BlockPattern

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from calibatt_compiler.kernels.triton_launch import STRIDES, LaunchConfig
+from calibatt_compiler.kernels.triton_launch import STRIDES, LaunchConfig, key_sources
 
 
 class _StandInDriver:
@@ -58,12 +58,15 @@ def compile_offline(
     from triton.runtime.jit import MockTensor
 
     take_stand_in_driver(arch)
+    keys: Any = (dtype, dtype)
+    if config.descriptors:
+        some = torch.empty(1, 1, config.settings.n, int(config.constexprs["HEAD_DIM"]), dtype=dtype)
+        keys = key_sources(some, some, config)
     # Batch and head strides are 64-bit by annotation; any small value stands for a token stride.
     strides = dict.fromkeys(STRIDES, 16)
     return kernel.warmup(
         dtype,
-        dtype,
-        dtype,
+        *keys,
         dtype,
         grid=(1, 1),
         **strides,
@@ -74,20 +77,20 @@ def compile_offline(
     )
 
 
-_STATE = {"flag_ptr": torch.int32, "repairs_ptr": torch.int32}
-# What a launch leaves behind: see `DeviceKernel.launch`.
-
-
 def table_arguments(
     dtype: torch.dtype,
+    config: LaunchConfig,
     entry: torch.dtype = torch.int16,
     *,
     weighted: bool = False,
     pooled: int = 0,
     copies: bool = False,
 ) -> dict[str, Any]:
-    """The table kernel's own run-time arguments, for `compile_offline`; `dtype` of the operands."""
+    """The table kernel's own arguments, for `compile_offline`; `dtype` of the operands."""
+    state = None if config.softmax == "exact" else torch.int32
     pointers = {
+        "flag_ptr": state,
+        "repairs_ptr": state,
         "offsets_ptr": torch.int32,
         "blocks_ptr": entry,
         "weights_ptr": torch.float16,
@@ -97,14 +100,14 @@ def table_arguments(
         "repetitive_ptr": torch.uint8 if copies else None,
         "computed_ptr": torch.int32 if copies else None,
         "targets_ptr": torch.int32 if copies else None,
-        **_STATE,
     }
     names = ("heads", "query_blocks", "length_q", "length_k", "parts", "computed_rows", "slots")
-    forms = {"WEIGHTED": weighted, "POOLED": pooled, "COPIES": copies}
+    repair = config.softmax == "repair"
+    forms = {"WEIGHTED": weighted, "POOLED": pooled, "COPIES": copies, "REPAIR": repair}
     return pointers | dict.fromkeys(names, 16) | forms
 
 
-def baked_arguments(*, copies: bool) -> dict[str, Any]:
+def baked_arguments(config: LaunchConfig, *, copies: bool) -> dict[str, Any]:
     """A generated kernel's own run-time arguments, for `compile_offline`."""
     tables = {"computed_ptr": torch.int32, "targets_ptr": torch.int32} if copies else {}
-    return tables | _STATE
+    return {"flag_ptr": None if config.softmax == "exact" else torch.int32, **tables}

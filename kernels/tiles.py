@@ -32,15 +32,16 @@ class TileSettings:
         n: keys an iteration.
         warps: warps a program.
         stages: software pipeline stages of the key and value loads.
-        registers: most that a thread may take, so that another program fits the multiprocessor;
-            0: as many as the compiler likes.
+        registers: most registers a thread may take; None leaves it to the compiler.
+        descriptors: keys and values are loaded by TMA (sm_90 and newer).
     """
 
     m: int
     n: int
     warps: int
     stages: int
-    registers: int = 0
+    registers: int | None = None
+    descriptors: bool = False
 
 
 # (largest head dim, limits), smallest first; chosen so that nothing spills and shared memory fits.
@@ -70,10 +71,22 @@ _HALF_PRECISION: dict[str, tuple[tuple[int, TileSettings], ...]] = {
         (256, TileSettings(64, 32, 4, 2)),
     ),
 }
-# Where the softmax keeps its reference, tiles that measured faster. On sm_90 two programs fit a
-# multiprocessor: one's products run while the other computes exponentials. A few bytes spill for
-# that outside the loop (H100: 0.81 of FlashAttention-3's rate instead of 0.66, RESULTS.md).
-_FIXED = {"sm_90": {128: TileSettings(128, 64, 8, 2, registers=128)}}
+# Attention alone, without weights and pooled keys.
+_ATTENTION = _HALF_PRECISION | {
+    # Two programs a multiprocessor: one's exponentials beneath the other's products. For D = 128
+    # that leaves 128 registers a thread, and a few bytes spill. Both that and TMA, which saves
+    # pointers, are measured: benchmarks/RESULTS.md, "Which form of the portable kernel".
+    "sm_90": (
+        (128, TileSettings(128, 64, 8, 2, registers=128, descriptors=True)),
+        (256, TileSettings(64, 32, 4, 2)),
+    ),
+    # With fewer warps, or stages, more would spill on sm_120.
+    "small": (
+        (64, TileSettings(128, 32, 8, 2)),
+        (128, TileSettings(128, 32, 8, 3)),
+        (256, TileSettings(64, 32, 4, 2)),
+    ),
+}
 # With the sums that are kept for energies, four warps would spill.
 _WITH_ENERGY = _HALF_PRECISION | {
     "sm_80": ((64, TileSettings(128, 64, 8, 3)), *_HALF_PRECISION["sm_80"][1:])
@@ -157,7 +170,7 @@ def _limits(
 
 
 def tile_settings(
-    pattern: BlockPattern, *, arch: int, dtype: torch.dtype, head_dim: int, fixed: bool = False
+    pattern: BlockPattern, *, arch: int, dtype: torch.dtype, head_dim: int
 ) -> TileSettings:
     """Choose tiles for a pattern.
 
@@ -166,20 +179,23 @@ def tile_settings(
         arch: compute capability as one number, such as 90.
         dtype: of queries, keys and values.
         head_dim: elements a head; padded to a power of two inside the kernel.
-        fixed: the softmax has a fixed reference.
 
     Raises:
         KernelError: head_dim out of range.
     """
-    limits = _limits(_HALF_PRECISION, _SINGLE_PRECISION, arch, dtype, head_dim)
-    if fixed and dtype.itemsize == 2 and head_dim > 64:
-        limits = _FIXED.get(_family(arch), {}).get(1 << (head_dim - 1).bit_length(), limits)
-    if pattern.weights is not None or pattern.pooled:
+    special = pattern.weights is not None or pattern.pooled > 0
+    half = _HALF_PRECISION if special else _ATTENTION
+    limits = _limits(half, _SINGLE_PRECISION, arch, dtype, head_dim)
+    if special:
         # Scaled scores beside raw ones: larger tiles, or fewer warps, would spill.
-        limits = replace(limits, n=min(limits.n, 32), warps=max(limits.warps, 8), registers=0)
+        limits = replace(limits, n=min(limits.n, 32), warps=max(limits.warps, 8))
+    m = min(limits.m, pattern.block_m & -pattern.block_m)
+    if limits.descriptors and m <= 64:
+        # A warpgroup takes 64 rows; memory for keys then is what limits programs, not registers.
+        limits = replace(limits, warps=4, registers=None)
     return replace(
         limits,
-        m=min(limits.m, pattern.block_m & -pattern.block_m),
+        m=m,
         n=min(limits.n, pattern.block_n & -pattern.block_n),
     )
 

@@ -12,14 +12,27 @@ import triton.language as tl
 
 
 @triton.jit
-def head_rows(ptr, stride_b, stride_h, stride_s, batch, head, ALIGN: tl.constexpr):
+def head_rows(
+    ptr,
+    stride_b,
+    stride_h,
+    stride_s,
+    batch,
+    head,
+    ALIGN: tl.constexpr,
+    TMA: tl.constexpr = False,
+):
     """Pointer to token 0 of one head, and the distance of two tokens in elements.
 
     The strides count units of ALIGN elements. The multiplication by a literal is what tells the
     compiler that 16-byte loads are aligned: a hint on an argument gets lost when functions are
-    inlined.
+    inlined. With TMA, `ptr` is a descriptor of all heads, which needs neither: see `load_tokens`.
     """
-    return ptr + (batch * stride_b + head * stride_h) * ALIGN, stride_s * ALIGN
+    # Not two returns: what follows one is compiled, too.
+    if not TMA:
+        ptr += (batch * stride_b + head * stride_h) * ALIGN
+        stride_s *= ALIGN
+    return ptr, stride_s
 
 
 @triton.jit
@@ -51,6 +64,31 @@ def load_rows(
     if HEAD_DIM != PADDED_DIM:
         return tl.load(pointers, mask=(column < HEAD_DIM)[None, :], other=0.0)
     return tl.load(pointers)
+
+
+@triton.jit
+def load_tokens(
+    source,
+    stride,
+    batch,
+    head,
+    first,
+    length,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    RAGGED: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """As `load_rows` from the pointer `source`, or with TMA from a descriptor of (B, H, S, D).
+
+    A descriptor finds the tokens by `batch` and `head`, and reads zero past any end.
+    """
+    if TMA:
+        tokens = tl.reshape(source.load([batch, head, first, 0]), [ROWS, PADDED_DIM])
+    else:
+        tokens = load_rows(source, stride, first, length, ROWS, HEAD_DIM, PADDED_DIM, RAGGED)
+    return tokens
 
 
 @triton.jit
@@ -91,12 +129,18 @@ def key_scores(
     PADDED_DIM: tl.constexpr,
     RAGGED: tl.constexpr,
     PRECISION: tl.constexpr,
+    batch=0,
+    head=0,
+    TMA: tl.constexpr = False,
 ):
     """Raw scores (M, N) of q (M, D) against the keys `first` to `first + TILE_N`.
 
-    With RAGGED, keys from `length_k` on score -inf, which stays so under a positive scale.
+    With RAGGED, keys from `length_k` on score -inf, which stays so under a positive scale. For
+    `batch`, `head` and TMA see `load_tokens`.
     """
-    k = load_rows(k_ptr, stride_ks, first, length_k, TILE_N, HEAD_DIM, PADDED_DIM, RAGGED)
+    k = load_tokens(
+        k_ptr, stride_ks, batch, head, first, length_k, TILE_N, HEAD_DIM, PADDED_DIM, RAGGED, TMA
+    )
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if RAGGED:
         inside = first + tl.arange(0, TILE_N) < length_k
@@ -172,50 +216,25 @@ def reference_maximum(
     first,
     length_k,
     scale_log2,
-    TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     PRECISION: tl.constexpr,
-    FIXED: tl.constexpr,
+    batch,
+    head,
+    TMA: tl.constexpr,
 ):
-    """What the row maxima (M,) start from, in units of log2, scaled.
+    """The fixed softmax reference: row maximum (M,) of the keys `first` to `first + TILE_N`.
 
-    With FIXED those of the key tile that holds token `first`, the first query's own: representative
-    where queries and keys are the same tokens. It need not be kept. Else -inf.
+    In units of log2, scaled. These keys are attended, too, and no weight is below 1, so a row's sum
+    is at least 1: whatever flushes to zero is below 2^-126 of it. See `flag_overflow` for the other
+    end.
     """
-    if FIXED:
-        tile = tl.minimum(first, length_k - 1) // TILE_N
-        scores = key_scores(
-            q, k_ptr, stride_ks, tile * TILE_N, length_k, TILE_N, HEAD_DIM, PADDED_DIM, True,
-            PRECISION,
-        )  # fmt: skip
-        maximum = tl.max(scores, 1) * scale_log2
-        return tl.where(maximum == -float("inf"), 0.0, maximum)
-    else:  # noqa: RET505  one of the two is compiled
-        return tl.full([TILE_M], -float("inf"), tl.float32)
-
-
-@triton.jit
-def check_rows(acc, total, flag_ptr, FIXED: tl.constexpr):
-    """With FIXED raise the flag unless every number is finite and the row sums are in range.
-
-    In this range they are exact to rounding: nothing that counts was flushed to zero. NaN fails the
-    comparison, and a product with zero carries what is wrong with any element of acc.
-    """
-    if FIXED:
-        check = total + tl.sum(acc * 0.0, 1)
-        fine = (check < 2.0**120) & (check > 2.0**-60)
-        # Each row by itself: triton 3.7 can't lay out the maximum of a vector beside tcgen05.
-        tl.store(flag_ptr + tl.zeros_like(fine).to(tl.int32), 1, mask=~fine)
-
-
-@triton.jit
-def count_repair(repairs_ptr, REPAIR: tl.constexpr):
-    """Count a launch that repairs, once."""
-    if REPAIR:  # noqa: SIM102
-        if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-            tl.atomic_add(repairs_ptr, 1)
+    scores = key_scores(
+        q, k_ptr, stride_ks, first, length_k, TILE_N, HEAD_DIM, PADDED_DIM, True, PRECISION,
+        batch, head, TMA,
+    )  # fmt: skip
+    return tl.max(scores, 1) * scale_log2
 
 
 @triton.jit
@@ -238,30 +257,50 @@ def attend_tile(
     PRECISION: tl.constexpr,
     log2_weight=0.0,
     WEIGHTED: tl.constexpr = False,
+    batch=0,
+    head=0,
     FIXED: tl.constexpr = False,
+    TMA: tl.constexpr = False,
 ):
-    """As `attend_tile_sums`, without the tile's own sums.
+    """Attend the keys `first` to `first + TILE_N`; q is (M, D), acc (M, D) float32.
 
-    With FIXED `maximum` stays what it is: neither a maximum nor rescaling in the loop.
+    Returns the new acc, maximum and total. If FIXED, `maximum` is the `reference_maximum` and stays
+    so. Only a RAGGED tile is masked. For `batch`, `head` and TMA see `load_tokens`.
     """
+    scores = key_scores(
+        q, k_ptr, stride_ks, first, length_k, TILE_N, HEAD_DIM, PADDED_DIM, RAGGED, PRECISION,
+        batch, head, TMA,
+    )  # fmt: skip
     if FIXED:
-        scores = key_scores(
-            q, k_ptr, stride_ks, first, length_k, TILE_N, HEAD_DIM, PADDED_DIM, RAGGED, PRECISION
-        )
         if WEIGHTED:
             scores = scores * scale_log2 + log2_weight
-            probability = tl.math.exp2(scores - maximum[:, None])
-        else:
-            probability = tl.math.exp2(scores * scale_log2 - maximum[:, None])
-        v = load_rows(v_ptr, stride_vs, first, length_k, TILE_N, HEAD_DIM, PADDED_DIM, RAGGED)
-        acc = tl.dot(probability.to(v.dtype), v, acc, input_precision=PRECISION)
+            scale_log2 = 1.0
+        probability = tl.math.exp2(scores * scale_log2 - maximum[:, None])
         total += tl.sum(probability, 1)
     else:
-        acc, maximum, total, _, _ = attend_tile_sums(
-            q, k_ptr, v_ptr, stride_ks, stride_vs, first, length_k, acc, maximum, total,
-            scale_log2, TILE_N, HEAD_DIM, PADDED_DIM, RAGGED, PRECISION, log2_weight, WEIGHTED,
-        )  # fmt: skip
+        probability, sums, shrink, maximum = online_softmax_update(
+            scores, maximum, scale_log2, log2_weight, WEIGHTED
+        )
+        acc = acc * shrink[:, None]
+        total = total * shrink + sums
+    v = load_tokens(
+        v_ptr, stride_vs, batch, head, first, length_k, TILE_N, HEAD_DIM, PADDED_DIM, RAGGED, TMA
+    )
+    acc = tl.dot(probability.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, maximum, total
+
+
+@triton.jit
+def flag_overflow(flag_ptr, acc, total):
+    """Set the flag unless every row sum (M,) is in range and all of acc (M, D) is finite.
+
+    Below 2^-60 or above 2^120 a fixed softmax reference is not trusted: the call is repaired.
+    """
+    # 0 for what is finite, else NaN, which no comparison holds for.
+    check = total + tl.sum(acc * 0.0, 1)
+    inside = (check > 2.0**-60) & (check < 2.0**120)
+    # Each such row stores: a reduction to one number is more than triton 3.7 compiles for sm_100.
+    tl.store(flag_ptr + tl.zeros_like(check).to(tl.int32), 1, mask=inside == 0)
 
 
 @triton.jit

@@ -36,16 +36,23 @@ class LaunchConfig:
         constexprs: the kernel's compile-time arguments by name.
         options: Triton's own launch options.
         settings: the tiles they are made from.
-        softmax: "exact", "fixed", or "repair": the exact form, run where the fixed one failed.
+        softmax: "exact": the running maximum; "fixed": a fixed reference and a flag; "repair": the
+            running maximum, if the flag is set.
+        descriptors: keys and values are passed as TMA descriptors.
     """
 
     constexprs: dict[str, int | str | bool]
     options: dict[str, int | bool]
     settings: TileSettings
-    softmax: str = "exact"
+    softmax: Literal["exact", "fixed", "repair"] = "exact"
+    descriptors: bool = False
+
+    def repair(self) -> LaunchConfig:
+        """Of the launch behind one with a fixed reference."""
+        return replace(self, constexprs={**self.constexprs, "FIXED": False}, softmax="repair")
 
 
-def launch_configs(
+def launch_config(
     pattern: BlockPattern,
     *,
     arch: int,
@@ -53,8 +60,8 @@ def launch_configs(
     head_dim: int,
     settings: TileSettings | None = None,
     softmax: Softmax = "auto",
-) -> tuple[LaunchConfig, ...]:
-    """Derive the compile-time arguments of the launches of one call, in order.
+) -> LaunchConfig:
+    """Derive the compile-time arguments for a pattern.
 
     Args:
         pattern: whose blocks are walked.
@@ -62,15 +69,36 @@ def launch_configs(
         dtype: float16, bfloat16 or float32.
         head_dim: elements a head.
         settings: tiles to use instead of the table's, which must divide the blocks.
-        softmax: "auto": a fixed reference for bfloat16.
-
-    Returns:
-        One configuration, or with a fixed reference that and the repair's.
+        softmax: "auto" takes a fixed reference where `fixed_reference` allows it.
 
     Raises:
-        KernelError: dtype or head_dim that no portable kernel takes; a fixed reference for float16.
+        KernelError: dtype or head_dim that no portable kernel takes, or a fixed reference that is
+            insisted on where there is none.
     """
     check_dtype(dtype)
+    tiles = settings or tile_settings(pattern, arch=arch, dtype=dtype, head_dim=head_dim)
+    blocks = {"ROW_TILES": pattern.block_m // tiles.m, "KEY_TILES": pattern.block_n // tiles.n}
+    config = tiled_config(tiles, blocks, pattern.key_length, dtype=dtype, head_dim=head_dim)
+    fixed = fixed_reference(dtype, softmax)
+    # TMA wants tokens that are aligned to 16 bytes.
+    descriptors = tiles.descriptors and config.constexprs["ALIGN"] != 1
+    return replace(
+        config,
+        constexprs={**config.constexprs, "FIXED": fixed, "TMA": descriptors},
+        softmax="fixed" if fixed else "exact",
+        descriptors=descriptors,
+    )
+
+
+def fixed_reference(dtype: torch.dtype, softmax: Softmax) -> bool:
+    """Whether the softmax takes a fixed reference, with a repair behind it.
+
+    It asks for the range of float32, which float16 lacks. "auto" leaves float32 itself exact: its
+    products take no tensor core, so little would be gained.
+
+    Raises:
+        KernelError: "fixed" for float16.
+    """
     if softmax == "fixed" and dtype == torch.float16:
         raise KernelError(
             "a fixed softmax reference needs the range of bfloat16",
@@ -78,21 +106,7 @@ def launch_configs(
             got=dtype,
             remedy="leave softmax out, or run the model in bfloat16",
         )
-    fixed = softmax == "fixed" or (softmax == "auto" and dtype == torch.bfloat16)
-    made = []
-    for kind in ("fixed", "repair") if fixed else ("exact",):
-        tiles = settings or tile_settings(
-            pattern, arch=arch, dtype=dtype, head_dim=head_dim, fixed=kind == "fixed"
-        )
-        blocks = {
-            "ROW_TILES": pattern.block_m // tiles.m,
-            "KEY_TILES": pattern.block_n // tiles.n,
-            "FIXED": kind == "fixed",
-            "REPAIR": kind == "repair",
-        }
-        config = tiled_config(tiles, blocks, pattern.key_length, dtype=dtype, head_dim=head_dim)
-        made.append(replace(config, softmax=kind))
-    return tuple(made)
+    return softmax == "fixed" or (softmax == "auto" and dtype == torch.bfloat16)
 
 
 def check_dtype(dtype: torch.dtype) -> None:
@@ -141,7 +155,7 @@ def tiled_config(
         "num_stages": tiles.stages,
         "enable_fp_fusion": True,
     }
-    if tiles.registers:
+    if tiles.registers is not None:
         options["maxnreg"] = tiles.registers
     return LaunchConfig(constexprs, options, tiles)
 
@@ -155,12 +169,13 @@ def aligned(tensor: Tensor, config: LaunchConfig) -> Tensor:
     """`tensor` (B, H, S, D) itself if the kernel can read it, else a contiguous copy.
 
     Readable is unit stride along D and, where D allows it, pointer and strides aligned to 16 bytes:
-    permuted views of (B, S, H, D) are.
+    permuted views of (B, S, H, D) are. TMA also takes no tensor that repeats itself.
     """
     align = config.constexprs["ALIGN"]
     assert isinstance(align, int)
     strides_fit = tensor.stride(3) == 1 and all(
-        stride % align == 0 for stride in tensor.stride()[:3]
+        stride % align == 0 and (stride > 0 or not config.descriptors)
+        for stride in tensor.stride()[:3]
     )
     if strides_fit and (tensor.data_ptr() % ALIGNMENT == 0):
         return tensor
@@ -190,6 +205,16 @@ def call_arguments(
     return q, {**strides, "scale_log2": scale * math.log2(math.e)}
 
 
+def key_sources(k: Tensor, v: Tensor, config: LaunchConfig) -> tuple[Any, Any]:
+    """What a kernel loads keys and values from: `aligned` tensors, or TMA descriptors of them."""
+    if not config.descriptors:
+        return k, v
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    tile = [1, 1, config.settings.n, config.constexprs["PADDED_DIM"]]
+    return tuple(TensorDescriptor(x, list(x.shape), list(x.stride()), tile) for x in (k, v))
+
+
 def positive_scale(q: Tensor, scale: float | None) -> tuple[Tensor, float]:
     """Return queries (other ones if scale <= 0) and a positive scale with the same scores.
 
@@ -217,9 +242,7 @@ class DeviceKernel:
         dtype: of q, k and v.
         head_dim: elements a head.
         settings: tiles to use instead of the architecture's own.
-        softmax: "fixed": the maximum over each query's own key tile is the reference of the
-            softmax, and where that overflows a second launch repairs the result; "exact": online
-            softmax; "auto": fixed for bfloat16.
+        softmax: as for `launch_config`.
     """
 
     def __init__(
@@ -237,7 +260,7 @@ class DeviceKernel:
         self.dtype = dtype
         self.head_dim = head_dim
         self.arch = architecture(device)
-        self.configs = launch_configs(
+        self.config = launch_config(
             pattern,
             arch=self.arch,
             dtype=dtype,
@@ -245,44 +268,15 @@ class DeviceKernel:
             settings=settings,
             softmax=softmax,
         )
-        self.config = self.configs[0]
-        self._repairs: Tensor | None = None
 
-    @property
-    def repairs(self) -> int:
-        """Calls whose fixed softmax reference failed, and that were computed again.
+    def flag(self) -> Tensor | None:
+        """A flag for one call whose softmax has a fixed reference, else None.
 
-        Reading it waits for the device.
+        One a call: calls on other streams have theirs, and a graph replays its zero.
         """
-        if self._repairs is None or len(self.configs) == 1:
-            return 0
-        return int(self._repairs.item())
-
-    def launch(self, kernel: Any, tensors: tuple[Tensor, ...], **arguments: Any) -> None:
-        """Launch `kernel` and, with a fixed reference, the repair that ends at once unless flagged.
-
-        Args:
-            kernel: whose first arguments are `tensors`, the queries first.
-            tensors: as they come.
-            arguments: the others by name, but for what the configuration says.
-        """
-        q = tensors[0]
-        if self._repairs is None:
-            self._repairs = torch.zeros(1, dtype=torch.int32, device=q.device)
-        flag = self._repairs
-        if len(self.configs) > 1:
-            # One for each call: calls on other streams have theirs, and a graph replays its zero.
-            flag = torch.zeros(1, dtype=torch.int32, device=q.device)
-        with on_device(q):
-            for config in self.configs:
-                kernel[grid(self.pattern, config, q.shape[0])](
-                    *tensors,
-                    flag_ptr=flag,
-                    repairs_ptr=self._repairs,
-                    **arguments,
-                    **config.constexprs,
-                    **config.options,
-                )
+        if self.config.softmax != "fixed":
+            return None
+        return torch.zeros(1, dtype=torch.int32, device=self.device)
 
     def check_specialisation(self, q: Tensor) -> None:
         """Raise `KernelError` unless q has the dtype, head dim and device of this kernel."""

@@ -9,8 +9,7 @@ import triton.language as tl
 
 from calibatt_compiler.kernels.triton_body import (
     attend_tile,
-    check_rows,
-    count_repair,
+    flag_overflow,
     gather_rows,
     head_rows,
     reference_maximum,
@@ -54,10 +53,9 @@ def baked_attention(
     k_ptr,
     v_ptr,
     o_ptr,
+    flag_ptr,
     computed_ptr,
     targets_ptr,
-    flag_ptr,
-    repairs_ptr,
     stride_qb: tl.int64,
     stride_qh: tl.int64,
     stride_qs,
@@ -81,12 +79,8 @@ def baked_attention(
     RAGGED_K: tl.constexpr,
     PRECISION: tl.constexpr,
     FIXED: tl.constexpr,
-    REPAIR: tl.constexpr,
+    TMA: tl.constexpr,
 ):
-    if REPAIR:
-        if tl.load(flag_ptr) == 0:
-            return
-    count_repair(repairs_ptr, REPAIR)
     tile = tl.program_id(0)
     batch = tl.program_id(1) // 5
     head = tl.program_id(1) % 5
@@ -120,10 +114,10 @@ def baked_attention(
         q_ptr, stride_qb, stride_qh, stride_qs, batch, head, ALIGN
     )
     k_head, stride_ks = head_rows(
-        k_ptr, stride_kb, stride_kh, stride_ks, batch, head, ALIGN
+        k_ptr, stride_kb, stride_kh, stride_ks, batch, head, ALIGN, TMA
     )
     v_head, stride_vs = head_rows(
-        v_ptr, stride_vb, stride_vh, stride_vs, batch, head, ALIGN
+        v_ptr, stride_vb, stride_vh, stride_vs, batch, head, ALIGN, TMA
     )
     o_head, stride_os = head_rows(
         o_ptr, stride_ob, stride_oh, stride_os, batch, head, ALIGN
@@ -132,26 +126,34 @@ def baked_attention(
         q_head, stride_qs, computed_ptr, repetitive, first, rows, TILE_M, HEAD_DIM, PADDED_DIM
     )
     acc = tl.zeros([TILE_M, PADDED_DIM], tl.float32)
-    maximum = reference_maximum(
-        q, k_head, stride_ks, first, 570, scale_log2,
-        TILE_M, TILE_N, HEAD_DIM, PADDED_DIM, PRECISION, FIXED,
-    )
+    maximum = tl.full([TILE_M], -float("inf"), tl.float32)
     total = tl.zeros([TILE_M], tl.float32)
+    if FIXED:
+        # The lowest kept block from the diagonal on, or the highest.
+        diagonal = row
+        reference = end_block - 1
+        begin = tl.maximum(run_0 & 0xFFFF, diagonal)
+        reference = tl.where((run_0 >> 16) > begin, begin, reference)
+        maximum = reference_maximum(
+            q, k_head, stride_ks, reference * KEY_TILES * TILE_N, 570, scale_log2,
+            TILE_N, HEAD_DIM, PADDED_DIM, PRECISION, batch, head, TMA,
+        )
     for position in tl.range(0, tiles):
         shift = shift_0
         acc, maximum, total = attend_tile(
             q, k_head, v_head, stride_ks, stride_vs, (position + shift) * TILE_N, 570,
             acc, maximum, total, scale_log2, TILE_N, HEAD_DIM, PADDED_DIM, False, PRECISION,
-            FIXED=FIXED,
+            0.0, False, batch, head, FIXED, TMA,
         )
     if RAGGED_K:
         if ragged:
             acc, maximum, total = attend_tile(
                 q, k_head, v_head, stride_ks, stride_vs, 570 // TILE_N * TILE_N, 570,
                 acc, maximum, total, scale_log2, TILE_N, HEAD_DIM, PADDED_DIM, True, PRECISION,
-                FIXED=FIXED,
+                0.0, False, batch, head, FIXED, TMA,
             )
-    check_rows(acc, total, flag_ptr, FIXED)
+    if FIXED:
+        flag_overflow(flag_ptr, acc, total)
     scatter_rows(
         o_head, stride_os, targets_ptr, repetitive, 3, first, rows, acc, total,
         TILE_M, HEAD_DIM, PADDED_DIM,

@@ -20,11 +20,17 @@ from triton import knobs
 
 from calibatt_compiler.kernels import cache
 from calibatt_compiler.kernels.compiler import KernelCompiler, KernelSpec
-from calibatt_compiler.kernels.copies import copy_tables
+from calibatt_compiler.kernels.copies import NO_COPIES, DeviceCopies, copy_tables
 from calibatt_compiler.kernels.cover import EXACT
+from calibatt_compiler.kernels.index_tables import IndexTables
 from calibatt_compiler.kernels.offline import compile_offline, table_arguments
 from calibatt_compiler.kernels.operands import empty_output
-from calibatt_compiler.kernels.triton_launch import LaunchConfig, call_arguments, launch_configs
+from calibatt_compiler.kernels.triton_launch import (
+    LaunchConfig,
+    call_arguments,
+    key_sources,
+    launch_config,
+)
 from calibatt_compiler.kernels.triton_table import table_attention
 from calibatt_compiler.plan.copies import RowCopies
 from calibatt_compiler.plan.pattern import BlockPattern
@@ -55,6 +61,7 @@ def describe(kernel: Any) -> dict[str, Any]:
         "wgmma": ptx.count("wgmma.mma_async"),
         "tcgen05": ptx.count("tcgen05.mma"),
         "mma": ptx.count("mma.sync"),
+        "tma": ptx.count("cp.async.bulk.tensor"),
         "cp_async": ptx.count("cp.async.cg"),
     }
 
@@ -80,29 +87,22 @@ def main() -> None:
     assert not report.failed, report.failed
     for arch in archs:
         for head_dim in (64, 128):
-            sizes = {"arch": arch, "dtype": bf16, "head_dim": head_dim}
-            config, repair = launch_configs(made, **sizes)
-            for each in (config, repair):
-                kernel = compile_offline(
-                    table_attention, arch=arch, dtype=bf16, config=each, extra=table_arguments(bf16)
-                )
-                kind = "table" if each is config else "table repair"
+            where: dict[str, Any] = {"arch": arch, "dtype": bf16}
+            config = launch_config(made, **where, head_dim=head_dim)
+            exact = launch_config(made, **where, head_dim=head_dim, softmax="exact")
+            pooling = launch_config(replace(made, pooled=4), **where, head_dim=head_dim)
+            forms: list[tuple[str, LaunchConfig, dict[str, Any]]] = [
+                ("table", config, {}),
+                ("repair", config.repair(), {}),
+                ("exact", exact, {}),
+                ("weighted", pooling, {"weighted": True, "pooled": 4}),
+                ("copies", config, {"copies": True}),
+            ]
+            for kind, form, arguments in forms:
+                extra = table_arguments(bf16, form, **arguments)
+                kernel = compile_offline(table_attention, **where, config=form, extra=extra)
                 facts = {"kind": kind, "arch": arch, "head_dim": head_dim, **describe(kernel)}
                 print(json.dumps(facts))
-            arguments = {"arch": arch, "dtype": bf16, "config": config}
-            pooling = launch_configs(replace(made, pooled=4), **sizes)[0]
-            kernel = compile_offline(
-                table_attention,
-                **{**arguments, "config": pooling},
-                extra=table_arguments(bf16, weighted=True, pooled=4),
-            )
-            facts = {"kind": "weighted", "arch": arch, "head_dim": head_dim, **describe(kernel)}
-            print(json.dumps(facts))
-            kernel = compile_offline(
-                table_attention, **arguments, extra=table_arguments(bf16, copies=True)
-            )
-            facts = {"kind": "copies", "arch": arch, "head_dim": head_dim, **describe(kernel)}
-            print(json.dumps(facts))
         for pattern in (made, mixed):
             print(json.dumps(baked(pattern, arch, config)))
 
@@ -123,20 +123,33 @@ def replace_heads(
 def baked(pattern: BlockPattern, arch: int, config: LaunchConfig) -> dict[str, Any]:
     """The launch path with real operands: everything must come out of Triton's cache."""
     entry = cache.get_entry(pattern, EXACT)
-    assert cache.is_compiled(entry, cache.variant_name(config, arch=arch, dtype=torch.bfloat16))
+    for each in (config, config.repair()):
+        assert cache.is_compiled(entry, cache.variant_name(each, arch=arch, dtype=torch.bfloat16))
     shape = (2, pattern.query_length, 2, 128)
     q, k, v = (torch.zeros(shape, dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
     out = empty_output(q)
     q, arguments = call_arguments(q, k, v, out, None, config)
-    for name in ("flag_ptr", "repairs_ptr"):
-        arguments[name] = torch.zeros(1, dtype=torch.int32)
     if (tables := copy_tables(pattern)) is not None:
         arguments["computed_ptr"] = torch.from_numpy(tables.computed.copy())
         arguments["targets_ptr"] = torch.from_numpy(tables.targets.copy())
     before = cached_files()
+    flag = torch.zeros(1, dtype=torch.int32)
+    keys = key_sources(k, v, config)
     kernel = cache.load_kernel(entry).warmup(
-        q, k, v, out, grid=(1, 1), **arguments, **config.constexprs, **config.options
+        q, *keys, out, flag, grid=(1, 1), **arguments, **config.constexprs, **config.options
     )
+    # And the table kernel's launch that repairs.
+    indices, repair = IndexTables.upload(pattern, flag.device), config.repair()
+    table = DeviceCopies.upload(pattern, flag.device)
+    for name in ("computed_ptr", "targets_ptr"):
+        arguments.pop(name, None)
+    table_attention.warmup(
+        q, *keys, out, flag, flag, *indices.tensors, k, v, grid=(1, 1),
+        **(NO_COPIES if table is None else table.arguments()), **arguments,
+        heads=2, query_blocks=pattern.query_blocks, length_q=pattern.query_length,
+        length_k=pattern.key_length, parts=0, POOLED=0, WEIGHTED=False, COPIES=table is not None,
+        REPAIR=True, **repair.constexprs, **repair.options,
+    )  # fmt: skip
     kind = "baked" if tables is None else "baked copies"
     facts = {"kind": kind, "arch": arch, "head_dim": 128, **describe(kernel)}
     return {**facts, "new_files": cached_files() - before}

@@ -5,7 +5,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from calibatt_compiler.errors import KernelError
-from calibatt_compiler.kernels.attention import dense_attention, make_attention
+from calibatt_compiler.kernels.attention import FIXED_FROM, dense_attention, make_attention
+from calibatt_compiler.plan.pattern import BlockPattern
 
 CPU = torch.device("cpu")
 
@@ -49,6 +50,31 @@ def test_a_gpu_that_is_too_old_is_refused(random_pattern, monkeypatch):
     with pytest.raises(KernelError, match=r"8\.0.*\n.*Old GPU") as raised:
         make(random_pattern(), device=torch.device("cuda"))
     assert "reference" in str(raised.value)
+
+
+@pytest.mark.parametrize("lowering", ["table", "baked"])
+@pytest.mark.parametrize("softmax", ["auto", "exact"])
+def test_the_softmax_option_reaches_the_portable_kernels(monkeypatch, lowering, softmax):
+    asked = []
+
+    class Kernel:
+        def __init__(self, pattern, *, device, dtype, head_dim, softmax):
+            asked.append(softmax)
+
+    for name in ("triton_table.TableAttention", "baked.BakedAttention"):
+        monkeypatch.setattr(f"calibatt_compiler.kernels.{name}", Kernel)
+    monkeypatch.setattr("calibatt_compiler.kernels.attention.triton_serves", lambda *_: True)
+    for length in (FIXED_FROM, FIXED_FROM - 1):
+        make_attention(
+            BlockPattern.dense(1, 128, length),
+            lowering=lowering,
+            device=torch.device("cuda"),
+            dtype=torch.bfloat16,
+            head_dim=128,
+            hopper=False,
+            softmax=softmax,
+        )
+    assert asked == [softmax, "exact"]
 
 
 @pytest.mark.parametrize("permuted", [True, False])

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,8 @@ from calibatt_compiler.kernels import cache, compiler
 from calibatt_compiler.kernels.compile_worker import decode_pattern, encode_pattern
 from calibatt_compiler.kernels.compiler import KernelCompiler, KernelSpec
 from calibatt_compiler.kernels.cover import CoverLimits
+from calibatt_compiler.kernels.tiles import TileSettings
+from calibatt_compiler.kernels.triton_launch import launch_config
 from calibatt_compiler.plan.copies import RowCopies
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.pattern import BlockPattern
@@ -90,6 +93,21 @@ def test_a_damaged_entry_is_generated_again(
     else:
         (entry.folder / name).write_bytes(damage)
     assert cache.get_entry(pattern, LIMITS).source_path.read_text() == source
+
+
+def test_variants_have_names_of_their_own(pattern: BlockPattern) -> None:
+    where: dict[str, Any] = {"arch": 90, "dtype": torch.bfloat16}
+    names = []
+    for head_dim in (64, 128):
+        for softmax in ("auto", "exact"):
+            config = launch_config(pattern, **where, head_dim=head_dim, softmax=softmax)
+            names.append(cache.variant_name(config, **where))
+        names.append(cache.variant_name(config.repair(), **where))
+    tiles = TileSettings(128, 64, 8, 2, registers=128)
+    for settings in (tiles, replace(tiles, descriptors=True), replace(tiles, registers=None)):
+        config = launch_config(pattern, **where, head_dim=64, settings=settings)
+        names.append(cache.variant_name(config, **where))
+    assert len(set(names)) == len(names)
 
 
 def test_no_temporary_folders_stay(pattern: BlockPattern, folder: Path) -> None:
