@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calibatt_compiler.errors import KernelError
 from calibatt_compiler.kernels.copies import DeviceCopies
-from calibatt_compiler.kernels.triton_launch import Softmax, positive_scale
+from calibatt_compiler.kernels.triton_launch import Softmax, fixed_reference, positive_scale
 from calibatt_compiler.kernels.uploads import Uploaded
 from calibatt_compiler.plan.pattern import BlockPattern
 
@@ -125,14 +124,7 @@ def hopper_config(
     Raises:
         KernelError: a fixed reference for a dtype whose range is too small.
     """
-    if softmax == "fixed" and dtype != torch.bfloat16:
-        raise KernelError(
-            "a fixed softmax reference needs the range of bfloat16",
-            expected="softmax='auto' or 'exact'",
-            got=dtype,
-            remedy="leave softmax out, or run the model in bfloat16",
-        )
-    fixed = dtype == torch.bfloat16 if softmax == "auto" else softmax == "fixed"
+    fixed = fixed_reference(dtype, softmax)
     ragged = pattern.key_length % pattern.block_n != 0
     tail, copies = pattern.weights is not None, pattern.repetitive is not None
     return HopperConfig(pattern.block_n, head_dim, dtype, fixed, ragged, tail, copies=copies)
