@@ -23,6 +23,9 @@ FLOW_SHIFT = 3.0
 
 LATENT_CHANNELS = 48
 
+COARSE = 2
+"""Pixels a side that are averaged to one in the first stage of training (``coarse_share``)."""
+
 VAE_CONFIG: dict[str, Any] = {
     "base_dim": 16,
     "decoder_base_dim": 24,
@@ -105,10 +108,14 @@ class ModelSize:
         demo_file: settings and prompts of sampling.
         first_shots: how many of the shots are used; None: all.
         quality: of the WebP images in the clip file.
+        vae_start: the trained autoencoder that training begins with; None: random weights.
         vae_seconds: training time of the autoencoder.
         vae_batch: sub-clips a step.
         seconds: training time of the transformer.
         batch: windows a step.
+        coarse_share: of `seconds`, at first, on videos of half the height and width: a quarter of
+            the tokens, so that shots and captions are learned from several times as many samples.
+        coarse_batch: windows a step then.
         light: checkpoints of the transformer hold its weights alone, in bfloat16 (the averaged
             ones once the training is over), so that they stay below 60 MB; a run that goes on from
             one starts momentum and average anew.
@@ -122,10 +129,13 @@ class ModelSize:
     demo_file: str = "demo.json"
     first_shots: int | None = None
     quality: int = 95
+    vae_start: Path | None = None
     vae_seconds: float = 178.0
     vae_batch: int = 16
     seconds: float = 551.0
     batch: int = 32
+    coarse_share: float = 0.0
+    coarse_batch: int = 32
     light: bool = False
     size_limit: int = 16_000_000
 
@@ -183,10 +193,13 @@ MID = ModelSize(
     shots_file="shots-mid.json",
     demo_file="mid.json",
     quality=70,
-    vae_seconds=300.0,
+    vae_start=MODEL_DIR / "vae",
+    vae_seconds=90.0,
     vae_batch=8,
-    seconds=1260.0,
+    seconds=900.0,
     batch=16,
+    coarse_share=0.4,
+    coarse_batch=32,
     light=True,
     size_limit=60_000_000,
 )
@@ -200,6 +213,8 @@ TEST = ModelSize(
     vae_batch=1,
     seconds=2.0,
     batch=2,
+    coarse_share=0.4,
+    coarse_batch=2,
     light=True,
 )
 """For checks on a CPU: trains in seconds, to nothing of use."""

@@ -45,9 +45,10 @@ class Batch:
 class LatentSampler:
     """Draws windows evenly over shots, and a caption of the shot or none."""
 
-    def __init__(self, path: Path, batch: int, device: str, seed: int, size: ModelSize) -> None:
+    def __init__(self, path: Path, device: str, seed: int, size: ModelSize) -> None:
         stored = load_file(path)
         self.latents = stored["latents"].to(device)
+        self.coarse = stored["coarse"].to(device) if "coarse" in stored else None
         shot_of_window = stored["shots"].tolist()
         self.windows = [
             torch.tensor([i for i, s in enumerate(shot_of_window) if s == shot])
@@ -61,12 +62,12 @@ class LatentSampler:
         flat = [c for entry in captions for c in entry[: self.captions_per_shot]] + [""]
         ids, mask = tokenize(tokenizer, flat)
         self.ids, self.mask = ids.to(device), mask.to(device)
-        self.batch, self.device = batch, device
+        self.device = device
         self.generator = torch.Generator().manual_seed(seed)
 
-    def __call__(self) -> Batch:
-        """Return one batch."""
-        g, n = self.generator, self.batch
+    def __call__(self, n: int, coarse: bool) -> Batch:
+        """Return a batch of ``n`` windows, or of shrunken ones."""
+        g = self.generator
         shots = torch.randint(len(self.windows), (n,), generator=g)
         rows = torch.rand(n, generator=g).tolist()
         picks = [
@@ -78,7 +79,12 @@ class LatentSampler:
         captions[torch.rand(n, generator=g) < CAPTION_DROPOUT] = len(self.ids) - 1
         picked = torch.tensor(picks).to(self.device, non_blocking=True)
         captions = captions.to(self.device, non_blocking=True)
-        return Batch(self.latents[picked], self.ids[captions], self.mask[captions])
+        latents = self.latents
+        if coarse:
+            if self.coarse is None:
+                raise SystemExit("the latents hold no coarse ones: delete them, train_vae.py again")
+            latents = self.coarse
+        return Batch(latents[picked], self.ids[captions], self.mask[captions])
 
 
 def noise_levels(count: int, device: str) -> Tensor:
@@ -116,9 +122,7 @@ class Run:
             print(f"resumed from {source.name} at step {meta['step']}, {meta['seconds']:.0f} s")
         self.step, self.before, self.samples = meta["step"], meta["seconds"], meta["samples"]
         self.elapsed = 0.0
-        self.sampler = LatentSampler(
-            args.latents, args.batch, device, args.seed + self.step, args.model
-        )
+        self.sampler = LatentSampler(args.latents, device, args.seed + self.step, args.model)
         transformer = WanTransformer3DModel(**args.model.transformer_config)
         text_encoder = build_text_encoder(self.sampler.vocabulary)
         self.parts = nn.ModuleDict({"transformer": transformer, "text_encoder": text_encoder})
@@ -162,12 +166,14 @@ class Run:
 
     def train_step(self, rate: float) -> Tensor:
         """Take one step and return its loss."""
-        loss = flow_loss(self.parts, self.sampler())
+        coarse = self.seconds < self.args.model.coarse_share * self.args.seconds
+        batch = self.args.model.coarse_batch if coarse else self.args.batch
+        loss = flow_loss(self.parts, self.sampler(batch, coarse))
         loss.backward()
         nn.utils.clip_grad_norm_(self.named.values(), 1.0)
         self.optimizer.step(rate)
         self.step += 1
-        self.samples += self.args.batch
+        self.samples += batch
         averaged = self.step - self.warm_from
         decay = min(EMA_DECAY, (1.0 + averaged) / (10.0 + averaged))
         with torch.no_grad():

@@ -18,10 +18,10 @@ from checkpoint import Groups, append_log, load_checkpoint, save_checkpoint
 from clips import load_clips, pixels_to_video, windows
 from diffusers import AutoencoderKLWan
 from safetensors.torch import save_file
-from settings import SIZES, SMOKE, VideoSize, add_size
+from settings import COARSE, SIZES, SMOKE, VideoSize, add_size
 from torch import Tensor
 from torch.nn import functional
-from vae import build_vae, decode_whole_clip, encode_whole_clip
+from vae import build_vae, decode_whole_clip, encode_whole_clip, load_vae
 
 LEARNING_RATE = 1.5e-3
 WARMUP_STEPS = 200
@@ -103,6 +103,11 @@ class ClipSampler:
         return pixels_to_video(torch.stack(batch))
 
 
+def shrink(video: Tensor) -> Tensor:
+    """Return the video (B, 3, T, H, W) with height and width divided by ``COARSE``."""
+    return functional.avg_pool3d(video, (1, COARSE, COARSE))
+
+
 @torch.no_grad()
 def encode_all(
     vae: AutoencoderKLWan,
@@ -110,12 +115,14 @@ def encode_all(
     size: VideoSize,
     device: str,
     known: dict[str, Any],
+    coarse: bool,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the normalised latents of every window with their shots, and their statistics.
 
-    Where ``known`` already holds the mean and spread of the latents, they are kept.
+    Where ``known`` already holds the mean and spread of the latents, they are kept. With ``coarse``
+    also the latents of the shrunken windows, normalised by the same mean and spread.
     """
-    means, shots, errors = [], [], []
+    means, shrunken, shots, errors = [], [], [], []
     for window in windows(clips, size):
         pixels = clips[window.shot][window.start : window.start + size.frames]
         video = pixels_to_video(pixels.to(device))[None]
@@ -123,12 +130,18 @@ def encode_all(
         output = decode_whole_clip(vae, mean).clamp(-1.0, 1.0)
         errors.append(((output - video) / 2.0).square().mean().item())
         means.append(mean[0].cpu())
+        if coarse:
+            shrunken.append(encode_whole_clip(vae, shrink(video))[0][0].cpu())
         shots.append(window.shot)
     latents = torch.stack(means)
     center, spread = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
     if "latents_mean" in known:
         center, spread = torch.tensor(known["latents_mean"]), torch.tensor(known["latents_std"])
-    normalised = (latents - center[:, None, None, None]) / spread[:, None, None, None]
+    groups = {"latents": latents} | ({"coarse": torch.stack(shrunken)} if coarse else {})
+    tensors = {
+        name: ((group - center[:, None, None, None]) / spread[:, None, None, None]).contiguous()
+        for name, group in groups.items()
+    }
     psnr = [-10.0 * math.log10(error) for error in errors]
     meta = {
         "latents_mean": [round(x, 6) for x in center.tolist()],
@@ -136,7 +149,7 @@ def encode_all(
         "psnr_mean": sum(psnr) / len(psnr),
         "psnr_min": min(psnr),
     }
-    return {"latents": normalised.contiguous(), "shots": torch.tensor(shots)}, meta
+    return tensors | {"shots": torch.tensor(shots)}, meta
 
 
 class Run:
@@ -146,7 +159,8 @@ class Run:
         self.args, self.device, self.began = args, device, time.monotonic()
         self.log_path = args.out.with_name(args.out.name + "_loss.jsonl")
         torch.manual_seed(args.seed)
-        self.vae = build_vae().to(device)
+        start = args.model.vae_start
+        self.vae = (build_vae() if start is None else load_vae(start)).to(device)
         self.optimizer = torch.optim.AdamW(
             self.vae.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99)
         )
@@ -227,7 +241,10 @@ class Run:
     def finish(self) -> None:
         """Write the last checkpoint and ``latents.safetensors`` beside it."""
         known = latent_statistics(self.meta) if self.args.decoder_only else {}
-        latents, meta = encode_all(self.vae, self.clips, self.args.video, self.device, known)
+        coarse = self.args.model.coarse_share > 0.0
+        latents, meta = encode_all(
+            self.vae, self.clips, self.args.video, self.device, known, coarse
+        )
         self.elapsed = time.monotonic() - self.began
         self.save(meta)
         path = self.args.out.with_name("latents.safetensors")
@@ -257,7 +274,7 @@ def main() -> None:
     )
     parser.add_argument("--smoke", action="store_true", help="small windows (for checks on a CPU)")
     args = parser.parse_args()
-    size = SIZES[args.size]
+    args.model = size = SIZES[args.size]
     args.video = SMOKE if args.smoke else size.video
     args.clips, args.out = args.clips or size.clips, args.out or size.vae_dir
     args.seconds = size.vae_seconds if args.seconds is None else args.seconds

@@ -7,6 +7,8 @@ is exact because every layer is causal and treats the first frame apart.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample, patchify, unpatchify
@@ -17,6 +19,15 @@ from torch import Tensor
 def build_vae() -> AutoencoderKLWan:
     """Return a freshly initialised autoencoder."""
     return AutoencoderKLWan(**VAE_CONFIG)
+
+
+def load_vae(folder: Path) -> AutoencoderKLWan:
+    """Return a trained autoencoder of the same configuration, in float32, ready to be trained."""
+    vae = AutoencoderKLWan.from_pretrained(folder, torch_dtype=torch.float32).train()
+    changed = {key for key, value in VAE_CONFIG.items() if vae.config[key] != value}
+    if changed - {"latents_mean", "latents_std"}:
+        raise SystemExit(f"{folder}: an autoencoder of another configuration, see {changed}")
+    return vae
 
 
 def encode_whole_clip(vae: AutoencoderKLWan, video: Tensor) -> tuple[Tensor, Tensor]:

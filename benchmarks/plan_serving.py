@@ -1,0 +1,187 @@
+"""Serve a large plan step by step: GPU memory of its tables, and what bringing them costs.
+
+    python benchmarks/plan_serving.py --out results       Wan 14B at 720p, 40 sites, 4 of 50 steps
+    python benchmarks/plan_serving.py --check             no GPU: tiny, times mean nothing
+
+Every site's attention is called as a model calls it, step by step, on one set of random operands.
+`served` holds what the budget allows (`calibatt_compiler.runtime.kernels.TABLE_BUDGET`): a thread
+makes the tables of what comes and copies them beneath the compute. `resident` has made all tables
+before the first call. Both take the same steps in the same order, alternately; the figure of a step
+is the time from its first call to the end of its last. Masks are synthetic (`synthetic_masks.py`);
+`--distinct` of the sites have masks of their own, the others repeat them, yet not their tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from attention_record import write_record
+from plan_size import SMALL, site
+from synthetic_masks import RAGGED, Video
+from torch import Tensor
+
+from calibatt_compiler.plan import Plan, Sampler
+from calibatt_compiler.runtime.kernels import TABLE_BUDGET, KernelStore
+from calibatt_compiler.runtime.lanes import lane_of
+from calibatt_compiler.runtime.sites import SparseSite
+
+AIM_MB = 256
+
+
+@dataclass
+class Row:
+    """What was found; milliseconds a step, megabytes of 10**6 bytes."""
+
+    tokens: int
+    sites: int
+    steps: int
+    density: float
+    served_ms: list[float]
+    resident_ms: list[float]
+    ratio: float
+    tables_mb: float
+    held_mb: float
+    tables_of_all_steps_mb: float
+    made_by_calls: int
+    made_ahead: int
+    kinds: list[str]
+
+
+class Server:
+    """All sites of a plan, with the store of their kernels."""
+
+    def __init__(self, plan: Plan, operands: tuple[Tensor, ...], budget: int) -> None:
+        self._operands = operands
+        device = operands[0].device
+        self._before = _allocated(device)
+        self.store = KernelStore(lane_of(device), budget=budget)
+        self.sites = [
+            SparseSite(
+                plan,
+                name,
+                lowering="table",
+                device=device,
+                dtype=operands[0].dtype,
+                head_dim=operands[0].shape[-1],
+                kernels=self.store,
+            )
+            for name in plan.sites
+        ]
+        self.held = 0
+
+    def step(self, timestep: float) -> float:
+        """Call all sites; return milliseconds."""
+        q, k, v = self._operands
+        _finish(q.device)
+        start = time.perf_counter()
+        for site in self.sites:
+            site.attend(q, k, v, timestep, 1 / math.sqrt(q.shape[-1]))
+            self.held = max(self.held, _allocated(q.device) - self._before)
+        _finish(q.device)
+        return 1e3 * (time.perf_counter() - start)
+
+    def make_all(self) -> None:
+        """Make all kernels now."""
+        while self.store.make_one_ahead():
+            pass
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def make_plan(options: argparse.Namespace, video: Video) -> Plan:
+    """Return a plan of synthetic masks."""
+    distinct = [site(video, seed, options.steps, RAGGED, 1.0) for seed in range(options.distinct)]
+    sites = {f"blocks.{i}.attn1": distinct[i % len(distinct)] for i in range(options.sites)}
+    sampler = Sampler(timesteps=timesteps_of(options.steps))
+    return Plan.create(sites, grid=video.grid, sampler=sampler)
+
+
+def timesteps_of(steps: int) -> tuple[float, ...]:
+    """Return evenly spread timesteps."""
+    return tuple(1000.0 - 1000.0 * step / steps for step in range(steps))
+
+
+def measure(options: argparse.Namespace, video: Video, device: torch.device) -> Row:
+    """Serve the plan in both ways."""
+    plan = make_plan(options, video)
+    print(f"plan made: density {plan.density():.3f}", flush=True)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    shape = (1, video.tokens, video.heads, 128)
+    operands = tuple(
+        torch.randn(shape, device=device, dtype=dtype).transpose(1, 2) for _ in range(3)
+    )
+    # One after the other for memory: what `served` holds is measured before `resident` is there.
+    served = Server(plan, operands, TABLE_BUDGET)
+    times: dict[str, list[list[float]]] = {"served": [], "resident": []}
+    timesteps = timesteps_of(options.steps)
+    times["served"].append([served.step(at) for at in timesteps])
+    resident = Server(plan, operands, sys.maxsize)
+    resident.make_all()
+    for _ in range(options.rounds):
+        for name, server in (("resident", resident), ("served", served)):
+            times[name].append([server.step(at) for at in timesteps])
+    middle = {
+        name: [statistics.median(found) for found in zip(*runs[-options.rounds :], strict=True)]
+        for name, runs in times.items()
+    }
+    counts = served.store.counts
+    return Row(
+        tokens=video.tokens,
+        sites=options.sites,
+        steps=options.steps,
+        density=plan.density(),
+        served_ms=middle["served"],
+        resident_ms=middle["resident"],
+        ratio=sum(middle["served"]) / sum(middle["resident"]),
+        tables_mb=counts.peak / 1e6,
+        held_mb=served.held / 1e6,
+        tables_of_all_steps_mb=resident.store.bytes / 1e6,
+        made_by_calls=counts.made,
+        made_ahead=counts.ahead,
+        kinds=sorted({kind for one in served.sites for kind in one.kinds}),
+    )
+
+
+def main() -> int:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sites", type=int, default=40)
+    parser.add_argument("--distinct", type=int, default=2, help="sites with masks of their own")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--check", action="store_true", help="tiny, on a CPU: shows that it runs")
+    options = parser.parse_args()
+    video = Video()
+    if options.check:
+        video, options.sites, options.steps, options.rounds = SMALL, 2, 2, 1
+    device = torch.device("cpu" if options.check else "cuda")
+    row = measure(options, video, device)
+    for name, found in vars(row).items():
+        print(f"{name:24} {found:.4g}" if isinstance(found, float) else f"{name:24} {found}")
+    print(f"aim: at most {AIM_MB} MB held, ratio 1")
+    if options.out is not None:
+        kind = "cpu" if options.check else torch.cuda.get_device_name()
+        write_record(options.out / "plan_serving.json", kind, [row])
+    return 0
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        sys.exit(main())
