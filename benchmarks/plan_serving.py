@@ -81,8 +81,8 @@ class Server:
         q, k, v = self._operands
         _finish(q.device)
         start = time.perf_counter()
-        for site in self.sites:
-            site.attend(q, k, v, timestep, 1 / math.sqrt(q.shape[-1]))
+        for one in self.sites:
+            one.attend(q, k, v, timestep, 1 / math.sqrt(q.shape[-1]))
             self.held = max(self.held, _allocated(q.device) - self._before)
         _finish(q.device)
         return 1e3 * (time.perf_counter() - start)
