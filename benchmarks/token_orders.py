@@ -7,7 +7,7 @@
 reaches a, b, c in frames, rows and columns, and prints which share of the blocks covers a threshold
 of it, over sampled query blocks. `--text` puts so many tokens before the video, so that blocks
 begin elsewhere in the order. `model` prints what `calibatt calibrate --token-order auto` measures
-on two prompts of `examples/tiny_wan/demo.json`.
+on the first two prompts of a file of settings such as `examples/tiny_wan/demo.json`.
 """
 
 from __future__ import annotations
@@ -73,15 +73,15 @@ def synthetic(args: argparse.Namespace) -> None:
 
 def model(args: argparse.Namespace) -> None:
     """Print what the survey finds."""
-    from diffusers import DiffusionPipeline
-
     from calibatt_compiler.calibration import CalibrationConfig
     from calibatt_compiler.calibration.generation import quiet
     from calibatt_compiler.calibration.progress import CalibrationProgress
     from calibatt_compiler.calibration.surveying import survey_pipeline
+    from calibatt_compiler.cli.pipelines import device_of, dtype_of, load_pipeline
 
-    pipe = DiffusionPipeline.from_pretrained(str(args.folder))
-    settings = json.loads((args.folder.parent / "demo.json").read_text())
+    device = device_of("auto")
+    pipe = load_pipeline(str(args.folder), device, dtype_of("auto", device))
+    settings = json.loads((args.settings or args.folder.parent / "demo.json").read_text())
     cases = settings.pop("calibration")[:2]
     del settings["held_out"]
     settings["num_inference_steps"] = args.steps
@@ -109,6 +109,7 @@ def main() -> None:
     first.add_argument("--rows", type=int, default=64, help="query blocks that are sampled")
     second = commands.add_parser("model")
     second.add_argument("folder", type=Path)
+    second.add_argument("--settings", type=Path, help="default: demo.json beside the folder")
     second.add_argument("--pooled", type=int, default=0)
     second.add_argument("--steps", type=int, default=8)
     for command, run in ((first, synthetic), (second, model)):

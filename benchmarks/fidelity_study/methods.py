@@ -11,13 +11,15 @@ from fidelity_study.serve import Method, Planned, oracle, router
 
 from calibatt_compiler.plan import Plan
 
-OURS, ORDERED, SAMPLED, POOLED = "ours", "ordered", "sampled", "pooled"
+OURS, ORDERED, REPEATED = "ours", "ordered", "repeated"
+SAMPLED, POOLED = "sampled", "pooled"
 ORACLE, ROUTER, RANDOM = "oracle", "router", "random"
 
 TITLES = {
     OURS: "calibrated plan (ours)",
     ORDERED: "calibrated plan in token order {order} (ours)",
-    SAMPLED: "calibrated, weighted sample, power 0.65 (ours)",
+    REPEATED: "calibrated, with repetitive heads (ours)",
+    SAMPLED: "calibrated, weighted sample (ours)",
     POOLED: "calibrated, 4 pooled keys a dropped block (ours)",
     ORACLE: "per-input oracle (online)",
     ROUTER: "pooled top-k, SpargeAttn's selector (online)",
@@ -31,7 +33,15 @@ TITLES = {
 PEERS = ("tiles", "radial", "heads", ROUTER, RANDOM)
 """Those that know nothing of our plan but how much it keeps."""
 
-FORMS = {OURS: Form(), SAMPLED: Form(sample_power=0.65), POOLED: Form(pooled=4)}
+GAMMA = 0.87
+"""Similarity from which on a head may be repetitive: that of the paper."""
+
+FORMS = {
+    OURS: Form(),
+    REPEATED: Form(gamma=GAMMA),
+    SAMPLED: Form(sample_power=1.0),
+    POOLED: Form(pooled=4),
+}
 """Plans of ours that come from one recording in raster order."""
 
 RANDOM_SEED = 2026

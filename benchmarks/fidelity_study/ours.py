@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fidelity_study.methods import FORMS, ORDERED
+from fidelity_study.methods import FORMS, GAMMA, ORDERED
 from fidelity_study.plans import Form, Recording
 from fidelity_study.setting import Setting
 
@@ -45,6 +45,7 @@ class OurPlans:
                     k=setting.k,
                     rho=setting.rho,
                     token_order=order,
+                    gamma=GAMMA,
                     keep_energies=True,
                     inductor=setting.inductor,
                 )

@@ -21,6 +21,10 @@ NEAR = 0.005
 """How far a plan's density may be from the wanted one."""
 
 
+TRIES = 6
+"""Plans that are made to come near it, where the density is not known beforehand."""
+
+
 class NoPlanError(Exception):
     """A form has no plan of the wanted density."""
 
@@ -32,10 +36,12 @@ class Form:
     Attributes:
         pooled: keys that each dropped block is pooled to; their cost is part of the density.
         sample_power: as in `CalibrationConfig`.
+        gamma: likewise; what repetitive heads spare is given to the others.
     """
 
     pooled: int = 0
     sample_power: float | None = None
+    gamma: float | None = None
 
 
 class Recording:
@@ -99,6 +105,21 @@ class Recording:
         Raises:
             NoPlanError: the thresholds of the first steps, or the pooled keys, alone take more.
         """
+        wanted, nearest = density, math.inf
+        for _ in range(1 if form.gamma is None else TRIES):
+            plan = self._made(wanted, form)
+            found = computed_density(plan)
+            if abs(found - density) <= NEAR + 1 / self._blocks:
+                return plan
+            nearest = min(nearest, found, key=lambda value: abs(value - density))
+            wanted = min(1.0, wanted + density - found)
+        raise NoPlanError(
+            f"no plan of density {density:g}, the nearest has {nearest:.3f}: a lower --C or a "
+            "higher --k (thresholds of early steps) would leave more to late ones"
+        )
+
+    def _made(self, density: float, form: Form) -> Plan:
+        """Make the plan of the threshold at which the agreed blocks have a density."""
         pooled = form.pooled / self._record.block[1]
         low, high = 1e-6, 1.0
         for _ in range(40):
@@ -107,7 +128,7 @@ class Recording:
                 (middle, high) if self._predicted(middle, pooled) < density else (low, middle)
             )
         chosen = self._thresholds(high)
-        plan = plan_from_run(
+        return plan_from_run(
             self._folder,
             rho=self._rho,
             A=chosen.A,
@@ -115,14 +136,8 @@ class Recording:
             k=chosen.k,
             pooled=form.pooled,
             sample_power=form.sample_power,
+            gamma=form.gamma,
         )
-        found = computed_density(plan)
-        if abs(found - density) > NEAR + 1 / self._blocks:
-            raise NoPlanError(
-                f"no plan of density {density:g}, the nearest has {found:.3f}: a lower --C or a "
-                "higher --k (thresholds of early steps) would leave more to late ones"
-            )
-        return plan
 
     @property
     def _blocks(self) -> int:

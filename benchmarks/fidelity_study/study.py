@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from fidelity_study.methods import FORMS, ORDERED, OURS, Bench, make
+from fidelity_study.methods import FORMS, GAMMA, ORDERED, OURS, Bench, make
 from fidelity_study.ours import OurPlans
 from fidelity_study.patterns import Choices, Family, families
 from fidelity_study.perceptual import Frames, Perceptual
@@ -206,6 +206,7 @@ class Study:
             "dtype": str(self.pipe.transformer.dtype),
             "device": torch.device(self.pipe._execution_device).type,
             "perceptual": self.perceptual is not None,
+            "gamma": GAMMA,
             **setting,
         }
 

@@ -50,6 +50,7 @@ def main() -> None:
             "hopper exact": lambda: HopperAttention(pattern, softmax="exact", **where)(q, k, v),
             "hopper repaired": lambda: HopperAttention(pattern, **where)(spiked, k, v),
             "control": run_control,
+            "control barrier": lambda: run_control(barrier=True),
             "hopper energies": lambda: hopper_attention_and_energy(q, k, v, (128, 128), 0.125),
         }
     for name in sys.argv[1:] or cases:
