@@ -250,9 +250,10 @@ class BakedAttention:
                 self._take(get_entry(self.pattern, self._limits, self._target))
             assert self._entry is not None
             if self._target == "hopper":
-                from calibatt_compiler.kernels.hopper import HopperLiterals
+                from calibatt_compiler.kernels.hopper import HopperAttention, HopperLiterals
 
-                self._baked = HopperLiterals(self._entry, self.pattern, **self._where)
+                assert isinstance(self.table, HopperAttention)
+                self._baked = HopperLiterals(self._entry, self.table, **self._where)
             else:
                 table: Any = self.table
                 self._baked = _GeneratedKernel(self._entry, self.pattern, table, **self._where)

@@ -133,13 +133,14 @@ def _hopper_variants(entry: CacheEntry, pattern: BlockPattern, job: dict[str, An
         head_dim=job["head_dim"],
         softmax=job["softmax"],
     )
-    for repair in config.repairs:
-
-        def compile_kernel(repair: bool = repair) -> Any:
-            runs = entry.covering.cover.max_intervals
-            return compile_hopper(config, repair=repair, literals=load_kernel(entry), runs=runs)
-
-        yield config.variant_name(repair=repair), compile_kernel
+    runs = entry.covering.cover.max_intervals
+    yield (
+        config.variant_name(repair=False),
+        lambda: compile_hopper(config, literals=load_kernel(entry), runs=runs),
+    )
+    if config.fixed:
+        # By the tables, the same for every pattern: in Triton's cache after the first.
+        yield config.variant_name(repair=True), lambda: compile_hopper(config, repair=True)
 
 
 def main() -> None:

@@ -1,7 +1,6 @@
 """Block-sparse attention on Hopper GPUs, served by tables; `HopperAttention` is the way in.
 
-What is measured of it stands in `benchmarks/RESULTS.md`; until its figures are there, it is not a
-default: see `attention.make_attention`.
+How it works, and what each part is worth: docs/hopper.md. Its figures: `benchmarks/RESULTS.md`.
 """
 
 from __future__ import annotations
@@ -221,11 +220,23 @@ class HopperAttention:
         return lse.index_copy(1, heads, lse[:, heads][:, :, rows])
 
     def _launch(self, config: HopperConfig, given: dict[str, object]) -> None:
-        """The kernel and, with a fixed reference, the repair that ends at once unless flagged."""
-        for repair in config.repairs:
-            hopper_attention[(self.tables.programs,)](
-                **given, **config.constexprs(repair=repair), **self._indices(), **launch_options()
-            )
+        self._run(config, given, repair=False)
+        if config.fixed:
+            self.repair(config, given)
+
+    def repair(self, config: HopperConfig, given: dict[str, object]) -> None:
+        """Launch the exact form, which ends at once unless the call before raised its flag.
+
+        Args:
+            config: of that call.
+            given: its arguments, of this kernel or of one of the same pattern and programs.
+        """
+        self._run(config, {**given, **self.tables.arguments()}, repair=True)
+
+    def _run(self, config: HopperConfig, given: dict[str, object], *, repair: bool) -> None:
+        hopper_attention[(self.tables.programs,)](
+            **given, **config.constexprs(repair=repair), **self._indices(), **launch_options()
+        )
 
     def _indices(self) -> dict[str, Any]:
         """Compile-time arguments that say where the key blocks come from: here, the tables."""
@@ -255,9 +266,12 @@ class HopperAttention:
 class HopperLiterals(HopperAttention):
     """The same with key blocks as literals in generated source; gives the same bits.
 
+    Where its fixed reference overflows, the tables repair: a repair is rare, and a launch that ends
+    at once need not be compiled for each pattern.
+
     Args:
         entry: of the kernel cache, with target "hopper".
-        pattern: what its cover denotes.
+        table: the kernel of the same pattern that served until this one was compiled.
         where: device, dtype, head_dim and further arguments of `HopperAttention`.
 
     Attributes:
@@ -267,17 +281,20 @@ class HopperLiterals(HopperAttention):
 
     kind = "hopper-baked"
 
-    def __init__(self, entry: CacheEntry, pattern: BlockPattern, **where: Any) -> None:
+    def __init__(self, entry: CacheEntry, table: HopperAttention, **where: Any) -> None:
         self._literals = load_kernel(entry)
         self._intervals = entry.covering.cover.max_intervals
+        self._table = table
         self.launched = False
-        super().__init__(pattern, **where)
+        super().__init__(table.pattern, **where)
 
     def _indices(self) -> dict[str, Any]:
         return {"LITERALS": self._literals, "RUNS": self._intervals}
 
     def _launch(self, config: HopperConfig, given: dict[str, object]) -> None:
-        super()._launch(config, given)
+        self._run(config, given, repair=False)
+        if config.fixed:
+            self._table.repair(config, given)
         self.launched = True
 
 

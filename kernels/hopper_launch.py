@@ -208,6 +208,10 @@ class Tables:
         """Number of programs."""
         return self.starts.shape[0] - 1
 
+    def arguments(self) -> dict[str, Tensor]:
+        """Arguments of `hopper_attention` that say which tile is whose, and what it keeps."""
+        return {"tiles_ptr": self.tiles, "starts_ptr": self.starts, "runs_ptr": self.runs}
+
 
 @dataclass(frozen=True)
 class State:
@@ -254,9 +258,7 @@ def arguments(
         "k_desc": descriptor(k, block_n),
         "v_desc": descriptor(v, block_n),
         "o_desc": descriptor(out, QUERY_ROWS),
-        "tiles_ptr": tables.tiles,
-        "starts_ptr": tables.starts,
-        "runs_ptr": tables.runs,
+        **tables.arguments(),
         "counts_ptr": counts,
         "lengths_ptr": lengths,
         "weight_ptr": tables.weight,

@@ -120,7 +120,8 @@ def build_literals(*, copies: bool = False) -> None:
         assert cache.is_compiled(entry, config.variant_name(repair=repair))
         before = cached_files()
         literals, runs = cache.load_kernel(entry), entry.covering.cover.max_intervals
-        kernel = compile_hopper(config, repair=repair, literals=literals, runs=runs)
+        indices = {} if repair else {"literals": literals, "runs": runs}
+        kernel = compile_hopper(config, repair=repair, **indices)
         name = f"literals{', copies' if copies else ''}, repair {repair}"
         facts = {"name": name, "new_files": cached_files() - before}
         print(json.dumps(facts | describe(kernel)), flush=True)

@@ -26,6 +26,7 @@ from calibatt_compiler.kernels.baked import BakedAttention
 from calibatt_compiler.kernels.cache import get_entry
 from calibatt_compiler.kernels.energy_reference import reference_energy
 from calibatt_compiler.kernels.hopper import HopperAttention, HopperLiterals
+from calibatt_compiler.kernels.hopper_schedule import key_runs
 
 CPU = torch.device("cpu")
 SPEC = importlib.util.spec_from_file_location(
@@ -440,8 +441,15 @@ def test_literals_give_the_bits_of_the_tables(
     assert baked.kind == "hopper-baked", baked.reason
     assert baked.added_density == 0
     assert torch.equal(baked(q, k, v), HopperAttention(pattern, **where)(q, k, v))
+    assert baked.repairs == 0
+    runs, row = key_runs(pattern), pattern.query_blocks + 1
+    first = runs.starts[runs.offsets[row]]
+    later = next(x for x in pattern.mask()[1, 1].nonzero().flatten().tolist() if x != first)
+    spike(q, k, 130, later * block_n, 200.0)
+    assert torch.equal(baked(q, k, v), HopperAttention(pattern, **where)(q, k, v))
+    assert baked.repairs == 1
     entry = get_entry(pattern, CoverLimits(512, widening=math.inf), "hopper")
-    literals = HopperLiterals(entry, pattern, **where)
+    literals = HopperLiterals(entry, HopperAttention(entry.covering.pattern, **where), **where)
     assert literals.tables.runs.numel() == 1
     with pytest.raises(KernelError, match="literals: True"):
         literals.attend(q, k, v, key_lengths=torch.tensor([5]))
