@@ -16,7 +16,7 @@ import logging
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,7 @@ from calibatt_compiler.errors import CalibattError
 from calibatt_compiler.files import write_text
 from calibatt_compiler.kernels import codegen, codegen_hopper
 from calibatt_compiler.kernels.cover import (
+    PORTABLE_INTERVALS,
     EXACT,
     CoverError,
     Covering,
@@ -124,6 +125,8 @@ def get_entry(
     if found is not None:
         return found
     digest = entry_digest(pattern, limits, target)
+    if target == "portable":
+        limits = replace(limits, intervals=min(limits.intervals, PORTABLE_INTERVALS))
     try:
         covering = cover_pattern(pattern, limits)
     except CoverError as error:

@@ -139,11 +139,12 @@ _CANDIDATE = """\
 
 _ATTEND = """\
         acc, maximum, total = attend_tile(
-            q, k_head, v_head, stride_ks, stride_vs, (position + shift) * TILE_N, {length_k},
+            q, k_head, v_head, stride_ks, stride_vs, key_tile * TILE_N, {length_k},
             acc, maximum, total, scale_log2, TILE_N, HEAD_DIM, PADDED_DIM, False, PRECISION,
             0.0, False, batch, head, FIXED, TMA,
         )
-    if RAGGED_K:
+        key_tile += 1
+{leap}    if RAGGED_K:
         if ragged:
             acc, maximum, total = attend_tile(
                 q, k_head, v_head, stride_ks, stride_vs, {length_k} // TILE_N * TILE_N, {length_k},
@@ -197,10 +198,8 @@ def generate(cover: Cover, pattern: BlockPattern) -> str:
     kernel += _positions(cover.max_intervals, pattern.key_length)
     kernel += [_HEADS, (_LOAD if copies is None else _GATHER).format(**lengths), _BEGIN]
     kernel.append(_reference(cover.max_intervals, pattern))
-    kernel.append("    for position in tl.range(0, tiles):\n        shift = shift_0\n")
-    for k in range(1, cover.max_intervals):
-        kernel.append(f"        shift = tl.where(position >= tiles_{k}, shift_{k}, shift)\n")
-    kernel.append(_ATTEND.format(**lengths))
+    kernel.append(_loop(cover.max_intervals))
+    kernel.append(_ATTEND.format(**lengths, leap=_leap(cover.max_intervals)))
     kernel.append((_STORE if copies is None else _SCATTER).format(**lengths))
     parts.append("\n" + "".join(kernel))
     return "\n".join(parts)
@@ -230,6 +229,40 @@ def _reference(intervals: int, pattern: BlockPattern) -> str:
         reference="".join(_CANDIDATE.format(k=k) for k in reversed(range(intervals))),
         length_k=pattern.key_length,
     )
+
+
+def _loop(intervals: int) -> str:
+    """Lines before the loop over the tiles of all intervals, and its first."""
+    lines = [*_look_up(intervals, "0", "    "), "    for position in tl.range(0, tiles):\n"]
+    if intervals > 1:
+        lines.insert(0, "    # At the position `end` the loop leaps to another interval.\n")
+    return "".join(lines)
+
+
+def _leap(intervals: int) -> str:
+    """Lines that go on to the next interval where one ends."""
+    if intervals == 1:
+        return ""
+    lines = ["        if position + 1 == end:\n"]
+    return "".join([*lines, *_look_up(intervals, "position + 1", " " * 12)])
+
+
+def _look_up(intervals: int, position: str, indent: str) -> list[str]:
+    """Lines that find the key tile of a position, and where its interval ends."""
+    known = range(1, intervals)
+    return [
+        f"{indent}key_tile = shift_0\n",
+        *(
+            f"{indent}key_tile = tl.where({position} >= tiles_{k}, shift_{k}, key_tile)\n"
+            for k in known
+        ),
+        *([] if position == "0" else [f"{indent}key_tile += {position}\n"]),
+        *([f"{indent}end = tiles\n"] if intervals > 1 else []),
+        *(
+            f"{indent}end = tl.where(tiles_{k} > {position}, tiles_{k}, end)\n"
+            for k in reversed(known)
+        ),
+    ]
 
 
 def _positions(intervals: int, key_length: int) -> list[str]:

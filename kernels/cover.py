@@ -45,8 +45,13 @@ EXACT = CoverLimits()
 same bits."""
 
 WIDENED = CoverLimits(widening=0.05)
-"""What `calibatt build` generates. Literals win about a tenth over tables (RESULTS.md), so a cover
-that adds more than half of that is not worth it."""
+"""What `calibatt build` generates. Literals are no faster than tables by more than that
+(RESULTS.md), so a cover that adds more is not worth it."""
+
+PORTABLE_INTERVALS = 6
+"""Intervals that a row may have in a portable kernel. There every thread finds the next key tile by
+itself, with two operations an interval: with 14 of them the loop is a sixth longer than that of the
+table kernel, spills, and takes 16 % more time on an H100 (RESULTS.md); with 6 it is as long."""
 
 
 @dataclass(frozen=True)
@@ -129,12 +134,10 @@ def _filled(pattern: BlockPattern) -> npt.NDArray[np.bool_]:
 
 
 def _too_large(limits: CoverLimits) -> CoverError:
+    most = f"{limits.literals} literals and {limits.intervals} intervals a row"
     if not limits.widening:
-        return CoverError(f"the mask takes more than {limits.literals} literals")
-    return CoverError(
-        f"{limits.literals} literals cover the mask only with over {limits.widening:.0%} of its "
-        "blocks added"
-    )
+        return CoverError(f"the mask takes more than {most}")
+    return CoverError(f"{most} cover the mask only with over {limits.widening:.0%} of it added")
 
 
 def _distinct_heads(mask: npt.NDArray[np.bool_]) -> tuple[list[int], list[int]]:

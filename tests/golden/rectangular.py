@@ -121,14 +121,24 @@ def baked_attention(
             q, k_head, stride_ks, reference * KEY_TILES * TILE_N, 890, scale_log2,
             TILE_N, HEAD_DIM, PADDED_DIM, PRECISION, batch, head, TMA,
         )
+    # At the position `end` the loop leaps to another interval.
+    key_tile = shift_0
+    key_tile = tl.where(0 >= tiles_1, shift_1, key_tile)
+    end = tiles
+    end = tl.where(tiles_1 > 0, tiles_1, end)
     for position in tl.range(0, tiles):
-        shift = shift_0
-        shift = tl.where(position >= tiles_1, shift_1, shift)
         acc, maximum, total = attend_tile(
-            q, k_head, v_head, stride_ks, stride_vs, (position + shift) * TILE_N, 890,
+            q, k_head, v_head, stride_ks, stride_vs, key_tile * TILE_N, 890,
             acc, maximum, total, scale_log2, TILE_N, HEAD_DIM, PADDED_DIM, False, PRECISION,
             0.0, False, batch, head, FIXED, TMA,
         )
+        key_tile += 1
+        if position + 1 == end:
+            key_tile = shift_0
+            key_tile = tl.where(position + 1 >= tiles_1, shift_1, key_tile)
+            key_tile += position + 1
+            end = tiles
+            end = tl.where(tiles_1 > position + 1, tiles_1, end)
     if RAGGED_K:
         if ragged:
             acc, maximum, total = attend_tile(

@@ -138,13 +138,14 @@ def baked_attention(
             q, k_head, stride_ks, reference * KEY_TILES * TILE_N, 570, scale_log2,
             TILE_N, HEAD_DIM, PADDED_DIM, PRECISION, batch, head, TMA,
         )
+    key_tile = shift_0
     for position in tl.range(0, tiles):
-        shift = shift_0
         acc, maximum, total = attend_tile(
-            q, k_head, v_head, stride_ks, stride_vs, (position + shift) * TILE_N, 570,
+            q, k_head, v_head, stride_ks, stride_vs, key_tile * TILE_N, 570,
             acc, maximum, total, scale_log2, TILE_N, HEAD_DIM, PADDED_DIM, False, PRECISION,
             0.0, False, batch, head, FIXED, TMA,
         )
+        key_tile += 1
     if RAGGED_K:
         if ragged:
             acc, maximum, total = attend_tile(

@@ -213,7 +213,7 @@ def test_what_was_declined_before_is_not_tried_again(
     with pytest.raises(CoverError):
         get_entry(random_pattern(heads=2, query_length=300), few)
     kernel = make()
-    assert kernel.reason == "the mask takes more than 16 literals"
+    assert kernel.reason == "the mask takes more than 16 literals and 6 intervals a row"
     assert not compiler.specs
 
 
