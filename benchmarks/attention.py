@@ -1,4 +1,4 @@
-"""Speed of attention, side by side in one process: FlashAttention-3, SDPA, FlexAttention, ours.
+"""Speed of attention, side by side in one process: FlashAttention, SDPA, FlexAttention, ours.
 
     python benchmarks/attention.py --quick --out results      few cases; minutes on an H100
     python benchmarks/attention.py --out results              all of them
@@ -50,7 +50,7 @@ QUICK = (
 QUICK_KERNELS = ("fa3", "cudnn", "table", "hopper exact", "hopper fixed", "hopper literals")
 CHECK = (("tiny", "banded", 0.4), ("tiny", "random", 0.4), ("tiny", "mixed", 0.3))
 CHECK_KERNELS = ("math", "reference")
-OTHERS = (*DENSE, "flex", "flex 128x64", "flex 128x128")
+OTHERS = (*DENSE, "fa4 sparse", "flex", "flex 128x64", "flex 128x128")
 
 
 @dataclass

@@ -66,6 +66,34 @@ def fa3(_: BlockPattern, operands: Operands) -> Contestant:
     return Contestant(run, 1.0, None)
 
 
+def _fa4(*, sparse: bool) -> Callable[[BlockPattern, Operands], Contestant]:
+    """FlashAttention-4 (`pip install --pre flash-attn-4`): dense, or block-sparse."""
+
+    def make(pattern: BlockPattern, operands: Operands) -> Contestant:
+        function = importlib.import_module("flash_attn.cute").flash_attn_func
+        q, k, v = (x.transpose(1, 2) for x in operands)
+        given: dict[str, Any] = {}
+        if sparse:
+            module = importlib.import_module("flash_attn.cute.block_sparsity")
+            counts, indices = (x[None].to(q.device) for x in pattern.kv_blocks())
+            given["block_sparse_tensors"] = module.BlockSparseTensorsTorch(
+                mask_block_cnt=torch.zeros_like(counts),
+                mask_block_idx=indices,
+                full_block_cnt=counts,
+                full_block_idx=indices,
+                block_size=(pattern.block_m, pattern.block_n),
+            )
+
+        def run() -> Tensor:
+            result = function(q, k, v, **given)
+            out: Tensor = result[0] if isinstance(result, tuple) else result
+            return out.transpose(1, 2)
+
+        return Contestant(run, *((pattern.density, pattern) if sparse else (1.0, None)))
+
+    return make
+
+
 def _sdpa(backend: SDPBackend) -> Callable[[BlockPattern, Operands], Contestant]:
     def make(_: BlockPattern, operands: Operands) -> Contestant:
         def run() -> Tensor:
@@ -158,11 +186,13 @@ def cpu(pattern: BlockPattern, operands: Operands) -> Contestant:
 
 DENSE = {
     "fa3": fa3,
+    "fa4": _fa4(sparse=False),
     "cudnn": _sdpa(SDPBackend.CUDNN_ATTENTION),
     "flash": _sdpa(SDPBackend.FLASH_ATTENTION),
     "math": _sdpa(SDPBackend.MATH),
 }
 SPARSE = {
+    "fa4 sparse": _fa4(sparse=True),
     "flex": _flex(),
     "flex 128x64": _flex(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=3),
     "flex 128x128": _flex(BLOCK_M=128, BLOCK_N=128, num_warps=8, num_stages=2),
