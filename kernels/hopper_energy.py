@@ -14,8 +14,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from calibatt_compiler.errors import KernelError
 from calibatt_compiler.kernels.hopper import HopperAttention
 from calibatt_compiler.kernels.hopper_capability import BLOCKS, hopper_serves
+from calibatt_compiler.kernels.hopper_fallback import failure
 from calibatt_compiler.kernels.hopper_kernel import hopper_energies
 from calibatt_compiler.kernels.operands import empty_output
 from calibatt_compiler.kernels.tiles import multiprocessors
@@ -46,7 +48,8 @@ def hopper_energy_reason(q: Tensor, k: Tensor, block: tuple[int, int]) -> str | 
 
 
 _failed: dict[tuple[torch.dtype, tuple[int, int]], str] = {}
-# What the installed triton turned out not to compile, with its words.
+# What turned out not to launch here, with the error's words.
+_served: set[tuple[torch.dtype, tuple[int, int]]] = set()
 
 
 @lru_cache(maxsize=16)
@@ -134,15 +137,16 @@ def try_hopper(
     """As `hopper_attention_and_energy`; None where it does not serve or does not compile here."""
     if hopper_energy_reason(q, k, block) is not None:
         return None
+    key = (q.dtype, block)
     try:
-        return hopper_attention_and_energy(q, k, v, block, scale)
-    except torch.OutOfMemoryError:
+        found = hopper_attention_and_energy(q, k, v, block, scale)
+    except (KernelError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        words = " ".join(str(error).split())[:200]
-        _failed[q.dtype, block] = f"{type(error).__name__}: {words}"
-        log.warning(
-            "no Hopper kernel for block energies: %s; a portable kernel serves",
-            _failed[q.dtype, block],
-        )
+        if key in _served:  # not about what is installed here
+            raise
+        _failed[key] = failure(error)
+        log.warning("block energies: %s; a portable kernel serves", _failed[key])
         return None
+    _served.add(key)
+    return found

@@ -17,6 +17,12 @@ from calibatt_compiler.kernels.attention import AttentionKernel
 log = logging.getLogger("calibatt")
 
 
+def failure(error: Exception) -> str:
+    """Why another kernel serves, from the error of the first launch."""
+    words = " ".join(str(error).split())[:200]
+    return f"no Hopper kernel: {type(error).__name__}: {words}"
+
+
 class WithFallback:
     """Serves by one kernel; by another one from the first call on if that call fails.
 
@@ -70,8 +76,7 @@ class WithFallback:
             # After one good call an error is not about what is installed here.
             if self._make_portable is None:
                 raise
-            words = " ".join(str(error).split())[:200]
-            self._reason = f"no Hopper kernel: {type(error).__name__}: {words}"
+            self._reason = failure(error)
             log.warning("%s; a portable kernel serves", self._reason)
             self.kernel, self._make_portable = self._make_portable(), None
             return self.kernel(q, k, v, scale=scale)
