@@ -27,8 +27,8 @@ from calibatt_compiler.errors import CalibattError
 from calibatt_compiler.files import write_text
 from calibatt_compiler.kernels import codegen, codegen_hopper
 from calibatt_compiler.kernels.cover import (
-    PORTABLE_INTERVALS,
     EXACT,
+    PORTABLE_INTERVALS,
     CoverError,
     Covering,
     CoverLimits,

@@ -23,6 +23,7 @@ from calibatt_compiler.kernels.hopper_primitives import (
     mbarrier,
     partial_sums,
     release,
+    rescale,
     tile_count,
     tiles_to_do,
     warpgroup_mma,
@@ -225,7 +226,7 @@ def consumer(  # noqa: PLR0915  one loop, read from top to bottom
                 sums = add_sums(sums, part, shrink, FIXED)
                 p = gl.convert_layout(p32.to(dtype), p_layout)
                 if not FIXED:
-                    acc = acc * gl.expand_dims(gl.convert_layout(shrink, by_row), 1)
+                    acc = rescale(acc, gl.convert_layout(shrink, by_row))
                 done += 1
             before = (done - 1) % V_STAGES
             if turn + 1 < total:

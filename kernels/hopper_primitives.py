@@ -34,6 +34,7 @@ __all__ = [
     "mbarrier",
     "partial_sums",
     "release",
+    "rescale",
     "tile_count",
     "tiles_to_do",
     "warpgroup_mma",
@@ -127,6 +128,47 @@ def partial_sums(p):
     rows: gl.constexpr = p.shape[0]
     columns: gl.constexpr = p.shape[1]
     return gl.sum(gl.sum(gl.reshape(p, [rows, columns // 8, 4, 2]), 3), 1)
+
+
+def _scaling(count: int) -> tuple[gl.constexpr, gl.constexpr]:
+    """PTX that multiplies `count` registers by as many others, and its operands.
+
+    They are what a thread holds of an accumulator: of each four in a row, two of one row and two
+    of another. So the factors 0 and 2 are all that its warp has to look at.
+    """
+    lines = [
+        "{ .reg .pred changed;",
+        f"setp.neu.f32 changed, ${2 * count}, 0f3F800000;",
+        f"@!changed setp.neu.f32 changed, ${2 * count + 2}, 0f3F800000;",
+        "vote.sync.any.pred changed, changed, 0xffffffff;",
+        "@!changed bra.uni SAME;",
+        *(f"mul.f32 ${i}, ${i}, ${2 * count + i};" for i in range(count)),
+        "SAME: }",
+    ]
+    operands = [*["=f"] * count, *map(str, range(count)), *["f"] * count]
+    return gl.constexpr("\n".join(lines)), gl.constexpr(",".join(operands))
+
+
+_SCALING_64, _OPERANDS_64 = _scaling(64)
+_SCALING_32, _OPERANDS_32 = _scaling(32)
+
+
+@gluon.jit
+def rescale(acc, shrink):
+    """Multiply acc (64, D) by one number a row, with nothing to do for warps where all are 1.
+
+    As they mostly are: the maximum of a row seldom grows after the first blocks. A branch written
+    in Gluon would have to ask all warps.
+    """
+    factors = gl.expand_dims(shrink, 1)
+    if acc.shape[1] == 128:
+        return gl.inline_asm_elementwise(
+            _SCALING_64, _OPERANDS_64, [acc, factors], gl.float32, is_pure=True, pack=64
+        )
+    else:  # noqa: RET505  only one is compiled
+        return gl.inline_asm_elementwise(
+            _SCALING_32, _OPERANDS_32, [acc, factors], gl.float32, is_pure=True, pack=32
+        )
 
 
 @gluon.jit

@@ -68,6 +68,16 @@ def run(tool: str, option: str, cubin: bytes) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+def rescaling(ptx: str) -> list[bool]:
+    """Of each place that rescales: whether its warps look at all factors that they multiply by."""
+    found = []
+    for block in re.findall(r"\{ \.reg \.pred changed;(.*?)SAME: \}", ptx, re.DOTALL):
+        tested = set(re.findall(r"setp\.neu\.f32 changed, (%\w+), 0f3F800000", block))
+        used = set(re.findall(r"mul\.f32 %\w+, %\w+, (%\w+)", block))
+        found.append(len(tested) == 2 and tested == used)
+    return found
+
+
 def describe(kernel: Any) -> dict[str, Any]:
     cubin = kernel.asm["cubin"]
     dump = run(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin)
@@ -76,6 +86,7 @@ def describe(kernel: Any) -> dict[str, Any]:
     code = run(knobs.nvidia.nvdisasm.path, "-c", cubin)
     return {
         "registers": usage["REG"],
+        "rescaling": rescaling(kernel.asm["ptx"]),
         "stack": usage["STACK"],
         "local": usage["LOCAL"],
         "shared": kernel.metadata.shared,

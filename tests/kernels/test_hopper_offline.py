@@ -87,6 +87,8 @@ def test_machine_code(kernels: dict[str, dict[str, Any]]) -> None:
         # rows of a block over 128 threads; exact softmax has one more in the loop, twice a thread.
         columns = 64 if "blocks of 64" in name else 128
         exact = "fp16" in name or "exact" in name or "repair True" in name
+        # Each consumer rescales in its loop, where a row's maximum may grow.
+        assert kernel["rescaling"] == [True, True] * exact, kernel
         assert kernel["exponentials"] == 2 * 3 * columns // 2 + 4 * exact, kernel
         # The same places, and the last PV; 16 keys or channels a product.
         channels = 64 if "D 64" in name else 128
