@@ -169,6 +169,24 @@ def _hopper(softmax: str) -> Callable[[BlockPattern, Operands], Contestant]:
     return make
 
 
+def _weighted(make: Callable[[BlockPattern, Operands], Contestant]) -> Any:
+    """The same with a weight of its own, from 1 to 16, for each kept block."""
+
+    def make_weighted(pattern: BlockPattern, operands: Operands) -> Contestant:
+        mask = pattern.mask()
+        octaves = 4 * torch.rand(mask.shape, generator=torch.Generator().manual_seed(2))
+        weighted = BlockPattern.from_mask(
+            mask,
+            query_length=pattern.query_length,
+            key_length=pattern.key_length,
+            block=(pattern.block_m, pattern.block_n),
+            weight=2.0**octaves,
+        )
+        return make(weighted, operands)
+
+    return make_weighted
+
+
 def reference(pattern: BlockPattern, operands: Operands) -> Contestant:
     """The definition."""
     from calibatt_compiler.kernels.reference import ReferenceAttention
@@ -201,6 +219,8 @@ SPARSE = {
     "hopper exact": _hopper("exact"),
     "hopper fixed": _hopper("fixed"),
     "hopper literals": _baked(hopper=True),
+    "table weighted": _weighted(table),
+    "hopper weighted": _weighted(_hopper("fixed")),
     "reference": reference,
     "cpu": cpu,
 }

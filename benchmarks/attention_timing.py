@@ -110,13 +110,20 @@ def relative_error(contestant: Contestant, out: Tensor, operands: Operands) -> f
         head = (5 * i) % heads
         tokens = slice(block * 128, min(block * 128 + 128, length))
         kept: slice | Tensor = slice(None)
+        bias = None
         if pattern is not None:
-            row = pattern.mask()[head, block * 128 // pattern.block_m]
-            kept = row.repeat_interleave(pattern.block_n)[: pattern.key_length].to(q.device)
+            place = head, block * 128 // pattern.block_m
+            kept, weight = (
+                x[place].repeat_interleave(pattern.block_n)[: pattern.key_length].to(q.device)
+                for x in (pattern.mask(), torch.from_numpy(pattern.log_weights()))
+            )
+            bias = None if pattern.weights is None else weight[kept]
         part = q[:1, head, tokens], k[:1, head, kept], v[:1, head, kept]
         scores = part[0].double() @ part[1].double().mT / math.sqrt(q.shape[-1])
+        scores = scores if bias is None else scores + bias.double()
         exact = scores.softmax(-1) @ part[2].double()
-        plain = F.scaled_dot_product_attention(*(x[:, None] for x in part))[:, 0]
+        rows = None if bias is None else bias.to(q.dtype).expand(1, 1, scores.shape[1], -1)
+        plain = F.scaled_dot_product_attention(*(x[:, None] for x in part), attn_mask=rows)[:, 0]
         ours += (out[:1, head, tokens].double() - exact).square().sum().item()
         theirs += (plain.double() - exact).square().sum().item()
     return math.sqrt(ours / theirs)

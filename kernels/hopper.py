@@ -29,7 +29,7 @@ from calibatt_compiler.kernels.hopper_launch import (
     launch_options,
     readable,
 )
-from calibatt_compiler.kernels.hopper_schedule import key_runs, make_schedule, tail_weights
+from calibatt_compiler.kernels.hopper_schedule import block_codes, key_runs, make_schedule
 from calibatt_compiler.kernels.operands import check_operands, check_specialisation, empty_output
 from calibatt_compiler.kernels.tiles import multiprocessors
 from calibatt_compiler.kernels.triton_launch import Softmax, on_device
@@ -44,7 +44,7 @@ class HopperAttention:
     """Block-sparse attention by the Hopper kernel, one launch a call whatever its heads do.
 
     Args:
-        pattern: which blocks to attend; the weighted ones of a row must have one weight.
+        pattern: which blocks to attend.
         device: of the operands.
         dtype: bfloat16 or float16.
         head_dim: 64 or 128.
@@ -246,11 +246,12 @@ class HopperAttention:
         if key_lengths is None:
             return None, None
         literal = self._indices()["LITERALS"] is not None
-        if self.config.tail or literal or key_lengths.shape != (batch,):
+        if self.config.weighted or literal or key_lengths.shape != (batch,):
             raise KernelError(
                 "these key lengths can't be served",
-                expected=f"integer ({batch},), a pattern without a weighted tail, and tables",
-                got=f"{tuple(key_lengths.shape)}, tail: {self.config.tail}, literals: {literal}",
+                expected=f"integer ({batch},), a pattern without weights, and tables",
+                got=f"{tuple(key_lengths.shape)}, weights: {self.config.weighted}, "
+                f"literals: {literal}",
                 remedy="give one length for each batch item; take HopperAttention itself",
             )
         lengths = key_lengths.to(self.device, torch.int32).clamp(0, self.pattern.key_length)
@@ -312,12 +313,13 @@ def shared_tables(
     with _lock:
         found = _tables.get(key) if shared else None
     if found is None:
-        made = make_schedule(pattern, key_runs(pattern, first_blocks), programs, literals=literals)
+        runs = key_runs(pattern, first_blocks)
+        made = make_schedule(pattern, runs, programs, literals=literals)
         copies = DeviceCopies.upload(pattern, device, whole=pattern.block_m)
         put = [to_device(x, device) for x in (made.tiles, made.starts, made.runs)]
-        weights = tail_weights(pattern)
-        tail = None if weights is None else to_device(weights, device)
-        found = Tables(put[0], put[1], put[2], tail, copies, Uploaded(device))
+        weights = block_codes(pattern, runs, made)
+        codes, starts = (None if x is None else to_device(x, device) for x in weights)
+        found = Tables(put[0], put[1], put[2], codes, starts, copies, Uploaded(device))
         if shared:
             with _lock:
                 found = _tables.setdefault(key, found)

@@ -8,8 +8,6 @@ from __future__ import annotations
 from functools import cache
 from importlib import import_module
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from calibatt_compiler.plan.pattern import BlockPattern
@@ -99,15 +97,7 @@ def operand_reason(dtype: torch.dtype, head_dim: int, pattern: BlockPattern) -> 
         return f"its tables name at most {MAX_BLOCKS} blocks a side"
     if pattern.pooled:
         return "it takes no pooled keys"
-    if pattern.weights is not None and not one_weight_a_row(pattern.weights):
-        return "it takes one weight a row of blocks, this pattern has rows with several"
     return None
-
-
-def one_weight_a_row(codes: npt.NDArray[np.uint8]) -> bool:
-    """Whether all weighted blocks of each row, (..., key_blocks), have the same weight."""
-    lowest = np.where(codes == 0, 255, codes).min(-1)
-    return bool((np.minimum(lowest, codes.max(-1)) == codes.max(-1)).all())
 
 
 @cache

@@ -37,21 +37,21 @@ SUM_LIMIT = gl.constexpr(2.0**120)
 
 
 @gluon.jit
-def tail_shift(tiles_ptr, weight_ptr, entry, query_blocks, TAIL: gl.constexpr):
-    """Number of exact blocks of a tile, and the log2 weight of the tail blocks after them."""
-    if TAIL:
-        where = gl.load(tiles_ptr + entry * 4)
-        exact = high(gl.load(tiles_ptr + entry * 4 + 2))
-        return exact, gl.load(weight_ptr + high(where) * query_blocks + low(where))
-    return 0, 0.0
+def first_code(code_starts_ptr, entry, WEIGHTED: gl.constexpr):
+    """Where the weights of a tile's blocks begin."""
+    if WEIGHTED:
+        return gl.load(code_starts_ptr + entry)
+    else:  # noqa: RET505  two return types: only one is compiled
+        return 0
 
 
 @gluon.jit
-def shift_of(position, exact, weight, TAIL: gl.constexpr):
-    """What is added to the scores of a block, in units of log2."""
-    if TAIL:
-        return gl.where(position < exact, 0.0, weight)
-    return 0.0
+def shift_of(codes_ptr, place, WEIGHTED: gl.constexpr):
+    """What is added to the scores of a block, in units of log2: its weight, coded in sixteenths."""
+    if WEIGHTED:
+        return gl.load(codes_ptr + place) * 0.0625
+    else:  # noqa: RET505  two return types: only one is compiled
+        return 0.0
 
 
 @gluon.jit
@@ -127,11 +127,11 @@ def finish(
 @gluon.jit
 def consumer(  # noqa: PLR0915  one loop, read from top to bottom
     q_tiles, k_tiles, v_tiles, q_full, staged, k_full, k_empty, v_full, v_empty,
-    tiles_ptr, starts_ptr, counts_ptr, lengths_ptr, weight_ptr, lse_ptr, flag_ptr, sums_ptr,
-    scale_log2, batches, heads, tiles, query_blocks, length_q, length_k,
+    tiles_ptr, starts_ptr, counts_ptr, lengths_ptr, codes_ptr, code_starts_ptr, lse_ptr, flag_ptr,
+    sums_ptr, scale_log2, batches, heads, tiles, query_blocks, length_q, length_k,
     PART: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
     FIXED: gl.constexpr, REPAIR: gl.constexpr, RAGGED: gl.constexpr, LENGTHS: gl.constexpr,
-    TAIL: gl.constexpr, LSE: gl.constexpr, ENERGY: gl.constexpr,
+    WEIGHTED: gl.constexpr, LSE: gl.constexpr, ENERGY: gl.constexpr,
 ):  # fmt: skip
     """Attend the query rows PART * 64 to PART * 64 + 64 of every tile of this program."""
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -149,7 +149,7 @@ def consumer(  # noqa: PLR0915  one loop, read from top to bottom
         batch = 0
         count = tile_count(tiles_ptr, counts_ptr, entry, batch, tiles, LENGTHS)
         valid = last_keys(lengths_ptr, length_k, batch, batches, count, BLOCK_N, LENGTHS)
-        exact, weight = tail_shift(tiles_ptr, weight_ptr, entry, query_blocks, TAIL)
+        code = first_code(code_starts_ptr, entry, WEIGHTED)
         mbarrier.wait(q_full.index(PART), 0)
         mbarrier.wait(k_full.index(0), 0)
         keys = matrix(k_tiles, 0).permute((1, 0))
@@ -157,7 +157,7 @@ def consumer(  # noqa: PLR0915  one loop, read from top to bottom
         scores = warpgroup_mma_wait(0, deps=[token])
         release(k_empty.index(0))
         scores = mask_scores(scores, 1, high(count), valid, RAGGED)
-        shift = shift_of(0, exact, weight, TAIL)
+        shift = shift_of(codes_ptr, code, WEIGHTED)
         maximum = first_maximum(scores, scale_log2, shift)
         p = probabilities(scores, maximum, scale_log2, shift)
         sums = partial_sums(p)
@@ -180,9 +180,9 @@ def consumer(  # noqa: PLR0915  one loop, read from top to bottom
             next_valid = last_keys(
                 lengths_ptr, length_k, next_batch, batches, next_count, BLOCK_N, LENGTHS
             )  # fmt: skip
-            next_exact, next_weight = tail_shift(
-                tiles_ptr, weight_ptr, next_entry, query_blocks, TAIL
-            )
+            next_code = first_code(code_starts_ptr, next_entry, WEIGHTED)
+            next_shift = shift_of(codes_ptr, next_code, WEIGHTED)
+            shift_ahead = shift_of(codes_ptr, code + 1, WEIGHTED)
             next_place = sums_place(
                 tiles_ptr, next_entry, next_batch, heads, query_blocks, next_count, ENERGY
             )  # fmt: skip
@@ -200,7 +200,9 @@ def consumer(  # noqa: PLR0915  one loop, read from top to bottom
                 scores = warpgroup_mma_wait(1, deps=[token])
                 release(k_empty.index(stage))
                 scores = mask_scores(scores, position + 1, masked, valid, RAGGED)
-                shift = shift_of(position, exact, weight, TAIL)
+                # Read one block ahead; behind the last block of all lies a spare code.
+                shift = shift_ahead
+                shift_ahead = shift_of(codes_ptr, code + position + 1, WEIGHTED)
                 higher = maximum
                 if not FIXED:
                     higher = gl.maximum(maximum, gl.max(scores, 1) * scale_log2 + shift)
@@ -245,11 +247,10 @@ def consumer(  # noqa: PLR0915  one loop, read from top to bottom
                 scores = warpgroup_mma_wait(1, deps=[token])
                 release(k_empty.index(stage))
                 scores = mask_scores(scores, 1, high(next_count), next_valid, RAGGED)
-                shift = shift_of(0, next_exact, next_weight, TAIL)
-                next_maximum = first_maximum(scores, scale_log2, shift)
+                next_maximum = first_maximum(scores, scale_log2, next_shift)
                 acc, next_maximum = warpgroup_mma_wait(0, deps=[out_token, next_maximum])
                 release(v_empty.index(before))
-                p32 = probabilities(scores, next_maximum, scale_log2, shift)
+                p32 = probabilities(scores, next_maximum, scale_log2, next_shift)
                 next_sums = partial_sums(p32)
                 keep_sums(sums_ptr, next_place, 0, next_sums, next_maximum, PART, ENERGY)
                 p = gl.convert_layout(p32.to(dtype), p_layout)
@@ -274,6 +275,5 @@ def consumer(  # noqa: PLR0915  one loop, read from top to bottom
             batch = next_batch
             count = next_count
             valid = next_valid
-            exact = next_exact
-            weight = next_weight
+            code = next_code
             place = next_place

@@ -39,10 +39,11 @@ RUN_TIME_SIZES = ("batches", "heads", "tiles", "query_blocks", "length_q", "leng
 @gluon.jit(do_not_specialize=[*RUN_TIME_SIZES, *COPY_SIZES])
 def hopper_attention(
     q_desc, k_desc, v_desc, o_desc,
-    tiles_ptr, starts_ptr, runs_ptr, counts_ptr, lengths_ptr, weight_ptr, lse_ptr, flag_ptr,
-    repairs_ptr, sums_ptr, scale_log2, batches, heads, tiles, query_blocks, length_q, length_k,
+    tiles_ptr, starts_ptr, runs_ptr, counts_ptr, lengths_ptr, codes_ptr, code_starts_ptr, lse_ptr,
+    flag_ptr, repairs_ptr, sums_ptr, scale_log2, batches, heads, tiles, query_blocks, length_q,
+    length_k,
     BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, FIXED: gl.constexpr,
-    REPAIR: gl.constexpr, RAGGED: gl.constexpr, LENGTHS: gl.constexpr, TAIL: gl.constexpr,
+    REPAIR: gl.constexpr, RAGGED: gl.constexpr, LENGTHS: gl.constexpr, WEIGHTED: gl.constexpr,
     LSE: gl.constexpr, ENERGY: gl.constexpr, LITERALS: gl.constexpr, RUNS: gl.constexpr,
     q_ptr, o_ptr, q_batch, q_head, q_token, computed_ptr, targets_ptr, computed_rows, stores,
     COPIES: gl.constexpr,
@@ -51,13 +52,13 @@ def hopper_attention(
 
     q, k, v, o: descriptors of (B, H, S, D), loaded in tiles of 64, BLOCK_N, BLOCK_N and 64 rows.
     tiles int32 (T, 4), starts int32 (programs + 1), runs int32: see `hopper_schedule`. counts int32
-    (B + 1, T) and lengths int32 (B): with LENGTHS only, see `hopper_counts`. weight float32
-    (H, query_blocks): log2 weight of tail blocks, with TAIL only. lse float32 (B, H, Sq): natural
-    log-sum-exp, written with LSE only. flag int32 (1): set with FIXED, read with REPAIR, which adds
-    one to repairs int32 (1). sums float32 (B, H, query_blocks, key_blocks | 1, 128), with
-    ENERGY only, where every tile keeps every key block: log2 of each query's sum of exponentials
-    over the key block at each position of its tile. LITERALS: None, or a function that gives the
-    key blocks of a row as literals, in RUNS intervals.
+    (B + 1, T) and lengths int32 (B): with LENGTHS only, see `hopper_counts`. codes uint8 and
+    code_starts int32 (T + 1): with WEIGHTED only, see `hopper_schedule.BlockCodes`. lse float32
+    (B, H, Sq): natural log-sum-exp, written with LSE only. flag int32 (1): set with FIXED, read
+    with REPAIR, which adds one to repairs int32 (1). sums float32 (B, H, query_blocks,
+    key_blocks | 1, 128), with ENERGY only, where every tile keeps every key block: log2 of each
+    query's sum of exponentials over the key block at each position of its tile. LITERALS: None, or
+    a function that gives the key blocks of a row as literals, in RUNS intervals.
 
     COPIES: tiles whose last word is negative are of repetitive heads. Their row i is the token
     `computed[i]`, int32 (computed_rows), and its output goes to those of the tokens
@@ -105,16 +106,18 @@ def hopper_attention(
         [
             (consumer, (
                 q_tiles, k_tiles, v_tiles, q_full, staged, k_full, k_empty, v_full, v_empty,
-                tiles_ptr, starts_ptr, counts_ptr, lengths_ptr, weight_ptr, lse_ptr, flag_ptr,
-                sums_ptr, scale_log2, batches, heads, tiles, query_blocks, length_q, length_k,
-                0, BLOCK_N, HEAD_DIM, STAGES, FIXED, REPAIR, RAGGED, LENGTHS, TAIL, LSE,
+                tiles_ptr, starts_ptr, counts_ptr, lengths_ptr, codes_ptr, code_starts_ptr, lse_ptr,
+                flag_ptr, sums_ptr, scale_log2, batches, heads, tiles, query_blocks, length_q,
+                length_k,
+                0, BLOCK_N, HEAD_DIM, STAGES, FIXED, REPAIR, RAGGED, LENGTHS, WEIGHTED, LSE,
                 ENERGY,
             )),
             (consumer, (
                 q_tiles, k_tiles, v_tiles, q_full, staged, k_full, k_empty, v_full, v_empty,
-                tiles_ptr, starts_ptr, counts_ptr, lengths_ptr, weight_ptr, lse_ptr, flag_ptr,
-                sums_ptr, scale_log2, batches, heads, tiles, query_blocks, length_q, length_k,
-                1, BLOCK_N, HEAD_DIM, STAGES, FIXED, REPAIR, RAGGED, LENGTHS, TAIL, LSE,
+                tiles_ptr, starts_ptr, counts_ptr, lengths_ptr, codes_ptr, code_starts_ptr, lse_ptr,
+                flag_ptr, sums_ptr, scale_log2, batches, heads, tiles, query_blocks, length_q,
+                length_k,
+                1, BLOCK_N, HEAD_DIM, STAGES, FIXED, REPAIR, RAGGED, LENGTHS, WEIGHTED, LSE,
                 ENERGY,
             )),
             (producer, (

@@ -53,7 +53,7 @@ class HopperConfig:
         dtype: bfloat16 or float16.
         fixed: fixed softmax reference with a repair launch, else exact online softmax.
         ragged: the last key block is not whole.
-        tail: the pattern has tail blocks with a weight.
+        weighted: blocks of the pattern have weights.
         lse: the log-sum-exp is written.
         lengths: each batch item has a number of valid keys.
         energy: the sums of each query and key block are written.
@@ -65,7 +65,7 @@ class HopperConfig:
     dtype: torch.dtype
     fixed: bool
     ragged: bool
-    tail: bool = False
+    weighted: bool = False
     lse: bool = False
     lengths: bool = False
     energy: bool = False
@@ -87,7 +87,7 @@ class HopperConfig:
             "REPAIR": repair,
             "RAGGED": self.ragged or self.lengths,
             "LENGTHS": self.lengths,
-            "TAIL": self.tail,
+            "WEIGHTED": self.weighted,
             "LSE": self.lse,
             "ENERGY": self.energy,
             "COPIES": self.copies,
@@ -126,8 +126,8 @@ def hopper_config(
     """
     fixed = fixed_reference(dtype, softmax)
     ragged = pattern.key_length % pattern.block_n != 0
-    tail, copies = pattern.weights is not None, pattern.repetitive is not None
-    return HopperConfig(pattern.block_n, head_dim, dtype, fixed, ragged, tail, copies=copies)
+    weighted, copies = pattern.weights is not None, pattern.repetitive is not None
+    return HopperConfig(pattern.block_n, head_dim, dtype, fixed, ragged, weighted, copies=copies)
 
 
 def launch_options() -> dict[str, int | bool]:
@@ -180,7 +180,8 @@ class Tables:
         tiles: int32 (T + 1, 4).
         starts: int32 (programs + 1).
         runs: int32 (runs + 1).
-        weight: float32 (H, query_blocks), log2 weight of tail blocks, or None.
+        codes: of the weights of blocks, see `hopper_schedule.BlockCodes`; None without weights.
+        code_starts: likewise.
         copies: what repetitive heads compute and copy, filled up to whole tiles, or None.
         uploaded: behind their copies.
     """
@@ -188,7 +189,8 @@ class Tables:
     tiles: Tensor
     starts: Tensor
     runs: Tensor
-    weight: Tensor | None
+    codes: Tensor | None
+    code_starts: Tensor | None
     copies: DeviceCopies | None
     uploaded: Uploaded
 
@@ -200,7 +202,8 @@ class Tables:
     @property
     def nbytes(self) -> int:
         """Bytes that they take on the device."""
-        more = sum(table.nbytes for table in (self.weight, self.copies) if table is not None)
+        optional = (self.codes, self.code_starts, self.copies)
+        more = sum(table.nbytes for table in optional if table is not None)
         return self.tiles.nbytes + self.starts.nbytes + self.runs.nbytes + more
 
     @property
@@ -208,9 +211,15 @@ class Tables:
         """Number of programs."""
         return self.starts.shape[0] - 1
 
-    def arguments(self) -> dict[str, Tensor]:
+    def arguments(self) -> dict[str, Tensor | None]:
         """Arguments of `hopper_attention` that say which tile is whose, and what it keeps."""
-        return {"tiles_ptr": self.tiles, "starts_ptr": self.starts, "runs_ptr": self.runs}
+        return {
+            "tiles_ptr": self.tiles,
+            "starts_ptr": self.starts,
+            "runs_ptr": self.runs,
+            "codes_ptr": self.codes,
+            "code_starts_ptr": self.code_starts,
+        }
 
 
 @dataclass(frozen=True)
@@ -261,7 +270,6 @@ def arguments(
         **tables.arguments(),
         "counts_ptr": counts,
         "lengths_ptr": lengths,
-        "weight_ptr": tables.weight,
         "lse_ptr": lse,
         "flag_ptr": state.flag,
         "repairs_ptr": state.repairs,

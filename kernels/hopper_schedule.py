@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from calibatt_compiler.errors import KernelError
 from calibatt_compiler.plan.pattern import BlockPattern
-from calibatt_compiler.plan.weights import STEPS
 
 TILE_COST = 2
 """What a tile costs beyond its key blocks, in key blocks: filling the pipe, storing the output."""
@@ -29,17 +29,16 @@ Words = npt.NDArray[np.int32]
 class KeyRuns:
     """Key blocks of every row in the order in which a tile takes them.
 
-    Row `r = head * query_blocks + block` takes its first block, then the other exact ones, then the
-    tail ones, each from the lowest upwards: programs that work on a head at the same time then ask
-    for the same keys at about the same time.
+    Row `r = head * query_blocks + block` takes its first block, then the others from the lowest
+    upwards: programs that work on a head at the same time then ask for the same keys at about the
+    same time.
 
     Attributes:
         offsets: int64 (rows + 1), first run of each row.
         starts: int64 (runs), first key block of each run.
         lengths: int64 (runs), at least 1.
         blocks: int64 (rows), kept key blocks.
-        exact: int64 (rows), those of them that are not tail.
-        below: int64 (rows), exact blocks below the first block.
+        below: int64 (rows), those of them below the first one taken.
         masked: int64 (rows), position of the last key block among those taken, or -1.
     """
 
@@ -47,7 +46,6 @@ class KeyRuns:
     starts: npt.NDArray[np.int64]
     lengths: npt.NDArray[np.int64]
     blocks: npt.NDArray[np.int64]
-    exact: npt.NDArray[np.int64]
     below: npt.NDArray[np.int64]
     masked: npt.NDArray[np.int64]
 
@@ -60,7 +58,7 @@ class Schedule:
         tiles: int32 (T + 1, 4), program after program, and a spare that idle programs may read:
             head << 16 | query block;
             key blocks | (position of the block to mask + 1) << 16, 0 where none is;
-            runs | exact key blocks << 16;
+            runs;
             first run of the tile, or with literals the number of kept blocks below the first one;
             less 2^31 where the head is repetitive.
         starts: int32 (programs + 1), first tile of each program.
@@ -89,24 +87,13 @@ def diagonal_blocks(pattern: BlockPattern) -> npt.NDArray[np.int64]:
     return np.minimum(first // pattern.block_n, pattern.key_blocks - 1)
 
 
-def tail_weights(pattern: BlockPattern) -> npt.NDArray[np.float32] | None:
-    """Log2 weight of each row's weighted blocks, float32 (heads, query_blocks); None if unweighted.
-
-    The pattern's rows have one weight each: see `hopper_capability`.
-    """
-    if pattern.weights is None:
-        return None
-    weights: npt.NDArray[np.float32] = pattern.weights.max(-1).astype(np.float32) / STEPS
-    return weights
-
-
 def key_runs(pattern: BlockPattern, first_blocks: npt.NDArray[np.int64] | None = None) -> KeyRuns:
-    """Order the key blocks of each row; weighted blocks are its tail.
+    """Order the key blocks of each row.
 
     Args:
         pattern: which blocks are kept.
         first_blocks: int (heads, query_blocks), the key block to start at: the first one taken is
-            the lowest exact block from there on, or the lowest of all. Default: the diagonal.
+            the lowest kept block from there on, or the lowest of all. Default: the diagonal.
 
     Raises:
         KernelError: first blocks that don't fit the pattern.
@@ -116,35 +103,28 @@ def key_runs(pattern: BlockPattern, first_blocks: npt.NDArray[np.int64] | None =
     else:
         _check(pattern, first_blocks)
     kept = pattern.numpy_mask().reshape(-1, pattern.key_blocks)
-    exact = kept
-    if pattern.weights is not None:
-        exact = kept & (pattern.weights.reshape(kept.shape) == 0)
-    first = _first_exact(exact, first_blocks.reshape(-1, 1))
-    pieces = [_runs(first), _runs(exact & ~first)]
-    if pattern.weights is not None:
-        pieces.append(_runs(kept & ~exact))
+    first = _first(kept, first_blocks.reshape(-1, 1))
+    pieces = [_runs(first), _runs(kept & ~first)]
     rows = np.concatenate([piece[0] for piece in pieces])
     order = np.argsort(rows, kind="stable")  # pieces keep their order within a row
     starts = np.concatenate([piece[1] for piece in pieces])[order]
     lengths = np.concatenate([piece[2] for piece in pieces])[order]
     counts = np.bincount(rows, minlength=len(kept))
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    blocks, exact_blocks = kept.sum(1, dtype=np.int64), exact.sum(1, dtype=np.int64)
-    before = np.cumsum(first, 1) == 0
-    below = np.where(first.any(1), (exact & before).sum(1), 0).astype(np.int64)
-    last = np.where(first[:, -1], 0, np.where(exact[:, -1], exact_blocks, blocks) - 1)
-    masked = np.where(kept[:, -1], last, -1)
-    return KeyRuns(offsets, starts, lengths, blocks, exact_blocks, below, masked)
+    blocks = kept.sum(1, dtype=np.int64)
+    below = (kept & (np.cumsum(first, 1) == 0)).sum(1, dtype=np.int64)
+    masked = np.where(kept[:, -1], np.where(first[:, -1], 0, blocks - 1), -1)
+    return KeyRuns(offsets, starts, lengths, blocks, below, masked)
 
 
-def _first_exact(
-    exact: npt.NDArray[np.bool_], first_blocks: npt.NDArray[np.int64]
+def _first(
+    kept: npt.NDArray[np.bool_], first_blocks: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.bool_]:
-    """Mark in each row the lowest exact block from its first block on, or the lowest of all."""
-    upper = exact & (np.arange(exact.shape[1]) >= first_blocks)
-    chosen = np.where(upper.any(1), upper.argmax(1), exact.argmax(1))
-    first = np.zeros_like(exact)
-    first[np.arange(len(exact)), chosen] = exact.any(1)
+    """Mark in each row the lowest kept block from its first block on, or the lowest of all."""
+    upper = kept & (np.arange(kept.shape[1]) >= first_blocks)
+    chosen = np.where(upper.any(1), upper.argmax(1), kept.argmax(1))
+    first = np.zeros_like(kept)
+    first[np.arange(len(kept)), chosen] = kept.any(1)
     return first
 
 
@@ -229,7 +209,7 @@ def make_schedule(
     words = [
         head << 16 | block,
         runs.blocks[rows] | masked << 16,
-        counts | runs.exact[rows] << 16,
+        counts,
         last,
     ]
     spare = np.zeros(1, np.int32)
@@ -237,3 +217,40 @@ def make_schedule(
     tiles = np.zeros((len(rows) + 1, 4), np.int32)
     tiles[:-1] = np.stack(words, 1)
     return Schedule(tiles, starts.astype(np.int32), stream)
+
+
+class BlockCodes(NamedTuple):
+    """Weights of the blocks that tiles take, as the kernel reads them; None without weights.
+
+    Attributes:
+        codes: uint8 (blocks + 1), of each block as in `plan.weights`, tile after tile in the order
+            in which it takes them, and a spare.
+        starts: int32 (T + 1), where those of a tile begin.
+    """
+
+    codes: npt.NDArray[np.uint8] | None = None
+    starts: Words | None = None
+
+
+def block_codes(pattern: BlockPattern, runs: KeyRuns, schedule: Schedule) -> BlockCodes:
+    """Write the weights of a pattern in the order of a schedule.
+
+    Args:
+        pattern: whose weights are taken.
+        runs: from `key_runs`.
+        schedule: from `make_schedule` with these runs.
+    """
+    if pattern.weights is None:
+        return BlockCodes()
+    head, block = np.divmod(schedule.tiles[:-1, 0].astype(np.int64), 1 << 16)
+    rows = head * pattern.query_blocks + block
+    starts = np.concatenate([[0], np.cumsum(runs.blocks[rows])])
+    start_of = np.zeros(len(runs.blocks), np.int64)
+    start_of[rows] = starts[:-1]
+    row, column = np.nonzero(pattern.numpy_mask().reshape(-1, pattern.key_blocks))
+    rank = np.arange(len(row)) - (np.cumsum(runs.blocks) - runs.blocks)[row]
+    below = runs.below[row]
+    place = np.where(rank == below, 0, np.where(rank < below, rank + 1, rank))
+    codes = np.zeros(len(row) + 1, np.uint8)
+    codes[start_of[row] + place] = pattern.weights.reshape(-1, pattern.key_blocks)[row, column]
+    return BlockCodes(codes, starts.astype(np.int32))

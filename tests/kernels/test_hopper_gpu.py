@@ -239,8 +239,8 @@ def test_weighted_blocks(
     assert_attention: Callable[..., None],
 ) -> None:
     mask = random_pattern(query_length=900, key_length=1300, block=(128, 128), density=0.8).mask()
-    tail = mask & (torch.rand(mask.shape, generator=torch.Generator().manual_seed(7)) < 0.5)
-    weight = torch.where(tail, 2.0 ** torch.linspace(0, 3, 16).reshape(2, 8, 1), 1.0)
+    weight = 2.0 ** (4 * torch.rand(mask.shape, generator=torch.Generator().manual_seed(7)) - 1)
+    weight = weight.clamp_min(1.0)
     pattern = BlockPattern.from_mask(mask, query_length=900, key_length=1300, weight=weight)
     q, k, v = operands(query_length=900, key_length=1300, dtype=BF16, device=CUDA)
     kernel = HopperAttention(pattern, device=CUDA, dtype=BF16, head_dim=64)

@@ -123,18 +123,15 @@ def test_every_limit_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
         reason = hopper_serves(cuda, dtype, head_dim, BlockPattern.dense(1, 300, 300, block))
         assert reason is not None
         assert words in reason
-    for pattern, words in (
-        (BlockPattern.from_mask(torch.ones(1, 2, 2, dtype=torch.bool), pooled=1), "pooled"),
-        (weighted([[2.0, 4.0], [1.0, 1.0]]), "one weight a row"),
-    ):
-        assert words in (hopper_serves(cuda, torch.bfloat16, 128, pattern) or "")
+    pooled = BlockPattern.from_mask(torch.ones(1, 2, 2, dtype=torch.bool), pooled=1)
+    assert "pooled" in (hopper_serves(cuda, torch.bfloat16, 128, pooled) or "")
     repetitive = BlockPattern.from_mask(
         torch.ones(1, 2, 2, dtype=torch.bool),
         repetitive=np.array([True]),
         copies=RowCopies((2, 8, 16), 3),
     )
     assert hopper_serves(cuda, torch.bfloat16, 128, repetitive) is None
-    assert hopper_serves(cuda, torch.bfloat16, 128, weighted([[2.0, 2.0], [1.0, 4.0]])) is None
+    assert hopper_serves(cuda, torch.bfloat16, 128, weighted([[2.0, 4.0], [1.0, 8.0]])) is None
     long = BlockPattern.dense(1, 128, 1 << 21, (128, 64))
     assert "32767 blocks" in (operand_reason(torch.bfloat16, 128, long) or "")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (10, 0))

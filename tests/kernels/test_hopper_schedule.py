@@ -16,9 +16,9 @@ from calibatt_compiler.kernels.hopper_schedule import (
     TILE_COST,
     Schedule,
     assign,
+    block_codes,
     key_runs,
     make_schedule,
-    tail_weights,
 )
 from calibatt_compiler.plan.copies import RowCopies
 from calibatt_compiler.plan.pattern import BlockPattern
@@ -29,7 +29,7 @@ def keys_of(made: Schedule, index: int) -> list[int]:
     _, _, intervals, first = made.tiles[index].tolist()
     first &= 0x7FFFFFFF
     taken: list[int] = []
-    for run in made.runs[first : first + (intervals & 0xFFFF)].tolist():
+    for run in made.runs[first : first + intervals].tolist():
         taken += range(run & 0xFFFF, (run & 0xFFFF) + (run >> 16))
     return taken
 
@@ -62,7 +62,6 @@ def check(pattern: BlockPattern, programs: int, first: npt.NDArray[np.int64] | N
         blocks, masked = made.tiles[index, 1] & 0xFFFF, (made.tiles[index, 1] >> 16) - 1
         assert blocks == len(expected)
         assert masked == (expected.index(last) if ragged and last in expected else -1)
-        assert made.tiles[index, 2] >> 16 == blocks
 
 
 @settings(max_examples=60, deadline=None)
@@ -141,30 +140,26 @@ def test_tables_reproduce_adversarial_masks(kind: str) -> None:
             check(made, programs)
 
 
-def test_weighted_blocks_come_last() -> None:
+def test_weights_stand_in_the_order_in_which_blocks_are_taken() -> None:
     generator = torch.Generator().manual_seed(0)
-    mask = torch.rand(2, 4, 8, generator=generator) < 0.8
+    mask = torch.rand(2, 4, 8, generator=generator) < 0.6
     mask[:, :, 3] = True
-    tail = mask & (torch.rand(mask.shape, generator=generator) < 0.5)
-    rows = 2.0 ** torch.linspace(0.5, 4, 8).reshape(2, 4, 1)
-    pattern = BlockPattern.from_mask(
-        mask, query_length=500, key_length=1000, weight=torch.where(tail, rows, 1.0)
-    )
-    made = make_schedule(pattern, key_runs(pattern), 5)
+    weight = 2.0 ** (torch.rand(mask.shape, generator=generator) * 5).floor()
+    pattern = BlockPattern.from_mask(mask, query_length=500, key_length=1000, weight=weight)
+    runs = key_runs(pattern)
+    made = make_schedule(pattern, runs, 5)
+    codes, starts = block_codes(pattern, runs, made)
+    assert codes is not None
+    assert starts is not None
+    assert len(codes) == pattern.kept + 1
     for index in range(len(made.tiles) - 1):
         head, row = divmod(int(made.tiles[index, 0]), 1 << 16)
         taken = keys_of(made, index)
-        exact = int(made.tiles[index, 2] >> 16)
-        assert not tail[head, row, taken[:exact]].any()
-        assert tail[head, row, taken[exact:]].all()
-        assert sorted(taken) == np.flatnonzero(pattern.numpy_mask()[head, row]).tolist()
-        masked = int(made.tiles[index, 1] >> 16) - 1
-        assert masked == (taken.index(7) if 7 in taken else -1)
-    weights = tail_weights(pattern)
-    assert weights is not None
-    expected = torch.where(tail.any(-1), rows[..., 0].log2(), 0.0)
-    np.testing.assert_allclose(weights, expected, atol=1 / 32)
-    assert tail_weights(BlockPattern.dense(1, 128, 128)) is None
+        found = codes[starts[index] : starts[index] + len(taken)]
+        np.testing.assert_array_equal(2.0 ** (found / 16), weight[head, row, taken])
+    dense = BlockPattern.dense(1, 128, 128)
+    found = block_codes(dense, key_runs(dense), make_schedule(dense, key_runs(dense), 1))
+    assert found == (None, None)
 
 
 def test_programs_end_together() -> None:
