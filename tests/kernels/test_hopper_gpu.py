@@ -24,6 +24,7 @@ from calibatt_compiler.kernels.energy_reference import reference_energy
 from calibatt_compiler.kernels.hopper import HopperAttention
 from calibatt_compiler.kernels.hopper_capability import device_reason, gluon_reason
 from calibatt_compiler.kernels.hopper_fallback import WithFallback
+from calibatt_compiler.kernels.hopper_schedule import key_runs
 from calibatt_compiler.plan.copies import RowCopies
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.pattern import BlockPattern
@@ -233,18 +234,24 @@ def test_output_and_block_energies(
     assert torch.equal(energy, again[1])
 
 
+@pytest.mark.parametrize(("head_dim", "softmax"), [(64, "fixed"), (128, "fixed"), (128, "exact")])
 def test_weighted_blocks(
     operands: Callable[..., Operands],
     random_pattern: Callable[..., BlockPattern],
     assert_attention: Callable[..., None],
+    head_dim: int,
+    softmax: Any,
 ) -> None:
     mask = random_pattern(query_length=900, key_length=1300, block=(128, 128), density=0.8).mask()
     weight = 2.0 ** (4 * torch.rand(mask.shape, generator=torch.Generator().manual_seed(7)) - 1)
     weight = weight.clamp_min(1.0)
     pattern = BlockPattern.from_mask(mask, query_length=900, key_length=1300, weight=weight)
-    q, k, v = operands(query_length=900, key_length=1300, dtype=BF16, device=CUDA)
-    kernel = HopperAttention(pattern, device=CUDA, dtype=BF16, head_dim=64)
+    sizes = {"query_length": 900, "key_length": 1300, "head_dim": head_dim}
+    q, k, v = operands(**sizes, dtype=BF16, device=CUDA)
+    where: dict[str, Any] = {"device": CUDA, "dtype": BF16, "head_dim": head_dim}
+    kernel = HopperAttention(pattern, **where, softmax=softmax)
     assert_attention(kernel(q, k, v), q, k, v, pattern, factor=1.1)
+    assert kernel.repairs == 0
 
 
 def sources(pattern: BlockPattern, head: int) -> Tensor:
@@ -393,6 +400,29 @@ def test_literals_give_the_bits_of_the_tables(
     # So few keys take the exact form unless told otherwise (`attention.FIXED_FROM`).
     tables = HopperAttention(baked.pattern, softmax="exact", **where)
     assert torch.equal(tables(q, k, v), before)
+
+
+def test_literals_are_repaired_by_the_tables(
+    operands: Callable[..., Operands],
+    random_pattern: Callable[..., BlockPattern],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CALIBATT_CACHE_DIR", str(tmp_path))
+    pattern = random_pattern(query_length=1500, block=(128, 128), density=0.3)
+    q, k, v = operands(query_length=1500, head_dim=128, dtype=BF16, device=CUDA)
+    runs = key_runs(pattern)
+    first = runs.starts[runs.offsets[2]]
+    later = next(x for x in pattern.mask()[0, 2].nonzero().flatten().tolist() if x != first)
+    q[0, 0, 300] = 40.0 * k[0, 0, later * 128]
+    where: dict[str, Any] = {"device": CUDA, "dtype": BF16, "head_dim": 128, "softmax": "fixed"}
+    baked = BakedAttention(pattern, **where, hopper=True)
+    table = HopperAttention(pattern, **where)
+    before = table(q, k, v)
+    assert table.repairs == 1
+    assert baked.wait(100), baked.reason
+    assert torch.equal(baked(q, k, v), before)
+    assert baked.repairs == 1
 
 
 def test_a_graph_replays_the_repair(operands: Callable[..., Operands]) -> None:
