@@ -106,6 +106,8 @@ def relative_error(contestant: Contestant, out: Tensor, operands: Operands) -> f
     blocks = -(-length // 128)
     chosen = [*torch.randint(blocks, (11,), generator=generator).tolist(), blocks - 1]
     ours = theirs = 0.0
+    if pattern is not None:
+        mask, weights = pattern.mask(), torch.from_numpy(pattern.log_weights())
     for i, block in enumerate(chosen):
         head = (5 * i) % heads
         tokens = slice(block * 128, min(block * 128 + 128, length))
@@ -115,7 +117,7 @@ def relative_error(contestant: Contestant, out: Tensor, operands: Operands) -> f
             place = head, block * 128 // pattern.block_m
             kept, weight = (
                 x[place].repeat_interleave(pattern.block_n)[: pattern.key_length].to(q.device)
-                for x in (pattern.mask(), torch.from_numpy(pattern.log_weights()))
+                for x in (mask, weights)
             )
             bias = None if pattern.weights is None else weight[kept]
         part = q[:1, head, tokens], k[:1, head, kept], v[:1, head, kept]

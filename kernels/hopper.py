@@ -293,10 +293,12 @@ class HopperLiterals(HopperAttention):
         return {"LITERALS": self._literals, "RUNS": self._intervals}
 
     def _launch(self, config: HopperConfig, given: dict[str, object]) -> None:
-        self._run(config, given, repair=False)
-        if config.fixed:
-            self._table.repair(config, given)
+        super()._launch(config, given)
         self.launched = True
+
+    def repair(self, config: HopperConfig, given: dict[str, object]) -> None:
+        """As the table kernel does."""
+        self._table.repair(config, given)
 
 
 def shared_tables(
