@@ -22,6 +22,7 @@ from calibatt_compiler.kernels.hopper_primitives import (
     matrix,
     mbarrier,
     partial_sums,
+    raised,
     release,
     rescale,
     tile_count,
@@ -205,7 +206,7 @@ def consumer(  # noqa: PLR0915  one loop, read from top to bottom
                 shift_ahead = shift_of(codes_ptr, code + position + 1, WEIGHTED)
                 higher = maximum
                 if not FIXED:
-                    higher = gl.maximum(maximum, gl.max(scores, 1) * scale_log2 + shift)
+                    higher = raised(maximum, gl.max(scores, 1) * scale_log2 + shift, sums)
                 # PV of the last block is nearly done here, since a warp can't run ahead of its own
                 # products: wait for it before the exponentials, so that ptxas mixes rescaling into
                 # them. The barrier wait in front keeps ptxas from hoisting the product's wait.

@@ -51,7 +51,10 @@ def operands() -> Callable[..., Operands]:
 
 @pytest.fixture
 def random_pattern() -> Callable[..., BlockPattern]:
-    """Make a seeded pattern with random kept blocks, no row empty."""
+    """Make a seeded pattern with random kept blocks, no row empty.
+
+    With `intervals`, of each row only its first that many runs of blocks.
+    """
 
     def make(
         *,
@@ -65,6 +68,7 @@ def random_pattern() -> Callable[..., BlockPattern]:
         seed: int = 0,
         repetitive: tuple[bool, ...] = (),
         copies: RowCopies | None = None,
+        intervals: int | None = None,
     ) -> BlockPattern:
         key_length = key_length or query_length
         rows, columns = math.ceil(query_length / block[0]), math.ceil(key_length / block[1])
@@ -72,6 +76,9 @@ def random_pattern() -> Callable[..., BlockPattern]:
         draw = torch.rand(heads, rows, columns, generator=generator)
         mask = draw < density
         mask.scatter_(2, draw.argmin(-1, keepdim=True), True)
+        if intervals is not None:
+            before = torch.nn.functional.pad(mask, (1, 0))[..., :-1]
+            mask &= (mask & ~before).cumsum(-1) <= intervals
         weight = None
         if weighted:
             sampled = torch.rand(mask.shape, generator=generator) < 0.5

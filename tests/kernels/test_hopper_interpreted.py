@@ -147,6 +147,33 @@ def test_spikes_are_repaired_and_only_where_needed(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("step", [0.3, 1.0, 2.0, 5.0, 12.0])
+@pytest.mark.parametrize("keys", [1, 64])
+def test_a_maximum_that_rises_from_block_to_block(
+    launches: Any,
+    operands: Callable[..., tuple[Tensor, ...]],
+    dtype: torch.dtype,
+    step: float,
+    keys: int,
+) -> None:
+    """The exact softmax's reference follows only what counts: no worse than a running maximum."""
+    blocks = 9
+    q, k, v = operands(heads=1, query_length=128, key_length=blocks * 64, dtype=dtype)
+    q[..., 0], k[..., 0] = 8.0, 0.0
+    for block in range(blocks):
+        k[..., block * 64 : block * 64 + keys, 0] = step * block  # nats
+    pattern = BlockPattern.dense(1, 128, blocks * 64, block=(128, 64))
+    kernel = make(pattern, dtype, 64, softmax="exact")
+    out, lse = kernel.attend(q, k, v, return_lse=True)
+    scores = q.double() @ k.double().mT / 8
+    exact = scores.softmax(-1) @ v.double()
+    p = (scores - scores.amax(-1, keepdim=True)).exp()
+    yardstick = (p.to(dtype).double() @ v.double() / p.sum(-1, keepdim=True)).to(dtype)
+    assert (out - exact).norm() <= 1.1 * (yardstick - exact).norm()
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("of", ["q", "k", "v"])
 def test_what_is_not_finite_spreads_as_in_dense_attention(

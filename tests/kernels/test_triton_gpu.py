@@ -12,6 +12,7 @@ import torch
 
 from calibatt_compiler.kernels.baked import BakedAttention
 from calibatt_compiler.kernels.compiler import KernelCompiler, KernelSpec
+from calibatt_compiler.kernels.cover import PORTABLE_INTERVALS
 from calibatt_compiler.kernels.reference import masked_dense_attention
 from calibatt_compiler.kernels.tiles import architecture
 from calibatt_compiler.kernels.triton_table import TableAttention
@@ -100,6 +101,7 @@ def test_repetitive_heads(
         pooled=pooled,
         repetitive=(True, False, False, True),
         copies=copies,
+        intervals=PORTABLE_INTERVALS,
         **shape,
     )
     q, k, v = operands(batch=2, head_dim=128, dtype=dtype, device=CUDA, **shape)
@@ -157,7 +159,9 @@ def test_the_switch_from_table_to_baked_changes_no_bit(
     operands: Callable[..., tuple[torch.Tensor, ...]],
     random_pattern: Callable[..., BlockPattern],
 ) -> None:
-    pattern = random_pattern(heads=2, query_length=2160, block=(64, 64), density=0.2)
+    pattern = random_pattern(
+        heads=2, query_length=2160, block=(64, 64), density=0.3, intervals=PORTABLE_INTERVALS
+    )
     with KernelCompiler(workers=1) as compiler:
         kernel = BakedAttention(
             pattern, device=CUDA, dtype=torch.float16, head_dim=64, compiler=compiler
@@ -175,15 +179,17 @@ def test_the_switch_from_table_to_baked_changes_no_bit(
 @pytest.mark.parametrize("lowering", ["table", "baked"])
 def test_spikes_are_repaired(
     operands: Callable[..., tuple[torch.Tensor, ...]],
+    random_pattern: Callable[..., BlockPattern],
     accuracy: Callable[..., Any],
     row: int,
     block: int,
     lowering: str,
 ) -> None:
     length = 2500
-    mask = torch.ones(3, 20, 20, dtype=torch.bool)
-    mask[1] = torch.rand(20, 20, generator=torch.Generator().manual_seed(0)) < 0.5
-    mask[1, :, 3] = True
+    mask = random_pattern(
+        heads=3, query_length=length, block=(128, 128), intervals=PORTABLE_INTERVALS
+    ).mask()
+    mask[0] = mask[2] = True
     pattern = BlockPattern.from_mask(mask, query_length=length, key_length=length)
     q, k, v = operands(
         heads=3, query_length=length, head_dim=128, dtype=torch.bfloat16, device=CUDA
