@@ -23,8 +23,11 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 from synthetic_masks import RAGGED, Video, site_masks
 
+from calibatt_compiler.kernels.hopper_schedule import key_runs, make_schedule
+from calibatt_compiler.kernels.index_tables import IndexTables
 from calibatt_compiler.plan import BlockPattern, Plan, Sampler, SitePatterns
 
 SMALL = Video(grid=(4, 9, 16), block=16, heads=4)
@@ -91,6 +94,7 @@ def open_plan(path: Path) -> dict[str, object]:
     one = next(iter(plan.sites.values()))
     following = [_timed(one, step) for step in range(1, plan.steps)]
     other = list(plan.sites.values())[-1]
+    tables = _tables_ms(one.at(plan.steps // 2))
     return {
         "load s": loaded,
         "load GB/s": path.stat().st_size / 1e9 / loaded,
@@ -101,6 +105,7 @@ def open_plan(path: Path) -> dict[str, object]:
         "memory with one pattern a site MB": held - before,
         "next pattern ms, median": 1e3 * statistics.median(following or [0.0]),
         "last pattern without the others ms": 1e3 * _timed(other, -1),
+        **tables,
         "peak memory of using MB": _peak_mb(),
         "digest": digest,
     }
@@ -112,6 +117,26 @@ def _timed(entry: SitePatterns, step: int) -> float:
     took = time.perf_counter() - start
     assert pattern.kept == int(np.unpackbits(pattern.bits).sum())
     return took
+
+
+def _tables_ms(pattern: BlockPattern) -> dict[str, float]:
+    """What serving makes of each pattern on the host, median of five."""
+
+    def hopper() -> object:
+        return make_schedule(pattern, key_runs(pattern), 132)
+
+    def portable() -> object:
+        return IndexTables.upload(pattern, torch.device("cpu"))
+
+    found = {}
+    for name, make_tables in (("Hopper", hopper), ("portable", portable)):
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            make_tables()
+            times.append(time.perf_counter() - start)
+        found[f"{name} tables of a pattern ms, median"] = 1e3 * statistics.median(times)
+    return found
 
 
 def _peak_mb() -> float:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from calibatt_compiler.errors import KernelError
+from calibatt_compiler.plan.intervals import expand, first_behind, runs_of_bits, sums_before
 from calibatt_compiler.plan.pattern import BlockPattern
 
 TILE_COST = 2
@@ -35,16 +36,16 @@ class KeyRuns:
 
     Attributes:
         offsets: int64 (rows + 1), first run of each row.
-        starts: int64 (runs), first key block of each run.
-        lengths: int64 (runs), at least 1.
+        starts: int32 (runs), first key block of each run.
+        lengths: int32 (runs), at least 1.
         blocks: int64 (rows), kept key blocks.
         below: int64 (rows), those of them below the first one taken.
         masked: int64 (rows), position of the last key block among those taken, or -1.
     """
 
     offsets: npt.NDArray[np.int64]
-    starts: npt.NDArray[np.int64]
-    lengths: npt.NDArray[np.int64]
+    starts: Words
+    lengths: Words
     blocks: npt.NDArray[np.int64]
     below: npt.NDArray[np.int64]
     masked: npt.NDArray[np.int64]
@@ -102,38 +103,45 @@ def key_runs(pattern: BlockPattern, first_blocks: npt.NDArray[np.int64] | None =
         first_blocks = diagonal_blocks(pattern)
     else:
         _check(pattern, first_blocks)
-    kept = pattern.numpy_mask().reshape(-1, pattern.key_blocks)
-    first = _first(kept, first_blocks.reshape(-1, 1))
-    pieces = [_runs(first), _runs(kept & ~first)]
-    rows = np.concatenate([piece[0] for piece in pieces])
-    order = np.argsort(rows, kind="stable")  # pieces keep their order within a row
-    starts = np.concatenate([piece[1] for piece in pieces])[order]
-    lengths = np.concatenate([piece[2] for piece in pieces])[order]
-    counts = np.bincount(rows, minlength=len(kept))
-    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    blocks = kept.sum(1, dtype=np.int64)
-    below = (kept & (np.cumsum(first, 1) == 0)).sum(1, dtype=np.int64)
-    masked = np.where(kept[:, -1], np.where(first[:, -1], 0, blocks - 1), -1)
-    return KeyRuns(offsets, starts, lengths, blocks, below, masked)
-
-
-def _first(
-    kept: npt.NDArray[np.bool_], first_blocks: npt.NDArray[np.int64]
-) -> npt.NDArray[np.bool_]:
-    """Mark in each row the lowest kept block from its first block on, or the lowest of all."""
-    upper = kept & (np.arange(kept.shape[1]) >= first_blocks)
-    chosen = np.where(upper.any(1), upper.argmax(1), kept.argmax(1))
-    first = np.zeros_like(kept)
-    first[np.arange(len(kept)), chosen] = kept.any(1)
-    return first
-
-
-def _runs(mask: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.int64], ...]:
-    """Row, start and length of each run of True, row by row."""
-    step = np.diff(mask.astype(np.int8), axis=1, prepend=0, append=0)
-    row, start = np.nonzero(step == 1)
-    _, end = np.nonzero(step == -1)
-    return row, start, end - start
+    columns = pattern.key_blocks
+    found = runs_of_bits(pattern.bits)
+    offsets, starts, ends = found.offsets, found.starts, found.ends
+    counts = np.diff(offsets)
+    lengths = ends - starts
+    before = sums_before(lengths)  # kept blocks of all runs before
+    blocks = np.diff(before[offsets])
+    rows = np.flatnonzero(counts)
+    # In each row the run with the first block taken: the first one that ends behind the block to
+    # start at, or the row's first.
+    wanted = first_blocks.reshape(-1)[rows]
+    at = first_behind(found, rows, wanted, columns)
+    wraps = at == offsets[rows + 1]
+    at = np.where(wraps, offsets[rows], at)
+    taken = np.where(wraps, starts[at], np.maximum(starts[at], wanted))
+    # That run falls apart into the block itself, what is left of it and what is right.
+    left, right = taken - starts[at], ends[at] - taken - 1
+    pieces = np.ones(len(starts), np.int32)
+    pieces[at] = (left > 0).astype(np.int32) + (right > 0)
+    made = sums_before(pieces)
+    firsts = sums_before(counts > 0)
+    new_offsets = made[offsets] + firsts
+    place = made[:-1] + np.repeat(firsts[1:], counts)
+    # A run without pieces is overwritten by what comes behind it: the next run, the first block of
+    # the next row, or the spare.
+    new_starts = np.empty(new_offsets[-1] + 1, np.int32)
+    new_lengths = np.empty(new_offsets[-1] + 1, np.int32)
+    of_left, of_right = place[at][left > 0], (place[at] + (left > 0))[right > 0]
+    new_starts[place], new_lengths[place] = starts, lengths
+    new_lengths[of_left] = left[left > 0]
+    new_starts[of_right], new_lengths[of_right] = (taken + 1)[right > 0], right[right > 0]
+    new_starts[new_offsets[rows]], new_lengths[new_offsets[rows]] = taken, 1
+    below = np.zeros(len(counts), np.int64)
+    below[rows] = before[at] - before[offsets[rows]] + left
+    to_the_end = ends[offsets[rows + 1] - 1] == columns
+    last = np.where(taken == columns - 1, 0, blocks[rows] - 1)
+    masked = np.full(len(counts), -1, np.int64)
+    masked[rows] = np.where(to_the_end, last, -1)
+    return KeyRuns(new_offsets, new_starts[:-1], new_lengths[:-1], blocks, below, masked)
 
 
 def _check(pattern: BlockPattern, first_blocks: npt.NDArray[np.int64]) -> None:
@@ -195,10 +203,8 @@ def make_schedule(
     rows = np.concatenate(lists)
     starts = np.concatenate([[0], np.cumsum([len(part) for part in lists])])
     counts = np.diff(runs.offsets)[rows]
-    ends = np.cumsum(counts)
-    first_run = ends - counts
-    # For each run in the order of the tiles, where it lies in the order of the rows.
-    source = np.arange(ends[-1]) + np.repeat(runs.offsets[:-1][rows] - first_run, counts)
+    first_run = sums_before(counts)[:-1]
+    source = expand(runs.offsets[rows], counts)
     packed = runs.starts[source] | runs.lengths[source] << 16
     ragged = pattern.key_length % pattern.block_n != 0
     masked = np.where(ragged, runs.masked[rows] + 1, 0)
@@ -244,13 +250,11 @@ def block_codes(pattern: BlockPattern, runs: KeyRuns, schedule: Schedule) -> Blo
         return BlockCodes()
     head, block = np.divmod(schedule.tiles[:-1, 0].astype(np.int64), 1 << 16)
     rows = head * pattern.query_blocks + block
-    starts = np.concatenate([[0], np.cumsum(runs.blocks[rows])])
-    start_of = np.zeros(len(runs.blocks), np.int64)
-    start_of[rows] = starts[:-1]
-    row, column = np.nonzero(pattern.numpy_mask().reshape(-1, pattern.key_blocks))
-    rank = np.arange(len(row)) - (np.cumsum(runs.blocks) - runs.blocks)[row]
-    below = runs.below[row]
-    place = np.where(rank == below, 0, np.where(rank < below, rank + 1, rank))
-    codes = np.zeros(len(row) + 1, np.uint8)
-    codes[start_of[row] + place] = pattern.weights.reshape(-1, pattern.key_blocks)[row, column]
+    starts = sums_before(runs.blocks[rows])
+    counts = np.diff(runs.offsets)[rows]
+    source = expand(runs.offsets[rows], counts)
+    row_starts = np.repeat(rows * pattern.key_blocks, counts)
+    taken = expand(row_starts + runs.starts[source], runs.lengths[source])
+    codes = np.zeros(len(taken) + 1, np.uint8)
+    codes[:-1] = pattern.weights.reshape(-1)[taken]
     return BlockCodes(codes, starts.astype(np.int32))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
@@ -13,6 +12,13 @@ import torch
 from torch import Tensor
 
 from calibatt_compiler.kernels.uploads import Uploaded, to_device
+from calibatt_compiler.plan.intervals import (
+    Intervals,
+    expand,
+    first_behind,
+    runs_of_bits,
+    sums_before,
+)
 from calibatt_compiler.plan.pattern import BlockPattern
 from calibatt_compiler.plan.weights import STEPS
 
@@ -56,44 +62,46 @@ class IndexTables:
 
         To a GPU they are copied from pinned memory on the current stream, and not waited for.
         """
-        runs = pattern.intervals()
-        lengths = (runs.ends - runs.starts).astype(np.int64)
-        sums = np.concatenate([[0], np.cumsum(lengths)])
-        kept = np.arange(sums[-1]) + np.repeat(runs.starts - sums[:-1], lengths)
-        first = sums[runs.offsets]
-        # Each row that keeps a block has another entry before its blocks.
-        more = np.concatenate([[0], np.cumsum(np.diff(first) > 0)])
-        offsets = first + more
-        places = np.arange(sums[-1]) + np.repeat(more[1:], np.diff(first))
-        blocks = np.zeros(offsets[-1] + 1, np.int16 if pattern.key_blocks < 2**15 else np.int32)
-        blocks[places] = kept
-        rows = np.flatnonzero(np.diff(first))
-        blocks[offsets[rows]] = kept[_reference(pattern, kept, first, rows)]
+        runs = runs_of_bits(pattern.bits)
+        counts = np.diff(runs.offsets)
+        rows = np.flatnonzero(counts)
+        # Each row that keeps a block has another run before its own: its reference.
+        more = sums_before(counts > 0)
+        starts = np.empty(len(runs.starts) + len(rows), np.int32)
+        lengths = np.ones(len(starts), np.int32)
+        place = np.arange(len(runs.starts)) + np.repeat(more[1:], counts)
+        starts[place], lengths[place] = runs.starts, runs.ends - runs.starts
+        references = runs.offsets[rows] + more[rows]
+        starts[references] = _reference(pattern, runs, rows)
+        first = runs.offsets + more
+        kept = expand(starts, lengths)
+        offsets = sums_before(lengths)[first]
+        blocks = np.zeros(len(kept) + 1, np.int16 if pattern.key_blocks < 2**15 else np.int32)
+        blocks[:-1] = kept
         log2_weights = np.empty(0, dtype=np.float16)
-        if runs.log_weights is not None:
+        if pattern.weights is not None:
+            kept += np.repeat(np.arange(len(counts)) * pattern.key_blocks, np.diff(offsets))
             # Sixteenths below 16: exact in 16 bits.
-            each = np.round(runs.log_weights * (STEPS * math.log2(math.e))) / STEPS
-            log2_weights = np.zeros(offsets[-1], dtype=np.float16)
-            log2_weights[places] = np.repeat(each, lengths)
+            log2_weights = pattern.weights.reshape(-1)[kept].astype(np.float16) / STEPS
         bits = pattern.bits.ravel() if pattern.pooled else np.empty(0, dtype=np.uint8)
         arrays = (offsets.astype(np.int32), blocks, log2_weights, bits)
-        starts, entries, weights, bytes_kept = (to_device(array, device) for array in arrays)
-        return cls(starts, entries, weights, bytes_kept, Uploaded(device))
+        bounds, entries, weights, bytes_kept = (to_device(array, device) for array in arrays)
+        return cls(bounds, entries, weights, bytes_kept, Uploaded(device))
 
 
 def _reference(
-    pattern: BlockPattern,
-    kept: npt.NDArray[np.int64],
-    first: npt.NDArray[np.int64],
-    rows: npt.NDArray[np.int64],
-) -> npt.NDArray[np.int64]:
-    """Where in `kept` the reference block of each of `rows` is; `first` is where a row starts."""
-    columns = pattern.key_blocks
-    ranks = np.repeat(np.arange(len(first) - 1), np.diff(first)) * columns + kept
+    pattern: BlockPattern, runs: Intervals, rows: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int32]:
+    """The reference block of each of `rows`."""
     diagonal = rows % pattern.query_blocks * pattern.block_m // pattern.block_n
-    found = np.searchsorted(ranks, rows * columns + np.minimum(diagonal, columns))
-    at: npt.NDArray[np.int64] = np.minimum(found, first[rows + 1] - 1)
-    return at
+    at = first_behind(runs, rows, np.minimum(diagonal, pattern.key_blocks), pattern.key_blocks)
+    behind = runs.offsets[rows + 1]
+    found: npt.NDArray[np.int32] = np.where(
+        at < behind,
+        np.maximum(runs.starts[np.minimum(at, behind - 1)], diagonal),
+        runs.ends[behind - 1] - 1,
+    )
+    return found
 
 
 _lock = threading.Lock()

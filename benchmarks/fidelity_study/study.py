@@ -158,7 +158,7 @@ class Study:
             began = time.monotonic()
             frames = self._video(case, method)
             seconds = time.monotonic() - began
-            quality = measure(dense, frames)
+            quality = measure(dense, frames, torch.device(self.pipe._execution_device))
             distance = None
             if self.perceptual is not None and features is not None:
                 distance = self.perceptual.distance(features, self.perceptual.features(frames))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +26,36 @@ class Intervals:
     starts: npt.NDArray[np.int32]
     ends: npt.NDArray[np.int32]
     log_weights: npt.NDArray[np.float32] | None = None
+
+
+def sums_before(counts: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Sum of all numbers before each, and of all at the end; one more than there are numbers."""
+    sums = np.zeros(len(counts) + 1, np.int64)
+    np.cumsum(counts, out=sums[1:])
+    return sums
+
+
+def expand(starts: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """The numbers of runs, `starts[i]` to `starts[i] + lengths[i]`, one run after another."""
+    sums = sums_before(lengths)
+    return np.arange(sums[-1]) + np.repeat(starts - sums[:-1], lengths)
+
+
+def first_behind(
+    runs: Intervals, rows: npt.NDArray[Any], wanted: npt.NDArray[Any], columns: int
+) -> npt.NDArray[np.int64]:
+    """For each of `rows` its first run that ends behind a key block; `offsets[row + 1]` for none.
+
+    Args:
+        runs: of all rows.
+        rows: some of them, each with a run.
+        wanted: a key block for each of `rows`.
+        columns: key blocks of a row.
+    """
+    counts = np.diff(runs.offsets)
+    ranks = runs.ends + np.repeat(np.arange(len(counts)) * (columns + 1), counts)
+    found = np.searchsorted(ranks, rows * (columns + 1) + wanted, side="right")
+    return np.minimum(found, runs.offsets[rows + 1])
 
 
 def runs_of(values: npt.NDArray[np.int16]) -> tuple[Intervals, npt.NDArray[np.int16]]:
@@ -52,18 +84,19 @@ def runs_of_bits(bits: npt.NDArray[np.uint8]) -> Intervals:
     Args:
         bits: uint8 (..., bytes a row), little-endian bit order; padding bits are zero.
     """
-    width = bits.shape[-1]
-    packed = bits.reshape(-1, width)
-    one, seven = np.uint8(1), np.uint8(7)
-    before, after = packed << one, packed >> one
-    before[:, 1:] |= packed[:, :-1] >> seven
-    after[:, :-1] |= packed[:, 1:] << seven
-    first, last = _set_bits(packed & ~before), _set_bits(packed & ~after)
-    row, start = np.divmod(first, 8 * width)
-    offsets = np.searchsorted(row, np.arange(len(packed) + 1)).astype(np.int32)
-    end = last - row * (8 * width) + 1
-    return Intervals(offsets, start.astype(np.int32), end.astype(np.int32))
-
-
-def _set_bits(packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
-    return np.flatnonzero(np.unpackbits(packed.reshape(-1), bitorder="little").view(np.bool_))
+    width = bits.shape[-1] + 1  # a spare byte, where a run that reaches the end can end
+    edged = np.zeros((math.prod(bits.shape[:-1]), width), np.uint8)
+    edged[:, :-1] = bits.reshape(-1, width - 1)
+    # A bit where the row changes: starts and ends take turns.
+    change = edged ^ (edged << np.uint8(1))
+    change[:, 1:] ^= edged[:, :-1] >> np.uint8(7)
+    places = np.flatnonzero(np.unpackbits(change.reshape(-1), bitorder="little").view(np.bool_))
+    starts, ends = places[::2], places[1::2]
+    row_starts = np.arange(len(edged) + 1, dtype=np.int64) * (8 * width)
+    offsets = np.searchsorted(starts, row_starts)
+    base = np.repeat(row_starts[:-1], np.diff(offsets))
+    return Intervals(
+        offsets.astype(np.int32),
+        (starts - base).astype(np.int32),
+        (ends - base).astype(np.int32),
+    )

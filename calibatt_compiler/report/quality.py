@@ -16,6 +16,7 @@ from torch import Tensor
 
 from calibatt_compiler.errors import PipelineError
 
+CPU = torch.device("cpu")
 PEAK = 255.0
 SSIM_WINDOW = 11
 SSIM_SIGMA = 1.5
@@ -39,18 +40,19 @@ class Quality:
     flicker: float
 
 
-def measure(dense: Frames, other: Frames) -> Quality:
+def measure(dense: Frames, other: Frames, device: torch.device = CPU) -> Quality:
     """Compare two videos.
 
     Args:
         dense: uint8 (frames, height, width, channels).
         other: the same shape.
+        device: where SSIM is computed, which takes seconds on a CPU; in float64 anywhere.
 
     Raises:
         PipelineError: shapes or dtypes differ, or frames are smaller than the SSIM window.
     """
     _check(dense, other)
-    return Quality(psnr(dense, other), ssim(dense, other), flicker(dense, other))
+    return Quality(psnr(dense, other), ssim(dense, other, device), flicker(dense, other))
 
 
 def psnr(dense: Frames, other: Frames) -> float:
@@ -62,7 +64,7 @@ def psnr(dense: Frames, other: Frames) -> float:
     return math.inf if mse == 0 else 10 * math.log10(PEAK**2 / mse)
 
 
-def ssim(dense: Frames, other: Frames) -> float:
+def ssim(dense: Frames, other: Frames, device: torch.device = CPU) -> float:
     """Structural similarity, mean over frames, channels and pixels.
 
     Wang, Bovik, Sheikh, Simoncelli, "Image quality assessment: from error visibility to structural
@@ -70,9 +72,10 @@ def ssim(dense: Frames, other: Frames) -> float:
     only where the window lies inside the frame. Each colour channel on its own.
     """
     values = [
-        _ssim_map(_planes(a), _planes(b)).mean().item() for a, b in zip(dense, other, strict=True)
+        _ssim_map(_planes(a, device), _planes(b, device)).mean()
+        for a, b in zip(dense, other, strict=True)
     ]
-    return math.fsum(values) / len(values)
+    return math.fsum(torch.stack(values).tolist()) / len(values)
 
 
 def flicker(dense: Frames, other: Frames) -> float:
@@ -106,19 +109,20 @@ def _check(dense: Frames, other: Frames) -> None:
         )
 
 
-def _planes(frame: Frames) -> Tensor:
+def _planes(frame: Frames, device: torch.device) -> Tensor:
     """uint8 (H, W, C) -> float64 (C, 1, H, W): float64, as variances are small differences."""
-    return torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[:, None].double()
+    pixels = torch.from_numpy(np.ascontiguousarray(frame)).to(device)
+    return pixels.permute(2, 0, 1)[:, None].double()
 
 
-def _window() -> Tensor:
-    x = torch.arange(SSIM_WINDOW, dtype=torch.float64) - SSIM_WINDOW // 2
+def _window(device: torch.device) -> Tensor:
+    x = torch.arange(SSIM_WINDOW, dtype=torch.float64, device=device) - SSIM_WINDOW // 2
     weights = torch.exp(-(x**2) / (2 * SSIM_SIGMA**2))
     return weights / weights.sum()
 
 
 def _blur(planes: Tensor) -> Tensor:
-    window = _window()
+    window = _window(planes.device)
     rows = torch.nn.functional.conv2d(planes, window.view(1, 1, 1, -1))
     return torch.nn.functional.conv2d(rows, window.view(1, 1, -1, 1))
 
