@@ -82,7 +82,8 @@ class IndexTables:
         if pattern.weights is not None:
             kept += np.repeat(np.arange(len(counts)) * pattern.key_blocks, np.diff(offsets))
             # Sixteenths below 16: exact in 16 bits.
-            log2_weights = pattern.weights.reshape(-1)[kept].astype(np.float16) / STEPS
+            codes = pattern.weights.reshape(-1)[kept]
+            log2_weights = codes.astype(np.float16) / np.float16(STEPS)
         bits = pattern.bits.ravel() if pattern.pooled else np.empty(0, dtype=np.uint8)
         arrays = (offsets.astype(np.int32), blocks, log2_weights, bits)
         bounds, entries, weights, bytes_kept = (to_device(array, device) for array in arrays)

@@ -55,7 +55,8 @@ def first_behind(
     counts = np.diff(runs.offsets)
     ranks = runs.ends + np.repeat(np.arange(len(counts)) * (columns + 1), counts)
     found = np.searchsorted(ranks, rows * (columns + 1) + wanted, side="right")
-    return np.minimum(found, runs.offsets[rows + 1])
+    at: npt.NDArray[np.int64] = np.minimum(found, runs.offsets[rows + 1])
+    return at
 
 
 def runs_of(values: npt.NDArray[np.int16]) -> tuple[Intervals, npt.NDArray[np.int16]]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -174,3 +177,57 @@ def assert_attention(accuracy: Callable[..., Accuracy]) -> Callable[..., None]:
         accuracy(out, exact, yardstick, factor=factor).check()
 
     return check
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> Any:
+    """The module that interprets Gluon kernels."""
+    path = Path(__file__).with_name("gluon_interpreter.py")
+    spec = importlib.util.spec_from_file_location("gluon_interpreter", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def launches(interpreter: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Let the Hopper kernel serve a CPU; gives the stand-in that counts its launches."""
+    from calibatt_compiler.kernels import hopper
+
+    kernel = interpreter.Interpreted(hopper.hopper_attention)
+    monkeypatch.setattr(hopper, "hopper_attention", kernel)
+    monkeypatch.setattr(hopper, "hopper_counts", interpreter.Interpreted(hopper.hopper_counts))
+    monkeypatch.setattr(hopper, "hopper_serves", lambda *_: None)
+    monkeypatch.setattr(
+        "calibatt_compiler.kernels.hopper_launch.descriptor", interpreter.Descriptor
+    )
+    return kernel
+
+
+@pytest.fixture
+def make() -> Callable[..., Any]:
+    """Make a Hopper kernel of few programs on the CPU: `make(pattern, dtype, head_dim, ...)`."""
+    from calibatt_compiler.kernels.hopper import HopperAttention
+
+    def kernel(pattern: BlockPattern, dtype: torch.dtype, head_dim: int, **more: Any) -> Any:
+        where = {"device": torch.device("cpu"), "dtype": dtype, "head_dim": head_dim}
+        return HopperAttention(pattern, **where, **{"programs": 3, **more})
+
+    return kernel
+
+
+@pytest.fixture
+def spike() -> Callable[..., None]:
+    """Make query `row` of head 1 score so many nats on a key: `spike(q, k, row, key, nats)`."""
+
+    def change(q: Tensor, k: Tensor, row: int, key: int, nats: float) -> None:
+        direction = torch.zeros(q.shape[-1])
+        direction[0] = 1.0
+        length = math.sqrt(nats * math.sqrt(q.shape[-1]))
+        q[0, 1, row] = (direction * length).to(q.dtype)
+        k[0, 1, :, 0] = 0
+        k[0, 1, key] = (direction * length).to(k.dtype)
+
+    return change

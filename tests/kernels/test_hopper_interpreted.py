@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,6 @@ from torch import Tensor
 from calibatt_compiler.errors import KernelError
 from calibatt_compiler.kernels.cover import CoverLimits
 from calibatt_compiler.plan.copies import RowCopies
-from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.pattern import BlockPattern
 
 pytest.importorskip("triton", reason="Gluon is part of triton")
@@ -29,33 +27,6 @@ from calibatt_compiler.kernels.hopper import HopperAttention, HopperLiterals
 from calibatt_compiler.kernels.hopper_schedule import key_runs
 
 CPU = torch.device("cpu")
-SPEC = importlib.util.spec_from_file_location(
-    "gluon_interpreter", Path(__file__).with_name("gluon_interpreter.py")
-)
-assert SPEC is not None
-assert SPEC.loader is not None
-interpreter = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(interpreter)
-
-
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Let the Hopper kernel serve a CPU; gives the stand-in that counts its launches."""
-    kernel = interpreter.Interpreted(hopper.hopper_attention)
-    monkeypatch.setattr(hopper, "hopper_attention", kernel)
-    monkeypatch.setattr(hopper, "hopper_counts", interpreter.Interpreted(hopper.hopper_counts))
-    monkeypatch.setattr(hopper, "hopper_serves", lambda *_: None)
-    monkeypatch.setattr(
-        "calibatt_compiler.kernels.hopper_launch.descriptor", interpreter.Descriptor
-    )
-    return kernel
-
-
-def make(pattern: BlockPattern, dtype: torch.dtype, head_dim: int, **more: Any) -> HopperAttention:
-    more = {"programs": 3, **more}
-    return HopperAttention(pattern, device=CPU, dtype=dtype, head_dim=head_dim, **more)
-
-
 CASES = [
     # query_length, key_length, heads, head_dim, block_n, batch, dtype, softmax
     (384, 384, 2, 64, 128, 1, torch.bfloat16, "fixed"),
@@ -73,6 +44,7 @@ CASES = [
 @pytest.mark.parametrize("density", [0.0, 0.6])
 def test_every_row_is_attended(
     launches: Any,
+    make: Callable[..., HopperAttention],
     operands: Callable[..., tuple[Tensor, ...]],
     random_pattern: Callable[..., BlockPattern],
     assert_attention: Callable[..., None],
@@ -103,16 +75,6 @@ def test_every_row_is_attended(
     assert torch.equal(out, kernel(q, k, v))
 
 
-def spike(q: Tensor, k: Tensor, row: int, key: int, nats: float) -> None:
-    """Make query `row` of head 1 score `nats` on `key`, whatever it scores elsewhere."""
-    direction = torch.zeros(q.shape[-1])
-    direction[0] = 1.0
-    length = math.sqrt(nats * math.sqrt(q.shape[-1]))
-    q[0, 1, row] = (direction * length).to(q.dtype)
-    k[0, 1, :, 0] = 0
-    k[0, 1, key] = (direction * length).to(k.dtype)
-
-
 @pytest.mark.parametrize(
     ("row", "key", "nats", "repaired"),
     [
@@ -126,6 +88,8 @@ def spike(q: Tensor, k: Tensor, row: int, key: int, nats: float) -> None:
 )
 def test_spikes_are_repaired_and_only_where_needed(
     launches: Any,
+    make: Callable[..., HopperAttention],
+    spike: Callable[..., None],
     operands: Callable[..., tuple[Tensor, ...]],
     assert_attention: Callable[..., None],
     row: int,
@@ -151,6 +115,7 @@ def test_spikes_are_repaired_and_only_where_needed(
 @pytest.mark.parametrize("keys", [1, 64])
 def test_a_maximum_that_rises_from_block_to_block(
     launches: Any,
+    make: Callable[..., HopperAttention],
     operands: Callable[..., tuple[Tensor, ...]],
     dtype: torch.dtype,
     step: float,
@@ -178,6 +143,7 @@ def test_a_maximum_that_rises_from_block_to_block(
 @pytest.mark.parametrize("of", ["q", "k", "v"])
 def test_what_is_not_finite_spreads_as_in_dense_attention(
     launches: Any,
+    make: Callable[..., HopperAttention],
     operands: Callable[..., tuple[Tensor, ...]],
     dtype: torch.dtype,
     bad: float,
@@ -197,7 +163,7 @@ def test_what_is_not_finite_spreads_as_in_dense_attention(
 
 
 def test_a_first_block_of_minus_infinity_is_no_reference(
-    launches: Any, operands: Callable[..., tuple[Tensor, ...]]
+    launches: Any, make: Callable[..., HopperAttention], operands: Callable[..., tuple[Tensor, ...]]
 ) -> None:
     q, k, v = operands(heads=1, query_length=128, key_length=256, dtype=torch.bfloat16)
     q[..., 0] = 1.0
@@ -211,7 +177,10 @@ def test_a_first_block_of_minus_infinity_is_no_reference(
 
 
 def test_large_values_overflow_only_where_dense_attention_does(
-    launches: Any, operands: Callable[..., tuple[Tensor, ...]]
+    launches: Any,
+    make: Callable[..., HopperAttention],
+    spike: Callable[..., None],
+    operands: Callable[..., tuple[Tensor, ...]],
 ) -> None:
     q, k, v = operands(query_length=200, dtype=torch.bfloat16)
     spike(q, k, 3, 190, 60.0)  # probabilities of 2^86 times values of 2^80
@@ -226,6 +195,7 @@ def test_large_values_overflow_only_where_dense_attention_does(
 @pytest.mark.parametrize("softmax", ["exact", "fixed"])
 def test_key_lengths_mask_each_item_of_a_batch(
     launches: Any,
+    make: Callable[..., HopperAttention],
     operands: Callable[..., tuple[Tensor, ...]],
     random_pattern: Callable[..., BlockPattern],
     accuracy: Callable[..., Any],
@@ -249,6 +219,7 @@ def test_key_lengths_mask_each_item_of_a_batch(
 
 def test_weighted_blocks(
     launches: Any,
+    make: Callable[..., HopperAttention],
     operands: Callable[..., tuple[Tensor, ...]],
     random_pattern: Callable[..., BlockPattern],
     assert_attention: Callable[..., None],
@@ -267,148 +238,9 @@ def test_weighted_blocks(
         kernel.attend(q, k, v, key_lengths=torch.tensor([5]))
 
 
-# Frames that fill no blocks; text before, behind and around; one row of all; all rows; a layout.
-COPIED = [
-    # query_length, copies, key_length, repetitive heads, head_dim, block_n, batch, dtype, softmax
-    (429, RowCopies((3, 13, 11), 2), 429, (1, 0, 1), 64, 128, 1, torch.bfloat16, "fixed"),
-    (429, RowCopies((3, 13, 11), 5), 333, (0, 1, 0), 128, 64, 2, torch.bfloat16, "fixed"),
-    (700, RowCopies((2, 12, 20), 3, first=77), 700, (0, 0, 1), 128, 128, 2, torch.float16, "exact"),
-    (509, RowCopies((2, 12, 20), 6), 509, (1, 1, 1), 64, 64, 3, torch.bfloat16, "exact"),
-    (600, RowCopies((6, 10, 10), 1), 90, (0, 1, 1), 64, 128, 1, torch.bfloat16, "fixed"),
-    (200, RowCopies((1, 10, 20), 10), 700, (1, 0), 128, 128, 1, torch.float16, "exact"),
-    (
-        *(520, RowCopies((4, 10, 12), 3, first=9, order=TokenOrder((1, 4, 4))), 520),
-        *((1, 0, 0, 1), 128, 128, 1, torch.bfloat16, "fixed"),
-    ),
-]
-
-
-@pytest.mark.parametrize(
-    ("rows", "copies", "keys", "flags", "dim", "block_n", "batch", "dtype", "softmax"), COPIED
-)
-@pytest.mark.parametrize("programs", [1, 4])
-def test_repetitive_heads_compute_few_rows_and_store_all(
-    launches: Any,
-    operands: Callable[..., tuple[Tensor, ...]],
-    random_pattern: Callable[..., BlockPattern],
-    assert_attention: Callable[..., None],
-    monkeypatch: pytest.MonkeyPatch,
-    rows: int,
-    copies: RowCopies,
-    keys: int,
-    flags: tuple[int, ...],
-    dim: int,
-    block_n: int,
-    batch: int,
-    dtype: torch.dtype,
-    softmax: str,
-    programs: int,
-) -> None:
-    pattern = random_pattern(
-        heads=len(flags),
-        query_length=rows,
-        key_length=keys,
-        block=(128, block_n),
-        repetitive=tuple(map(bool, flags)),
-        copies=copies,
-    )
-    q, k, v = operands(
-        batch=batch,
-        heads=len(flags),
-        query_length=rows,
-        key_length=keys,
-        head_dim=dim,
-        dtype=dtype,
-    )
-    monkeypatch.setattr(hopper, "empty_output", lambda q: hollow(q, math.nan))
-    kernel = make(pattern, dtype, dim, softmax=softmax, programs=programs)
-    out, lse = kernel.attend(q, k, v, return_lse=True)
-    assert_attention(out, q, k, v, pattern)
-    scores = q.double() @ k.double().mT / math.sqrt(dim)
-    exact = scores.masked_fill(~pattern.token_mask(), -math.inf).logsumexp(-1)
-    taken = copies.computed(rows)[copies.sources(rows)]
-    for head in np.flatnonzero(flags):
-        exact[:, head] = exact[:, head, taken]
-    torch.testing.assert_close(lse.double(), exact, atol=2e-5, rtol=1e-5)
-    assert launches.launches == (2 if softmax == "fixed" else 1)
-    assert kernel.repairs == 0
-    assert torch.equal(out, kernel(q, k, v))
-    views = torch.stack([q, q.flip(1)], 3).unbind(3)
-    assert torch.equal(out, kernel(views[0], k, v))
-
-
-def hollow(q: Tensor, value: float) -> Tensor:
-    """An output that holds `value` where nothing is stored."""
-    batch, heads, length, head_dim = q.shape
-    return torch.full((batch, length, heads, head_dim), value, dtype=q.dtype).transpose(1, 2)
-
-
-def test_a_spike_in_a_repetitive_head_is_repaired(
-    launches: Any,
-    operands: Callable[..., tuple[Tensor, ...]],
-    assert_attention: Callable[..., None],
-) -> None:
-    copies = RowCopies((3, 13, 11), 2)
-    mask = torch.ones(2, 4, 4, dtype=torch.bool)
-    pattern = BlockPattern.from_mask(
-        mask, query_length=429, key_length=429, repetitive=np.array([False, True]), copies=copies
-    )
-    copied, computed = copies.sources(429)[0], copies.computed(429)
-    for row, repaired in ((0, False), (int(computed[copied]), True)):
-        assert (row in computed) == repaired
-        q, k, v = operands(query_length=429, dtype=torch.bfloat16)
-        spike(q, k, row, 400, 200.0)  # of a row that is not computed it is not seen
-        kernel = make(pattern, torch.bfloat16, 64)
-        assert_attention(kernel(q, k, v), q, k, v, pattern)
-        assert kernel.repairs == repaired
-
-
-def test_repetitive_heads_with_key_lengths_and_weighted_blocks(
-    launches: Any,
-    operands: Callable[..., tuple[Tensor, ...]],
-    random_pattern: Callable[..., BlockPattern],
-    assert_attention: Callable[..., None],
-    accuracy: Callable[..., Any],
-) -> None:
-    copies = RowCopies((3, 13, 11), 10)  # the keys of its last tile begin past those that count
-    where: dict[str, Any] = {"query_length": 429, "key_length": 500}
-    pattern = random_pattern(
-        **where, block=(128, 128), density=0.6, repetitive=(True, False), copies=copies
-    )
-    q, k, v = operands(batch=4, **where, dtype=torch.bfloat16)
-    lengths = torch.tensor([500, 256, 130, 0])
-    valid = torch.arange(500)[None] < lengths[:, None]
-    keep = pattern.token_mask()[None] & valid[:, None, None]
-    taken = torch.from_numpy(copies.computed(429)[copies.sources(429)]).long()
-
-    def by_rows(x: Tensor) -> Tensor:
-        return torch.cat([x[:, :1, taken], x[:, 1:]], 1)
-
-    scores = (q.double() @ k.double().mT / 8).masked_fill(~keep, -math.inf)
-    exact = by_rows(scores.softmax(-1).nan_to_num() @ v.double())
-    yardstick = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=keep)
-    for softmax in ("exact", "fixed"):
-        kernel = make(pattern, torch.bfloat16, 64, softmax=softmax)
-        out, lse = kernel.attend(q, k, v, key_lengths=lengths, return_lse=True)
-        accuracy(out, exact, by_rows(yardstick.nan_to_num())).check()
-        expected = by_rows(scores.logsumexp(-1))
-        torch.testing.assert_close(lse.double(), expected, atol=2e-5, rtol=1e-5)
-        assert (out[3] == 0).all()
-        assert kernel.repairs == 0
-    mask = pattern.mask()
-    pattern = BlockPattern.from_mask(
-        mask,
-        **where,
-        weight=1 + 7 * torch.rand(mask.shape, generator=torch.Generator().manual_seed(7)),
-        repetitive=np.array([True, False]),
-        copies=copies,
-    )
-    assert pattern.weights is not None
-    assert_attention(make(pattern, torch.bfloat16, 64)(q, k, v), q, k, v, pattern)
-
-
 def test_views_are_read_in_place(
     launches: Any,
+    make: Callable[..., HopperAttention],
     operands: Callable[..., tuple[Tensor, ...]],
     assert_attention: Callable[..., None],
 ) -> None:
@@ -428,6 +260,7 @@ def test_views_are_read_in_place(
 
 def test_any_block_may_come_first(
     launches: Any,
+    make: Callable[..., HopperAttention],
     operands: Callable[..., tuple[Tensor, ...]],
     random_pattern: Callable[..., BlockPattern],
     assert_attention: Callable[..., None],
@@ -443,6 +276,7 @@ def test_any_block_may_come_first(
 @pytest.mark.parametrize("repetitive", [(), (True, False, True)])
 def test_literals_give_the_bits_of_the_tables(
     launches: Any,
+    spike: Callable[..., None],
     operands: Callable[..., tuple[Tensor, ...]],
     random_pattern: Callable[..., BlockPattern],
     tmp_path: Path,
@@ -491,6 +325,8 @@ def test_literals_give_the_bits_of_the_tables(
 )
 def test_output_and_block_energies_in_one_launch(
     launches: Any,
+    interpreter: Any,
+    spike: Callable[..., None],
     operands: Callable[..., tuple[Tensor, ...]],
     assert_attention: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
@@ -531,7 +367,7 @@ def test_heads_of_a_launch_fit_its_budget_and_fill_the_gpu() -> None:
 
 
 def test_operands_of_another_kind_are_refused(
-    launches: Any, operands: Callable[..., tuple[Tensor, ...]]
+    launches: Any, make: Callable[..., HopperAttention], operands: Callable[..., tuple[Tensor, ...]]
 ) -> None:
     kernel = make(BlockPattern.dense(2, 200, 200), torch.bfloat16, 64)
     q, k, v = operands(query_length=200, dtype=torch.float16)
@@ -547,6 +383,8 @@ def test_operands_of_another_kind_are_refused(
 @pytest.mark.parametrize("missing", ["commit_group", "wait_group", "fence"])
 def test_the_interpreter_finds_rows_that_are_not_there_yet(
     launches: Any,
+    interpreter: Any,
+    make: Callable[..., HopperAttention],
     operands: Callable[..., tuple[Tensor, ...]],
     random_pattern: Callable[..., BlockPattern],
     monkeypatch: pytest.MonkeyPatch,
@@ -571,7 +409,11 @@ def test_the_interpreter_finds_rows_that_are_not_there_yet(
 
 
 def test_the_interpreter_finds_a_deadlock(
-    launches: Any, monkeypatch: pytest.MonkeyPatch, operands: Callable[..., tuple[Tensor, ...]]
+    interpreter: Any,
+    make: Callable[..., HopperAttention],
+    launches: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    operands: Callable[..., tuple[Tensor, ...]],
 ) -> None:
     q, k, v = operands(query_length=300, key_length=700, dtype=torch.bfloat16)
     pattern = BlockPattern.dense(2, 300, 700)
