@@ -3,6 +3,7 @@
     python benchmarks/dit_layer.py --out results                  480p and 720p, 2 layers
     python benchmarks/dit_layer.py --sizes 720p --layers 4 --density 0.375
     python benchmarks/dit_layer.py --token-order 2x8xall --layers 8    what it adds
+    python benchmarks/dit_layer.py --profile --variants fa3 "hopper table" none    where it goes
     python benchmarks/dit_layer.py --check                        no GPU: tiny, times mean nothing
 
 The model has true widths and random weights; all layers share one mask of `attention_cases.py`.
@@ -35,6 +36,7 @@ from attention_cases import SIZES, Case, make_pattern
 from attention_kernels import fa3_function
 from attention_timing import beat, calls
 from diffusers import WanTransformer3DModel
+from layer_profile import profile_call
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -292,6 +294,12 @@ def measure(size: str, density: float, options: argparse.Namespace) -> Row:
             if turn:
                 times[name].append(took / options.layers)
     ms = {name: statistics.median(values) for name, values in times.items()}
+    if options.profile:
+        for variant in chosen:
+            with variant.running():
+                found = profile_call(runs[variant.name], on_gpu=on_gpu)
+            print(f"  {variant.name}, profiled:\n{found.text(options.layers)}", flush=True)
+            beat()
     return Row(size, tokens, pattern.density, options.layers, ms, left_out)
 
 
@@ -356,6 +364,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--token-order", type=TokenOrder.parse, default=RASTER, metavar="ORDER")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--profile", action="store_true", help="then list the kernels of a call")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--check", action="store_true", help="tiny, on a CPU: shows that it runs")
     options = parser.parse_args()

@@ -30,8 +30,8 @@ class CalibrationConfig:
             4-step models) if the sampler takes 8 steps or fewer.
         rho: a block is kept if this share of the inputs, or more, keeps it; in [0, 1].
         share_steps: consecutive steps of a site whose masks agree at least this much
-            (intersection over union, in (0, 1]) share one pattern, the OR of theirs; the paper
-            takes 0.97. None: only equal masks are shared. `calibatt_compiler.plan.share_steps`
+            (intersection over union, in (0, 1]) share one pattern, the OR of theirs, or one sample
+            of as many blocks; the paper takes 0.97. None: only equal masks are shared. `calibatt_compiler.plan.share_steps`
             states the rule and does the same to a finished plan.
         merge_budget: density, in [0, 1), that may be added to each pattern by filling the
             smallest gaps between its intervals: fewer, longer intervals run faster. None: gaps
@@ -166,6 +166,7 @@ def _check_form(config: CalibrationConfig) -> None:
         raise _error("sample_power", "a power in [0, 2], or None", power)
     if power is not None and not config.keep_energies:
         raise _error("sample_power", "keep_energies=True beside it", "keep_energies=False")
+    check_sample(power, config.merge_budget)
     if not (_integer(config.queries) and config.queries >= 1) or config.block[0] % config.queries:
         raise _error("queries", f"a divisor of {config.block[0]}", config.queries)
     try:
@@ -183,6 +184,12 @@ def _check_repetition(config: CalibrationConfig) -> None:
         value = getattr(config, name)
         if not (_integer(value) and value >= 1):
             raise _error(name, "an integer of at least 1", value)
+
+
+def check_sample(power: object, merge_budget: object) -> None:
+    """Raise `OptionError` if gaps are to be filled where blocks are drawn by chance."""
+    if power is not None and merge_budget is not None:
+        raise _error("sample_power", "no merge_budget beside it", f"merge_budget={merge_budget}")
 
 
 def check_rho(rho: object) -> None:

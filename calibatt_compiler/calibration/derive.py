@@ -14,7 +14,12 @@ import numpy as np
 import torch
 
 from calibatt_compiler.calibration import orders
-from calibatt_compiler.calibration.config import CalibrationConfig, check_gamma, check_rho
+from calibatt_compiler.calibration.config import (
+    CalibrationConfig,
+    check_gamma,
+    check_rho,
+    check_sample,
+)
 from calibatt_compiler.calibration.fitting import check_alike, check_raised, sampler_of
 from calibatt_compiler.calibration.forms import (
     choose_forms,
@@ -161,6 +166,7 @@ def derive_plan(
     """
     check_rho(selection.rho)
     check_gamma(selection.gamma)
+    check_sample(selection.sample_power, selection.merge_budget)
     refiner = Refiner(selection.share_steps, selection.merge_budget)
     if not names:
         raise CalibrationError(
@@ -179,8 +185,11 @@ def derive_plan(
         by_step = [
             _pattern(store, records, size, step, selection) for step in range(len(first.timesteps))
         ]
+        site = refiner.site(SitePatterns.share(by_step, size.head_dim))
+        if selection.sample_power is not None:
+            site = _sampled(store, records, size, site, selection.sample_power)
         # Packed, since all sites of a large model don't fit into memory as bits.
-        sites[size.name] = refiner.site(SitePatterns.share(by_step, size.head_dim)).packed()
+        sites[size.name] = site.packed()
     video = math.prod(first.grid)
     has_text = any(size.query_length > video for size in first.sites)
     text: Literal["dense_first", "dense_last"]
@@ -249,15 +258,11 @@ def _pattern(
         if _as_recorded(size, selection)
         else lambda record: _select_again(store, record, size, step, selection)[1],
     )
-    weight = None
-    if selection.sample_power is not None:
-        mask, weight = _sampled(store, records, size, step, mask, selection.sample_power)
     return BlockPattern.from_mask(
         mask,
         query_length=size.query_length,
         key_length=size.key_length,
         block=block,
-        weight=weight,
         pooled=selection.pooled,
         repetitive=forms.repetitive,
         copies=forms.copies,
@@ -273,20 +278,41 @@ def _sampled(
     store: RunStore,
     records: Sequence[InputRecord],
     size: SiteSize,
-    step: int,
-    mask: torch.Tensor,
+    site: SitePatterns,
     power: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sample as many blocks as each row of a mask keeps; those of text stay, with weight 1."""
-    total = torch.zeros(mask.shape, dtype=torch.float64)
-    votes = 0
-    for record in records:
-        energy = torch.from_numpy(store.energy(record, size.name, step))
-        total += energy.double().sum(0)
-        votes += len(energy)
+) -> SitePatterns:
+    """Sample as many blocks as each row of a mask keeps; those of text stay, with weight 1.
+
+    Steps that share a mask share a sample, drawn by the mean of their energies.
+    """
     first = records[0]
     text = text_blocks(size.key_length, math.prod(first.grid), first.block[1], first.text)
-    return sample(total / votes, mask.sum(-1), power, text)
+    sampled = []
+    for index, pattern in enumerate(site.patterns):
+        mask = pattern.mask()
+        total = torch.zeros(mask.shape, dtype=torch.float64)
+        votes = 0
+        for step in (step for step, other in enumerate(site.steps) if other == index):
+            for record in records:
+                energy = torch.from_numpy(store.energy(record, size.name, step))
+                total += energy.double().sum(0)
+                votes += len(energy)
+        # Rows that a repetitive head does not compute have no blocks; their sample is not taken.
+        counts = mask.sum(-1).clamp_min(1 if text is None else max(1, int(text.sum())))
+        drawn, weight = sample(total / votes, counts, power, text)
+        sampled.append(
+            BlockPattern.from_mask(
+                drawn,
+                query_length=size.query_length,
+                key_length=size.key_length,
+                block=first.block,
+                weight=weight,
+                pooled=pattern.pooled,
+                repetitive=pattern.repetitive,
+                copies=pattern.copies,
+            )
+        )
+    return SitePatterns.share([sampled[index] for index in site.steps], site.head_dim)
 
 
 def _select_again(

@@ -16,6 +16,7 @@ from calibatt_compiler.calibration.store import RunStore
 from calibatt_compiler.errors import CalibrationError, OptionError
 from calibatt_compiler.plan import Plan, merge_intervals, share_steps
 from calibatt_compiler.plan.order import RASTER, TokenOrder
+from calibatt_compiler.plan.refine import SHARED
 
 TOKENS = 150
 TIMESTEPS = (900.0, 500.0, 100.0)
@@ -326,6 +327,23 @@ def test_a_sample_is_as_dense_as_the_highest_blocks(model: Model, tmp_path: Path
     assert Plan.load(tmp_path / "a.calibatt") == plan
 
 
+def test_steps_that_share_a_mask_share_a_sample(model: Model, tmp_path: Path) -> None:
+    config = replace(CONFIG, keep_energies=True, sample_power=1.0, run_folder=tmp_path / "run")
+    alone = observe(model, config)
+    shared = plan_from_run(tmp_path / "run", sample_power=1.0, share_steps=0.5)
+    highest = plan_from_run(tmp_path / "run", share_steps=0.5)
+    assert any(len(set(site.steps)) < len(site.steps) for site in highest.sites.values())
+    for name, site in shared.sites.items():
+        assert site.steps == highest.sites[name].steps
+        assert len(site.patterns) <= len(alone.sites[name].patterns)
+        for ours, theirs in zip(site.patterns, highest.sites[name].patterns, strict=True):
+            assert torch.equal(ours.mask().sum(-1), theirs.mask().sum(-1))
+    assert any(site.weighted for site in shared.sites.values())
+    assert shared.metadata.quality[SHARED] > 0
+    with pytest.raises(OptionError, match="merge_budget"):
+        plan_from_run(tmp_path / "run", sample_power=1.0, merge_budget=0.1)
+
+
 def test_energies_of_some_queries_give_much_the_same_masks(model: Model, tmp_path: Path) -> None:
     plans, energies = [], []
     for every in (1, 4):
@@ -348,6 +366,7 @@ def test_energies_of_some_queries_give_much_the_same_masks(model: Model, tmp_pat
     [
         {"sample_power": 0.65},
         {"sample_power": 3.0, "keep_energies": True},
+        {"sample_power": 1.0, "keep_energies": True, "merge_budget": 0.1},
         {"pooled": 3},
         {"pooled": -1},
         {"token_order": "2x2"},

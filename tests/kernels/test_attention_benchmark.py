@@ -50,7 +50,7 @@ def test_the_check_runs(tmp_path: Path) -> None:
 )
 def test_the_check_of_layers_runs(order: str, more: set[str], tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / "dit_layer.py"), "--check", "--out", str(tmp_path)]
-    command += ["--token-order", order]
+    command += ["--token-order", order, "--profile"]
     done = subprocess.run(
         command,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
@@ -61,6 +61,8 @@ def test_the_check_of_layers_runs(order: str, more: set[str], tmp_path: Path) ->
     assert done.returncode == 0, done.stdout + done.stderr
     (row,) = json.loads((tmp_path / "dit_layer.json").read_text())["rows"]
     assert set(row["ms"]) == {"stock", "table", "none"} | more
+    assert done.stdout.count("profiled:\n") == len(row["ms"])
+    assert "x calibatt::attention" in done.stdout
     assert row["left_out"] == {}
 
 
