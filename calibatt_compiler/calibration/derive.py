@@ -40,7 +40,7 @@ from calibatt_compiler.plan import (
     SitePatterns,
 )
 from calibatt_compiler.plan.order import TokenOrder
-from calibatt_compiler.plan.refine import Refiner
+from calibatt_compiler.plan.refine import SHARED, Refiner
 from calibatt_compiler.plan.schema import CfgMode
 
 
@@ -181,13 +181,16 @@ def derive_plan(
     for record in records[1:]:
         check_alike(first, record)
     sites = {}
+    added = blocks = 0
     for size in first.sites:
         by_step = [
             _pattern(store, records, size, step, selection) for step in range(len(first.timesteps))
         ]
         site = refiner.site(SitePatterns.share(by_step, size.head_dim))
         if selection.sample_power is not None:
-            site = _sampled(store, records, size, site, selection.sample_power)
+            site = _sampled(store, records, size, site, by_step, selection.sample_power)
+            added += sum(site.at(step).kept - one.kept for step, one in enumerate(by_step))
+            blocks += len(by_step) * site.size.blocks
         # Packed, since all sites of a large model don't fit into memory as bits.
         sites[size.name] = site.packed()
     video = math.prod(first.grid)
@@ -221,6 +224,8 @@ def derive_plan(
         quality={
             **_quality(records, selection),
             **refiner.figures(),
+            # A sample that steps share has as many blocks as theirs have on average.
+            **({SHARED: added / blocks} if blocks and selection.share_steps is not None else {}),
             **repetition_figures(list(sites.values()), selection.gamma),
             **orders.figures(store.folder),
         },
@@ -279,26 +284,33 @@ def _sampled(
     records: Sequence[InputRecord],
     size: SiteSize,
     site: SitePatterns,
+    by_step: Sequence[BlockPattern],
     power: float,
 ) -> SitePatterns:
     """Sample as many blocks as each row of a mask keeps; those of text stay, with weight 1.
 
-    Steps that share a mask share a sample, drawn by the mean of their energies.
+    Steps that share a pattern in `site` share a sample: drawn by the mean of their energies, of as
+    many blocks a row as their own masks, `by_step`, keep on average. Nothing is lost by that, as
+    it would be with the highest blocks, of which another step may need others.
     """
     first = records[0]
     text = text_blocks(size.key_length, math.prod(first.grid), first.block[1], first.text)
     sampled = []
     for index, pattern in enumerate(site.patterns):
-        mask = pattern.mask()
-        total = torch.zeros(mask.shape, dtype=torch.float64)
+        steps = [step for step, other in enumerate(site.steps) if other == index]
+        shape = pattern.heads, pattern.query_blocks, pattern.key_blocks
+        total = torch.zeros(shape, dtype=torch.float64)
+        kept = torch.zeros(shape[:2], dtype=torch.float64)
         votes = 0
-        for step in (step for step, other in enumerate(site.steps) if other == index):
+        for step in steps:
+            kept += by_step[step].mask().sum(-1)
             for record in records:
                 energy = torch.from_numpy(store.energy(record, size.name, step))
                 total += energy.double().sum(0)
                 votes += len(energy)
         # Rows that a repetitive head does not compute have no blocks; their sample is not taken.
-        counts = mask.sum(-1).clamp_min(1 if text is None else max(1, int(text.sum())))
+        counts = (kept / len(steps)).round().long()
+        counts = counts.clamp_min(1 if text is None else max(1, int(text.sum())))
         drawn, weight = sample(total / votes, counts, power, text)
         sampled.append(
             BlockPattern.from_mask(
