@@ -11,7 +11,7 @@ from calibatt_compiler.calibration.orders import AUTO
 from calibatt_compiler.calibration.schedule import Thresholds, default_thresholds
 from calibatt_compiler.errors import OptionError, PlanError
 from calibatt_compiler.plan.order import TokenOrder
-from calibatt_compiler.plan.refine import Refiner
+from calibatt_compiler.plan.refine import SHARE_STEPS, Refiner
 
 LEAST_GAMMA = 0.5
 """Heads of less similarity are not scored any further."""
@@ -31,7 +31,7 @@ class CalibrationConfig:
         rho: a block is kept if this share of the inputs, or more, keeps it; in [0, 1].
         share_steps: consecutive steps of a site whose masks agree at least this much
             (intersection over union, in (0, 1]) share one pattern, the OR of theirs, or one sample
-            of as many blocks; the paper takes 0.97. None: only equal masks are shared.
+            of as many blocks; 0.97 is the paper's. None, or 1: only equal masks are shared.
             `calibatt_compiler.plan.share_steps` states the rule and does the same to a finished
             plan.
         merge_budget: density, in [0, 1), that may be added to each pattern by filling the
@@ -92,7 +92,7 @@ class CalibrationConfig:
     C: float | None = None
     k: float | None = None
     rho: float = 0.5
-    share_steps: float | None = None
+    share_steps: float | None = SHARE_STEPS
     merge_budget: float | None = None
     pooled: int = 0
     sample_power: float | None = None

@@ -167,6 +167,13 @@ def estimate(
     thresholds = {**record.thresholds, "rho": config.rho}
     if config.gamma is not None:
         thresholds |= {"gamma": config.gamma, "anchor_rows": float(config.anchor_rows)}
+    refined = {
+        name: getattr(config, name) for name in ("share_steps", "merge_budget", "sample_power")
+    }
+    thresholds |= {name: value for name, value in refined.items() if value is not None}
+    weighted = config.sample_power is not None
+    host_bytes = sizes.host_bytes(weighted=weighted)
+    plan_bytes = sizes.plan_bytes(thresholds, len(inputs), weighted=weighted)
     return Estimate(
         inputs=len(inputs),
         finished=_finished(folder, config, len(inputs)),
@@ -174,9 +181,9 @@ def estimate(
         sites=len(record.sites),
         measured=measured,
         device_bytes=working,
-        host_bytes=sizes.host_bytes() + (working if parameter.device.type == "cpu" else 0),
+        host_bytes=host_bytes + (working if parameter.device.type == "cpu" else 0),
         run_bytes=run_bytes if folder is not None and config.keep_run else 0,
-        plan_bytes=0 if out is None else sizes.plan_bytes(thresholds, len(inputs)),
+        plan_bytes=0 if out is None else plan_bytes,
         processes=Ranks.current().size if config.distributed else 1,
         scored=scored - _finished(folder, config, scored),
         survey_seconds=survey_seconds,

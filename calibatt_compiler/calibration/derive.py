@@ -40,7 +40,7 @@ from calibatt_compiler.plan import (
     SitePatterns,
 )
 from calibatt_compiler.plan.order import TokenOrder
-from calibatt_compiler.plan.refine import SHARED, Refiner
+from calibatt_compiler.plan.refine import SHARE_STEPS, SHARED, Refiner
 from calibatt_compiler.plan.schema import CfgMode
 
 
@@ -78,7 +78,7 @@ def plan_from_run(
     A: float | None = None,
     C: float | None = None,
     k: float | None = None,
-    share_steps: float | None = None,
+    share_steps: float | None = SHARE_STEPS,
     merge_budget: float | None = None,
     pooled: int = 0,
     sample_power: float | None = None,

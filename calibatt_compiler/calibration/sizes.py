@@ -15,6 +15,7 @@ from calibatt_compiler.calibration.forms import SHARE
 from calibatt_compiler.calibration.records import InputRecord, SiteSize
 from calibatt_compiler.calibration.repetition import ARRAY, copies_of, heads_at_once
 from calibatt_compiler.plan import file
+from calibatt_compiler.plan.refine import SHARED
 from calibatt_compiler.plan.schema import (
     CalibrationInputs,
     ModelIdentity,
@@ -41,6 +42,10 @@ SUMS, TILE = 32 * 2 * 8, 1 << 18
 
 DERIVATION = 40
 """Bytes a block of one pattern while it is agreed upon and refined: votes, masks, intervals."""
+
+SAMPLING = 80
+"""Bytes a block of one pattern while a sample is drawn, by measurement: its energies, scores, their
+order, probabilities and their sums, in 64 bits each."""
 
 COPIES = 3
 """How often the masks of an input are in memory while they are written: themselves, joined, and as
@@ -92,17 +97,22 @@ class Sizes:
         text = store.record_text(self.record.model_copy(update=changes))
         return safetensors_bytes(store.FORMAT, text, arrays)
 
-    def plan_bytes(self, thresholds: Mapping[str, float], inputs: int) -> int:
+    def plan_bytes(
+        self, thresholds: Mapping[str, float], inputs: int, *, weighted: bool = False
+    ) -> int:
         """Bytes of the plan's file if no two steps share a pattern and no code is shorter than
-        what it stands for: at most. Calibrated masks take about a tenth of it.
+        what it stands for: at most. Calibrated masks take about a tenth of it, weights a third.
         """
         steps = len(self.record.timesteps)
-        sites = tuple(self._site(size, steps) for size in self.record.sites)
+        sites = tuple(self._site(size, steps, weighted) for size in self.record.sites)
+        copied = any(map(self._copies, self.record.sites))
+        used = {"repetition": copied, "weights": weighted}
+        figures = ["best_20_percent_share", "input_kept_mass", SHARED]
         metadata = PlanMetadata(
             producer=PRODUCER,
             model=self.record.model or ModelIdentity(class_name="", config_digest="0" * 64),
             grid=self.record.grid,
-            requires=("repetition",) if any(map(self._copies, self.record.sites)) else (),
+            requires=tuple(name for name, whether in used.items() if whether),
             sampler=Sampler(
                 name=self.record.scheduler,
                 timesteps=self.record.timesteps,
@@ -110,10 +120,7 @@ class Sizes:
             ),
             thresholds=dict(thresholds),
             inputs=CalibrationInputs(count=inputs, digest="0" * 64),
-            quality=dict.fromkeys(
-                ("best_20_percent_share", "input_kept_mass", *([SHARE] * (self.anchor_rows > 0))),
-                0.123456,
-            ),
+            quality=dict.fromkeys([*figures, *([SHARE] * (self.anchor_rows > 0))], 0.123456),
             sites=sites,
         )
         arrays: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -121,6 +128,9 @@ class Sizes:
         for size in self.record.sites:
             bits = math.prod(self._bits(size))
             of_step: tuple[Entry, ...] = (("bits", "deflate/previous", bits // steps),)
+            if weighted:
+                blocks = size.heads * math.prod(self._blocks(size))
+                of_step += (("weights", "deflate/previous", blocks),)
             if self._copies(size):
                 of_step += (("repetitive", "deflate/previous", size.heads),)
             entries[size.name] = (of_step,) * steps
@@ -137,14 +147,19 @@ class Sizes:
         """
         return max(self._call_bytes(size, element_size, device) for size in self.record.sites)
 
-    def host_bytes(self) -> int:
+    def host_bytes(self, *, weighted: bool = False) -> int:
         """Most host memory that an input's masks and then the plan take, beside the model."""
         arrays = self.arrays(scored=True)
         on_disk = [name for name in arrays if name.endswith("/energy")]
         one_input = sum(_bytes(*arrays[name]) for name in arrays.keys() - on_disk)
         bits = [_bytes("U8", self._bits(size)) for size in self.record.sites]
-        largest = max(size.heads * math.prod(self._blocks(size)) for size in self.record.sites)
-        return max(COPIES * one_input, 2 * sum(bits) + max(bits) + DERIVATION * largest) + SMALL
+        blocks = [size.heads * math.prod(self._blocks(size)) for size in self.record.sites]
+        plan = 2 * sum(bits) + max(bits) + DERIVATION * max(blocks)
+        if weighted:
+            # Weights of one site as they are, and of all as they are written.
+            steps = len(self.record.timesteps)
+            plan += SAMPLING * max(blocks) + steps * (max(blocks) + sum(blocks))
+        return max(COPIES * one_input, plan) + SMALL
 
     def _call_bytes(self, size: SiteSize, element_size: int, device: torch.device) -> int:
         from calibatt_compiler.kernels.energy import CHUNK
@@ -191,7 +206,7 @@ class Sizes:
         block = self.record.block
         return -(-size.query_length // block[0]), -(-size.key_length // block[1])
 
-    def _site(self, size: SiteSize, steps: int) -> SiteRecord:
+    def _site(self, size: SiteSize, steps: int, weighted: bool) -> SiteRecord:
         return SiteRecord(
             name=size.name,
             heads=size.heads,
@@ -204,6 +219,7 @@ class Sizes:
             digests=("0" * 64,) * steps,
             steps=tuple(range(steps)),
             density=(1 / 3,) * steps,
+            weighted=weighted,
             head_forms="mixed" if self._copies(size) else "blocks",
             anchor_rows=self.anchor_rows if self._copies(size) else 0,
             repetitive=(size.heads,) * steps if self._copies(size) else (),

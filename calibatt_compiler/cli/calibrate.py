@@ -76,16 +76,15 @@ def calibrate(
         ),
     ] = 0.5,
     share_steps: Annotated[
-        float | None,
+        float,
         typer.Option(
             "--share-steps",
             metavar="IOU",
-            help="Consecutive steps whose masks agree this much share one, which makes the plan "
-            "smaller; 0.97 is the paper's. Default: only equal masks are shared.",
+            help="Consecutive steps whose masks agree this much (intersection over union) share "
+            "one, or one sample: a smaller plan. 1 shares equal masks only.",
             rich_help_panel=_HOW,
-            show_default=False,
         ),
-    ] = None,
+    ] = 0.97,
     merge_budget: Annotated[
         float | None,
         typer.Option(

@@ -157,7 +157,13 @@ def calibrate_plans(
     from calibatt_compiler.calibration import CalibrationConfig, calibrate, plan_from_run
 
     config = CalibrationConfig(
-        block=(BLOCK, BLOCK), A=A, C=A, rho=RHO, sample_power=POWER, keep_energies=True
+        block=(BLOCK, BLOCK),
+        A=A,
+        C=A,
+        rho=RHO,
+        sample_power=POWER,
+        keep_energies=True,
+        share_steps=None,
     )
     main = calibrate(
         pipe,
@@ -168,8 +174,10 @@ def calibrate_plans(
         **arguments,
     )
     run = f"{out}.calibration"
-    others = {f"A={a:g}": plan_from_run(run, rho=RHO, A=a, C=a, sample_power=POWER) for a in CURVE}
-    highest = {f"A={A:g}, highest blocks": plan_from_run(run, rho=RHO)}
+    fixed: dict[str, Any] = {"rho": RHO, "share_steps": None}
+    others = {f"A={a:g}": plan_from_run(run, A=a, C=a, sample_power=POWER, **fixed) for a in CURVE}
+    # Of as many blocks as the sample.
+    highest = {f"A={A:g}, highest blocks": plan_from_run(run, **fixed)}
     return {f"A={A:g}": main, **others, **highest}
 
 

@@ -38,7 +38,13 @@ def test_every_step_of_a_distilled_sampler_is_sparse(
     config = CalibrationConfig(block=(32, 32))
     plan = calibrate(pipe, ["a big rabbit runs"], 3, config=config, **arguments)
     assert plan.steps == steps
-    assert plan.metadata.thresholds == {"A": 0.763, "C": 0.863, "k": 5.64, "rho": 0.5}
+    assert plan.metadata.thresholds == {
+        "A": 0.763,
+        "C": 0.863,
+        "k": 5.64,
+        "rho": 0.5,
+        "share_steps": 0.97,
+    }
     for site in plan.sites:
         assert all(plan.density(site, step) < 1 for step in range(steps))
     plain = pipe.transformer

@@ -55,7 +55,13 @@ def test_a_pipeline_is_calibrated_and_left_as_it_was(
     assert sampler.timesteps == tuple(pipe.scheduler.timesteps.tolist())
     assert sampler.sigmas == tuple(pipe.scheduler.sigmas.tolist()[:3])
     assert plan.metadata.cfg == "separate"
-    assert plan.metadata.thresholds == {"A": 0.763, "C": 0.863, "k": 5.64, "rho": 0.5}
+    assert plan.metadata.thresholds == {
+        "A": 0.763,
+        "C": 0.863,
+        "k": 5.64,
+        "rho": 0.5,
+        "share_steps": 0.97,
+    }
     assert plan.metadata.quality["best_20_percent_share"] > 0.2
     assert 0.1 < plan.density() < 0.95
     assert Plan.load(out) == plan

@@ -113,6 +113,7 @@ def test_heads_whose_rows_attend_alike_copy_them(model: Model, order: str, tmp_p
         "C": 0.9,
         "k": 2.0,
         "rho": 0.5,
+        "share_steps": 0.97,
         "gamma": 0.87,
         "anchor_rows": 3.0,
     }

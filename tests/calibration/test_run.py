@@ -76,7 +76,13 @@ def test_a_module_is_calibrated_and_left_as_it_was(model: Model) -> None:
     assert plan.timesteps == TIMESTEPS
     assert plan.grid == (1, 1, TOKENS)
     assert 0 < plan.density() < 1
-    assert plan.metadata.thresholds == {"A": 0.5, "C": 0.7, "k": 2.0, "rho": 0.5}
+    assert plan.metadata.thresholds == {
+        "A": 0.5,
+        "C": 0.7,
+        "k": 2.0,
+        "rho": 0.5,
+        "share_steps": 0.97,
+    }
     assert plan.metadata.inputs.count == 3
     assert plan.metadata.model is not None
     assert plan.metadata.model.class_name == "Model"
@@ -109,7 +115,13 @@ def test_more_agreement_and_lower_thresholds_are_sparser(model: Model, tmp_path:
         assert run.plan(A=0.5).sites["layers.0"].at(1) is not None
     assert strict.density() < plan.density() < loose.density()
     assert sparse.density() < plan.density()
-    assert sparse.metadata.thresholds == {"A": 0.2, "C": 0.2, "k": 2.0, "rho": 0.5}
+    assert sparse.metadata.thresholds == {
+        "A": 0.2,
+        "C": 0.2,
+        "k": 2.0,
+        "rho": 0.5,
+        "share_steps": 0.97,
+    }
     assert plan_from_run(tmp_path / "run") == plan
     assert plan_from_run(tmp_path / "run", A=0.2, C=0.2) == sparse
     assert plan_from_run(tmp_path / "run", rho=1) == strict
