@@ -154,11 +154,12 @@ def _kept(site: SitePatterns) -> int:
 
 def _share(site: SitePatterns, tau: Fraction) -> SitePatterns:
     by_step: list[BlockPattern] = []
-    group = site.at(-1)
+    # Read forwards: stored patterns are changes of the one before.
+    patterns = [site.at(step) for step in range(len(site.steps))]
+    group = patterns[-1]
     fewest = group.kept
     size = 0
-    for step in reversed(range(len(site.steps))):
-        pattern = site.at(step)
+    for pattern in reversed(patterns):
         alike = _same_heads(group, pattern)
         union = _union(group, pattern) if alike and pattern is not group else group
         smallest = min(fewest, pattern.kept)
