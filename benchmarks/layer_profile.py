@@ -43,7 +43,8 @@ def profile_call(run: Callable[[], Any], *, on_gpu: bool) -> CallProfile:
     """Profile one call; on a CPU operators stand for kernels."""
     activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
     kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
-    run()
+    if on_gpu:
+        torch.cuda.synchronize()  # kernels of earlier calls are not this one's
     with profile(activities=[activity]) as found:
         run()
         if on_gpu:

@@ -201,7 +201,7 @@ def make_schedule(
     """
     lists = assign(runs.blocks, pattern.heads, programs)
     rows = np.concatenate(lists)
-    starts = np.concatenate([[0], np.cumsum([len(part) for part in lists])])
+    starts = sums_before(np.array([len(part) for part in lists]))
     counts = np.diff(runs.offsets)[rows]
     first_run = sums_before(counts)[:-1]
     source = expand(runs.offsets[rows], counts)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
 import pytest
 import typer
 
-from calibatt_compiler.calibration import plan_from_run, validate_run
+from calibatt_compiler.calibration import CalibrationConfig, plan_from_run, validate_run
 from calibatt_compiler.cli.app import run
 from calibatt_compiler.plan import Plan
 
@@ -175,3 +176,10 @@ def test_tune_searches_and_says_what_it_costs(
 def _declined(*_: object, abort: bool) -> None:
     assert abort
     raise typer.Abort
+
+
+def test_the_command_shares_steps_as_the_library_does() -> None:
+    from calibatt_compiler.cli.calibrate import calibrate
+
+    default = inspect.signature(calibrate).parameters["share_steps"].default
+    assert default == CalibrationConfig().share_steps

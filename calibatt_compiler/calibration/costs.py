@@ -38,6 +38,7 @@ from calibatt_compiler.calibration.survey_costs import (
 )
 from calibatt_compiler.calibration.surveying import describe
 from calibatt_compiler.plan.order import RASTER
+from calibatt_compiler.plan.refine import Refiner
 
 
 @dataclass(frozen=True)
@@ -167,10 +168,9 @@ def estimate(
     thresholds = {**record.thresholds, "rho": config.rho}
     if config.gamma is not None:
         thresholds |= {"gamma": config.gamma, "anchor_rows": float(config.anchor_rows)}
-    refined = {
-        name: getattr(config, name) for name in ("share_steps", "merge_budget", "sample_power")
-    }
-    thresholds |= {name: value for name, value in refined.items() if value is not None}
+    if config.sample_power is not None:
+        thresholds["sample_power"] = config.sample_power
+    thresholds |= Refiner(config.share_steps, config.merge_budget).thresholds()
     weighted = config.sample_power is not None
     host_bytes = sizes.host_bytes(weighted=weighted)
     plan_bytes = sizes.plan_bytes(thresholds, len(inputs), weighted=weighted)

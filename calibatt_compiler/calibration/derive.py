@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -40,7 +41,7 @@ from calibatt_compiler.plan import (
     SitePatterns,
 )
 from calibatt_compiler.plan.order import TokenOrder
-from calibatt_compiler.plan.refine import SHARE_STEPS, SHARED, Refiner
+from calibatt_compiler.plan.refine import SHARE_STEPS, Refiner
 from calibatt_compiler.plan.schema import CfgMode
 
 
@@ -181,16 +182,14 @@ def derive_plan(
     for record in records[1:]:
         check_alike(first, record)
     sites = {}
-    added = blocks = 0
     for size in first.sites:
         by_step = [
             _pattern(store, records, size, step, selection) for step in range(len(first.timesteps))
         ]
-        site = refiner.site(SitePatterns.share(by_step, size.head_dim))
+        draw = None
         if selection.sample_power is not None:
-            site = _sampled(store, records, size, site, by_step, selection.sample_power)
-            added += sum(site.at(step).kept - one.kept for step, one in enumerate(by_step))
-            blocks += len(by_step) * site.size.blocks
+            draw = partial(_sampled, store, records, size, by_step, selection.sample_power)
+        site = refiner.site(SitePatterns.share(by_step, size.head_dim), draw)
         # Packed, since all sites of a large model don't fit into memory as bits.
         sites[size.name] = site.packed()
     video = math.prod(first.grid)
@@ -224,8 +223,6 @@ def derive_plan(
         quality={
             **_quality(records, selection),
             **refiner.figures(),
-            # A sample that steps share has as many blocks as theirs have on average.
-            **({SHARED: added / blocks} if blocks and selection.share_steps is not None else {}),
             **repetition_figures(list(sites.values()), selection.gamma),
             **orders.figures(store.folder),
         },
@@ -283,9 +280,9 @@ def _sampled(
     store: RunStore,
     records: Sequence[InputRecord],
     size: SiteSize,
-    site: SitePatterns,
     by_step: Sequence[BlockPattern],
     power: float,
+    site: SitePatterns,
 ) -> SitePatterns:
     """Sample as many blocks as each row of a mask keeps; those of text stay, with weight 1.
 

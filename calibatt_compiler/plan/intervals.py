@@ -72,7 +72,7 @@ def runs_of(values: npt.NDArray[np.int16]) -> tuple[Intervals, npt.NDArray[np.in
     row, start = np.nonzero(change[:, :-1] & (values >= 0))
     _, end = np.nonzero(change[:, 1:] & (values >= 0))
     counts = np.bincount(row, minlength=rows)
-    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    offsets = sums_before(counts).astype(np.int32)
     runs = Intervals(offsets, start.astype(np.int32), (end + 1).astype(np.int32))
     return runs, values[row, start]
 

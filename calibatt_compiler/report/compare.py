@@ -182,7 +182,7 @@ def compare(
             if label != first and index >= further:
                 continue
             frames, seconds, _ = comparer.video(modules[label], case)
-            quality = measure(dense, frames)
+            quality = measure(dense, frames, device)
             results[label].append(
                 VideoResult(case.prompt, case.seed, quality, seconds, dense_seconds)
             )

@@ -87,7 +87,8 @@ def test_disk_is_told_within_a_tenth(
     assert told.run_bytes == pytest.approx(run, rel=0.01)
     # Of the plan what is told is a bound: its codes are shorter than its bits.
     patterns = [p for s in Plan.load(out).sites.values() for p in s.patterns]
-    bits = sum(p.bits.nbytes + (p.weights is not None and p.weights.nbytes) for p in patterns)
+    arrays = [array for p in patterns for array in (p.bits, p.weights) if array is not None]
+    bits = sum(array.nbytes for array in arrays)
     written = out.stat().st_size
     assert written <= told.plan_bytes <= 1.1 * (written + bits)
     assert told.disk_bytes == told.run_bytes + told.plan_bytes

@@ -179,6 +179,23 @@ def assert_attention(accuracy: Callable[..., Accuracy]) -> Callable[..., None]:
     return check
 
 
+@pytest.fixture
+def flash_attention() -> Callable[..., tuple[Tensor, Tensor]]:
+    """Attention under a pattern, `flash_attention(q, k, v, pattern)`: exactly, in float64, and as
+    FlashAttention rounds it, probabilities and output in the dtype of the operands.
+    """
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern) -> tuple[Tensor, Tensor]:
+        scores = q.double() @ k.double().mT / math.sqrt(q.shape[-1])
+        scores = scores.masked_fill(~pattern.token_mask().to(q.device), -math.inf)
+        p = (scores - scores.amax(-1, keepdim=True)).exp()
+        total = p.sum(-1, keepdim=True)
+        exact = p @ v.double() / total
+        return exact, (p.to(q.dtype).double() @ v.double() / total).to(q.dtype)
+
+    return attend
+
+
 @pytest.fixture(scope="session")
 def interpreter() -> Any:
     """The module that interprets Gluon kernels."""
