@@ -18,6 +18,10 @@ DTYPES = (torch.bfloat16, torch.float16)
 MAX_BLOCKS = (1 << 15) - 1
 """Query or key blocks: two numbers share each 32-bit word of the tables."""
 
+DENSE_FROM = 1 << 14
+"""Keys from which on it serves dense attention too: there a GPU is far from waiting for its host,
+and it was 1.27 times as fast as cuDNN's kernel at twice that (`benchmarks/RESULTS.md`)."""
+
 # What the kernel asks of Gluon, by module; of the names in a tuple one is enough (they changed).
 _GLUON = "triton.experimental.gluon"
 _NEEDED: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -72,6 +76,21 @@ def hopper_serves(
         pattern: which blocks are kept.
     """
     return device_reason(device) or operand_reason(dtype, head_dim, pattern) or gluon_reason()
+
+
+def dense_is_faster(
+    device: torch.device, dtype: torch.dtype, head_dim: int, pattern: BlockPattern
+) -> bool:
+    """Whether the Hopper kernel is the fastest for a pattern that keeps every block.
+
+    Args:
+        device: of the operands.
+        dtype: of the operands.
+        head_dim: of the operands.
+        pattern: which keeps every block.
+    """
+    long = pattern.key_length >= DENSE_FROM
+    return long and hopper_serves(device, dtype, head_dim, pattern) is None
 
 
 def device_reason(device: torch.device) -> str | None:

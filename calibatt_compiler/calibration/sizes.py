@@ -23,7 +23,7 @@ from calibatt_compiler.plan.schema import (
     Sampler,
     SiteRecord,
 )
-from calibatt_compiler.plan.stored import Entries, Entry
+from calibatt_compiler.plan.stored import KEPT_WEIGHTS, Entries, Entry
 from calibatt_compiler.version import PRODUCER
 
 SELECTION = 112
@@ -101,12 +101,12 @@ class Sizes:
         self, thresholds: Mapping[str, float], inputs: int, *, weighted: bool = False
     ) -> int:
         """Bytes of the plan's file if no two steps share a pattern and no code is shorter than
-        what it stands for: at most. Calibrated masks take about a tenth of it, weights a third.
+        what it stands for: at most. Calibrated masks take about a tenth of it, weights a twentieth.
         """
         steps = len(self.record.timesteps)
         sites = tuple(self._site(size, steps, weighted) for size in self.record.sites)
         copied = any(map(self._copies, self.record.sites))
-        used = {"repetition": copied, "weights": weighted}
+        used = {KEPT_WEIGHTS: weighted, "repetition": copied}
         figures = ["best_20_percent_share", "input_kept_mass", SHARED]
         metadata = PlanMetadata(
             producer=PRODUCER,
@@ -130,7 +130,7 @@ class Sizes:
             of_step: tuple[Entry, ...] = (("bits", "deflate/previous", bits // steps),)
             if weighted:
                 blocks = size.heads * math.prod(self._blocks(size))
-                of_step += (("weights", "deflate/previous", blocks),)
+                of_step += ((KEPT_WEIGHTS, "deflate/previous", blocks),)
             if self._copies(size):
                 of_step += (("repetitive", "deflate/previous", size.heads),)
             entries[size.name] = (of_step,) * steps

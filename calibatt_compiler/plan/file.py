@@ -27,6 +27,7 @@ from calibatt_compiler.errors import PlanFormatError
 from calibatt_compiler.files import replacing
 from calibatt_compiler.plan.schema import KNOWN_FEATURES, SCHEMA_VERSION, PlanMetadata, SiteRecord
 from calibatt_compiler.plan.stored import (
+    KEPT_WEIGHTS,
     MAX_BYTES,
     Entries,
     PatternSize,
@@ -58,9 +59,6 @@ class StoredSite(pydantic.BaseModel):
 
 
 _INDEX = pydantic.TypeAdapter(dict[str, StoredSite])
-
-WEIGHTS = "/weights"
-"""Ends the name of the tensor with the weights of a site."""
 
 
 def to_json(metadata: PlanMetadata) -> str:
@@ -260,9 +258,10 @@ def _fits(metadata: PlanMetadata, site: SiteRecord, entries: Entries, tensor: to
     weighted, mixed = False, []
     for entry in entries:
         names = [name for name, *_ in entry]
-        if "bits" not in names or not set(names) <= known or len(set(names)) != len(names):
+        # What the others mean depends on the bits.
+        if names[:1] != ["bits"] or not set(names) <= known or len(set(names)) != len(names):
             return False
-        weighted |= "weights" in names
+        weighted |= KEPT_WEIGHTS in names
         mixed.append("repetitive" in names)
     length = sum(length for entry in entries for *_, length in entry)
     return (

@@ -28,7 +28,7 @@ from calibatt_compiler.plan.copies import RowCopies
 from calibatt_compiler.plan.order import TokenOrder
 
 SCHEMA_VERSION: Literal[2] = 2
-KNOWN_FEATURES = frozenset({"pooled_keys", "repetition", "token_order", "weights"})
+KNOWN_FEATURES = frozenset({"kept_weights", "pooled_keys", "repetition", "token_order"})
 """Values of `PlanMetadata.requires` that this version can serve."""
 
 Size = Annotated[int, Field(ge=1, le=1 << 24)]
@@ -274,6 +274,6 @@ def features(token_order: str, sites: Iterable[SiteRecord]) -> frozenset[str]:
         "pooled_keys": any(site.pooled for site in sites),
         "repetition": any(site.head_forms == "mixed" for site in sites),
         "token_order": token_order != "raster",
-        "weights": any(site.weighted for site in sites),
+        "kept_weights": any(site.weighted for site in sites),
     }
     return frozenset(name for name, is_used in used.items() if is_used)

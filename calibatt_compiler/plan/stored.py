@@ -24,6 +24,9 @@ is decoded from the one before it."""
 MAX_BYTES = 1 << 28
 """Most bytes of one array: above it a size is taken for damage. 720p videos take 1.7 MB."""
 
+KEPT_WEIGHTS = "kept_weights"
+"""Weights are written of the kept blocks alone: one byte each, row by row."""
+
 Entry = tuple[str, encoding.Method, Annotated[int, Field(ge=0, le=1 << 40)]]
 """One array of a pattern: its name, how it is written, and in how many bytes."""
 
@@ -73,11 +76,14 @@ class PatternSize:
 
 
 def layout(size: PatternSize) -> dict[str, tuple[type[np.generic], tuple[int, ...]]]:
-    """Return dtype and shape of each array that a pattern of this size may have, by name."""
+    """Return dtype and shape of each array that a pattern of this size may have, by name.
+
+    The weights are meant as the pattern has them, 0 where a block is dropped.
+    """
     rows = (size.heads, size.query_blocks)
     return {
         "bits": (np.uint8, (*rows, (size.key_blocks + 7) // 8)),
-        "weights": (np.uint8, (*rows, size.key_blocks)),
+        KEPT_WEIGHTS: (np.uint8, (*rows, size.key_blocks)),
         "repetitive": (np.uint8, (size.heads,)),
     }
 
@@ -92,7 +98,7 @@ def layout_bytes(size: PatternSize) -> int:
 def arrays_of(pattern: BlockPattern) -> dict[str, npt.NDArray[Any]]:
     """Return the arrays that a pattern consists of, by name: `bits`, and others if it has them."""
     repetitive = None if pattern.repetitive is None else pattern.repetitive.view(np.uint8)
-    others = {"weights": pattern.weights, "repetitive": repetitive}
+    others = {KEPT_WEIGHTS: pattern.weights, "repetitive": repetitive}
     return {"bits": pattern.bits, **{k: array for k, array in others.items() if array is not None}}
 
 
@@ -113,11 +119,17 @@ def pattern_of(size: PatternSize, arrays: Mapping[str, npt.NDArray[Any]]) -> Blo
         size.block_m,
         size.block_n,
         arrays["bits"],
-        arrays.get("weights"),
+        arrays.get(KEPT_WEIGHTS),
         size.pooled,
         size.copies,
         None if repetitive is None else repetitive.astype(np.bool_),
     )
+
+
+def _kept(bits: npt.NDArray[np.uint8], columns: int) -> npt.NDArray[np.bool_]:
+    """Return for each block whether it is kept, bool (heads * query_blocks * key_blocks,)."""
+    found = np.unpackbits(bits, axis=-1, count=columns, bitorder="little")
+    return found.reshape(-1).view(np.bool_)
 
 
 def repetitive_heads(pattern: BlockPattern) -> int:
@@ -185,7 +197,7 @@ class StoredPatterns(Sequence[BlockPattern]):
     @property
     def weighted(self) -> bool:
         """Whether a pattern has weights."""
-        return any(name == "weights" for entry in self.entries for name, *_ in entry)
+        return any(name == KEPT_WEIGHTS for entry in self.entries for name, *_ in entry)
 
     @classmethod
     def pack(cls, patterns: Sequence[BlockPattern]) -> StoredPatterns:
@@ -197,7 +209,11 @@ class StoredPatterns(Sequence[BlockPattern]):
         for pattern in patterns:
             arrays, entry = arrays_of(pattern), []
             for name, array in arrays.items():
-                method, code = encoding.encode(array, previous.get(name))
+                data, before = encoding.as_bytes(array), previous.get(name)
+                if name == KEPT_WEIGHTS:
+                    kept = _kept(arrays["bits"], pattern.key_blocks)
+                    data, before = data[kept], None if before is None else before[kept]
+                method, code = encoding.encode(data, before)
                 entry.append((name, method, len(code)))
                 codes.append(code)
             entries.append(tuple(entry))
@@ -237,12 +253,18 @@ class StoredPatterns(Sequence[BlockPattern]):
     ) -> dict[str, encoding.Bytes]:
         known = layout(self.size)
         at = self._starts[index]
-        found = {}
+        found: dict[str, encoding.Bytes] = {}
         for name, method, length in self.entries[index]:
             dtype, shape = known[name]
             size = math.prod(shape) * np.dtype(dtype).itemsize
-            code = self.code[at : at + length]
-            found[name] = encoding.decode(method, code, size, previous.get(name))
+            code, before = self.code[at : at + length], previous.get(name)
+            if name == KEPT_WEIGHTS:
+                kept = _kept(found["bits"].reshape(known["bits"][1]), self.size.key_blocks)
+                before = None if before is None else before[kept]
+                found[name] = np.zeros(size, np.uint8)
+                found[name][kept] = encoding.decode(method, code, int(kept.sum()), before)
+            else:
+                found[name] = encoding.decode(method, code, size, before)
             at += length
         return found
 

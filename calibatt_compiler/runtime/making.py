@@ -10,6 +10,7 @@ from typing import cast
 import torch
 
 from calibatt_compiler.kernels.attention import AttentionKernel, make_attention
+from calibatt_compiler.kernels.hopper_capability import dense_is_faster
 from calibatt_compiler.options import Lowering, Softmax
 from calibatt_compiler.plan import Plan
 from calibatt_compiler.plan.pattern import BlockPattern
@@ -52,12 +53,23 @@ class SiteKernels:
             for step, index in enumerate(site.steps)
             if site.density_at(step) == 1.0 and not site.repetitive_at(step)
         }
-        # A pattern that keeps everything is served best by the stock dense kernel. One whose copied
-        # rows save no block still copies them: the plan says what is computed, not its blocks.
-        self._dense = set() if self.lowering == "reference" or site.weighted else full
+        # One whose copied rows save no block still copies them: the plan says what is computed, not
+        # its blocks.
+        self._full = set() if self.lowering == "reference" or site.weighted else full
+        where = (self.device, self.dtype, self.head_dim)
+        kept = self._full and site.patterns[min(self._full)]
+        own = self.hopper and kept and dense_is_faster(*where, kept)
+        self._dense = set() if own else self._full
+
+    def is_full(self, index: int) -> bool:
+        """Whether a pattern is dense attention, for which the order of tokens does not matter."""
+        return index in self._full
 
     def is_dense(self, index: int) -> bool:
-        """Whether stock dense attention serves a pattern at the plan's own lengths."""
+        """Whether stock dense attention serves a pattern at the plan's own lengths.
+
+        It serves those that keep everything, unless the Hopper kernel does so faster.
+        """
         return index in self._dense
 
     def pattern(self, index: int, lengths: Hashable) -> BlockPattern:

@@ -120,7 +120,8 @@ class SparseSite:
         self.calls[kernel.kind] += 1
         if variant is None:
             self._note(self._steps[step], kernel)
-        orders = [None if ordered else self._rearrangement(length) for length in lengths]
+        as_is = ordered or (variant is None and self._made.is_full(self._steps[step]))
+        orders = [None if as_is else self._rearrangement(length) for length in lengths]
         out = attend_in_order(kernel, q, k, v, scale, (orders[0], orders[1]))
         self._kernels.launched(self._name)
         if self.monitor is not None and self.monitor.due():

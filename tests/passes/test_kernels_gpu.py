@@ -70,6 +70,26 @@ def test_results_are_those_of_kernels_that_are_held(share: float) -> None:
     assert store.counts.ahead > 0 or share < 1
 
 
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="needs a Hopper GPU",
+)
+@pytest.mark.parametrize(("blocks", "kinds"), [(128, ("hopper-table",)), (16, ("sdpa",))])
+def test_the_hopper_kernel_serves_long_dense_sequences(blocks: int, kinds: tuple[str]) -> None:
+    tokens = 128 * blocks
+    masks = {"a": torch.ones(1, 2, blocks, blocks, dtype=torch.bool)}
+    plan = Plan.from_masks(masks, (1, blocks, 128), [1.0])
+    options: Any = {"device": torch.device("cuda", 0), "dtype": torch.bfloat16, "head_dim": 128}
+    site = SparseSite(plan, "a", lowering="table", **options)
+    q, k, v = (
+        torch.randn(1, 2, tokens, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3)
+    )
+    got = site.attend(q, k, v, 1.0, 128**-0.5)
+    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    assert site.kinds == kinds
+    assert (got - dense).float().norm() <= 0.01 * dense.float().norm()
+
+
 def test_a_timestep_is_read_when_the_device_has_come_to_it() -> None:
     busy = torch.randn(4096, 4096, device="cuda")
     values = torch.arange(50, dtype=torch.float32, device="cuda")

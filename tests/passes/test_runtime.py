@@ -190,6 +190,33 @@ def test_kernels_are_made_when_their_step_comes(
     assert site.calls == {"native-cpu": 4, sites.DENSE_FULL: 1}
 
 
+def test_a_kernel_that_is_faster_serves_dense_patterns_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In whichever order the tokens are: dense attention does not ask."""
+    monkeypatch.setattr(making, "dense_is_faster", lambda *where: True)
+    asked: list[int] = []
+    rearrangement = sites.rearrangement
+    monkeypatch.setattr(
+        sites, "rearrangement", lambda *a, **kw: asked.append(1) or rearrangement(*a, **kw)
+    )
+    patterns = [BlockPattern.from_mask(mask, block=(16, 16)) for mask in stepped_masks(2)]
+    plan = Plan.create(
+        {"a": SitePatterns.share(patterns, 8)},
+        grid=(2, 6, 8),
+        sampler=Sampler(timesteps=(2.0, 1.0)),
+        token_order=TokenOrder.parse("2x2x2"),
+    )
+    options: Any = {"device": torch.device("cpu"), "dtype": torch.float32, "head_dim": 8}
+    site = sites.SparseSite(plan, "a", lowering="table", **options)
+    q, k, v = (torch.randn(1, 2, 96, 8) for _ in range(3))
+    got = site.attend(q, k, v, 1.0, 8**-0.5)
+    assert site.calls == {"native-cpu": 1}
+    assert not asked
+    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(got, dense, rtol=1e-5, atol=1e-5)
+    site.attend(q, k, v, 2.0, 8**-0.5)
+    assert asked
+
+
 def test_what_has_no_kernel_is_known_at_once() -> None:
     """Also where the first steps are dense, which any device serves."""
     masks = stepped_masks(4).flip(0)

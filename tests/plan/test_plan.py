@@ -263,7 +263,7 @@ def test_weights_pooling_and_token_order_are_stored(tmp_path):
         sampler=Sampler(timesteps=tuple(timesteps)),
         token_order=TokenOrder((1, 2, 2)),
     )
-    assert plan.metadata.requires == ("pooled_keys", "token_order", "weights")
+    assert plan.metadata.requires == ("kept_weights", "pooled_keys", "token_order")
     plan.save(tmp_path / "a.calibatt")
     read = Plan.load(tmp_path / "a.calibatt")
     assert read == plan
