@@ -30,10 +30,10 @@ class CalibrationConfig:
             4-step models) if the sampler takes 8 steps or fewer.
         rho: a block is kept if this share of the inputs, or more, keeps it; in [0, 1].
         share_steps: consecutive steps of a site whose masks agree at least this much
-            (intersection over union, in (0, 1]) share one pattern, the OR of theirs, or one sample
-            of as many blocks; 0.97 is the paper's. None, or 1: only equal masks are shared.
-            `calibatt_compiler.plan.share_steps` states the rule and does the same to a finished
-            plan.
+            (intersection over union, in (0, 1]) share one pattern, the OR of theirs; 0.97 is the
+            paper's. None, or 1: only equal masks are shared. `calibatt_compiler.plan.share_steps`
+            states the rule and does the same to a finished plan. With `sample_power` each step
+            has a sample of its own: errors of one that steps share would add up.
         merge_budget: density, in [0, 1), that may be added to each pattern by filling the
             smallest gaps between its intervals: fewer, longer intervals run faster. None: gaps
             stay. `calibatt_compiler.plan.merge_intervals` does the same to a finished plan.

@@ -170,8 +170,9 @@ def estimate(
         thresholds |= {"gamma": config.gamma, "anchor_rows": float(config.anchor_rows)}
     if config.sample_power is not None:
         thresholds["sample_power"] = config.sample_power
-    thresholds |= Refiner(config.share_steps, config.merge_budget).thresholds()
     weighted = config.sample_power is not None
+    share_steps = None if weighted else config.share_steps
+    thresholds |= Refiner(share_steps, config.merge_budget).thresholds()
     host_bytes = sizes.host_bytes(weighted=weighted)
     plan_bytes = sizes.plan_bytes(thresholds, len(inputs), weighted=weighted)
     return Estimate(

@@ -8,7 +8,6 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -54,6 +53,7 @@ class Selection:
         thresholds: A, C and k to select with again, from stored energies; None: the masks as they
             were selected while recording.
         share_steps: as in `calibatt_compiler.plan.share_steps`; None: steps share equal masks only.
+            Without effect on samples, of which each step has its own.
         merge_budget: as in `calibatt_compiler.plan.merge_intervals`; None: gaps stay.
         pooled: keys that each dropped block is pooled to.
         sample_power: as in `CalibrationConfig`; needs stored energies.
@@ -168,7 +168,10 @@ def derive_plan(
     check_rho(selection.rho)
     check_gamma(selection.gamma)
     check_sample(selection.sample_power, selection.merge_budget)
-    refiner = Refiner(selection.share_steps, selection.merge_budget)
+    power = selection.sample_power
+    # Steps that shared a sample would share its errors.
+    share_steps = selection.share_steps if power is None else None
+    refiner = Refiner(share_steps, selection.merge_budget)
     if not names:
         raise CalibrationError(
             "there is nothing to make a plan from",
@@ -186,10 +189,14 @@ def derive_plan(
         by_step = [
             _pattern(store, records, size, step, selection) for step in range(len(first.timesteps))
         ]
-        draw = None
-        if selection.sample_power is not None:
-            draw = partial(_sampled, store, records, size, by_step, selection.sample_power)
-        site = refiner.site(SitePatterns.share(by_step, size.head_dim), draw)
+        if power is not None:
+            by_step = [
+                _sampled(store, records, size, step, pattern, power)
+                for step, pattern in enumerate(by_step)
+            ]
+        site = SitePatterns.share(by_step, size.head_dim)
+        if power is None:
+            site = refiner.site(site)
         # Packed, since all sites of a large model don't fit into memory as bits.
         sites[size.name] = site.packed()
     video = math.prod(first.grid)
@@ -211,7 +218,7 @@ def derive_plan(
             "C": used.C,
             "k": used.k,
             "rho": float(selection.rho),
-            **({} if selection.sample_power is None else {"sample_power": selection.sample_power}),
+            **({} if power is None else {"sample_power": power}),
             **repetition_settings(records, selection.gamma),
             **refiner.thresholds(),
             **{f"raised:{name}": value for name, value in selection.raised.items()},
@@ -280,48 +287,35 @@ def _sampled(
     store: RunStore,
     records: Sequence[InputRecord],
     size: SiteSize,
-    by_step: Sequence[BlockPattern],
+    step: int,
+    pattern: BlockPattern,
     power: float,
-    site: SitePatterns,
-) -> SitePatterns:
-    """Sample as many blocks as each row of a mask keeps; those of text stay, with weight 1.
-
-    Steps that share a pattern in `site` share a sample: drawn by the mean of their energies, of as
-    many blocks a row as their own masks, `by_step`, keep on average. Nothing is lost by that, as
-    it would be with the highest blocks, of which another step may need others.
-    """
+) -> BlockPattern:
+    """Sample as many blocks as each row of a pattern keeps; those of text stay, with weight 1."""
     first = records[0]
     text = text_blocks(size.key_length, math.prod(first.grid), first.block[1], first.text)
-    sampled = []
-    for index, pattern in enumerate(site.patterns):
-        steps = [step for step, other in enumerate(site.steps) if other == index]
-        shape = pattern.heads, pattern.query_blocks, pattern.key_blocks
-        total = torch.zeros(shape, dtype=torch.float64)
-        kept = torch.zeros(shape[:2], dtype=torch.float64)
-        votes = 0
-        for step in steps:
-            kept += by_step[step].mask().sum(-1)
-            for record in records:
-                energy = torch.from_numpy(store.energy(record, size.name, step))
-                total += energy.double().sum(0)
-                votes += len(energy)
-        # Rows that a repetitive head does not compute have no blocks; their sample is not taken.
-        counts = (kept / len(steps)).round().long()
-        counts = counts.clamp_min(1 if text is None else max(1, int(text.sum())))
-        drawn, weight = sample(total / votes, counts, power, text)
-        sampled.append(
-            BlockPattern.from_mask(
-                drawn,
-                query_length=size.query_length,
-                key_length=size.key_length,
-                block=first.block,
-                weight=weight,
-                pooled=pattern.pooled,
-                repetitive=pattern.repetitive,
-                copies=pattern.copies,
-            )
-        )
-    return SitePatterns.share([sampled[index] for index in site.steps], site.head_dim)
+    total = torch.zeros(
+        (pattern.heads, pattern.query_blocks, pattern.key_blocks), dtype=torch.float64
+    )
+    votes = 0
+    for record in records:
+        energy = torch.from_numpy(store.energy(record, size.name, step))
+        total += energy.double().sum(0)
+        votes += len(energy)
+    # Rows that a repetitive head does not compute have no blocks; their sample is not taken.
+    least = 1 if text is None else max(1, int(text.sum()))
+    counts = pattern.mask().sum(-1).clamp_min(least)
+    drawn, weight = sample(total / votes, counts, power, text, step=step)
+    return BlockPattern.from_mask(
+        drawn,
+        query_length=size.query_length,
+        key_length=size.key_length,
+        block=first.block,
+        weight=weight,
+        pooled=pattern.pooled,
+        repetitive=pattern.repetitive,
+        copies=pattern.copies,
+    )
 
 
 def _select_again(

@@ -4,14 +4,11 @@ Keeping the blocks of most energy and renormalising leaves out the broad tail of
 is a bias. Here block `c` of a row is kept with probability p_c and then counts 1 / p_c times: over
 samples, the sums of the softmax are those of all blocks. p_c is in proportion to a power of its
 mean energy and 1 where that would pass 1, so the blocks that matter are still kept for certain.
+The sample is systematic: it is spread evenly over the row (Madow, Ann. Math. Stat. 20, 1949).
 
-Each block has a number of its own, the same at every step, and is kept where that is small for its
-chance (Pareto sampling: Rosen, J. Stat. Plan. Inference 62, 1997; permanent numbers: Ohlsson,
-Business Survey Methods ch. 9, 1995). So neighbouring steps, whose energies differ little, keep
-nearly the same blocks, as the masks of the highest do: the plan is as small, and steps can share.
-The numbers are evenly spread along a row, and from row to row, and so is what is kept: that lowers
-the error of a layer below that of random numbers (`benchmarks/RESULTS.md`), for chances that are
-met less exactly.
+Each step draws its own sample, as far from those of the steps before as it can be. A video is a sum
+over steps: errors of different samples cancel in it, those of one sample add up. Keeping the same
+blocks as long as their chances allow cost 5 dB (`benchmarks/RESULTS.md`).
 """
 
 from __future__ import annotations
@@ -23,20 +20,20 @@ from torch import Tensor
 
 from calibatt_compiler.plan.weights import MAX_WEIGHT
 
-ALONG_ROW, FROM_ROW_TO_ROW = 0.6180339887498949, 0.7548776662466927
-"""Multiples of the inverse golden ratio, and of the inverse plastic number: of all numbers they
-stay furthest from a period, such as that of the frames of a video would be."""
+FROM_ROW_TO_ROW, FROM_STEP_TO_STEP = 0.6180339887498949, 0.7548776662466927
+"""Rows and steps start their samples at multiples of these, modulo 1: evenly spread, and always the
+same. The inverse golden ratio and the inverse plastic number."""
 
 WEIGHTS_AN_OCTAVE = 2
-"""Weights are rounded to powers of two with this denominator. That adds less than 1 % to the error
-of a layer, and makes a plan half as large (`benchmarks/RESULTS.md`)."""
+"""Weights are rounded to powers of two with this denominator: that halves what they take in a plan
+and changes no video by more than 0.7 dB, up or down (`benchmarks/RESULTS.md`)."""
 
 LOWEST = 1e-9
 """Energy that a block is taken to have at least, so that each has a chance."""
 
 
 def sample(
-    energy: Tensor, counts: Tensor, power: float, always: Tensor | None = None
+    energy: Tensor, counts: Tensor, power: float, always: Tensor | None = None, *, step: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Sample blocks and weigh them.
 
@@ -45,6 +42,7 @@ def sample(
         counts: int64 (heads, query_blocks), how many blocks each row keeps.
         power: of the energy that probabilities are in proportion to.
         always: bool (key_blocks,), blocks kept for certain, as those of text are.
+        step: the diffusion step; others draw others.
 
     Returns:
         bool mask of exactly `counts` blocks a row, and the weights, float64, both like `energy`.
@@ -52,33 +50,24 @@ def sample(
     counts = counts.cpu()
     score = energy.detach().cpu().double().clamp_min(LOWEST) ** power
     p = inclusion(score, counts, None if always is None else always.cpu())
-    return draw(p, counts, numbers(p.shape)), rounded(1 / p)
+    row = torch.arange(1, counts.numel() + 1, dtype=torch.float64).view(counts.shape)
+    return draw(p, row * FROM_ROW_TO_ROW + step * FROM_STEP_TO_STEP), rounded(1 / p)
 
 
-def numbers(shape: torch.Size) -> Tensor:
-    """The number of each block, float64 between 0 and 1, (heads, query_blocks, key_blocks)."""
-    heads, rows, columns = shape
-    row = torch.arange(heads * rows, dtype=torch.float64).view(heads, rows, 1)
-    column = torch.arange(columns, dtype=torch.float64)
-    found = (row * FROM_ROW_TO_ROW + (column + 1) * ALONG_ROW).frac()
-    return found.clamp(1e-9, 1 - 1e-9)
-
-
-def draw(p: Tensor, counts: Tensor, number: Tensor) -> Tensor:
-    """Keep the blocks whose numbers have the smallest odds for their chance.
+def draw(p: Tensor, start: Tensor) -> Tensor:
+    """Keep blocks with given probabilities, spread evenly over each row.
 
     Args:
-        p: float64 (heads, query_blocks, key_blocks), from `inclusion`.
-        counts: int64 (heads, query_blocks), the sum of each row.
-        number: like `p`, between 0 and 1, evenly distributed.
+        p: float64 (heads, query_blocks, key_blocks), rows of which sum to whole numbers.
+        start: float64 (heads, query_blocks), where the samples start, modulo 1.
 
     Returns:
-        bool mask like `p`, of exactly `counts` blocks a row; those with p = 1 are among them.
+        bool mask like `p`, of as many blocks a row as the sum says.
     """
-    odds = number * (1 - p) / (p * (1 - number))
-    order = odds.argsort(dim=-1, stable=True)
-    first = torch.arange(p.shape[-1]) < counts.unsqueeze(-1)
-    return torch.empty_like(first).scatter_(-1, order, first)
+    # Never at 0 or 1 itself, where rounding could keep one block more or less than asked for.
+    first = start.frac().clamp(1e-6, 1 - 1e-6).unsqueeze(-1)
+    upper = p.cumsum(-1) + first
+    return (upper.floor() > (upper - p).floor()) | (p == 1)
 
 
 def rounded(weight: Tensor) -> Tensor:

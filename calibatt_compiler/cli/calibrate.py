@@ -81,7 +81,7 @@ def calibrate(
             "--share-steps",
             metavar="IOU",
             help="Consecutive steps whose masks agree this much (intersection over union) share "
-            "one, or one sample: a smaller plan. 1 shares equal masks only.",
+            "one: a smaller plan. 1 shares equal masks only; samples are never shared.",
             rich_help_panel=_HOW,
         ),
     ] = 0.97,

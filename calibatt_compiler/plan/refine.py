@@ -5,7 +5,6 @@ Both only ever add blocks, so the attention mass that each query block keeps nev
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -96,14 +95,11 @@ class Refiner:
         if budget is not None and not (_number(budget) and 0 <= budget < 1):
             raise _error("merge_budget", "a share of all blocks in [0, 1), or None", budget)
 
-    def site(
-        self, site: SitePatterns, sample: Callable[[SitePatterns], SitePatterns] | None = None
-    ) -> SitePatterns:
+    def site(self, site: SitePatterns) -> SitePatterns:
         """Return the refined patterns of one site.
 
         Args:
             site: patterns whose kept blocks count once.
-            sample: draws others in the place of shared patterns; what it adds counts as shared.
 
         Raises:
             PlanError: its blocks have weights, which would not fit more blocks.
@@ -120,9 +116,6 @@ class Refiner:
         self._blocks += len(site.steps) * site.size.blocks
         if self.share_steps is not None:
             site = _share(site, Fraction(str(self.share_steps)))
-        if sample is not None:
-            site = sample(site)
-        if self.share_steps is not None:
             self._shared += _kept(site) - kept
             kept = _kept(site)
         if self.merge_budget is not None:

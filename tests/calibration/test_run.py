@@ -16,7 +16,6 @@ from calibatt_compiler.calibration.store import RunStore
 from calibatt_compiler.errors import CalibrationError, OptionError
 from calibatt_compiler.plan import Plan, merge_intervals, share_steps
 from calibatt_compiler.plan.order import RASTER, TokenOrder
-from calibatt_compiler.plan.refine import SHARED
 
 TOKENS = 150
 TIMESTEPS = (900.0, 500.0, 100.0)
@@ -328,7 +327,7 @@ def test_a_sample_is_as_dense_as_the_highest_blocks(model: Model, tmp_path: Path
     config = replace(CONFIG, keep_energies=True, sample_power=0.65, run_folder=tmp_path / "run")
     plan = observe(model, config)
     assert plan_from_run(tmp_path / "run", sample_power=0.65) == plan
-    highest = plan_from_run(tmp_path / "run")
+    highest = plan_from_run(tmp_path / "run", share_steps=None)
     for site in plan.sites:
         for step in range(plan.steps):
             one, two = plan.block_mask(site, step), highest.block_mask(site, step)
@@ -339,25 +338,16 @@ def test_a_sample_is_as_dense_as_the_highest_blocks(model: Model, tmp_path: Path
     assert Plan.load(tmp_path / "a.calibatt") == plan
 
 
-def test_steps_that_share_a_mask_share_a_sample(model: Model, tmp_path: Path) -> None:
+def test_each_step_has_a_sample_of_its_own(model: Model, tmp_path: Path) -> None:
     config = replace(CONFIG, keep_energies=True, sample_power=1.0, run_folder=tmp_path / "run")
-    alone = observe(model, config)
-    shared = plan_from_run(tmp_path / "run", sample_power=1.0, share_steps=0.5)
+    plan = observe(model, config)
     highest = plan_from_run(tmp_path / "run", share_steps=0.5)
     assert any(len(set(site.steps)) < len(site.steps) for site in highest.sites.values())
-    plain = plan_from_run(tmp_path / "run")
-    for name, site in shared.sites.items():
-        assert site.steps == highest.sites[name].steps
-        assert len(site.patterns) <= len(alone.sites[name].patterns)
-        for index, pattern in enumerate(site.patterns):
-            steps = [step for step, other in enumerate(site.steps) if other == index]
-            kept = [plain.block_mask(name, step).sum(-1).double() for step in steps]
-            mean = torch.stack(kept).mean(0).round()
-            assert torch.equal(pattern.mask().sum(-1).double(), mean)
-    assert any(site.weighted for site in shared.sites.values())
-    added = shared.density() - plain.density()
-    assert abs(shared.metadata.quality[SHARED] - added) < 1e-9
-    assert abs(added) < highest.density() - plain.density()
+    assert plan_from_run(tmp_path / "run", sample_power=1.0, share_steps=0.5) == plan
+    assert "share_steps" not in plan.metadata.thresholds
+    for site in plan.sites.values():
+        sampled = [step for step in range(plan.steps) if site.density_at(step) < 1]
+        assert len({site.steps[step] for step in sampled}) == len(sampled)
     with pytest.raises(OptionError, match="merge_budget"):
         plan_from_run(tmp_path / "run", sample_power=1.0, merge_budget=0.1)
 
