@@ -56,9 +56,13 @@ class SiteKernels:
         # One whose copied rows save no block still copies them: the plan says what is computed, not
         # its blocks.
         self._full = set() if self.lowering == "reference" or site.weighted else full
-        where = (self.device, self.dtype, self.head_dim)
-        kept = self._full and site.patterns[min(self._full)]
-        own = self.hopper and kept and dense_is_faster(*where, kept)
+        own = (
+            bool(self._full)
+            and self.hopper
+            and dense_is_faster(
+                self.device, self.dtype, self.head_dim, site.patterns[min(self._full)]
+            )
+        )
         self._dense = set() if own else self._full
 
     def is_full(self, index: int) -> bool:
@@ -102,6 +106,8 @@ class SiteKernels:
             full = pattern.density == 1.0 and pattern.repetitive is None
             if full and lowering != "reference":
                 return None
+        elif self.is_full(index):
+            lowering = "table"  # there are no indices worth a kernel of its own
         return make_attention(
             pattern,
             lowering=lowering,
