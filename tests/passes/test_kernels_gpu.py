@@ -74,13 +74,16 @@ def test_results_are_those_of_kernels_that_are_held(share: float) -> None:
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
     reason="needs a Hopper GPU",
 )
+@pytest.mark.parametrize("lowering", ["table", "baked"])
 @pytest.mark.parametrize(("blocks", "kinds"), [(128, ("hopper-table",)), (16, ("sdpa",))])
-def test_the_hopper_kernel_serves_long_dense_sequences(blocks: int, kinds: tuple[str]) -> None:
+def test_the_hopper_kernel_serves_long_dense_sequences(
+    blocks: int, kinds: tuple[str], lowering: Any
+) -> None:
     tokens = 128 * blocks
     masks = {"a": torch.ones(1, 2, blocks, blocks, dtype=torch.bool)}
     plan = Plan.from_masks(masks, (1, blocks, 128), [1.0])
     options: Any = {"device": torch.device("cuda", 0), "dtype": torch.bfloat16, "head_dim": 128}
-    site = SparseSite(plan, "a", lowering="table", **options)
+    site = SparseSite(plan, "a", lowering=lowering, **options)
     q, k, v = (
         torch.randn(1, 2, tokens, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3)
     )
