@@ -14,7 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from calibatt_compiler.errors import KernelError
-from calibatt_compiler.plan.intervals import expand, first_behind, runs_of_bits, sums_before
+from calibatt_compiler.plan.intervals import (
+    Intervals,
+    first_behind,
+    joined,
+    runs_of_bits,
+    sums_before,
+)
 from calibatt_compiler.plan.pattern import BlockPattern
 
 TILE_COST = 2
@@ -36,19 +42,22 @@ class KeyRuns:
 
     Attributes:
         offsets: int64 (rows + 1), first run of each row.
-        starts: int32 (runs), first key block of each run.
-        lengths: int32 (runs), at least 1.
+        words: int32 (runs), first key block of each run | its length, at least 1, << 16.
         blocks: int64 (rows), kept key blocks.
         below: int64 (rows), those of them below the first one taken.
         masked: int64 (rows), position of the last key block among those taken, or -1.
     """
 
     offsets: npt.NDArray[np.int64]
-    starts: Words
-    lengths: Words
+    words: Words
     blocks: npt.NDArray[np.int64]
     below: npt.NDArray[np.int64]
     masked: npt.NDArray[np.int64]
+
+    @property
+    def starts(self) -> Words:
+        """First key block of each run, int32 (runs)."""
+        return self.words & 0xFFFF
 
 
 @dataclass(frozen=True)
@@ -103,45 +112,70 @@ def key_runs(pattern: BlockPattern, first_blocks: npt.NDArray[np.int64] | None =
         first_blocks = diagonal_blocks(pattern)
     else:
         _check(pattern, first_blocks)
-    columns = pattern.key_blocks
     found = runs_of_bits(pattern.bits)
-    offsets, starts, ends = found.offsets, found.starts, found.ends
-    counts = np.diff(offsets)
-    lengths = ends - starts
-    before = sums_before(lengths)  # kept blocks of all runs before
-    blocks = np.diff(before[offsets])
-    rows = np.flatnonzero(counts)
-    # In each row the run with the first block taken: the first one that ends behind the block to
-    # start at, or the row's first.
-    wanted = first_blocks.reshape(-1)[rows]
-    at = first_behind(found, rows, wanted, columns)
-    wraps = at == offsets[rows + 1]
-    at = np.where(wraps, offsets[rows], at)
-    taken = np.where(wraps, starts[at], np.maximum(starts[at], wanted))
-    # That run falls apart into the block itself, what is left of it and what is right.
-    left, right = taken - starts[at], ends[at] - taken - 1
-    pieces = np.ones(len(starts), np.int32)
-    pieces[at] = (left > 0).astype(np.int32) + (right > 0)
-    made = sums_before(pieces)
-    firsts = sums_before(counts > 0)
-    new_offsets = made[offsets] + firsts
-    place = made[:-1] + np.repeat(firsts[1:], counts)
-    # A run without pieces is overwritten by what comes behind it: the next run, the first block of
-    # the next row, or the spare.
-    new_starts = np.empty(new_offsets[-1] + 1, np.int32)
-    new_lengths = np.empty(new_offsets[-1] + 1, np.int32)
-    of_left, of_right = place[at][left > 0], (place[at] + (left > 0))[right > 0]
-    new_starts[place], new_lengths[place] = starts, lengths
-    new_lengths[of_left] = left[left > 0]
-    new_starts[of_right], new_lengths[of_right] = (taken + 1)[right > 0], right[right > 0]
-    new_starts[new_offsets[rows]], new_lengths[new_offsets[rows]] = taken, 1
-    below = np.zeros(len(counts), np.int64)
-    below[rows] = before[at] - before[offsets[rows]] + left
-    to_the_end = ends[offsets[rows + 1] - 1] == columns
-    last = np.where(taken == columns - 1, 0, blocks[rows] - 1)
-    masked = np.full(len(counts), -1, np.int64)
+    split = _split(found, first_blocks.reshape(-1), pattern.key_blocks)
+    rows, at, taken = split.rows, split.at, split.taken
+    before = sums_before(found.ends - found.starts)  # kept blocks of all runs before
+    blocks = np.diff(before[found.offsets])
+    below = np.zeros(len(blocks), np.int64)
+    below[rows] = before[at] - before[found.offsets[rows]] + split.left
+    to_the_end = found.ends[found.offsets[rows + 1] - 1] == pattern.key_blocks
+    last = np.where(taken == pattern.key_blocks - 1, 0, blocks[rows] - 1)
+    masked = np.full(len(blocks), -1, np.int64)
     masked[rows] = np.where(to_the_end, last, -1)
-    return KeyRuns(new_offsets, new_starts[:-1], new_lengths[:-1], blocks, below, masked)
+    return KeyRuns(*_reordered(found, split), blocks, below, masked)
+
+
+class _Split(NamedTuple):
+    """Where the first block of each row that keeps any comes from; int64, one number a row.
+
+    Attributes:
+        rows: these rows.
+        at: the run that has the block.
+        taken: the block.
+        left: blocks of that run below it.
+        right: and above it.
+    """
+
+    rows: npt.NDArray[np.int64]
+    at: npt.NDArray[np.int64]
+    taken: npt.NDArray[np.int64]
+    left: npt.NDArray[np.int64]
+    right: npt.NDArray[np.int64]
+
+
+def _split(found: Intervals, first_blocks: npt.NDArray[np.int64], columns: int) -> _Split:
+    rows = np.flatnonzero(np.diff(found.offsets))
+    wanted = first_blocks[rows]
+    # The first run that ends behind the block to start at, or the row's first.
+    at = first_behind(found, rows, wanted, columns)
+    wraps = at == found.offsets[rows + 1]
+    at = np.where(wraps, found.offsets[rows], at)
+    start, end = found.starts[at].astype(np.int64), found.ends[at].astype(np.int64)
+    taken = np.where(wraps, start, np.maximum(start, wanted))
+    return _Split(rows, at, taken, taken - start, end - taken - 1)
+
+
+def _reordered(found: Intervals, split: _Split) -> tuple[npt.NDArray[np.int64], Words]:
+    """Offsets and words of the runs of each row with its first block before them."""
+    rows, at, taken, left, right = split
+    # A run that loses the block falls apart into what is left of it and what is right.
+    pieces = (left > 0).astype(np.int64) + (right > 0)
+    copies = np.ones(len(found.starts), np.int64)
+    copies[at] = pieces
+    copies[found.offsets[rows]] += 1
+    more = np.zeros(len(found.offsets) - 1, np.int64)
+    more[rows] = pieces  # one run more for the block itself, and one less
+    offsets = found.offsets + sums_before(more)
+    # Each run as often as the new ones that it makes room for, which are then written over it.
+    words = np.repeat(found.starts | (found.ends - found.starts) << 16, copies)
+    first = offsets[rows]
+    words[first] = taken | 1 << 16
+    piece = first + 1 + at - found.offsets[rows]
+    has_left, has_right = left > 0, right > 0
+    words[piece[has_left]] = (found.starts[at] | left << 16)[has_left]
+    words[(piece + has_left)[has_right]] = (taken + 1 | right << 16)[has_right]
+    return offsets, words
 
 
 def _check(pattern: BlockPattern, first_blocks: npt.NDArray[np.int64]) -> None:
@@ -204,8 +238,6 @@ def make_schedule(
     starts = sums_before(np.array([len(part) for part in lists]))
     counts = np.diff(runs.offsets)[rows]
     first_run = sums_before(counts)[:-1]
-    source = expand(runs.offsets[rows], counts)
-    packed = runs.starts[source] | runs.lengths[source] << 16
     ragged = pattern.key_length % pattern.block_n != 0
     masked = np.where(ragged, runs.masked[rows] + 1, 0)
     head, block = np.divmod(rows, pattern.query_blocks)
@@ -218,8 +250,10 @@ def make_schedule(
         counts,
         last,
     ]
-    spare = np.zeros(1, np.int32)
-    stream = spare if literals else np.concatenate([packed, spare]).astype(np.int32)
+    stream = spare = np.zeros(1, np.int32)
+    if not literals:
+        in_order = joined(runs.words, runs.offsets[rows], runs.offsets[rows + 1])
+        stream = np.concatenate([in_order, spare])
     tiles = np.zeros((len(rows) + 1, 4), np.int32)
     tiles[:-1] = np.stack(words, 1)
     return Schedule(tiles, starts.astype(np.int32), stream)
@@ -251,10 +285,11 @@ def block_codes(pattern: BlockPattern, runs: KeyRuns, schedule: Schedule) -> Blo
     head, block = np.divmod(schedule.tiles[:-1, 0].astype(np.int64), 1 << 16)
     rows = head * pattern.query_blocks + block
     starts = sums_before(runs.blocks[rows])
-    counts = np.diff(runs.offsets)[rows]
-    source = expand(runs.offsets[rows], counts)
-    row_starts = np.repeat(rows * pattern.key_blocks, counts)
-    taken = expand(row_starts + runs.starts[source], runs.lengths[source])
-    codes = np.zeros(len(taken) + 1, np.uint8)
-    codes[:-1] = pattern.weights.reshape(-1)[taken]
-    return BlockCodes(codes, starts.astype(np.int32))
+    # Of each tile the block that it takes first, those below that, those above.
+    offsets = sums_before(runs.blocks)
+    begin, end = offsets[rows], offsets[rows + 1]
+    first = begin + runs.below[rows]
+    slices = [(first, first + 1), (begin, first), (first + 1, end)]
+    bounds = np.stack([np.stack(pair, 1) for pair in slices], 1).reshape(-1, 2)
+    codes = joined(pattern.kept_weights(), bounds[:, 0], bounds[:, 1])
+    return BlockCodes(np.append(codes, np.uint8(0)), starts.astype(np.int32))

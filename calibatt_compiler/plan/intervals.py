@@ -41,6 +41,19 @@ def expand(starts: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> npt.NDArray[n
     return np.arange(sums[-1]) + np.repeat(starts - sums[:-1], lengths)
 
 
+def joined(
+    data: npt.NDArray[Any], starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]
+) -> npt.NDArray[Any]:
+    """The slices `data[starts[i] : ends[i]]`, one after another; read-only.
+
+    Several times as fast as to index `data` by the numbers of all items, if slices are long.
+    """
+    size = data.itemsize
+    view = data.tobytes()  # slices of bytes are made faster than those of arrays, or views
+    bounds = zip((starts * size).tolist(), (ends * size).tolist(), strict=True)
+    return np.frombuffer(b"".join([view[start:end] for start, end in bounds]), data.dtype)
+
+
 def first_behind(
     runs: Intervals, rows: npt.NDArray[Any], wanted: npt.NDArray[Any], columns: int
 ) -> npt.NDArray[np.int64]:
@@ -53,7 +66,8 @@ def first_behind(
         columns: key blocks of a row.
     """
     counts = np.diff(runs.offsets)
-    ranks = runs.ends + np.repeat(np.arange(len(counts)) * (columns + 1), counts)
+    numbers = np.arange(len(counts), dtype=_index_type(len(counts) * (columns + 1)))
+    ranks = runs.ends + np.repeat(numbers * (columns + 1), counts)
     found = np.searchsorted(ranks, rows * (columns + 1) + wanted, side="right")
     at: npt.NDArray[np.int64] = np.minimum(found, runs.offsets[rows + 1])
     return at
@@ -92,12 +106,20 @@ def runs_of_bits(bits: npt.NDArray[np.uint8]) -> Intervals:
     change = edged ^ (edged << np.uint8(1))
     change[:, 1:] ^= edged[:, :-1] >> np.uint8(7)
     places = np.flatnonzero(np.unpackbits(change.reshape(-1), bitorder="little").view(np.bool_))
-    starts, ends = places[::2], places[1::2]
-    row_starts = np.arange(len(edged) + 1, dtype=np.int64) * (8 * width)
+    index = _index_type(8 * edged.size)
+    starts, ends = places[::2].astype(index), places[1::2].astype(index)
+    row_starts = np.arange(len(edged) + 1, dtype=index) * (8 * width)
     offsets = np.searchsorted(starts, row_starts)
     base = np.repeat(row_starts[:-1], np.diff(offsets))
+    starts -= base
+    ends -= base
     return Intervals(
         offsets.astype(np.int32),
-        (starts - base).astype(np.int32),
-        (ends - base).astype(np.int32),
+        starts.astype(np.int32, copy=False),
+        ends.astype(np.int32, copy=False),
     )
+
+
+def _index_type(most: int) -> type[np.signedinteger[Any]]:
+    """The smaller integer that holds numbers up to `most`: half the memory to go through."""
+    return np.int32 if most < 1 << 31 else np.int64

@@ -232,7 +232,7 @@ class BlockPattern:
     def numpy_mask(self) -> npt.NDArray[np.bool_]:
         """Boolean (heads, query_blocks, key_blocks) in host memory."""
         bits = np.unpackbits(self.bits, axis=-1, count=self.key_blocks, bitorder="little")
-        return bits.astype(np.bool_)
+        return bits.view(np.bool_)
 
     def row_mask(self, row: int) -> npt.NDArray[np.bool_]:
         """Boolean (heads, key_blocks): what one row of query blocks keeps."""
@@ -245,6 +245,10 @@ class BlockPattern:
         if self.weights is not None:
             return self.weights
         return np.zeros((self.heads, self.query_blocks, self.key_blocks), dtype=np.uint8)
+
+    def kept_weights(self) -> npt.NDArray[np.uint8]:
+        """Codes of weights of the kept blocks, row after row, uint8 (kept,)."""
+        return self.block_weights.reshape(-1)[np.flatnonzero(self.numpy_mask())]
 
     def log_weights(self) -> npt.NDArray[np.float32]:
         """Float32 (heads, query_blocks, key_blocks): natural logarithm of each block's weight."""

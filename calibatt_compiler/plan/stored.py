@@ -126,10 +126,10 @@ def pattern_of(size: PatternSize, arrays: Mapping[str, npt.NDArray[Any]]) -> Blo
     )
 
 
-def _kept(bits: npt.NDArray[np.uint8], columns: int) -> npt.NDArray[np.bool_]:
-    """Return for each block whether it is kept, bool (heads * query_blocks * key_blocks,)."""
+def _kept(bits: npt.NDArray[np.uint8], columns: int) -> npt.NDArray[np.int64]:
+    """Return the numbers of the kept blocks, head * query_blocks * key_blocks + and so on."""
     found = np.unpackbits(bits, axis=-1, count=columns, bitorder="little")
-    return found.reshape(-1).view(np.bool_)
+    return np.flatnonzero(found.view(np.bool_))
 
 
 def repetitive_heads(pattern: BlockPattern) -> int:
@@ -262,7 +262,7 @@ class StoredPatterns(Sequence[BlockPattern]):
                 kept = _kept(found["bits"].reshape(known["bits"][1]), self.size.key_blocks)
                 before = None if before is None else before[kept]
                 found[name] = np.zeros(size, np.uint8)
-                found[name][kept] = encoding.decode(method, code, int(kept.sum()), before)
+                found[name][kept] = encoding.decode(method, code, len(kept), before)
             else:
                 found[name] = encoding.decode(method, code, size, before)
             at += length
