@@ -2,11 +2,12 @@
 
     python benchmarks/plan_serving.py --out results       Wan 14B at 720p, 40 sites, 2 of 50 steps
     python benchmarks/plan_serving.py --passes 1          without guidance: half the time a table
+    python benchmarks/plan_serving.py --samples           weighted samples, whose tables are larger
     python benchmarks/plan_serving.py --check             no GPU: tiny, times mean nothing
 
 Every site's attention is called as a model calls it, step by step and pass by pass, on one set of
 random operands; nothing else of the model is, so tables have less time to come than they will have.
-`served` holds what the budget allows (`calibatt_compiler.runtime.kernels.TABLE_BUDGET`): a thread
+`served` holds what the budget allows (`calibatt_compiler.runtime.kernels.table_budget`): a thread
 makes the tables of what comes and copies them beneath the compute. `resident` has the tables of all
 steps before the first call that counts. They take turns and one is gone before the other comes:
 tables of equal patterns are shared by all that lives in a process. The figure of a step is the time
@@ -22,7 +23,7 @@ import math
 import statistics
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +33,9 @@ from plan_size import SMALL
 from synthetic_masks import Video, site_masks
 from torch import Tensor
 
+from calibatt_compiler.calibration.sampling import sample
 from calibatt_compiler.plan import BlockPattern, Plan, Sampler, SitePatterns
-from calibatt_compiler.runtime.kernels import TABLE_BUDGET, KernelStore
+from calibatt_compiler.runtime.kernels import KernelStore, table_budget
 from calibatt_compiler.runtime.lanes import lane_of
 from calibatt_compiler.runtime.sites import SparseSite
 
@@ -129,19 +131,39 @@ def _allocated(device: torch.device) -> int:
 
 def make_plan(options: argparse.Namespace, video: Video) -> Plan:
     """Return a plan of synthetic masks."""
-    masks = list(site_masks(video, 0, steps=options.steps))
+    patterns_of_one = [
+        BlockPattern(video.heads, video.tokens, video.tokens, video.block, video.block, bits)
+        for bits in site_masks(video, 0, steps=options.steps)
+    ]
+    if options.samples:
+        patterns_of_one = [sampled(one, step) for step, one in enumerate(patterns_of_one)]
     sites = {}
     for index in range(options.sites):
         patterns = [
-            BlockPattern(
-                video.heads, video.tokens, video.tokens, video.block, video.block,
-                np.ascontiguousarray(np.roll(bits, index, axis=0)),
+            replace(
+                one,
+                bits=np.roll(one.bits, index, axis=0),
+                weights=None if one.weights is None else np.roll(one.weights, index, axis=0),
             )
-            for bits in masks
-        ]  # fmt: skip
+            for one in patterns_of_one
+        ]
         sites[f"blocks.{index}.attn1"] = SitePatterns.share(patterns, head_dim=128).packed()
     sampler = Sampler(timesteps=timesteps_of(options.steps))
     return Plan.create(sites, grid=video.grid, sampler=sampler)
+
+
+def sampled(pattern: BlockPattern, step: int) -> BlockPattern:
+    """A weighted sample of as many blocks, from energies that are higher where it keeps some."""
+    mask = pattern.mask()
+    noise = torch.rand(mask.shape, generator=torch.Generator().manual_seed(0)) ** 6
+    drawn, weight = sample(noise * torch.where(mask, 5.0, 0.3), mask.sum(-1), 1.0, step=step)
+    return BlockPattern.from_mask(
+        drawn,
+        query_length=pattern.query_length,
+        key_length=pattern.key_length,
+        block=(pattern.block_m, pattern.block_n),
+        weight=weight,
+    )
 
 
 def timesteps_of(steps: int) -> tuple[float, ...]:
@@ -161,8 +183,9 @@ def measure(options: argparse.Namespace, video: Video, device: torch.device) -> 
     timesteps = timesteps_of(options.steps)
     times: dict[str, list[list[float]]] = {"served": [], "resident": []}
     served, all_steps = Served(), 0
+    budget_of_plan = table_budget(plan, None)
     for _ in range(options.rounds):
-        for name, budget in (("served", TABLE_BUDGET), ("resident", sys.maxsize)):
+        for name, budget in (("served", budget_of_plan), ("resident", sys.maxsize)):
             server = Server(plan, operands, budget)
             # The first video leaves the tables that a second one finds.
             first = server.video(timesteps, options.passes)
@@ -204,6 +227,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--passes", type=int, default=2, help="calls of a site a step")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--samples", action="store_true", help="a plan of weighted samples")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--check", action="store_true", help="tiny, on a CPU: shows that it runs")
     options = parser.parse_args()
@@ -214,7 +238,8 @@ def main() -> int:
     row = measure(options, video, device)
     for name, found in vars(row).items():
         print(f"{name:24} {found:.4g}" if isinstance(found, float) else f"{name:24} {found}")
-    print(f"aim: at most {AIM_MB} MB held, ratio 1")
+    if not options.samples:
+        print(f"aim: at most {AIM_MB} MB held, ratio 1")
     if options.out is not None:
         kind = "cpu" if options.check else torch.cuda.get_device_name()
         write_record(options.out / "plan_serving.json", kind, [row])

@@ -17,7 +17,7 @@ from calibatt_compiler.passes.graph import example
 from calibatt_compiler.passes.rewrite import Layout, SdpaCall, Skip
 from calibatt_compiler.plan import Plan, SitePatterns
 from calibatt_compiler.plan.text import other_text
-from calibatt_compiler.runtime.kernels import KernelStore
+from calibatt_compiler.runtime.kernels import KernelStore, table_budget
 from calibatt_compiler.runtime.lanes import lane_of
 from calibatt_compiler.runtime.serving import Site
 from calibatt_compiler.runtime.sites import RecordingSite, SparseSite
@@ -93,7 +93,8 @@ class PlanBinder:
 
     def _store(self, device: torch.device) -> KernelStore:
         if device not in self._stores:
-            self._stores[device] = KernelStore(lane_of(device))
+            budget = table_budget(self._plan, self._options.table_memory)
+            self._stores[device] = KernelStore(lane_of(device), budget=budget)
         return self._stores[device]
 
     def _lengths(self, planned: SitePatterns, info: SiteInfo) -> list[tuple[str, int, Any]]:

@@ -35,6 +35,9 @@ class CompileOptions:
         monitor: of so many calls of a site, look at one: a few of its queries are attended densely,
             and the attention mass that the plan keeps of theirs stands in the summary beside the
             mass that it was calibrated to keep. 0 looks at none.
+        table_memory: megabytes of a GPU's memory that tables of block indices may take; None: 240,
+            or 720 for a plan of weighted samples. More than all steps take saves the host the
+            making of tables while it generates.
 
     Raises:
         OptionError: from `parse`, for an unknown key or a value out of range.
@@ -47,6 +50,7 @@ class CompileOptions:
     hopper: bool = True
     softmax: Softmax = "auto"
     monitor: int = 0
+    table_memory: int | None = None
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> CompileOptions:
@@ -87,6 +91,16 @@ class CompileOptions:
                 expected="0, or how many calls of a site there are for one that is looked at",
                 got=repr(monitor),
                 remedy="leave it out, or use 50",
+            )
+        memory = given.get("table_memory")
+        if memory is not None and (
+            not isinstance(memory, int) or isinstance(memory, bool) or memory < 1
+        ):
+            raise OptionError(
+                "option 'table_memory' must be a number of megabytes",
+                expected="1 or more, or None",
+                got=repr(memory),
+                remedy="leave it out for the default",
             )
         inductor = given.get("inductor", {})
         if not isinstance(inductor, Mapping) or not all(isinstance(key, str) for key in inductor):

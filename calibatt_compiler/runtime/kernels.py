@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 from calibatt_compiler.kernels.attention import AttentionKernel
+from calibatt_compiler.plan import Plan
 from calibatt_compiler.runtime.lanes import Lane, Mark
 from calibatt_compiler.runtime.upcoming import Key, Upcoming, fitting
 
@@ -22,7 +23,19 @@ TABLE_BUDGET = 240_000_000
 up to 5 % larger, so this stays below 256 MB. A single kernel that needs more has them while it
 serves."""
 
+SAMPLED = 3
+"""How many times that a plan of samples may hold: at 720p a site's tables are 17 MB, for its blocks
+have weights and hardly any neighbours. Of fewer, each pass of a step would have to make its own."""
+
 Kernel = AttentionKernel | None
+
+
+def table_budget(plan: Plan, megabytes: int | None) -> int:
+    """Return the bytes of tables to hold for a plan: as many megabytes, or the default."""
+    if megabytes is not None:
+        return 1_000_000 * megabytes
+    sampled = any(site.weighted for site in plan.sites.values())
+    return SAMPLED * TABLE_BUDGET if sampled else TABLE_BUDGET
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,8 @@ from calibatt_compiler.report.summary import SiteRow, Summary
         ({"plan": "x", "hopper": "yes"}, OptionError, "boolean"),
         ({"plan": "x", "monitor": True}, OptionError, "number of calls"),
         ({"plan": "x", "monitor": -1}, OptionError, "number of calls"),
+        ({"plan": "x", "table_memory": 0}, OptionError, "number of megabytes"),
+        ({"plan": "x", "table_memory": 1.5}, OptionError, "number of megabytes"),
     ],
 )
 def test_bad_options(wan, options, error, words):

@@ -10,9 +10,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pytest
+import torch
 
 from calibatt_compiler.errors import KernelError
-from calibatt_compiler.runtime.kernels import TABLE_BUDGET, KernelStore, Maker
+from calibatt_compiler.plan import BlockPattern, Plan, Sampler, SitePatterns
+from calibatt_compiler.runtime.kernels import (
+    SAMPLED,
+    TABLE_BUDGET,
+    KernelStore,
+    Maker,
+    table_budget,
+)
 from calibatt_compiler.runtime.lanes import HostLane
 
 
@@ -132,6 +140,17 @@ def test_a_step_and_a_little_is_enough_for_no_call_to_make_its_kernel(passes: in
     assert made[-1] == made[0]
     assert graph.store.counts.peak <= TABLE_BUDGET
     assert graph.store.counts.evicted > 40 * 20
+
+
+@pytest.mark.parametrize(("weight", "times"), [(None, 1), (2.0, SAMPLED)])
+def test_a_plan_of_samples_may_hold_more(weight: float | None, times: int):
+    mask = torch.ones(1, 2, 2, dtype=torch.bool)
+    weights = None if weight is None else torch.full(mask.shape, weight)
+    pattern = BlockPattern.from_mask(mask, block=(16, 16), weight=weights)
+    sites = {"a": SitePatterns.share([pattern], 8)}
+    plan = Plan.create(sites, grid=(1, 2, 16), sampler=Sampler(timesteps=(1.0,)))
+    assert table_budget(plan, None) == times * TABLE_BUDGET
+    assert table_budget(plan, 7) == 7_000_000
 
 
 def test_calls_in_a_burst_wait_for_kernels_and_not_for_the_device():
