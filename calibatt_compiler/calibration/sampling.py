@@ -80,6 +80,8 @@ def rounded(weight: Tensor) -> Tensor:
 def inclusion(score: Tensor, counts: Tensor, always: Tensor | None = None) -> Tensor:
     """Return probabilities in proportion to `score`, at most 1, that sum to `counts` in each row.
 
+    Those of blocks that could come are at least 1 / `MAX_WEIGHT`, or hardly below.
+
     Args:
         score: float64 (heads, query_blocks, key_blocks), positive.
         counts: int64 (heads, query_blocks), 1 to key_blocks, and at least as many as `always`.
@@ -97,5 +99,11 @@ def inclusion(score: Tensor, counts: Tensor, always: Tensor | None = None) -> Te
     certain = certain.where(wanted < score.shape[-1], wanted)
     left = rest.gather(-1, certain.clamp_max(score.shape[-1] - 1))
     share = ranked * (wanted - certain) / left
-    p = torch.where(rank < certain, 1.0, share.clamp(1 / MAX_WEIGHT, 1.0))
+    # No weight is above the highest. What that adds to low chances the others of the row lose.
+    least = 1 / MAX_WEIGHT
+    open_ = (rank >= certain) & (certain < wanted)
+    low = open_ & (share < least)
+    rest_of = wanted - certain - least * low.sum(-1, keepdim=True)
+    share = share * rest_of / (share * (open_ & ~low)).sum(-1, keepdim=True).clamp_min(least)
+    p = torch.where(rank < certain, 1.0, torch.where(low, least, share * open_).clamp_max(1.0))
     return torch.empty_like(p).scatter_(-1, order, p)

@@ -28,6 +28,16 @@ def test_each_row_keeps_what_it_is_asked_for(seed: int, columns: int, power: flo
     assert (weight[full] == 1).all()
 
 
+def test_rows_of_hardly_any_energy_keep_no_block_more() -> None:
+    """Chances have a least value; where that is above their share the others have less."""
+    generator = torch.Generator().manual_seed(0)
+    energy = torch.rand(2, 2000, 600, generator=generator, dtype=torch.float64) ** 80
+    counts = torch.randint(1, 300, (2, 2000), generator=generator)
+    mask, weight = sample(energy, counts, 1.0)
+    assert torch.equal(mask.sum(-1), counts)
+    assert (weight <= MAX_WEIGHT).all()
+
+
 @settings(deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 40))
 def test_probabilities_are_in_proportion_up_to_one(seed: int, columns: int) -> None:
