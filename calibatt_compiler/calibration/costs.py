@@ -14,6 +14,7 @@ import torch
 
 from calibatt_compiler.calibration import identity
 from calibatt_compiler.calibration.config import CalibrationConfig
+from calibatt_compiler.calibration.derive import refiner_of
 from calibatt_compiler.calibration.first_step import FirstStepClock
 from calibatt_compiler.calibration.generation import (
     Prompt,
@@ -38,7 +39,6 @@ from calibatt_compiler.calibration.survey_costs import (
 )
 from calibatt_compiler.calibration.surveying import describe
 from calibatt_compiler.plan.order import RASTER
-from calibatt_compiler.plan.refine import Refiner
 
 
 @dataclass(frozen=True)
@@ -171,8 +171,8 @@ def estimate(
     if config.sample_power is not None:
         thresholds["sample_power"] = config.sample_power
     weighted = config.sample_power is not None
-    share_steps = None if weighted else config.share_steps
-    thresholds |= Refiner(share_steps, config.merge_budget).thresholds()
+    refiner = refiner_of(config.share_steps, config.merge_budget, config.sample_power)
+    thresholds |= refiner.thresholds()
     host_bytes = sizes.host_bytes(weighted=weighted)
     plan_bytes = sizes.plan_bytes(thresholds, len(inputs), weighted=weighted)
     return Estimate(

@@ -169,9 +169,7 @@ def derive_plan(
     check_gamma(selection.gamma)
     check_sample(selection.sample_power, selection.merge_budget)
     power = selection.sample_power
-    # Steps that shared a sample would share its errors.
-    share_steps = selection.share_steps if power is None else None
-    refiner = Refiner(share_steps, selection.merge_budget)
+    refiner = refiner_of(selection.share_steps, selection.merge_budget, power)
     if not names:
         raise CalibrationError(
             "there is nothing to make a plan from",
@@ -234,6 +232,18 @@ def derive_plan(
             **orders.figures(store.folder),
         },
     )
+
+
+def refiner_of(
+    share_steps: float | None, merge_budget: float | None, sample_power: float | None
+) -> Refiner:
+    """What refines the masks of a plan; the arguments are those of `CalibrationConfig`.
+
+    Raises:
+        OptionError: a value out of range.
+    """
+    # Steps that shared a sample would share its errors.
+    return Refiner(share_steps if sample_power is None else None, merge_budget)
 
 
 def _pattern(
