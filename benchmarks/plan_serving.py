@@ -23,6 +23,7 @@ import math
 import statistics
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -129,7 +130,7 @@ def _allocated(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
-def make_plan(options: argparse.Namespace, video: Video) -> Plan:
+def make_plan(options: argparse.Namespace, video: Video, head_dim: int = 128) -> Plan:
     """Return a plan of synthetic masks."""
     patterns_of_one = [
         BlockPattern(video.heads, video.tokens, video.tokens, video.block, video.block, bits)
@@ -137,8 +138,8 @@ def make_plan(options: argparse.Namespace, video: Video) -> Plan:
     ]
     if options.samples:
         patterns_of_one = [sampled(one, step) for step, one in enumerate(patterns_of_one)]
-    sites = {}
-    for index in range(options.sites):
+
+    def site(index: int) -> SitePatterns:
         patterns = [
             replace(
                 one,
@@ -147,7 +148,11 @@ def make_plan(options: argparse.Namespace, video: Video) -> Plan:
             )
             for one in patterns_of_one
         ]
-        sites[f"blocks.{index}.attn1"] = SitePatterns.share(patterns, head_dim=128).packed()
+        return SitePatterns.share(patterns, head_dim).packed()
+
+    with ThreadPoolExecutor() as pool:
+        names = [f"blocks.{index}.attn1" for index in range(options.sites)]
+        sites = dict(zip(names, pool.map(site, range(options.sites)), strict=True))
     sampler = Sampler(timesteps=timesteps_of(options.steps))
     return Plan.create(sites, grid=video.grid, sampler=sampler)
 

@@ -2,8 +2,8 @@
 
 A kernel's tables are made from its pattern, which is decoded from the plan. At Wan 14B 720p those
 of all sites and steps would take 12 GB of GPU memory, those of one step 0.24 GB. So a graph holds
-the kernels that are used next, as many as the budget allows, and a thread makes the coming ones
-while the GPU computes: it decodes on the host and copies from pinned memory on its own stream.
+the kernels that are used next, as many as the budget allows, and threads make the coming ones
+while the GPU computes: they decode on the host and copy from pinned memory on their own stream.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Maker:
     """What a site does for the store.
 
     Attributes:
-        make: makes the kernel of a pattern in a variant, None for dense attention; called by two
-            threads, perhaps at once.
+        make: makes the kernel of a pattern in a variant, None for dense attention; called by
+            several threads, perhaps at once.
         retire: is given each kernel that is let go, after the device is done with it.
     """
 
@@ -95,9 +95,8 @@ class KernelStore:
         self._largest = 0
         self._failed: set[Key] = set()
         self._changed = threading.Condition()
-        self._making: Key | None = None
-        self._reserved = 0  # bytes of the kernel that is being made ahead
-        self._working = False
+        self._making: dict[Key, int] = {}  # what is being made ahead, and bytes reserved for it
+        self._working = 0  # threads that make kernels ahead
         self._settled = False  # whether every kernel is held: then there is nothing to make ahead
         # Before the kernels go with the store, the device must be done with them.
         weakref.finalize(self, lane.settle).atexit = False
@@ -134,15 +133,16 @@ class KernelStore:
         """
         with self._changed:
             key = self._in_use[site] = self._upcoming.call(site, step, variant)
-            self._changed.wait_for(lambda: self._making != key)
+            self._changed.wait_for(lambda: key not in self._making)
             if key not in self._held:
                 self._settled = False
                 self._make_room(self._sizes.get(key, self._largest))
                 self._hold(key, self._makers[site].make(key[1], key[2]))
                 self.counts.made += 1
             held = self._held[key] = self._held.pop(key)  # now the one used last
-            if self._lane.ahead and not self._settled and not self._working:
-                self._working = True
+            # One a call: a call asks for about one kernel more.
+            if not self._settled and self._working < self._lane.threads:
+                self._working += 1
                 threading.Thread(
                     target=_work, args=(weakref.ref(self),), name="calibatt-kernels", daemon=True
                 ).start()
@@ -177,15 +177,15 @@ class KernelStore:
         """Make the next kernel that is not there and fits; return whether there was one."""
         with self._changed:
             wanted, everything = self._wanted()
-            missing = (k for k in wanted if k not in self._held and k not in self._failed)
-            key = self._making = next(missing, None)
+            there = (self._held, self._failed, self._making)
+            key = next((k for k in wanted if not any(k in some for some in there)), None)
             if key is None:
-                self._settled = everything
-                self._working = False
+                self._settled = everything and not self._making
+                self._working -= 1
                 return False
             size = self._sizes.get(key, self._largest)
             gone = self._victims(size, keep=set(wanted))
-            self._reserved = size
+            self._making[key] = size
         kernel, failed = None, False
         try:
             self._retire(gone)
@@ -195,16 +195,18 @@ class KernelStore:
             # Whatever it is: a call may be waiting. It makes the kernel anew, and raises then.
             failed = True
         with self._changed:
-            self._reserved = 0
+            del self._making[key]
             if failed:
                 self._failed.add(key)
             elif self._held and self.bytes + _size(kernel) > self.budget:
-                # A call has made kernels meanwhile, and needed more than was left to it.
+                # It is larger than was expected, or calls and other threads have made some, too.
+                self._note(key, kernel)
                 self._retire([(key, _Held(kernel))])
+                self.counts.ahead += 1
+                self.counts.evicted += 1
             else:
                 self._hold(key, kernel)
                 self.counts.ahead += 1
-            self._making = None
             self._changed.notify_all()
         return True
 
@@ -217,7 +219,7 @@ class KernelStore:
 
     def _victims(self, size: int, keep: set[Key]) -> list[tuple[Key, _Held]]:
         """Take kernels out, those used last first, so that `size` bytes fit."""
-        excess = self.bytes + self._reserved + size - self.budget
+        excess = self.bytes + sum(self._making.values()) + size - self.budget
         if excess <= 0:
             return []
         wanted = self._wanted()[0]
@@ -246,9 +248,13 @@ class KernelStore:
                     self._makers[key[0]].retire(held.kernel)
             held.kernel = None
 
-    def _hold(self, key: Key, kernel: Kernel) -> None:
+    def _note(self, key: Key, kernel: Kernel) -> None:
+        """Remember the size of a kernel."""
         self._sizes[key] = _size(kernel)
         self._largest = max(self._largest, self._sizes[key])
+
+    def _hold(self, key: Key, kernel: Kernel) -> None:
+        self._note(key, kernel)
         self._held[key] = _Held(kernel)
         self.counts.peak = max(self.counts.peak, self.bytes)
 

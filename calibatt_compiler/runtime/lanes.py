@@ -7,10 +7,16 @@ Python later. So its memory is given back only after a mark that was queued behi
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import Protocol
 
 import torch
+
+MOST_THREADS = 3
+"""Threads that make kernels ahead, at most. Tables of a weighted sample take one of them longer
+than a GPU takes to use them; more would get in the way of each other and of the calls, for a third
+of the work holds Python's lock."""
 
 
 class Mark(Protocol):
@@ -23,8 +29,8 @@ class Mark(Protocol):
 class Lane(Protocol):
     """How kernels are made beside those that compute."""
 
-    ahead: bool
-    """Whether a thread should make coming kernels."""
+    threads: int
+    """How many threads should make coming kernels."""
 
     def making(self) -> contextlib.AbstractContextManager[object]:
         """Make kernels within; afterwards their tables are on the device."""
@@ -39,7 +45,7 @@ class Lane(Protocol):
 class HostLane:
     """A CPU: calls return when they are done, and a thread beside them would only take turns."""
 
-    ahead = False
+    threads = 0
 
     def making(self) -> contextlib.AbstractContextManager[object]:
         """Do nothing."""
@@ -56,20 +62,22 @@ class HostLane:
 class CudaLane:
     """A GPU: tables are copied on a stream of their own, beneath what the others compute."""
 
-    ahead = True
-
     def __init__(self, device: torch.device) -> None:
+        # Half the cores are left to whoever calls, and to other processes of several GPUs.
+        self.threads = max(1, min(MOST_THREADS, (os.cpu_count() or 1) // 4))
         self._device = device
         self._stream: torch.cuda.Stream | None = None
 
     @contextlib.contextmanager
     def making(self) -> Iterator[None]:
         """Make kernels on the stream for copies, and wait for that stream."""
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(self._stream):
+        # Threads share it: what one frees there the next may take. Two that begin at once may have
+        # one each.
+        stream = self._stream or torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        self._stream = stream
+        with torch.cuda.stream(stream):
             yield
-        self._stream.synchronize()
+        stream.synchronize()
 
     def mark(self) -> Mark | None:
         """Record an event on the current stream."""

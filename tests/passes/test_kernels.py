@@ -40,7 +40,7 @@ class FakeMark:
 class FakeLane:
     """A device that queues calls and does them when somebody waits, or `done` is set."""
 
-    ahead: bool = True
+    threads: int = 1
     queued: int = 0
     done: int = 0
     waits: int = 0
@@ -71,10 +71,8 @@ class FakeKernel:
 class Graph:
     """A graph of fake sites that is run by hand."""
 
-    def __init__(
-        self, *, sites: int, steps: int, size: int, budget: int, ahead: bool = True
-    ) -> None:
-        self.lane = FakeLane(ahead)
+    def __init__(self, *, sites: int, steps: int, size: int, budget: int, threads: int = 1) -> None:
+        self.lane = FakeLane(threads)
         self.store = KernelStore(self.lane, budget=budget)
         self.names = [f"s{site}" for site in range(sites)]
         self.steps, self.size = steps, size
@@ -96,7 +94,7 @@ class Graph:
         kernel.last_use = self.lane.queued
 
     def step(self, step: int, passes: int, *, idle: bool = True) -> None:
-        """Run a step; if `idle`, the host waits long enough for the thread to end."""
+        """Run a step; if `idle`, the host waits long enough for the threads to end."""
         for _ in range(passes):
             for name in self.names:
                 self.call(name, step)
@@ -165,11 +163,11 @@ def test_calls_in_a_burst_wait_for_kernels_and_not_for_the_device():
     assert len(graph.retired) == counts.evicted
 
 
-@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("threads", [0, 1, 3])
 @pytest.mark.parametrize("budget", [0, 10, 35, 70, 1000])
 @pytest.mark.parametrize("idle", [False, True])
-def test_the_budget_holds_whatever_it_is(ahead: bool, budget: int, idle: bool):
-    graph = Graph(sites=4, steps=5, size=10, budget=budget, ahead=ahead)
+def test_the_budget_holds_whatever_it_is(threads: int, budget: int, idle: bool):
+    graph = Graph(sites=4, steps=5, size=10, budget=budget, threads=threads)
     for _ in range(2):
         for step in range(5):
             graph.step(step, 2, idle=idle)
@@ -179,8 +177,49 @@ def test_the_budget_holds_whatever_it_is(ahead: bool, budget: int, idle: bool):
     assert len(set(map(id, graph.retired))) == len(graph.retired)
 
 
+def test_several_threads_make_kernels_at_the_same_time():
+    together = threading.Barrier(3)
+    store = KernelStore(FakeLane(threads=3), budget=1000)
+    made = []
+
+    def make(index: int, variant: object) -> FakeKernel:
+        if threading.current_thread().name == "calibatt-kernels" and index < 4:
+            together.wait(10)  # three at once, or none
+        made.append(index)
+        return FakeKernel(10)
+
+    store.add("a", range(12), Maker(make))
+    store.put("a", 0, FakeKernel(10))
+    for _ in range(3):  # each call has one thread more begin
+        store.get("a", 0)
+        store.launched("a")
+    wait_for(store)
+    assert sorted(made) == list(range(1, 12)), "each once"
+    assert store.counts.ahead == 11
+    assert store._settled
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_one_that_is_larger_than_expected_is_not_made_again_and_again(threads: int):
+    """What is to fit is reckoned with the size of the largest so far."""
+    store = KernelStore(FakeLane(threads), budget=30)
+    made = []
+    sizes = [10, 25, 10, 10]
+
+    def make(index: int, variant: object) -> FakeKernel:
+        made.append(index)
+        return FakeKernel(sizes[index])
+
+    store.add("a", range(4), Maker(make))
+    store.get("a", 0)
+    store.launched("a")
+    wait_for(store)
+    assert made.count(1) == 1
+    assert store.counts.peak <= 30
+
+
 def test_without_a_thread_each_kernel_is_made_when_it_is_called_for():
-    graph = Graph(sites=2, steps=3, size=10, budget=1000, ahead=False)
+    graph = Graph(sites=2, steps=3, size=10, budget=1000, threads=0)
     for _ in range(2):
         for step in range(3):
             graph.step(step, 2)
@@ -234,7 +273,7 @@ def test_what_fails_ahead_raises_when_it_is_called_for(error: Exception):
 
 
 def test_a_kernel_that_went_while_it_was_called_ends_with_the_call():
-    graph = Graph(sites=2, steps=2, size=10, budget=10, ahead=False)
+    graph = Graph(sites=2, steps=2, size=10, budget=10, threads=0)
     graph.store.get("s0", 0)
     graph.store.get("s1", 0)  # as another thread may do meanwhile
     assert [kernel.table_bytes for kernel in graph.retired] == [10]
