@@ -17,7 +17,6 @@ from calibatt_compiler.errors import KernelError
 from calibatt_compiler.plan.intervals import (
     Intervals,
     first_behind,
-    joined,
     runs_of_bits,
     sums_before,
 )
@@ -72,8 +71,8 @@ class Schedule:
             first run of the tile, or with literals the number of kept blocks below the first one;
             less 2^31 where the head is repetitive.
         starts: int32 (programs + 1), first tile of each program.
-        runs: int32 (runs + 1): first key block | length << 16, in the order of the tiles, and a
-            spare; with literals only the spare.
+        runs: int32 (runs + 1): first key block | length << 16, as `KeyRuns` has them, row by row,
+            and a spare; with literals only the spare.
     """
 
     tiles: Words
@@ -237,11 +236,10 @@ def make_schedule(
     rows = np.concatenate(lists)
     starts = sums_before(np.array([len(part) for part in lists]))
     counts = np.diff(runs.offsets)[rows]
-    first_run = sums_before(counts)[:-1]
     ragged = pattern.key_length % pattern.block_n != 0
     masked = np.where(ragged, runs.masked[rows] + 1, 0)
     head, block = np.divmod(rows, pattern.query_blocks)
-    last = runs.below[rows] if literals else first_run
+    last = runs.below[rows] if literals else runs.offsets[rows]
     if pattern.repetitive is not None:
         last = np.where(pattern.repetitive[head], last - (1 << 31), last)
     words = [
@@ -250,10 +248,7 @@ def make_schedule(
         counts,
         last,
     ]
-    stream = spare = np.zeros(1, np.int32)
-    if not literals:
-        in_order = joined(runs.words, runs.offsets[rows], runs.offsets[rows + 1])
-        stream = np.concatenate([in_order, spare])
+    stream = np.append(runs.words[: 0 if literals else None], np.int32(0))
     tiles = np.zeros((len(rows) + 1, 4), np.int32)
     tiles[:-1] = np.stack(words, 1)
     return Schedule(tiles, starts.astype(np.int32), stream)
@@ -263,8 +258,8 @@ class BlockCodes(NamedTuple):
     """Weights of the blocks that tiles take, as the kernel reads them; None without weights.
 
     Attributes:
-        codes: uint8 (blocks + 1), of each block as in `plan.weights`, tile after tile in the order
-            in which it takes them, and a spare.
+        codes: uint8 (blocks + 1), of each block as in `plan.weights`, row by row, each in the order
+            in which a tile takes its blocks, and a spare.
         starts: int32 (T + 1), where those of a tile begin.
     """
 
@@ -273,7 +268,7 @@ class BlockCodes(NamedTuple):
 
 
 def block_codes(pattern: BlockPattern, runs: KeyRuns, schedule: Schedule) -> BlockCodes:
-    """Write the weights of a pattern in the order of a schedule.
+    """Write the weights of a pattern in the order in which tiles take its blocks.
 
     Args:
         pattern: whose weights are taken.
@@ -282,14 +277,20 @@ def block_codes(pattern: BlockPattern, runs: KeyRuns, schedule: Schedule) -> Blo
     """
     if pattern.weights is None:
         return BlockCodes()
-    head, block = np.divmod(schedule.tiles[:-1, 0].astype(np.int64), 1 << 16)
-    rows = head * pattern.query_blocks + block
-    starts = sums_before(runs.blocks[rows])
-    # Of each tile the block that it takes first, those below that, those above.
+    head, block = np.divmod(schedule.tiles[:, 0].astype(np.int64), 1 << 16)
     offsets = sums_before(runs.blocks)
-    begin, end = offsets[rows], offsets[rows + 1]
-    first = begin + runs.below[rows]
-    slices = [(first, first + 1), (begin, first), (first + 1, end)]
-    bounds = np.stack([np.stack(pair, 1) for pair in slices], 1).reshape(-1, 2)
-    codes = joined(pattern.kept_weights(), bounds[:, 0], bounds[:, 1])
-    return BlockCodes(np.append(codes, np.uint8(0)), starts.astype(np.int32))
+    starts = offsets[head * pattern.query_blocks + block]
+    # The block that a row takes first moves to its front, and those below it up by one.
+    moved = runs.below > 0
+    begin = offsets[:-1][moved]
+    first = begin + runs.below[moved]
+    edges = np.zeros(offsets[-1] + 1, np.int8)
+    edges[begin + 1] = 1
+    edges[first + 1] = -1
+    up = np.cumsum(edges, dtype=np.int8).view(np.bool_)
+    kept = pattern.kept_weights()
+    codes = np.zeros(len(kept) + 1, np.uint8)
+    codes[:-1] = kept
+    np.copyto(codes[1:], kept, where=up[1:])
+    codes[begin] = kept[first]
+    return BlockCodes(codes, starts.astype(np.int32))

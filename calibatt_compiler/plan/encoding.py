@@ -137,7 +137,8 @@ def _gaps(data: Bytes) -> Bytes:
 
 def _from_gaps(gaps: Bytes, length: int) -> Bytes:
     ends = gaps != GO_ON
-    where = (np.cumsum(gaps, dtype=np.int64) + np.cumsum(ends, dtype=np.int64) - 1)[ends]
+    # A byte that ends a gap stands for its unset bits and the set one; one that goes on for itself.
+    where = np.cumsum(np.minimum(gaps, GO_ON - 1) + np.uint8(1), dtype=np.int64)[ends] - 1
     if len(gaps) and (not ends[-1] or where[-1] >= 8 * length):
         raise ValueError("gaps past the end of an array")
     bits = np.zeros(8 * length, np.bool_)

@@ -41,19 +41,6 @@ def expand(starts: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> npt.NDArray[n
     return np.arange(sums[-1]) + np.repeat(starts - sums[:-1], lengths)
 
 
-def joined(
-    data: npt.NDArray[Any], starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]
-) -> npt.NDArray[Any]:
-    """The slices `data[starts[i] : ends[i]]`, one after another; read-only.
-
-    Several times as fast as to index `data` by the numbers of all items, if slices are long.
-    """
-    size = data.itemsize
-    view = data.tobytes()  # slices of bytes are made faster than those of arrays, or views
-    bounds = zip((starts * size).tolist(), (ends * size).tolist(), strict=True)
-    return np.frombuffer(b"".join([view[start:end] for start, end in bounds]), data.dtype)
-
-
 def first_behind(
     runs: Intervals, rows: npt.NDArray[Any], wanted: npt.NDArray[Any], columns: int
 ) -> npt.NDArray[np.int64]:
