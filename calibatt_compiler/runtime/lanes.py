@@ -13,10 +13,10 @@ from typing import Protocol
 
 import torch
 
-MOST_THREADS = 3
-"""Threads that make kernels ahead, at most. Tables of a weighted sample take one of them longer
-than a GPU takes to use them; more would get in the way of each other and of the calls, for a third
-of the work holds Python's lock."""
+MOST_THREADS = 4
+"""Threads that make kernels ahead, at most. One of them takes longer for the tables of a weighted
+sample than a GPU does for a call with them; four get three times as much done, six hardly more:
+Python's lock is held for a part of the work (`benchmarks/RESULTS.md`, Serving a large plan)."""
 
 
 class Mark(Protocol):

@@ -52,7 +52,8 @@ class Upcoming:
     def following(self) -> Iterator[Key]:
         """Kernels in the order of their next use, the one in use first, none twice.
 
-        After the passes of this step come those of the others, up to the step before this one.
+        After the passes of this step come the other steps, and at last this one in another video:
+        so every kernel of the graph is among them.
         """
         seen = set()
         for key in self._calls():
@@ -67,7 +68,7 @@ class Upcoming:
         if self._passes < self._passes_before:
             yield from (self._key(name, self._step) for name in self._names)
         steps = len(next(iter(self._steps.values())))
-        for ahead in range(1, steps):
+        for ahead in range(1, steps + 1):
             step = (self._step + ahead) % steps
             yield from (self._key(name, step) for name in self._names)
 

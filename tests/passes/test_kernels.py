@@ -140,6 +140,18 @@ def test_a_step_and_a_little_is_enough_for_no_call_to_make_its_kernel(passes: in
     assert graph.store.counts.evicted > 40 * 20
 
 
+@pytest.mark.parametrize("budget", range(50, 90, 10))
+def test_a_video_of_few_steps_finds_its_first_kernels_too(budget: int):
+    """Also where what follows within this video fits, and only the next one's does not."""
+    graph = Graph(sites=4, steps=2, size=10, budget=budget)
+    made = []
+    for _ in range(3):
+        for step in range(graph.steps):
+            graph.step(step, 1)
+        made.append(graph.store.counts.made)
+    assert made == [1, 1, 1]
+
+
 @pytest.mark.parametrize(("weight", "times"), [(None, 1), (2.0, SAMPLED)])
 def test_a_plan_of_samples_may_hold_more(weight: float | None, times: int):
     mask = torch.ones(1, 2, 2, dtype=torch.bool)

@@ -27,7 +27,8 @@ def test_the_rest_of_the_pass_comes_first_then_the_next_step():
     assert names(order, 5) == "s0@0 s1@0 s2@0 s0@1 s1@1"
     order.call("s1", 0)
     assert names(order, 5) == "s1@0 s2@0 s0@1 s1@1 s2@1"
-    assert len(list(order.following())) == 2 + 3 * 3
+    assert len(list(order.following())) == 3 * 4, "all there are, each once"
+    assert next(reversed(list(order.following()))) == ("s0", 0, None)
 
 
 def test_passes_repeat_as_often_as_in_the_last_step():
