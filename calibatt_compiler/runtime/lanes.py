@@ -63,7 +63,7 @@ class CudaLane:
     """A GPU: tables are copied on a stream of their own, beneath what the others compute."""
 
     def __init__(self, device: torch.device) -> None:
-        # Half the cores are left to whoever calls, and to other processes of several GPUs.
+        # Most cores are left to whoever calls, and to the processes of other GPUs.
         self.threads = max(1, min(MOST_THREADS, (os.cpu_count() or 1) // 4))
         self._device = device
         self._stream: torch.cuda.Stream | None = None
