@@ -23,9 +23,11 @@ import math
 import statistics
 import sys
 import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,20 +87,13 @@ class Server:
         ]
         self.held = 0
 
-    def video(self, timesteps: tuple[float, ...], passes: int) -> list[float]:
-        """Call all sites at all steps; return milliseconds a step."""
-        return [self._step(at, passes) for at in timesteps]
-
-    def _step(self, timestep: float, passes: int) -> float:
+    def forward(self, timestep: float) -> None:
+        """Call all sites, as one forward pass does."""
         q, k, v = self._operands
-        _finish(q.device)
-        start = time.perf_counter()
-        for one in self.sites * passes:
+        for one in self.sites:
             one.attend(q, k, v, timestep, 1 / math.sqrt(q.shape[-1]))
             # Outputs are gone here; what is left are tables and counters.
             self.held = max(self.held, _allocated(q.device) - self._before)
-        _finish(q.device)
-        return 1e3 * (time.perf_counter() - start)
 
 
 @dataclass
@@ -121,9 +116,36 @@ class Served:
         self.kinds.update(kind for one in server.sites for kind in one.kinds)
 
 
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def two_videos(
+    name: str, forward: Callable[[float], Any], timesteps: Sequence[float], passes: int
+) -> list[float]:
+    """Run a video, which leaves the tables that the next one finds, and time that: ms a step."""
+    found = [[_step(forward, at, passes) for at in timesteps] for _ in range(2)]
+    both = (" ".join(f"{ms:.0f}" for ms in row) for row in found)
+    print(f"{name}, ms a step: {', then '.join(both)}", flush=True)
+    return found[1]
+
+
+def _step(forward: Callable[[float], Any], timestep: float, passes: int) -> float:
+    _finish()
+    start = time.perf_counter()
+    for _ in range(passes):
+        forward(timestep)
+    _finish()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _finish() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def medians(times: Mapping[str, Iterable[list[float]]]) -> dict[str, list[float]]:
+    """Return of each kind the median of its rounds, step by step."""
+    return {
+        name: [statistics.median(step) for step in zip(*rounds, strict=True)]
+        for name, rounds in times.items()
+    }
 
 
 def _allocated(device: torch.device) -> int:
@@ -192,19 +214,12 @@ def measure(options: argparse.Namespace, video: Video, device: torch.device) -> 
     for _ in range(options.rounds):
         for name, budget in (("served", budget_of_plan), ("resident", sys.maxsize)):
             server = Server(plan, operands, budget)
-            # The first video leaves the tables that a second one finds.
-            first = server.video(timesteps, options.passes)
-            times[name].append(server.video(timesteps, options.passes))
-            both = (" ".join(f"{ms:.0f}" for ms in row) for row in (first, times[name][-1]))
-            print(f"{name}, ms a step: {', then '.join(both)}", flush=True)
+            times[name].append(two_videos(name, server.forward, timesteps, options.passes))
             if name == "served":
                 served.note(server)
             all_steps = server.store.bytes
             del server  # its tables go before others are made: equal ones are shared
-    middle = {
-        name: [statistics.median(step) for step in zip(*runs, strict=True)]
-        for name, runs in times.items()
-    }
+    middle = medians(times)
     return Row(
         tokens=video.tokens,
         sites=options.sites,
@@ -223,12 +238,12 @@ def measure(options: argparse.Namespace, video: Video, device: torch.device) -> 
     )
 
 
-def main() -> int:
-    """Measure, print, write."""
+def parse(description: str | None, sites: int) -> argparse.Namespace:
+    """Read the command line; `sites`: of the plan, if not said."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--sites", type=int, default=40)
+    parser.add_argument("--sites", type=int, default=sites, help="one a layer")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--passes", type=int, default=2, help="calls of a site a step")
     parser.add_argument("--rounds", type=int, default=2)
@@ -236,18 +251,28 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--check", action="store_true", help="tiny, on a CPU: shows that it runs")
     options = parser.parse_args()
-    video = Video()
     if options.check:
-        video, options.sites, options.steps, options.rounds = SMALL, 2, 2, 1
-    device = torch.device("cpu" if options.check else "cuda")
-    row = measure(options, video, device)
+        options.sites, options.steps, options.rounds = 2, 2, 1
+    return options
+
+
+def report(row: Any, options: argparse.Namespace, script: str) -> None:
+    """Print what was found, and write it where that is asked for."""
     for name, found in vars(row).items():
         print(f"{name:24} {found:.4g}" if isinstance(found, float) else f"{name:24} {found}")
-    if not options.samples:
-        print(f"aim: at most {AIM_MB} MB held, ratio 1")
     if options.out is not None:
         kind = "cpu" if options.check else torch.cuda.get_device_name()
-        write_record(options.out / "plan_serving.json", kind, [row])
+        write_record(options.out / Path(script).with_suffix(".json").name, kind, [row])
+
+
+def main() -> int:
+    """Measure, print, write."""
+    options = parse(__doc__, sites=40)
+    device = torch.device("cpu" if options.check else "cuda")
+    row = measure(options, SMALL if options.check else Video(), device)
+    report(row, options, __file__)
+    if not options.samples:
+        print(f"aim: at most {AIM_MB} MB held, ratio 1")
     return 0
 
 

@@ -16,18 +16,13 @@ from __future__ import annotations
 
 import argparse
 import gc
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from attention_record import write_record
 from dit_layer import SCALES, make_model
-from plan_serving import make_plan, timesteps_of
+from plan_serving import make_plan, medians, parse, report, timesteps_of, two_videos
 from synthetic_masks import Video
 
 from calibatt_compiler.plan import Plan
@@ -68,30 +63,11 @@ def compiled(model: Any, plan: Plan, megabytes: int | None) -> Any:
     return torch.compile(model, backend="calibatt", options=options, **settings)
 
 
-def video(run: Callable[[float], Any], timesteps: tuple[float, ...], passes: int) -> list[float]:
-    """Sample one video; return milliseconds a step."""
-    found = []
-    for at in timesteps:
-        finish()
-        start = time.perf_counter()
-        for _ in range(passes):
-            run(at)
-        finish()
-        found.append(1e3 * (time.perf_counter() - start))
-    return found
-
-
-def finish() -> None:
-    """Wait for the GPU, if there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def counts() -> Counts:
-    """Counters of the one store that lives."""
+    """Counters of the one store that lives: with two, tables would be shared."""
     gc.collect()
-    stores = [each for each in gc.get_objects() if type(each) is KernelStore]
-    return max((store.counts for store in stores), key=lambda count: count.made + count.ahead)
+    (store,) = (each for each in gc.get_objects() if type(each) is KernelStore)
+    return store.counts
 
 
 def measure(options: argparse.Namespace) -> Row:
@@ -105,7 +81,6 @@ def measure(options: argparse.Namespace) -> Row:
     print(f"plan made: density {plan.density():.3f}", flush=True)
     whole = table_budget(plan, None)
     budget = max(1, whole * options.sites // LAYERS_OF_14B // 10**6)
-    model = make_model(scale, options.sites, device, dtype)
     given = {
         "hidden_states": torch.randn(1, 16, *scale.latent, device=device, dtype=dtype),
         "encoder_hidden_states": torch.randn(1, scale.text, 4096, device=device, dtype=dtype),
@@ -116,24 +91,19 @@ def measure(options: argparse.Namespace) -> Row:
     seen = Counts()
     for _ in range(options.rounds):
         for name, memory in zip(TIMES, (budget, 10**6, None), strict=True):
-            run = compiled(model, plan, memory)
+            # Its graphs' tables live as long as a model, for its summary: each has its own.
+            run = compiled(make_model(scale, options.sites, device, dtype), plan, memory)
 
             def one(at: float, run: Any = run) -> None:
                 run(timestep=torch.tensor([at], device=device), **given)
 
-            both = [video(one, timesteps, options.passes) for _ in range(2)]
-            times[name].append(both[1])
-            text = ", then ".join(" ".join(f"{ms:.0f}" for ms in row) for row in both)
-            print(f"{name}, ms a step: {text}", flush=True)
+            times[name].append(two_videos(name, one, timesteps, options.passes))
             if name == "served":
                 seen = counts()
             del run, one
             torch._dynamo.reset()
             gc.collect()
-    ms = {
-        name: [statistics.median(step) for step in zip(*runs, strict=True)]
-        for name, runs in times.items()
-    }
+    ms = medians(times)
     return Row(
         layers=options.sites,
         passes=options.passes,
@@ -150,26 +120,9 @@ def measure(options: argparse.Namespace) -> Row:
 
 def main() -> int:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--layers", type=int, default=4, dest="sites")
-    parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--passes", type=int, default=2, help="calls of the model a step")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--samples", action="store_true", help="a plan of weighted samples")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--check", action="store_true", help="tiny, on a CPU: shows that it runs")
-    options = parser.parse_args()
-    if options.check:
-        options.sites, options.rounds = 2, 1
-    row = measure(options)
-    for name, found in vars(row).items():
-        print(f"{name:16} {found:.4g}" if isinstance(found, float) else f"{name:16} {found}")
+    options = parse(__doc__, sites=4)
+    report(measure(options), options, __file__)
     print("aim: ratio 1")
-    if options.out is not None:
-        kind = "cpu" if options.check else torch.cuda.get_device_name()
-        write_record(options.out / "plan_serving_model.json", kind, [row])
     return 0
 
 

@@ -14,12 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from calibatt_compiler.errors import KernelError
-from calibatt_compiler.plan.intervals import (
-    Intervals,
-    first_behind,
-    runs_of_bits,
-    sums_before,
-)
+from calibatt_compiler.plan.intervals import Intervals, first_behind, runs_of_bits, sums_before
 from calibatt_compiler.plan.pattern import BlockPattern
 
 TILE_COST = 2
@@ -248,7 +243,7 @@ def make_schedule(
         counts,
         last,
     ]
-    stream = np.append(runs.words[: 0 if literals else None], np.int32(0))
+    stream = np.append(runs.words[:0] if literals else runs.words, np.int32(0))
     tiles = np.zeros((len(rows) + 1, 4), np.int32)
     tiles[:-1] = np.stack(words, 1)
     return Schedule(tiles, starts.astype(np.int32), stream)

@@ -198,15 +198,15 @@ class KernelStore:
             del self._making[key]
             if failed:
                 self._failed.add(key)
-            elif self._held and self.bytes + _size(kernel) > self.budget:
-                # It is larger than was expected, or calls and other threads have made some, too.
-                self._note(key, kernel)
-                self._retire([(key, _Held(kernel))])
-                self.counts.ahead += 1
-                self.counts.evicted += 1
             else:
-                self._hold(key, kernel)
                 self.counts.ahead += 1
+                self._note(key, kernel)
+                if self._held and self.bytes + self._sizes[key] > self.budget:
+                    # Larger than was expected, or calls and other threads have made some, too.
+                    self._retire([(key, _Held(kernel))])
+                    self.counts.evicted += 1
+                else:
+                    self._hold(key, kernel)
             self._changed.notify_all()
         return True
 
