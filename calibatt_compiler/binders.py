@@ -17,10 +17,10 @@ from calibatt_compiler.passes.graph import example
 from calibatt_compiler.passes.rewrite import Layout, SdpaCall, Skip
 from calibatt_compiler.plan import Plan, SitePatterns
 from calibatt_compiler.plan.text import other_text
-from calibatt_compiler.runtime.kernels import KernelStore, table_budget
-from calibatt_compiler.runtime.lanes import lane_of
-from calibatt_compiler.runtime.serving import Site
-from calibatt_compiler.runtime.sites import RecordingSite, SparseSite
+from calibatt_compiler.runtime.device_queue import lane_of
+from calibatt_compiler.runtime.invocation import Site
+from calibatt_compiler.runtime.kernel_cache import KernelStore, table_budget
+from calibatt_compiler.runtime.site import RecordingSite, SparseSite
 
 
 class PlanBinder:

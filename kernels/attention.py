@@ -19,14 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from calibatt_compiler.errors import KernelError
-from calibatt_compiler.kernels.operands import token_major
-from calibatt_compiler.kernels.tiles import HOPPER, architecture
+from calibatt_compiler.kernels.common.operands import token_major
+from calibatt_compiler.kernels.portable.tiles import HOPPER, architecture
 from calibatt_compiler.options import Lowering, Softmax
 from calibatt_compiler.plan.pattern import BlockPattern
 
 if TYPE_CHECKING:
-    from calibatt_compiler.kernels.baked import BakedAttention
-    from calibatt_compiler.kernels.triton_table import TableAttention
+    from calibatt_compiler.kernels.baked.attention import BakedAttention
+    from calibatt_compiler.kernels.portable.attention import TableAttention
 
 CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -142,11 +142,11 @@ def make_attention(
             remedy="cast the model",
         )
     if lowering == "reference":
-        from calibatt_compiler.kernels.reference import ReferenceAttention
+        from calibatt_compiler.kernels.reference.attention import ReferenceAttention
 
         return ReferenceAttention(pattern)
     if device.type == "cpu":
-        from calibatt_compiler.kernels.native_cpu import NativeCpuAttention
+        from calibatt_compiler.kernels.cpu.attention import NativeCpuAttention
 
         return NativeCpuAttention(pattern, dtype=dtype, head_dim=head_dim)
     if device.type == "cuda":
@@ -184,10 +184,10 @@ def _cuda_kernel(
         "softmax": softmax,
     }
     if lowering == "table":
-        from calibatt_compiler.kernels.triton_table import TableAttention
+        from calibatt_compiler.kernels.portable.attention import TableAttention
 
         return TableAttention(pattern, **where)
-    from calibatt_compiler.kernels.baked import BakedAttention
+    from calibatt_compiler.kernels.baked.attention import BakedAttention
 
     return BakedAttention(pattern, **where)
 
@@ -201,7 +201,7 @@ def _hopper_kernel(
     softmax: Softmax,
 ) -> AttentionKernel:
     """The Hopper kernel, or a portable one that says why."""
-    from calibatt_compiler.kernels.hopper_capability import hopper_serves
+    from calibatt_compiler.kernels.hopper.capability import hopper_serves
 
     where: dict[str, Any] = {"device": device, "dtype": dtype, "head_dim": head_dim}
     reason = hopper_serves(device, dtype, head_dim, pattern)
@@ -209,15 +209,15 @@ def _hopper_kernel(
         portable = _cuda_kernel(pattern, lowering, **where, softmax=softmax)
         portable.reason = portable.reason or f"no Hopper kernel: {reason}"
         return portable
-    from calibatt_compiler.kernels.hopper_fallback import WithFallback
+    from calibatt_compiler.kernels.hopper.fallback import WithFallback
 
     kernel: AttentionKernel
     if lowering == "table":
-        from calibatt_compiler.kernels.hopper import HopperAttention
+        from calibatt_compiler.kernels.hopper.attention import HopperAttention
 
         kernel = HopperAttention(pattern, **where, softmax=softmax)
     else:
-        from calibatt_compiler.kernels.baked import BakedAttention
+        from calibatt_compiler.kernels.baked.attention import BakedAttention
 
         kernel = BakedAttention(pattern, **where, hopper=True, softmax=softmax)
     return WithFallback(kernel, lambda: _cuda_kernel(pattern, lowering, **where, softmax=softmax))

@@ -13,8 +13,8 @@ from calibatt_compiler.passes.bind_sites import bind_sites
 from calibatt_compiler.passes.find_sites import find_sites
 from calibatt_compiler.passes.find_timestep import find_timestep
 from calibatt_compiler.passes.lower_attention import lower_attention
-from calibatt_compiler.passes.permute_tokens import permute_tokens
 from calibatt_compiler.passes.rewrite import Binder, Rewrite
+from calibatt_compiler.passes.token_order.permute import permute_tokens
 
 Pass = Callable[[Rewrite], Rewrite]
 

@@ -13,7 +13,7 @@ from calibatt_compiler.capture import SiteInfo
 from calibatt_compiler.dynamo import FrameInputs
 from calibatt_compiler.passes.graph import sdpa_operands
 from calibatt_compiler.plan.order import TokenOrder
-from calibatt_compiler.runtime.serving import Site
+from calibatt_compiler.runtime.invocation import Site
 
 
 @dataclass(frozen=True)

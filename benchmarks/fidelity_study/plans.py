@@ -13,8 +13,8 @@ import torch
 from fidelity_study.serve import computed_density, entry
 
 from calibatt_compiler.calibration import Thresholds, plan_from_run
-from calibatt_compiler.calibration.records import InputRecord
-from calibatt_compiler.calibration.store import RunStore
+from calibatt_compiler.calibration.store.records import InputRecord
+from calibatt_compiler.calibration.store.run_folder import RunStore
 from calibatt_compiler.plan import Plan
 
 NEAR = 0.005

@@ -9,7 +9,7 @@ from typing import Any
 
 from fidelity_study.methods import ORDERED, PEERS, TITLES
 
-from calibatt_compiler.report.cases import Case
+from calibatt_compiler.evaluation.cases import Case
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ import os
 from dataclasses import dataclass
 from typing import Literal, TypeGuard
 
-from calibatt_compiler.calibration.orders import AUTO
-from calibatt_compiler.calibration.schedule import Thresholds, default_thresholds
+from calibatt_compiler.calibration.order_search.candidates import AUTO
 from calibatt_compiler.errors import OptionError, PlanError
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.refine import SHARE_STEPS, Refiner
+from calibatt_compiler.plan.thresholds import Thresholds, default_thresholds
 
 LEAST_GAMMA = 0.5
 """Heads of less similarity are not scored any further."""

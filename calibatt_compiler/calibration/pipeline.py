@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
-from calibatt_compiler.calibration import identity
 from calibatt_compiler.calibration.config import CalibrationConfig
-from calibatt_compiler.calibration.generation import (
+from calibatt_compiler.calibration.observe.pipelines import (
     Prompt,
     branches,
     component_of,
@@ -25,11 +24,12 @@ from calibatt_compiler.calibration.generation import (
     samples_of,
     schedule_of,
 )
-from calibatt_compiler.calibration.orders import INPUTS, OrderSurvey
+from calibatt_compiler.calibration.order_search.candidates import INPUTS, OrderSurvey
+from calibatt_compiler.calibration.order_search.search import Surveyor, describe, survey_pipeline
 from calibatt_compiler.calibration.progress import CalibrationProgress
-from calibatt_compiler.calibration.ranks import Ranks
 from calibatt_compiler.calibration.run import CalibrationRun, FirstStepDone, recording
-from calibatt_compiler.calibration.surveying import Surveyor, describe, survey_pipeline
+from calibatt_compiler.calibration.store import identity
+from calibatt_compiler.calibration.store.ranks import Ranks
 from calibatt_compiler.plan import Plan
 
 log = logging.getLogger("calibatt")

@@ -10,18 +10,18 @@ from typing import Any
 
 import torch
 
-from calibatt_compiler.calibration import identity
 from calibatt_compiler.calibration.config import CalibrationConfig
-from calibatt_compiler.calibration.derive import derive_plan, select_by
-from calibatt_compiler.calibration.observation import Branch, Schedule
-from calibatt_compiler.calibration.observed import observed
-from calibatt_compiler.calibration.opening import opened
-from calibatt_compiler.calibration.orders import AUTO
-from calibatt_compiler.calibration.ranks import Ranks
-from calibatt_compiler.calibration.recorder import AttentionRecorder
-from calibatt_compiler.calibration.spool import Spool
-from calibatt_compiler.calibration.store import RunStore
-from calibatt_compiler.calibration.surveying import Surveyor, settled
+from calibatt_compiler.calibration.observe.attach import observed
+from calibatt_compiler.calibration.observe.observation import Branch, Schedule
+from calibatt_compiler.calibration.observe.recorder import AttentionRecorder
+from calibatt_compiler.calibration.order_search.candidates import AUTO
+from calibatt_compiler.calibration.order_search.search import Surveyor, settled
+from calibatt_compiler.calibration.select.derive import derive_plan, select_by
+from calibatt_compiler.calibration.store import identity
+from calibatt_compiler.calibration.store.energies import Spool
+from calibatt_compiler.calibration.store.opening import opened
+from calibatt_compiler.calibration.store.ranks import Ranks
+from calibatt_compiler.calibration.store.run_folder import RunStore
 from calibatt_compiler.errors import CalibrationError, OptionError
 from calibatt_compiler.plan import Plan
 from calibatt_compiler.plan.schema import CfgMode

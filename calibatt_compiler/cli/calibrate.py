@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from calibatt_compiler.calibration import CalibrationConfig
-    from calibatt_compiler.report.cases import Case
+    from calibatt_compiler.evaluation.cases import Case
 
 _HOW = options.HOW_SPARSE
 

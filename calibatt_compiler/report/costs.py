@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from calibatt_compiler.calibration.costs import Estimate
+from calibatt_compiler.calibration.cost.estimate import Estimate
 
 
 def terminal(estimate: Estimate) -> Table:

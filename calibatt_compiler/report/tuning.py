@@ -5,8 +5,8 @@ from __future__ import annotations
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from calibatt_compiler.calibration.points import Tuning
-from calibatt_compiler.calibration.tuning import TuningCost
+from calibatt_compiler.calibration.tuning.pareto import Tuning
+from calibatt_compiler.calibration.tuning.tune import TuningCost
 from calibatt_compiler.report.costs import duration, size
 
 

@@ -6,7 +6,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from calibatt_compiler.calibration.kept import SiteValidation, Validation
+from calibatt_compiler.calibration.validation.kept_mass import SiteValidation, Validation
 
 
 def terminal(validation: Validation) -> RenderableType:

@@ -14,7 +14,7 @@ import torch
 import calibatt_compiler
 from calibatt_compiler import Plan
 from calibatt_compiler.calibration import CalibrationConfig, validate_run
-from calibatt_compiler.calibration.store import RunStore
+from calibatt_compiler.calibration.store.run_folder import RunStore
 from calibatt_compiler.calibration.text import text_blocks
 from calibatt_compiler.errors import CalibrationError
 from calibatt_compiler.plan import BlockPattern, RowCopies, Sampler, SitePatterns

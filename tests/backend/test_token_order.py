@@ -13,7 +13,7 @@ import torch
 import calibatt_compiler
 from calibatt_compiler import backend
 from calibatt_compiler.passes import pipeline
-from calibatt_compiler.passes.permute_tokens import permute_tokens
+from calibatt_compiler.passes.token_order.permute import permute_tokens
 from calibatt_compiler.plan import Plan
 from calibatt_compiler.plan.order import TokenOrder
 

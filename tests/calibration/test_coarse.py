@@ -13,9 +13,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import calibatt_compiler
 from calibatt_compiler.calibration import CalibrationConfig, plan_from_run
-from calibatt_compiler.calibration.coarse import NOTHING, decode, encode
-from calibatt_compiler.calibration.spool import Spool
-from calibatt_compiler.calibration.store import RunStore
+from calibatt_compiler.calibration.store.energies import Spool
+from calibatt_compiler.calibration.store.run_folder import RunStore
+from calibatt_compiler.calibration.store.uint8_energies import NOTHING, decode, encode
 from calibatt_compiler.errors import OptionError
 
 STEPS = (900.0, 500.0, 100.0)

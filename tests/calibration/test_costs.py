@@ -17,13 +17,13 @@ from torch.utils._pytree import tree_iter
 
 from calibatt_compiler import Plan
 from calibatt_compiler.calibration import CalibrationConfig, calibrate, estimate
-from calibatt_compiler.calibration.costs import Estimate, Measurement
-from calibatt_compiler.calibration.derive import Selection, derive_plan
-from calibatt_compiler.calibration.recorder import AttentionRecorder
-from calibatt_compiler.calibration.records import InputRecord, SiteSize
-from calibatt_compiler.calibration.sizes import SELECTION, SMALL, Sizes
-from calibatt_compiler.calibration.spool import Spool
-from calibatt_compiler.calibration.store import RunStore
+from calibatt_compiler.calibration.cost.estimate import Estimate, Measurement
+from calibatt_compiler.calibration.cost.sizes import SELECTION, SMALL, Sizes
+from calibatt_compiler.calibration.observe.recorder import AttentionRecorder
+from calibatt_compiler.calibration.select.derive import Selection, derive_plan
+from calibatt_compiler.calibration.store.energies import Spool
+from calibatt_compiler.calibration.store.records import InputRecord, SiteSize
+from calibatt_compiler.calibration.store.run_folder import RunStore
 from calibatt_compiler.errors import CalibrationError
 from calibatt_compiler.report import costs as report
 

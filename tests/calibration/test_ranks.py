@@ -18,7 +18,7 @@ import torch
 
 from calibatt_compiler import Plan
 from calibatt_compiler.calibration import CalibrationConfig, calibrate
-from calibatt_compiler.calibration.ranks import Ranks
+from calibatt_compiler.calibration.store.ranks import Ranks
 from calibatt_compiler.errors import CalibrationError
 
 PROMPTS = ["a big rabbit runs", "the bird flies", "a small bird", "the rabbit"]

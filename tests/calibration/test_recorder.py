@@ -14,15 +14,15 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from calibatt_compiler.calibration import CalibrationConfig
-from calibatt_compiler.calibration.observation import Branch, Schedule
-from calibatt_compiler.calibration.recorder import AttentionRecorder
-from calibatt_compiler.calibration.records import InputRecord
-from calibatt_compiler.calibration.selection import covering_mask, pack
-from calibatt_compiler.calibration.spool import Spool
+from calibatt_compiler.calibration.observe.observation import Branch, Schedule
+from calibatt_compiler.calibration.observe.recorder import AttentionRecorder
+from calibatt_compiler.calibration.select.selection import covering_mask, pack
+from calibatt_compiler.calibration.store.energies import Spool
+from calibatt_compiler.calibration.store.records import InputRecord
 from calibatt_compiler.capture import CaptureInfo, SiteInfo
 from calibatt_compiler.errors import CalibrationError
+from calibatt_compiler.kernels.common.row_similarity import row_similarity
 from calibatt_compiler.kernels.energy import block_energy
-from calibatt_compiler.kernels.row_similarity import row_similarity
 
 GRID = (2, 5, 9)
 TOKENS = math.prod(GRID)

@@ -12,23 +12,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from calibatt_compiler.calibration import repetition
-from calibatt_compiler.calibration.forms import choose_forms
-from calibatt_compiler.calibration.records import InputRecord, SiteSize
-from calibatt_compiler.calibration.repetition import (
+from calibatt_compiler.calibration.select import repetition_scores as repetition
+from calibatt_compiler.calibration.select.repetition import choose_forms
+from calibatt_compiler.calibration.select.repetition_scores import (
     AttentionCall,
     at_other_share,
     copies_of,
     decimals,
     measure,
 )
-from calibatt_compiler.calibration.selection import covering_mask
-from calibatt_compiler.calibration.store import RunStore
+from calibatt_compiler.calibration.select.selection import covering_mask
+from calibatt_compiler.calibration.store.records import InputRecord, SiteSize
+from calibatt_compiler.calibration.store.run_folder import RunStore
 from calibatt_compiler.errors import CalibrationError
+from calibatt_compiler.kernels.common.row_similarity import row_similarity
 from calibatt_compiler.kernels.energy import block_energy
-from calibatt_compiler.kernels.row_similarity import row_similarity
 from calibatt_compiler.plan.order import TokenOrder
-from calibatt_compiler.runtime.order import rearrangement
+from calibatt_compiler.runtime.token_order import rearrangement
 
 GRID, TEXT = (2, 7, 9), 5
 VIDEO = math.prod(GRID)

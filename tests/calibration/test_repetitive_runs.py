@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import calibatt_compiler
 from calibatt_compiler.calibration import CalibrationConfig, calibrate, plan_from_run, validate_run
-from calibatt_compiler.calibration.store import RunStore
+from calibatt_compiler.calibration.store.run_folder import RunStore
 from calibatt_compiler.errors import CalibrationError, OptionError
 from calibatt_compiler.plan import BlockPattern, Plan, SitePatterns
 from calibatt_compiler.plan.copies import RowCopies

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calibatt_compiler.calibration.sampling import draw, inclusion, rounded, sample
+from calibatt_compiler.calibration.select.sampling import draw, inclusion, rounded, sample
 from calibatt_compiler.plan.weights import MAX_WEIGHT
 
 

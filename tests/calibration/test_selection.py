@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calibatt_compiler.calibration.selection import (
+from calibatt_compiler.calibration.select.selection import (
     UNITS,
     agreement,
     best_share,

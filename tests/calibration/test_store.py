@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from calibatt_compiler.calibration.records import InputRecord, SiteSize
-from calibatt_compiler.calibration.store import RunStore
+from calibatt_compiler.calibration.store.records import InputRecord, SiteSize
+from calibatt_compiler.calibration.store.run_folder import RunStore
 from calibatt_compiler.errors import CalibrationError
 
 IDENTITY = {"format": 1, "model": {"class_name": "M"}, "settings": {"block": (32, 32), "A": 0.9}}

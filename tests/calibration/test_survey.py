@@ -21,7 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import calibatt_compiler
 from calibatt_compiler import Plan
 from calibatt_compiler.calibration import CalibrationConfig, calibrate, estimate, survey
-from calibatt_compiler.calibration.orders import (
+from calibatt_compiler.calibration.order_search.candidates import (
     SAVING,
     Error,
     OrderSurvey,
@@ -31,10 +31,10 @@ from calibatt_compiler.calibration.orders import (
     stored,
     surveyed_steps,
 )
-from calibatt_compiler.calibration.ranks import Ranks
-from calibatt_compiler.calibration.store import RunStore
-from calibatt_compiler.calibration.survey_call import SAMPLE, at_density, sampled_rows
-from calibatt_compiler.calibration.surveying import Surveyor, settled
+from calibatt_compiler.calibration.order_search.measure import SAMPLE, at_density, sampled_rows
+from calibatt_compiler.calibration.order_search.search import Surveyor, settled
+from calibatt_compiler.calibration.store.ranks import Ranks
+from calibatt_compiler.calibration.store.run_folder import RunStore
 from calibatt_compiler.errors import CalibrationError, OptionError
 
 TIMESTEPS = (900.0, 500.0, 100.0)
@@ -215,7 +215,7 @@ def test_local_attention_takes_a_compact_order() -> None:
 def test_the_error_is_that_of_the_last_input_by_the_first_ones_plan(
     seeds: tuple[int, ...], pooled: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("calibatt_compiler.calibration.survey_call.SAMPLE", 1000)
+    monkeypatch.setattr("calibatt_compiler.calibration.order_search.measure.SAMPLE", 1000)
     model, config = Site(Alike()), replace(LOCAL, pooled=pooled)
     found = survey(model, inputs(model, *seeds), config)
     assert found.held_out == (len(seeds) == 2)
@@ -277,7 +277,8 @@ def test_a_pipeline_is_surveyed_once(
 ) -> None:
     # A random model's attention gives no reason for another order.
     monkeypatch.setattr(
-        "calibatt_compiler.calibration.orders.choose", lambda density, error: list(density)[1]
+        "calibatt_compiler.calibration.order_search.candidates.choose",
+        lambda density, error: list(density)[1],
     )
     pipe, arguments = tiny_wan_pipeline, tiny_wan_arguments
 

@@ -24,7 +24,7 @@ from calibatt_compiler.calibration import (
     tuning_cost,
     validate_run,
 )
-from calibatt_compiler.calibration.points import (
+from calibatt_compiler.calibration.tuning.pareto import (
     CEILING,
     Knobs,
     Point,
@@ -33,12 +33,12 @@ from calibatt_compiler.calibration.points import (
     cost_of,
     front,
 )
-from calibatt_compiler.calibration.serving import PlanServer, served
-from calibatt_compiler.calibration.study import JOURNAL, Study, finished
-from calibatt_compiler.calibration.trials import Bench
+from calibatt_compiler.calibration.tuning.plan_server import PlanServer, served
+from calibatt_compiler.calibration.tuning.study import JOURNAL, Study, finished
+from calibatt_compiler.calibration.tuning.trials import Bench
 from calibatt_compiler.errors import CalibrationError, OptionError
-from calibatt_compiler.report.compare import to_bytes
-from calibatt_compiler.report.quality import psnr
+from calibatt_compiler.evaluation.compare import to_bytes
+from calibatt_compiler.evaluation.quality import psnr
 
 pytest.importorskip("optuna", reason="the extra `tune`")
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 import calibatt_compiler
 from calibatt_compiler import Plan
 from calibatt_compiler.calibration import CalibrationConfig, calibrate, plan_from_run, validate_run
-from calibatt_compiler.calibration.kept import KeptMass, kept_share
-from calibatt_compiler.calibration.store import RunStore
+from calibatt_compiler.calibration.store.run_folder import RunStore
+from calibatt_compiler.calibration.validation.kept_mass import KeptMass, kept_share
 from calibatt_compiler.errors import CalibrationError, OptionError, PlanMismatchError
 
 CONFIG = CalibrationConfig(block=(16, 16), keep_energies=True)

@@ -14,7 +14,7 @@ import tempfile
 import torch
 from triton import knobs
 
-from calibatt_compiler.kernels.energy_offline import compile_energy
+from calibatt_compiler.kernels.portable.energy_offline import compile_energy
 
 
 def resources(cubin: bytes) -> dict[str, int]:

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from calibatt_compiler.kernels import triton_fused_energy as fused
-from calibatt_compiler.kernels.energy_reference import reference_energy
-from calibatt_compiler.kernels.tiles import TileSettings
-from calibatt_compiler.kernels.triton_energy import triton_energy
-from calibatt_compiler.kernels.triton_fused_energy import triton_attention_and_energy
+from calibatt_compiler.kernels.portable import energy_fused as fused
+from calibatt_compiler.kernels.portable.energy_fused import triton_attention_and_energy
+from calibatt_compiler.kernels.portable.energy_scores import triton_energy
+from calibatt_compiler.kernels.portable.tiles import TileSettings
+from calibatt_compiler.kernels.reference.energy import reference_energy
 
 SCALE = 0.2
 WIDE = TileSettings(64, 16, 4, 2)

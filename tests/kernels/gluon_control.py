@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from calibatt_compiler.kernels.hopper_primitives import fence_async_shared, gl, gluon, mbarrier
+from calibatt_compiler.kernels.hopper.primitives import fence_async_shared, gl, gluon, mbarrier
 
 
 @gluon.jit

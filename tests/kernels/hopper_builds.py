@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from triton import knobs
 
-from calibatt_compiler.kernels import cache
-from calibatt_compiler.kernels.compiler import KernelCompiler, KernelSpec
-from calibatt_compiler.kernels.cover import EXACT
-from calibatt_compiler.kernels.hopper_launch import HopperConfig
-from calibatt_compiler.kernels.hopper_offline import compile_counts, compile_hopper
+from calibatt_compiler.kernels.baked import cache
+from calibatt_compiler.kernels.baked.compiler import KernelCompiler, KernelSpec
+from calibatt_compiler.kernels.baked.cover import EXACT
+from calibatt_compiler.kernels.hopper.launch import HopperConfig
+from calibatt_compiler.kernels.hopper.offline import compile_counts, compile_hopper
 from calibatt_compiler.plan.copies import RowCopies
 from calibatt_compiler.plan.pattern import BlockPattern
 

@@ -18,10 +18,10 @@ import pytest
 import torch
 
 from calibatt_compiler.errors import KernelError
-from calibatt_compiler.kernels.baked import BakedAttention
-from calibatt_compiler.kernels.cover import CoverLimits, cover_pattern
-from calibatt_compiler.kernels.reference import ReferenceAttention
-from calibatt_compiler.kernels.triton_table import TableAttention
+from calibatt_compiler.kernels.baked.attention import BakedAttention
+from calibatt_compiler.kernels.baked.cover import CoverLimits, cover_pattern
+from calibatt_compiler.kernels.portable.attention import TableAttention
+from calibatt_compiler.kernels.reference.attention import ReferenceAttention
 from calibatt_compiler.plan.copies import RowCopies
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.pattern import BlockPattern

@@ -18,20 +18,20 @@ import numpy.typing as npt
 import torch
 from triton import knobs
 
-from calibatt_compiler.kernels import cache
-from calibatt_compiler.kernels.compiler import KernelCompiler, KernelSpec
-from calibatt_compiler.kernels.copies import NO_COPIES, DeviceCopies, copy_tables
-from calibatt_compiler.kernels.cover import EXACT
-from calibatt_compiler.kernels.index_tables import IndexTables
-from calibatt_compiler.kernels.offline import compile_offline, table_arguments
-from calibatt_compiler.kernels.operands import empty_output
-from calibatt_compiler.kernels.triton_launch import (
+from calibatt_compiler.kernels.baked import cache
+from calibatt_compiler.kernels.baked.compiler import KernelCompiler, KernelSpec
+from calibatt_compiler.kernels.baked.cover import EXACT
+from calibatt_compiler.kernels.common.operands import empty_output
+from calibatt_compiler.kernels.common.row_copies import NO_COPIES, DeviceCopies, copy_tables
+from calibatt_compiler.kernels.portable.attention import table_attention
+from calibatt_compiler.kernels.portable.index_tables import IndexTables
+from calibatt_compiler.kernels.portable.launch import (
     LaunchConfig,
     call_arguments,
     key_sources,
     launch_config,
 )
-from calibatt_compiler.kernels.triton_table import table_attention
+from calibatt_compiler.kernels.portable.offline import compile_offline, table_arguments
 from calibatt_compiler.plan.copies import RowCopies
 from calibatt_compiler.plan.pattern import BlockPattern
 

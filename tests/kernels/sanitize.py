@@ -15,11 +15,11 @@ import torch
 from gluon_control import run_control
 
 from calibatt_compiler.kernels.energy import block_energy
-from calibatt_compiler.kernels.hopper import HopperAttention
-from calibatt_compiler.kernels.hopper_capability import hopper_serves
-from calibatt_compiler.kernels.hopper_energy import hopper_attention_and_energy
-from calibatt_compiler.kernels.triton_fused_energy import triton_attention_and_energy
-from calibatt_compiler.kernels.triton_table import TableAttention
+from calibatt_compiler.kernels.hopper.attention import HopperAttention
+from calibatt_compiler.kernels.hopper.capability import hopper_serves
+from calibatt_compiler.kernels.hopper.energy import hopper_attention_and_energy
+from calibatt_compiler.kernels.portable.attention import TableAttention
+from calibatt_compiler.kernels.portable.energy_fused import triton_attention_and_energy
 from calibatt_compiler.plan.pattern import BlockPattern
 
 CUDA = torch.device("cuda", 0)

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from calibatt_compiler.errors import KernelError
-from calibatt_compiler.kernels import baked
-from calibatt_compiler.kernels.baked import BakedAttention
-from calibatt_compiler.kernels.cache import get_entry
-from calibatt_compiler.kernels.compiler import CompiledSource, KernelCompiler, KernelSpec
-from calibatt_compiler.kernels.cover import EXACT, CoverError, CoverLimits
+from calibatt_compiler.kernels.baked import attention as baked
+from calibatt_compiler.kernels.baked.attention import BakedAttention
+from calibatt_compiler.kernels.baked.cache import get_entry
+from calibatt_compiler.kernels.baked.compiler import CompiledSource, KernelCompiler, KernelSpec
+from calibatt_compiler.kernels.baked.cover import EXACT, CoverError, CoverLimits
 from calibatt_compiler.plan.pattern import BlockPattern
 
 
@@ -63,9 +63,9 @@ def make(
 ) -> Callable[..., BakedAttention]:
     """Make a BakedAttention for a GPU that is not there; tables stay on the CPU."""
     monkeypatch.setenv("CALIBATT_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr("calibatt_compiler.kernels.triton_launch.architecture", lambda device: 90)
+    monkeypatch.setattr("calibatt_compiler.kernels.portable.launch.architecture", lambda device: 90)
     monkeypatch.setattr(
-        "calibatt_compiler.kernels.triton_table.index_tables", lambda pattern, device: None
+        "calibatt_compiler.kernels.portable.attention.index_tables", lambda pattern, device: None
     )
 
     def build(error: Exception | None = None, **limits: object) -> BakedAttention:
@@ -178,7 +178,7 @@ def test_nothing_is_covered_while_a_model_waits(
 ) -> None:
     covered = []
     monkeypatch.setattr(
-        "calibatt_compiler.kernels.cache.cover_pattern", lambda *_: covered.append(1)
+        "calibatt_compiler.kernels.baked.cache.cover_pattern", lambda *_: covered.append(1)
     )
     make()
     assert not covered

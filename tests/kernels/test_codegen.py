@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from calibatt_compiler.errors import KernelError
-from calibatt_compiler.kernels.codegen import generate
-from calibatt_compiler.kernels.codegen_hopper import generate_hopper
-from calibatt_compiler.kernels.cover import cover_pattern
-from calibatt_compiler.kernels.cover_form import Cover
+from calibatt_compiler.kernels.baked.cover import cover_pattern
+from calibatt_compiler.kernels.baked.cover_template import Cover
+from calibatt_compiler.kernels.baked.source import generate
+from calibatt_compiler.kernels.baked.source_hopper import generate_hopper
 from calibatt_compiler.plan.copies import RowCopies
 from calibatt_compiler.plan.pattern import BlockPattern
 

@@ -18,12 +18,12 @@ import pytest
 import torch
 
 from calibatt_compiler.errors import KernelError
-from calibatt_compiler.kernels import cache, compiler
-from calibatt_compiler.kernels.compile_worker import decode_pattern, encode_pattern
-from calibatt_compiler.kernels.compiler import KernelCompiler, KernelSpec
-from calibatt_compiler.kernels.cover import CoverLimits
-from calibatt_compiler.kernels.tiles import TileSettings
-from calibatt_compiler.kernels.triton_launch import launch_config
+from calibatt_compiler.kernels.baked import cache, compiler
+from calibatt_compiler.kernels.baked.compiler import KernelCompiler, KernelSpec
+from calibatt_compiler.kernels.baked.cover import CoverLimits
+from calibatt_compiler.kernels.baked.worker import decode_pattern, encode_pattern
+from calibatt_compiler.kernels.portable.launch import launch_config
+from calibatt_compiler.kernels.portable.tiles import TileSettings
 from calibatt_compiler.plan.copies import RowCopies
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.pattern import BlockPattern
@@ -218,8 +218,8 @@ def test_kill_9_while_entries_are_written_leaves_whole_ones_only(
 ) -> None:
     script = (
         "import torch\n"
-        "from calibatt_compiler.kernels.cache import get_entry\n"
-        "from calibatt_compiler.kernels.cover import CoverLimits\n"
+        "from calibatt_compiler.kernels.baked.cache import get_entry\n"
+        "from calibatt_compiler.kernels.baked.cover import CoverLimits\n"
         "from calibatt_compiler.plan.pattern import BlockPattern\n"
         "print('go', flush=True)\n"
         "for seed in range(10**6):\n"

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from calibatt_compiler.kernels.copies import DeviceCopies, copy_tables
-from calibatt_compiler.kernels.triton_table import TableAttention
+from calibatt_compiler.kernels.common.row_copies import DeviceCopies, copy_tables
+from calibatt_compiler.kernels.portable.attention import TableAttention
 from calibatt_compiler.plan.copies import RowCopies
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.pattern import BlockPattern

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calibatt_compiler.errors import KernelError, PlanFormatError
-from calibatt_compiler.kernels.cover import CoverError, CoverLimits, cover_pattern
-from calibatt_compiler.kernels.cover_form import ROW, Cover
+from calibatt_compiler.kernels.baked.cover import CoverError, CoverLimits, cover_pattern
+from calibatt_compiler.kernels.baked.cover_template import ROW, Cover
 from calibatt_compiler.plan.pattern import BlockPattern
 
 Mask = npt.NDArray[np.bool_]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from calibatt_compiler.errors import KernelError
-from calibatt_compiler.kernels import hopper_energy
+from calibatt_compiler.kernels.hopper import energy as hopper_energy
 
 BLOCK = (128, 128)
 KEY = (torch.bfloat16, BLOCK)

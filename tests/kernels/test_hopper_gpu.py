@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from calibatt_compiler.kernels import hopper_energy
 from calibatt_compiler.kernels.attention import make_attention
-from calibatt_compiler.kernels.baked import BakedAttention
+from calibatt_compiler.kernels.baked.attention import BakedAttention
 from calibatt_compiler.kernels.energy import attention_with_energy
-from calibatt_compiler.kernels.energy_reference import reference_energy
-from calibatt_compiler.kernels.hopper import HopperAttention
-from calibatt_compiler.kernels.hopper_capability import device_reason, gluon_reason
-from calibatt_compiler.kernels.hopper_fallback import WithFallback
-from calibatt_compiler.kernels.hopper_schedule import key_runs
+from calibatt_compiler.kernels.hopper import energy as hopper_energy
+from calibatt_compiler.kernels.hopper.attention import HopperAttention
+from calibatt_compiler.kernels.hopper.capability import device_reason, gluon_reason
+from calibatt_compiler.kernels.hopper.fallback import WithFallback
+from calibatt_compiler.kernels.hopper.schedule import key_runs
+from calibatt_compiler.kernels.reference.energy import reference_energy
 from calibatt_compiler.plan.copies import RowCopies
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.pattern import BlockPattern

@@ -13,18 +13,19 @@ import torch
 from torch import Tensor
 
 from calibatt_compiler.errors import KernelError
-from calibatt_compiler.kernels.cover import CoverLimits
+from calibatt_compiler.kernels.baked.cover import CoverLimits
 from calibatt_compiler.plan.copies import RowCopies
 from calibatt_compiler.plan.pattern import BlockPattern
 
 pytest.importorskip("triton", reason="Gluon is part of triton")
 
-from calibatt_compiler.kernels import hopper, hopper_energy
-from calibatt_compiler.kernels.baked import BakedAttention
-from calibatt_compiler.kernels.cache import get_entry
-from calibatt_compiler.kernels.energy_reference import reference_energy
-from calibatt_compiler.kernels.hopper import HopperAttention, HopperLiterals
-from calibatt_compiler.kernels.hopper_schedule import key_runs
+from calibatt_compiler.kernels.baked.attention import BakedAttention
+from calibatt_compiler.kernels.baked.cache import get_entry
+from calibatt_compiler.kernels.hopper import attention as hopper
+from calibatt_compiler.kernels.hopper import energy as hopper_energy
+from calibatt_compiler.kernels.hopper.attention import HopperAttention, HopperLiterals
+from calibatt_compiler.kernels.hopper.schedule import key_runs
+from calibatt_compiler.kernels.reference.energy import reference_energy
 
 CPU = torch.device("cpu")
 CASES = [
@@ -247,7 +248,7 @@ def test_views_are_read_in_place(
     q, k, v = (fused[:, :, i].transpose(1, 2) for i in range(3))
     pattern = BlockPattern.dense(2, 200, 200)
     for tensor in (q, k, v):
-        from calibatt_compiler.kernels.hopper_launch import readable
+        from calibatt_compiler.kernels.hopper.launch import readable
 
         assert readable(tensor) is tensor
         assert readable(tensor.transpose(2, 3)[:, :, :, :64].contiguous().mT) is not tensor

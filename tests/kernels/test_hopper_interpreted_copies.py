@@ -17,8 +17,8 @@ from calibatt_compiler.plan.pattern import BlockPattern
 
 pytest.importorskip("triton", reason="Gluon is part of triton")
 
-from calibatt_compiler.kernels import hopper
-from calibatt_compiler.kernels.hopper import HopperAttention
+from calibatt_compiler.kernels.hopper import attention as hopper
+from calibatt_compiler.kernels.hopper.attention import HopperAttention
 
 # Frames that fill no blocks; text before, behind and around; one row of all; all rows; a layout.
 COPIED = [

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from calibatt_compiler.errors import KernelError
-from calibatt_compiler.kernels import hopper_capability
 from calibatt_compiler.kernels.attention import make_attention
-from calibatt_compiler.kernels.hopper_capability import gluon_reason, hopper_serves, operand_reason
-from calibatt_compiler.kernels.hopper_fallback import WithFallback
+from calibatt_compiler.kernels.hopper import capability as hopper_capability
+from calibatt_compiler.kernels.hopper.capability import gluon_reason, hopper_serves, operand_reason
+from calibatt_compiler.kernels.hopper.fallback import WithFallback
 from calibatt_compiler.plan.copies import RowCopies
 from calibatt_compiler.plan.pattern import BlockPattern
 

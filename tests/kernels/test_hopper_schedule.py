@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calibatt_compiler.errors import KernelError
-from calibatt_compiler.kernels.hopper_schedule import (
+from calibatt_compiler.kernels.hopper.schedule import (
     TILE_COST,
     Schedule,
     assign,

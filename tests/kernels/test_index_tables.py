@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from calibatt_compiler.kernels.index_tables import IndexTables, index_tables
+from calibatt_compiler.kernels.portable.index_tables import IndexTables, index_tables
 from calibatt_compiler.plan.copies import RowCopies
 from calibatt_compiler.plan.pattern import BlockPattern
 from calibatt_compiler.plan.weights import STEPS

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from calibatt_compiler.errors import KernelError
-from calibatt_compiler.kernels import native_cpu
-from calibatt_compiler.kernels.native_cpu import NativeCpuAttention, native_energy
+from calibatt_compiler.kernels.cpu import attention as native_cpu
+from calibatt_compiler.kernels.cpu.attention import NativeCpuAttention, native_energy
 from calibatt_compiler.plan.copies import RowCopies
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.pattern import BlockPattern

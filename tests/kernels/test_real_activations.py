@@ -13,11 +13,11 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Gluon is part of triton")
 pytest.importorskip("diffusers")
 
-from calibatt_compiler.calibration.observed import observed
+from calibatt_compiler.calibration.observe.attach import observed
 from calibatt_compiler.capture import CaptureInfo
 from calibatt_compiler.cli.pipelines import load_pipeline
 from calibatt_compiler.kernels.attention import dense_attention
-from calibatt_compiler.kernels.hopper import HopperAttention
+from calibatt_compiler.kernels.hopper.attention import HopperAttention
 from calibatt_compiler.plan.pattern import BlockPattern
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny_wan" / "model"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from calibatt_compiler.errors import KernelError
-from calibatt_compiler.kernels.reference import ReferenceAttention, masked_dense_attention
+from calibatt_compiler.kernels.reference.attention import ReferenceAttention, masked_dense_attention
 from calibatt_compiler.plan.copies import RowCopies
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.pattern import BlockPattern

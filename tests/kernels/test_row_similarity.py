@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from calibatt_compiler.errors import KernelError
-from calibatt_compiler.kernels import row_similarity as module
-from calibatt_compiler.kernels.row_similarity import row_similarity, spread
+from calibatt_compiler.kernels.common import row_similarity as module
+from calibatt_compiler.kernels.common.row_similarity import row_similarity, spread
 
 GRID = (5, 6, 7)
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from calibatt_compiler.kernels.baked import BakedAttention
-from calibatt_compiler.kernels.compiler import KernelCompiler, KernelSpec
-from calibatt_compiler.kernels.cover import PORTABLE_INTERVALS
-from calibatt_compiler.kernels.reference import masked_dense_attention
-from calibatt_compiler.kernels.tiles import architecture
-from calibatt_compiler.kernels.triton_table import TableAttention
+from calibatt_compiler.kernels.baked.attention import BakedAttention
+from calibatt_compiler.kernels.baked.compiler import KernelCompiler, KernelSpec
+from calibatt_compiler.kernels.baked.cover import PORTABLE_INTERVALS
+from calibatt_compiler.kernels.portable.attention import TableAttention
+from calibatt_compiler.kernels.portable.tiles import architecture
+from calibatt_compiler.kernels.reference.attention import masked_dense_attention
 from calibatt_compiler.plan.copies import RowCopies
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.pattern import BlockPattern

@@ -14,14 +14,14 @@ import torch
 
 from calibatt_compiler.errors import KernelError
 from calibatt_compiler.plan import BlockPattern, Plan, Sampler, SitePatterns
-from calibatt_compiler.runtime.kernels import (
+from calibatt_compiler.runtime.device_queue import HostLane
+from calibatt_compiler.runtime.kernel_cache import (
     SAMPLED,
     TABLE_BUDGET,
     KernelStore,
     Maker,
     table_budget,
 )
-from calibatt_compiler.runtime.lanes import HostLane
 
 
 @dataclass

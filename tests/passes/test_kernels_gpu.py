@@ -9,9 +9,9 @@ import torch
 
 from calibatt_compiler.plan import Plan
 from calibatt_compiler.runtime import timestep
-from calibatt_compiler.runtime.kernels import KernelStore
-from calibatt_compiler.runtime.lanes import CudaLane
-from calibatt_compiler.runtime.sites import SparseSite
+from calibatt_compiler.runtime.device_queue import CudaLane
+from calibatt_compiler.runtime.kernel_cache import KernelStore
+from calibatt_compiler.runtime.site import SparseSite
 
 pytestmark = [
     pytest.mark.gpu,

@@ -13,11 +13,11 @@ from torch.utils.checkpoint import checkpoint
 
 from calibatt_compiler.dynamo import frame_inputs
 from calibatt_compiler.passes import pipeline
-from calibatt_compiler.passes.permute_tokens import permute_tokens
 from calibatt_compiler.passes.rewrite import Layout, Permuted, Rewrite, SdpaCall, Skip
+from calibatt_compiler.passes.token_order.permute import permute_tokens
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.runtime.graph import CompiledGraph
-from calibatt_compiler.runtime.order import rearrangement
+from calibatt_compiler.runtime.token_order import rearrangement
 
 GRID, VIDEO = (2, 3, 5), 30
 ORDER = TokenOrder((2, 1, 3))

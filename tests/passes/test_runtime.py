@@ -14,10 +14,12 @@ import torch
 from calibatt_compiler.errors import KernelError
 from calibatt_compiler.plan import BlockPattern, Plan, Sampler, SitePatterns
 from calibatt_compiler.plan.order import TokenOrder
-from calibatt_compiler.runtime import making, ops, sites
-from calibatt_compiler.runtime.kernels import KernelStore
-from calibatt_compiler.runtime.lanes import HostLane
-from calibatt_compiler.runtime.serving import lookup, serving
+from calibatt_compiler.runtime import ops
+from calibatt_compiler.runtime import site as sites
+from calibatt_compiler.runtime import site_kernels as making
+from calibatt_compiler.runtime.device_queue import HostLane
+from calibatt_compiler.runtime.invocation import lookup, serving
+from calibatt_compiler.runtime.kernel_cache import KernelStore
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from calibatt_compiler.passes.token_axis import Meeting, Obstacle, State, Tokens
-from calibatt_compiler.passes.token_flow import Flow, follow, origin, settle, written
+from calibatt_compiler.passes.token_order.axis import Meeting, Obstacle, State, Tokens
+from calibatt_compiler.passes.token_order.flow import Flow, follow, origin, settle, written
 
 VIDEO, TEXT = 5, 3
 ORDER = torch.tensor([3, 0, 4, 1, 2])

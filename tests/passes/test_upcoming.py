@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from calibatt_compiler.runtime.upcoming import Upcoming, fitting
+from calibatt_compiler.runtime.prefetch import Upcoming, fitting
 
 
 def upcoming(sites: int = 3, steps: int = 4) -> Upcoming:

@@ -16,11 +16,11 @@ import torch
 
 from calibatt_compiler.cli.pipelines import arguments_for_plan, arguments_of_plan, load_pipeline
 from calibatt_compiler.errors import OptionError, PipelineError, PlanMismatchError
+from calibatt_compiler.evaluation.cases import Case
+from calibatt_compiler.evaluation.compare import compare, to_bytes
+from calibatt_compiler.evaluation.comparison import Comparison, ComparisonConfig
+from calibatt_compiler.evaluation.results import Results, terminal
 from calibatt_compiler.plan import Plan
-from calibatt_compiler.report.cases import Case
-from calibatt_compiler.report.compare import compare, to_bytes
-from calibatt_compiler.report.comparison import Comparison, ComparisonConfig
-from calibatt_compiler.report.results import Results, terminal
 
 CASES = [Case("a big rabbit runs", 1), Case("the small bird flies", 2)]
 BLOCK = 32

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from calibatt_compiler.errors import PipelineError
-from calibatt_compiler.report.quality import flicker, measure, psnr, ssim
+from calibatt_compiler.evaluation.quality import flicker, measure, psnr, ssim
 
 
 def video(noise: int, frames: int = 3) -> np.ndarray:

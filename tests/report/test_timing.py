@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from calibatt_compiler.errors import PipelineError
-from calibatt_compiler.report.timing import StepTimes, spread, time_steps, watching
+from calibatt_compiler.evaluation.timing import StepTimes, spread, time_steps, watching
 
 CPU = torch.device("cpu")
 

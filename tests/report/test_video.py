@@ -8,7 +8,7 @@ import av
 import numpy as np
 import pytest
 
-from calibatt_compiler.report import video
+from calibatt_compiler.evaluation import video
 
 
 def moving(frames: int = 6, height: int = 33, width: int = 47) -> np.ndarray:
