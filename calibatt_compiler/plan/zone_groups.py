@@ -34,12 +34,18 @@ class HeadGroups:
     leads: npt.NDArray[np.int64]
     lines: Octaves
 
+    @classmethod
+    def none(cls, rows: int) -> HeadGroups:
+        """Return those of a head whose rows or columns all have text: none."""
+        lines = np.zeros((0, 1), np.uint8)
+        return cls(max(rows, 1), np.zeros(0, np.bool_), np.zeros(0, np.int64), lines)
+
 
 def pack(heads: Sequence[HeadGroups], rows: int, columns: int) -> dict[str, npt.NDArray[Any]]:
     """Return the arrays of `ZonePattern`.
 
     Args:
-        heads: of the pattern.
+        heads: the groups of each head; without rows or columns they have none.
         rows: query blocks without text.
         columns: key blocks without text.
     """
@@ -83,7 +89,7 @@ def exact_groups(octaves: Octaves) -> dict[str, npt.NDArray[Any]]:
     """
     heads, rows, columns = octaves.shape
     if not rows or not columns:
-        return pack([_empty(max(rows, 1)) for _ in range(heads)], rows, columns)
+        return pack([HeadGroups.none(rows)] * heads, rows, columns)
     empty = np.argwhere(~(octaves == 0).any(-1))
     if len(empty):
         raise PlanError(
@@ -93,12 +99,6 @@ def exact_groups(octaves: Octaves) -> dict[str, npt.NDArray[Any]]:
             remedy="set the block of highest energy of each row to octave 0",
         )
     return pack([_largest(head) for head in octaves], rows, columns)
-
-
-def _empty(rows: int) -> HeadGroups:
-    return HeadGroups(
-        rows, np.zeros(0, np.bool_), np.zeros(0, np.int64), np.zeros((0, 1), np.uint8)
-    )
 
 
 def _largest(octaves: Octaves) -> HeadGroups:

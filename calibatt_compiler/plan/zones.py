@@ -22,7 +22,7 @@ from calibatt_compiler.plan import weights, zone_draw
 from calibatt_compiler.plan.intervals import expand, sums_before
 from calibatt_compiler.plan.pattern import BlockPattern
 from calibatt_compiler.plan.sizes import check_sizes
-from calibatt_compiler.plan.text import TextPosition
+from calibatt_compiler.plan.text import TextPosition, block_sources
 from calibatt_compiler.plan.zone_checks import ARRAYS, check, wrong
 from calibatt_compiler.plan.zone_draw import BITS, FORMULA, OCTAVES, UNIT, DrawnRuns, Ints
 from calibatt_compiler.plan.zone_rows import RowRuns, row_runs, video_blocks
@@ -213,6 +213,43 @@ class ZonePattern:
             h.update(f"{name} {len(array)}".encode())
             h.update(array.astype(array.dtype.newbyteorder("<")).tobytes())
         return h.hexdigest()
+
+    def with_lengths(self, query_length: int, key_length: int) -> ZonePattern:
+        """Return the zones of sequences with another length of text.
+
+        Blocks without text keep their octaves. With the text first and its length changed by no
+        multiple of the block, blocks cut the video elsewhere: each then takes the lowest octave of
+        the old ones that it overlaps, so that none is kept less often than it was.
+
+        Raises:
+            PlanError: there is no text, or lengths that hold no more than the video.
+        """
+        to = (query_length, key_length)
+        if self.text is None or min(to) <= self.video:
+            raise wrong("other lengths of zones", "text beside the video, as before", to)
+        blocks = (self.block_m, self.block_n)
+        lengths = (self.query_length, self.key_length)
+        shifts = [(new - old) % b for new, old, b in zip(to, lengths, blocks, strict=True)]
+        if self.text == "last" or not any(shifts):
+            return replace(self, query_length=query_length, key_length=key_length)
+        (row, next_row, text_rows), (column, next_column, text_columns) = (
+            [part.numpy() for part in block_sources(old, new, self.video, size, self.text)]
+            for old, new, size in zip(lengths, to, blocks, strict=True)
+        )
+        octaves = self.map_octaves()
+        octaves = np.minimum(octaves[:, row], octaves[:, next_row])
+        octaves = np.minimum(octaves[..., column], octaves[..., next_column])
+        octaves[:, text_rows] = 0
+        octaves[..., text_columns] = 0
+        return self.from_octaves(
+            torch.from_numpy(octaves),
+            query_length=query_length,
+            key_length=key_length,
+            block=blocks,
+            video=self.video,
+            text=self.text,
+            seed=self.seed,
+        )
 
     def with_seed(self, seed: int) -> ZonePattern:
         """Return the same zones with another seed."""
