@@ -79,7 +79,7 @@ def _lse(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scale = 1 / math.sqrt(q.shape[-1])
     if not q.is_cuda:
         return torch.logsumexp(q @ k.mT * scale, -1)
-    from calibatt_compiler.kernels.common.dense_lse import dense_attention_and_lse
+    from calibatt_compiler.kernels.common.dense import dense_attention_and_lse
 
     lse = dense_attention_and_lse(q, k, v, scale)[1]
     if lse is None:

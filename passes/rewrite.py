@@ -9,11 +9,10 @@ from typing import Protocol
 
 from torch.fx import GraphModule, Node
 
-from calibatt_compiler.capture import SiteInfo
+from calibatt_compiler.capture import Site, SiteInfo
 from calibatt_compiler.dynamo import FrameInputs
 from calibatt_compiler.passes.graph import sdpa_operands
 from calibatt_compiler.plan.order import TokenOrder
-from calibatt_compiler.runtime.invocation import Site
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,14 @@ from calibatt_compiler.calibration.observe.pipelines import (
     samples_of,
     schedule_of,
 )
-from calibatt_compiler.calibration.order_search.candidates import INPUTS, OrderSurvey
+from calibatt_compiler.calibration.order_search.candidates import INPUTS
 from calibatt_compiler.calibration.order_search.search import Surveyor, describe, survey_pipeline
 from calibatt_compiler.calibration.progress import CalibrationProgress
 from calibatt_compiler.calibration.run import CalibrationRun, FirstStepDone, recording
 from calibatt_compiler.calibration.store import identity
+from calibatt_compiler.calibration.store.order_survey import OrderSurvey
 from calibatt_compiler.calibration.store.ranks import Ranks
+from calibatt_compiler.models import cfg_mode, unwrap
 from calibatt_compiler.plan import Plan
 
 log = logging.getLogger("calibatt")
@@ -79,8 +81,6 @@ def calibrate(
     ranks = Ranks.current() if config.distributed else Ranks()
     names = [f"{index:05d}" for index in range(len(inputs))]
     job = _Job(pipe, module, config, names, inputs, pipeline_arguments, ranks)
-    from calibatt_compiler.models import cfg_mode
-
     with (
         quiet(pipe),
         in_place(pipe, config.component, module),
@@ -220,8 +220,6 @@ def run_folder(config: CalibrationConfig, out: str | os.PathLike[str] | None) ->
 
 def about_pipeline(pipe: Any) -> dict[str, Any]:
     """Return what a run depends on beside model and settings: weights, scheduler."""
-    from calibatt_compiler.models import unwrap
-
     components: Mapping[str, Any] = getattr(pipe, "components", {})
     modules = {
         name: identity.weights_fingerprint(unwrap(component))

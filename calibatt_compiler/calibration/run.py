@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from calibatt_compiler.calibration.config import CalibrationConfig
+from calibatt_compiler import models
+from calibatt_compiler.calibration.config import AUTO, CalibrationConfig
 from calibatt_compiler.calibration.observe.attach import observed
 from calibatt_compiler.calibration.observe.observation import Branch, Schedule
 from calibatt_compiler.calibration.observe.recorder import AttentionRecorder
-from calibatt_compiler.calibration.order_search.candidates import AUTO
 from calibatt_compiler.calibration.order_search.search import Surveyor, settled
 from calibatt_compiler.calibration.select.derive import derive_plan, select_by
 from calibatt_compiler.calibration.store import identity
@@ -23,6 +23,7 @@ from calibatt_compiler.calibration.store.opening import opened
 from calibatt_compiler.calibration.store.ranks import Ranks
 from calibatt_compiler.calibration.store.run_folder import RunStore
 from calibatt_compiler.errors import CalibrationError, OptionError
+from calibatt_compiler.models import unwrap
 from calibatt_compiler.plan import Plan
 from calibatt_compiler.plan.schema import CfgMode
 
@@ -254,8 +255,6 @@ def calibration(
             remedy="choose it before: config = replace(config, token_order="
             "calibatt_compiler.calibration.survey(module, run_first_input, config).chosen)",
         )
-    from calibatt_compiler.models import unwrap
-
     module = unwrap(module)
     about = {"kind": "module", "weights": identity.weights_fingerprint(module)}
     with recording(module, config, about) as run:
@@ -290,8 +289,6 @@ def recording(
         task: JSON values that all ranks must have in common beside what the run depends on.
         surveyor: measures token orders if one is to be chosen.
     """
-    from calibatt_compiler import models
-
     ranks = ranks or Ranks()
 
     model = models.identify(module)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from calibatt_compiler.build import PlanSpecs, arch_of, build_for_device
 from calibatt_compiler.errors import PipelineError
 from calibatt_compiler.evaluation.cases import Case
 from calibatt_compiler.evaluation.comparison import (
@@ -230,8 +231,6 @@ def _build(
     plans: Mapping[str, Plan], device: torch.device, dtype: torch.dtype, progress: Progress
 ) -> None:
     """Compile the plans' kernels first: a model would otherwise be timed on its stand-in kernel."""
-    from calibatt_compiler.build import PlanSpecs, arch_of, build_for_device
-
     wanted = [PlanSpecs(plan, [arch_of(device)], dtype) for plan in plans.values()]
     progress.start("compiling kernels", sum(map(len, wanted)))
     for specs in wanted:

@@ -11,31 +11,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Protocol
 
-from torch import Tensor
-
+from calibatt_compiler.capture import Site
 from calibatt_compiler.errors import KernelError
-
-
-class Site(Protocol):
-    """What serves one attention call of a compiled graph."""
-
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        timestep: float,
-        scale: float,
-        *,
-        ordered: bool = False,
-    ) -> Tensor:
-        """Attention over (batch, heads, length, head_dim) operands at a timestep.
-
-        With `ordered`, operands and output are in the plan's token order instead of the model's.
-        """
-
 
 _running = threading.local()
 

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
-from calibatt_compiler.kernels.attention import AttentionKernel
+from calibatt_compiler.kernels.protocol import AttentionKernel
 from calibatt_compiler.plan import Plan
 from calibatt_compiler.runtime.device_queue import Lane, Mark
 from calibatt_compiler.runtime.prefetch import Key, Upcoming, fitting

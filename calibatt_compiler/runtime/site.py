@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from calibatt_compiler.capture import Recorder
-from calibatt_compiler.kernels.attention import AttentionKernel, dense_attention
+from calibatt_compiler.kernels.common.dense import dense_attention
+from calibatt_compiler.kernels.protocol import AttentionKernel
 from calibatt_compiler.options import Lowering, Softmax
 from calibatt_compiler.plan import Plan
 from calibatt_compiler.plan.text import other_text

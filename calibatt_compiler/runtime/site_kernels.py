@@ -9,8 +9,9 @@ from typing import cast
 
 import torch
 
-from calibatt_compiler.kernels.attention import AttentionKernel, make_attention
+from calibatt_compiler.kernels.attention import make_attention
 from calibatt_compiler.kernels.hopper.capability import dense_is_faster
+from calibatt_compiler.kernels.protocol import AttentionKernel
 from calibatt_compiler.options import Lowering, Softmax
 from calibatt_compiler.plan import Plan
 from calibatt_compiler.plan.pattern import BlockPattern

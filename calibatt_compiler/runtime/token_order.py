@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calibatt_compiler.kernels.attention import AttentionKernel, ReorderingKernel
+from calibatt_compiler.kernels.protocol import AttentionKernel, ReorderingKernel
 from calibatt_compiler.plan.order import TokenOrder
 
 

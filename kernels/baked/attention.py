@@ -250,10 +250,8 @@ class BakedAttention:
                 self._take(get_entry(self.pattern, self._limits, self._target))
             assert self._entry is not None
             if self._target == "hopper":
-                from calibatt_compiler.kernels.hopper.attention import (
-                    HopperAttention,
-                    HopperLiterals,
-                )
+                from calibatt_compiler.kernels.baked.hopper_literals import HopperLiterals
+                from calibatt_compiler.kernels.hopper.attention import HopperAttention
 
                 assert isinstance(self.table, HopperAttention)
                 self._baked = HopperLiterals(self._entry, self.table, **self._where)

@@ -28,6 +28,7 @@ import torch
 from calibatt_compiler.errors import KernelError
 from calibatt_compiler.kernels.baked.cache import Target
 from calibatt_compiler.kernels.baked.cover import EXACT, CoverError, CoverLimits
+from calibatt_compiler.kernels.baked.worker import encode_pattern
 from calibatt_compiler.kernels.portable.launch import Softmax
 from calibatt_compiler.plan.pattern import BlockPattern
 
@@ -70,8 +71,6 @@ class KernelSpec:
 
     def job(self) -> str:
         """One line for a worker."""
-        from calibatt_compiler.kernels.baked.worker import encode_pattern
-
         return json.dumps(
             {
                 "pattern": encode_pattern(self.pattern),

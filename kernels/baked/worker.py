@@ -30,6 +30,8 @@ from calibatt_compiler.kernels.baked.cache import (
     variant_name,
 )
 from calibatt_compiler.kernels.baked.cover import CoverError, CoverLimits
+from calibatt_compiler.kernels.hopper.launch import hopper_config
+from calibatt_compiler.kernels.hopper.offline import compile_hopper
 from calibatt_compiler.kernels.portable.launch import launch_config
 from calibatt_compiler.kernels.portable.offline import (
     baked_arguments,
@@ -128,9 +130,6 @@ def _portable_variants(entry: CacheEntry, pattern: BlockPattern, job: dict[str, 
 
 def _hopper_variants(entry: CacheEntry, pattern: BlockPattern, job: dict[str, Any]) -> Variants:
     """The kernels of a Hopper entry: with a fixed reference, also the one that repairs."""
-    from calibatt_compiler.kernels.hopper.launch import hopper_config
-    from calibatt_compiler.kernels.hopper.offline import compile_hopper
-
     config = hopper_config(
         pattern,
         dtype=getattr(torch, job["dtype"]),

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from calibatt_compiler.errors import KernelError
-from calibatt_compiler.kernels.baked.cache import CacheEntry, load_kernel
 from calibatt_compiler.kernels.common.operands import (
     check_operands,
     check_specialisation,
@@ -266,43 +265,6 @@ class HopperAttention:
             BLOCK_N=self.pattern.block_n, TILES=COUNT_TILES, COPIES=self.config.copies, num_warps=4,
         )  # fmt: skip
         return lengths, counts
-
-
-class HopperLiterals(HopperAttention):
-    """The same with key blocks as literals in generated source; gives the same bits.
-
-    Where its fixed reference overflows, the tables repair: a repair is rare, and a launch that ends
-    at once need not be compiled for each pattern.
-
-    Args:
-        entry: of the kernel cache, with target "hopper".
-        table: the kernel of the same pattern that served until this one was compiled.
-        where: device, dtype, head_dim and further arguments of `HopperAttention`.
-
-    Attributes:
-        kind: "hopper-baked".
-        launched: a call has been served.
-    """
-
-    kind = "hopper-baked"
-
-    def __init__(self, entry: CacheEntry, table: HopperAttention, **where: Any) -> None:
-        self._literals = load_kernel(entry)
-        self._intervals = entry.covering.cover.max_intervals
-        self._table = table
-        self.launched = False
-        super().__init__(table.pattern, **where)
-
-    def _indices(self) -> dict[str, Any]:
-        return {"LITERALS": self._literals, "RUNS": self._intervals}
-
-    def _launch(self, config: HopperConfig, given: dict[str, object]) -> None:
-        super()._launch(config, given)
-        self.launched = True
-
-    def repair(self, config: HopperConfig, given: dict[str, object]) -> None:
-        """As the table kernel does."""
-        self._table.repair(config, given)
 
 
 def shared_tables(

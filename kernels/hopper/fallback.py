@@ -12,7 +12,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from calibatt_compiler.errors import KernelError
-from calibatt_compiler.kernels.attention import AttentionKernel
+from calibatt_compiler.kernels.protocol import AttentionKernel
 
 log = logging.getLogger("calibatt")
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from calibatt_compiler.kernels.hopper.launch import (
+    COUNT_TILES,
     QUERY_ROWS,
     HopperConfig,
     descriptor,
@@ -78,7 +79,6 @@ def compile_counts(block_n: int, *, copies: bool = False) -> Any:
     from triton.runtime.jit import MockTensor
 
     from calibatt_compiler.kernels.hopper.kernel import hopper_counts
-    from calibatt_compiler.kernels.hopper.launch import COUNT_TILES
 
     take_stand_in_driver(ARCH)
     i32 = MockTensor.wrap_dtype(torch.int32)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 
 from calibatt_compiler.kernels.portable.energy_parts import energy_launch
+from calibatt_compiler.kernels.portable.launch import STRIDES
 from calibatt_compiler.kernels.portable.offline import take_stand_in_driver
 from calibatt_compiler.kernels.portable.tiles import TileSettings
 
@@ -40,7 +41,6 @@ def compile_energy(
     """
     from calibatt_compiler.kernels.portable import energy_fused as triton_fused_energy
     from calibatt_compiler.kernels.portable import energy_scores as triton_energy
-    from calibatt_compiler.kernels.portable.launch import STRIDES
 
     take_stand_in_driver(arch)
     length = 8 * block[1] - 7

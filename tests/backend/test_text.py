@@ -15,11 +15,10 @@ import calibatt_compiler
 from calibatt_compiler import Plan
 from calibatt_compiler.calibration import CalibrationConfig, validate_run
 from calibatt_compiler.calibration.store.run_folder import RunStore
-from calibatt_compiler.calibration.text import text_blocks
 from calibatt_compiler.errors import CalibrationError
 from calibatt_compiler.plan import BlockPattern, RowCopies, Sampler, SitePatterns
 from calibatt_compiler.plan.order import RASTER, TokenOrder
-from calibatt_compiler.plan.text import fit_pattern
+from calibatt_compiler.plan.text import fit_pattern, text_blocks
 
 GRID, VIDEO, TEXT = (3, 5, 7), 105, 6
 SITES = ("transformer_blocks.0.attn1", "transformer_blocks.1.attn1")

@@ -24,8 +24,8 @@ from calibatt_compiler.calibration.select.derive import Selection, derive_plan
 from calibatt_compiler.calibration.store.energies import Spool
 from calibatt_compiler.calibration.store.records import InputRecord, SiteSize
 from calibatt_compiler.calibration.store.run_folder import RunStore
+from calibatt_compiler.cli.tables import costs as report
 from calibatt_compiler.errors import CalibrationError
-from calibatt_compiler.report import costs as report
 
 PROMPTS = ["a big rabbit runs", "the bird flies é"]
 

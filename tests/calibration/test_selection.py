@@ -22,8 +22,8 @@ from calibatt_compiler.calibration.select.selection import (
     select,
     to_units,
 )
-from calibatt_compiler.calibration.text import text_blocks
 from calibatt_compiler.plan import BlockPattern
+from calibatt_compiler.plan.text import text_blocks
 
 rows = st.lists(st.integers(0, 12), min_size=1, max_size=9).filter(any)
 thresholds = st.floats(0.01, 1.0)

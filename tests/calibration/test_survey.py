@@ -23,16 +23,16 @@ from calibatt_compiler import Plan
 from calibatt_compiler.calibration import CalibrationConfig, calibrate, estimate, survey
 from calibatt_compiler.calibration.order_search.candidates import (
     SAVING,
-    Error,
-    OrderSurvey,
+    SquaredError,
     Tally,
     candidates,
     choose,
-    stored,
+    survey_of,
     surveyed_steps,
 )
 from calibatt_compiler.calibration.order_search.measure import SAMPLE, at_density, sampled_rows
 from calibatt_compiler.calibration.order_search.search import Surveyor, settled
+from calibatt_compiler.calibration.store.order_survey import OrderSurvey, stored
 from calibatt_compiler.calibration.store.ranks import Ranks
 from calibatt_compiler.calibration.store.run_folder import RunStore
 from calibatt_compiler.errors import CalibrationError, OptionError
@@ -136,15 +136,15 @@ def test_an_order_must_pay() -> None:
 def test_tallies_make_a_survey() -> None:
     tallies = {
         "raster": {
-            "one": Tally(40, 100, own=Error(4.0, 100.0)),
-            "two": Tally(60, 100, own=Error(0.0, 300.0)),
+            "one": Tally(40, 100, own=SquaredError(4.0, 100.0)),
+            "two": Tally(60, 100, own=SquaredError(0.0, 300.0)),
         },
         "2x8xall": {
-            "one": Tally(20, 100, own=Error(1.0, 100.0)),
-            "two": Tally(20, 100, own=Error(3.0, 300.0)),
+            "one": Tally(20, 100, own=SquaredError(1.0, 100.0)),
+            "two": Tally(20, 100, own=SquaredError(3.0, 300.0)),
         },
     }
-    found = OrderSurvey.of([{"seed": 3}], (1, 2), tallies)
+    found = survey_of([{"seed": 3}], (1, 2), tallies)
     assert not found.held_out
     assert found.density == {"raster": 0.5, "2x8xall": 0.2}
     assert found.error == {"raster": 0.1, "2x8xall": 0.1}
@@ -154,9 +154,9 @@ def test_tallies_make_a_survey() -> None:
     assert "raster 50.0% (0.100), 2x8xall 20.0% (0.100)" in str(found)
     assert "not judged on another" in str(found)
     # What the masks of another input are worth goes before.
-    tallies["raster"]["one"].others = Error(4.0, 100.0)
-    tallies["2x8xall"]["one"].others = Error(9.0, 100.0)
-    found = OrderSurvey.of([], (1, 2), tallies)
+    tallies["raster"]["one"].others = SquaredError(4.0, 100.0)
+    tallies["2x8xall"]["one"].others = SquaredError(9.0, 100.0)
+    found = survey_of([], (1, 2), tallies)
     assert found.held_out
     assert "not judged on another" not in str(found)
     assert found.error == {"raster": 0.2, "2x8xall": 0.3}

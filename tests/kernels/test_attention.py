@@ -5,7 +5,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from calibatt_compiler.errors import KernelError
-from calibatt_compiler.kernels.attention import FIXED_FROM, dense_attention, make_attention
+from calibatt_compiler.kernels.attention import FIXED_FROM, make_attention
+from calibatt_compiler.kernels.common.dense import dense_attention
 from calibatt_compiler.plan.pattern import BlockPattern
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.nn.functional import scaled_dot_product_attention
 
-from calibatt_compiler.kernels.common import dense_lse
+from calibatt_compiler.kernels.common import dense as dense_lse
 
 
 @pytest.fixture(autouse=True)

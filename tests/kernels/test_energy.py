@@ -6,7 +6,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from calibatt_compiler.errors import KernelError
 from calibatt_compiler.kernels import energy as energy_module
-from calibatt_compiler.kernels.common import dense_lse
+from calibatt_compiler.kernels.common import dense as dense_lse
 from calibatt_compiler.kernels.energy import attention_with_energy, block_energy
 from calibatt_compiler.kernels.reference.energy import reference_energy
 

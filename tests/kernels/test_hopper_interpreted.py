@@ -21,9 +21,10 @@ pytest.importorskip("triton", reason="Gluon is part of triton")
 
 from calibatt_compiler.kernels.baked.attention import BakedAttention
 from calibatt_compiler.kernels.baked.cache import get_entry
+from calibatt_compiler.kernels.baked.hopper_literals import HopperLiterals
 from calibatt_compiler.kernels.hopper import attention as hopper
 from calibatt_compiler.kernels.hopper import energy as hopper_energy
-from calibatt_compiler.kernels.hopper.attention import HopperAttention, HopperLiterals
+from calibatt_compiler.kernels.hopper.attention import HopperAttention
 from calibatt_compiler.kernels.hopper.schedule import key_runs
 from calibatt_compiler.kernels.reference.energy import reference_energy
 

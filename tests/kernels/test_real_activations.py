@@ -16,7 +16,7 @@ pytest.importorskip("diffusers")
 from calibatt_compiler.calibration.observe.attach import observed
 from calibatt_compiler.capture import CaptureInfo
 from calibatt_compiler.cli.pipelines import load_pipeline
-from calibatt_compiler.kernels.attention import dense_attention
+from calibatt_compiler.kernels.common.dense import dense_attention
 from calibatt_compiler.kernels.hopper.attention import HopperAttention
 from calibatt_compiler.plan.pattern import BlockPattern
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from calibatt_compiler.calibration.config import CalibrationConfig
+from calibatt_compiler.calibration.config import AUTO, CalibrationConfig
 from calibatt_compiler.calibration.cost.first_step import FirstStepClock
 from calibatt_compiler.calibration.cost.order_search import (
     survey_bytes,
@@ -29,15 +29,17 @@ from calibatt_compiler.calibration.observe.pipelines import (
     schedule_of,
 )
 from calibatt_compiler.calibration.observe.recorder import AttentionRecorder
-from calibatt_compiler.calibration.order_search.candidates import AUTO, INPUTS, stored
+from calibatt_compiler.calibration.order_search.candidates import INPUTS
 from calibatt_compiler.calibration.order_search.search import describe
 from calibatt_compiler.calibration.pipeline import about_pipeline, run_folder
 from calibatt_compiler.calibration.select.derive import refiner_of
 from calibatt_compiler.calibration.store import identity
 from calibatt_compiler.calibration.store.energies import Spool
+from calibatt_compiler.calibration.store.order_survey import stored
 from calibatt_compiler.calibration.store.ranks import Ranks
 from calibatt_compiler.calibration.store.records import InputRecord
 from calibatt_compiler.calibration.store.run_folder import RunStore, identity_text
+from calibatt_compiler.models import cfg_mode, identify, text_position
 from calibatt_compiler.plan.order import RASTER
 
 
@@ -134,8 +136,6 @@ def estimate(
         CalibrationError: the pipeline can't be calibrated.
         OptionError: prompts, seeds or arguments that can't be used.
     """
-    from calibatt_compiler.models import cfg_mode
-
     config = config or CalibrationConfig()
     inputs = read_inputs(prompts, seeds, pipeline_arguments)
     arguments = identity.describe(pipeline_arguments)
@@ -210,8 +210,6 @@ def measure_step(
     Raises:
         CalibrationError: nothing can be observed.
     """
-    from calibatt_compiler.models import identify, text_position
-
     device = next(module.parameters()).device
     clock = FirstStepClock(device)
     with tempfile.TemporaryDirectory(prefix="calibatt-") as folder:

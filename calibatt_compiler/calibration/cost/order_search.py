@@ -11,14 +11,15 @@ from calibatt_compiler.calibration.config import CalibrationConfig
 from calibatt_compiler.calibration.cost.first_step import FirstStepClock
 from calibatt_compiler.calibration.observe.pipelines import observing, samples_of, schedule_of
 from calibatt_compiler.calibration.order_search.candidates import (
-    Error,
-    OrderSurvey,
+    SquaredError,
     Tally,
     candidates,
+    survey_of,
     surveyed_steps,
 )
 from calibatt_compiler.calibration.order_search.observer import SurveyObserver
 from calibatt_compiler.calibration.store.records import InputRecord
+from calibatt_compiler.models import text_position
 
 
 def surveyed_step_seconds(
@@ -41,8 +42,6 @@ def surveyed_step_seconds(
         CalibrationError: attention that can't be observed.
         OptionError: the number of steps or the grid is not known.
     """
-    from calibatt_compiler.models import text_position
-
     clock = FirstStepClock(next(module.parameters()).device)
     observer = SurveyObserver(
         config,
@@ -73,8 +72,8 @@ def survey_bytes(about: object, record: InputRecord) -> int:
         about: what the surveyed inputs are.
         record: of that input, for the sizes.
     """
-    third = Tally(kept=1, blocks=3, own=Error(1.0, 9.0))
+    third = Tally(kept=1, blocks=3, own=SquaredError(1.0, 9.0))
     sites = {site.name: third for site in record.sites}
     orders = candidates(record.grid, record.block)
     steps = surveyed_steps(record.schedule_steps)
-    return len(OrderSurvey.of(about, steps, {str(x): sites for x in orders}).text().encode())
+    return len(survey_of(about, steps, {str(x): sites for x in orders}).text().encode())

@@ -14,6 +14,8 @@ from calibatt_compiler.calibration.select.repetition import SHARE
 from calibatt_compiler.calibration.select.repetition_scores import ARRAY, copies_of, heads_at_once
 from calibatt_compiler.calibration.store import run_folder as store
 from calibatt_compiler.calibration.store.records import InputRecord, SiteSize
+from calibatt_compiler.kernels.common.row_similarity import working_bytes as similarity_bytes
+from calibatt_compiler.kernels.energy import CHUNK
 from calibatt_compiler.plan import file
 from calibatt_compiler.plan.refine import SHARED
 from calibatt_compiler.plan.schema import (
@@ -162,8 +164,6 @@ class Sizes:
         return max(COPIES * one_input, plan) + SMALL
 
     def _call_bytes(self, size: SiteSize, element_size: int, device: torch.device) -> int:
-        from calibatt_compiler.kernels.energy import CHUNK
-
         votes = max(self.record.votes[size.name])
         tokens = max(size.query_length, size.key_length)
         # The CPU kernel packs keys and values in float32 at least, channels in panels of 16.
@@ -188,10 +188,6 @@ class Sizes:
 
     def _scoring(self, size: SiteSize, operand: int, device: torch.device) -> int:
         """Bytes that scoring takes beside the output and the masks."""
-        from calibatt_compiler.kernels.common.row_similarity import (
-            working_bytes as similarity_bytes,
-        )
-
         if not self._copies(size):
             return 0
         tokens = max(size.query_length, size.key_length)

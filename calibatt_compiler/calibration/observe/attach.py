@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from calibatt_compiler.backend import recording_backend
 from calibatt_compiler.capture import Recorder
 
 DYNAMO = {
@@ -28,8 +29,6 @@ def observed(module: torch.nn.Module, observer: Recorder, inductor: bool | None)
         observer: told of each captured graph, then of each call.
         inductor: compile what is around attention; None: on a GPU yes, else no.
     """
-    from calibatt_compiler.backend import recording_backend
-
     if inductor is None:
         inductor = any(p.device.type == "cuda" for p in module.parameters())
     # Graphs of a recording must neither use up nor invalidate those of the user's own compile.

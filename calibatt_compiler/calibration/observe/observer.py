@@ -15,11 +15,12 @@ from calibatt_compiler.calibration.config import CalibrationConfig
 from calibatt_compiler.calibration.observe.observation import Branch, InputObservation, Schedule
 from calibatt_compiler.calibration.select.repetition_scores import AttentionCall
 from calibatt_compiler.calibration.store.records import InputRecord, SiteSize
-from calibatt_compiler.calibration.text import TextPosition
 from calibatt_compiler.capture import CaptureInfo
 from calibatt_compiler.errors import CalibrationError
+from calibatt_compiler.kernels.common.dense import dense_attention
+from calibatt_compiler.kernels.energy import attention_with_energy
 from calibatt_compiler.plan.order import TokenOrder
-from calibatt_compiler.plan.text import other_text
+from calibatt_compiler.plan.text import TextPosition, other_text
 from calibatt_compiler.runtime.token_order import Rearrangement, rearrangement
 
 
@@ -89,9 +90,6 @@ class Observer(ABC):
             CalibrationError: sizes or timesteps that don't fit the run, or attention that is not
                 finite.
         """
-        from calibatt_compiler.kernels.attention import dense_attention
-        from calibatt_compiler.kernels.energy import attention_with_energy
-
         call = self._counted(site, q, k, timestep)
         block = self._block(site)
         if call is None or block is None:

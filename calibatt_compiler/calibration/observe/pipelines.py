@@ -14,6 +14,7 @@ from calibatt_compiler.calibration.observe.attach import observed
 from calibatt_compiler.calibration.observe.observation import Branch, Schedule
 from calibatt_compiler.calibration.observe.observer import Observer
 from calibatt_compiler.errors import CalibrationError, OptionError
+from calibatt_compiler.models import unwrap
 
 log = logging.getLogger("calibatt")
 
@@ -69,8 +70,6 @@ def component_of(pipe: Any, name: str) -> torch.nn.Module:
     Raises:
         CalibrationError: the pipeline has no such module, or no scheduler.
     """
-    from calibatt_compiler.models import unwrap
-
     module = getattr(pipe, name, None)
     scheduler = getattr(pipe, "scheduler", None)
     if not isinstance(module, torch.nn.Module) or scheduler is None or not callable(pipe):

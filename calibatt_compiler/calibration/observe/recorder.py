@@ -23,11 +23,10 @@ from calibatt_compiler.calibration.select.selection import best_share, pack, sel
 from calibatt_compiler.calibration.store.energies import Spool
 from calibatt_compiler.calibration.store.records import InputRecord, SiteSize
 from calibatt_compiler.calibration.store.uint8_energies import encode
-from calibatt_compiler.calibration.text import TextPosition
 from calibatt_compiler.errors import CalibrationError
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.schema import ModelIdentity
-from calibatt_compiler.plan.text import fit_mask
+from calibatt_compiler.plan.text import TextPosition, fit_mask
 
 BEST = 0.2
 """Fraction of key blocks that `best_share` is taken over."""

@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
 
-import pydantic
-from pydantic import BaseModel, ConfigDict, Field
-
-from calibatt_compiler.errors import CalibrationError
-from calibatt_compiler.files import write_text
+from calibatt_compiler.calibration.store.order_survey import OrderSurvey
 from calibatt_compiler.plan.order import RASTER, TokenOrder, parts
-
-AUTO = "auto"
-"""Value of `CalibrationConfig.token_order` that asks for a survey."""
-
-FILE = "order.json"
-"""Of the run folder: the survey of its first inputs."""
 
 INPUTS = 2
 """Inputs that are surveyed, if there are as many: the second judges the masks of the first."""
-
-DENSITY, ERROR = "order_density:", "order_error:"
-"""Begin the names of a survey's figures in a plan's `quality`; the order's name follows."""
 
 STEPS = 4
 """Diffusion steps that a survey measures at, spread evenly over the schedule."""
@@ -100,7 +84,7 @@ def choose(density: Mapping[str, float], error: Mapping[str, float]) -> str:
 
 
 @dataclass(frozen=True)
-class Error:
+class SquaredError:
     """Of a sparse output.
 
     Attributes:
@@ -111,8 +95,8 @@ class Error:
     square: float = 0.0
     norm: float = 0.0
 
-    def __add__(self, other: Error) -> Error:
-        return Error(self.square + other.square, self.norm + other.norm)
+    def __add__(self, other: SquaredError) -> SquaredError:
+        return SquaredError(self.square + other.square, self.norm + other.norm)
 
     @property
     def relative(self) -> float:
@@ -133,8 +117,8 @@ class Tally:
 
     kept: int = 0
     blocks: int = 0
-    own: Error = Error()
-    others: Error = Error()
+    own: SquaredError = SquaredError()
+    others: SquaredError = SquaredError()
 
     def __add__(self, other: Tally) -> Tally:
         return Tally(
@@ -150,114 +134,34 @@ class Tally:
         return round(self.kept / self.blocks, 6)
 
 
-class OrderSurvey(BaseModel):
-    """What a survey has measured.
+def survey_of(
+    inputs: object, steps: Iterable[int], tallies: Mapping[str, Mapping[str, Tally]]
+) -> OrderSurvey:
+    """Choose by what was counted.
 
-    Attributes:
-        format: of the file.
-        inputs: what the surveyed inputs were, as JSON values.
-        steps: places in the sampler's schedule that were measured at.
-        density: by order, kept blocks / all blocks over these steps and all sites.
-        error: by order, relative error of attention's output where each order keeps as many blocks
-            as raster's, over sampled query blocks of the same calls.
-        held_out: whether the masks of that output were chosen on another input.
-        sites: density by order and site.
-        chosen: the order that the calibration takes.
+    Args:
+        inputs: what they were.
+        steps: that were measured at.
+        tallies: by order and site.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-    format: Literal[1] = 1
-    inputs: Any
-    steps: tuple[int, ...]
-    density: dict[str, float] = Field(min_length=1)
-    error: dict[str, float]
-    held_out: bool
-    sites: dict[str, dict[str, float]]
-    chosen: str
-
-    @classmethod
-    def of(
-        cls, inputs: object, steps: Iterable[int], tallies: Mapping[str, Mapping[str, Tally]]
-    ) -> OrderSurvey:
-        """Choose by what was counted.
-
-        Args:
-            inputs: what they were.
-            steps: that were measured at.
-            tallies: by order and site.
-        """
-        whole = {order: sum(sites.values(), Tally()) for order, sites in tallies.items()}
-        held_out = any(tally.others.norm for tally in whole.values())
-        density = {order: tally.density for order, tally in whole.items()}
-        error = {
-            order: (tally.others if held_out else tally.own).relative
-            for order, tally in whole.items()
-        }
-        return cls(
-            inputs=inputs,
-            steps=tuple(steps),
-            density=density,
-            error=error,
-            held_out=held_out,
-            sites={
-                order: {site: tally.density for site, tally in sites.items()}
-                for order, sites in tallies.items()
-            },
-            chosen=choose(density, error),
-        )
-
-    def text(self) -> str:
-        """Return the content of the file."""
-        return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
-
-    def write(self, folder: Path) -> None:
-        """Store it in a run folder."""
-        write_text(folder / FILE, self.text())
-
-    def __str__(self) -> str:
-        one = "" if self.held_out else "; of one input's own masks, not judged on another"
-        return f"token order {self.chosen}; {said(self.density, self.error)}{one}"
-
-
-def said(density: Mapping[str, float], error: Mapping[str, float]) -> str:
-    """Write what was measured of each order in a line."""
-    each = [f"{name} {density[name]:.1%} ({error[name]:.3f})" for name in density]
-    return "blocks kept (output error at raster's density): " + ", ".join(each)
-
-
-def stored(folder: Path) -> OrderSurvey | None:
-    """Return the survey of a run folder, or None if it has none.
-
-    Raises:
-        CalibrationError: it is damaged.
-    """
-    path = folder / FILE
-    try:
-        survey = OrderSurvey.model_validate_json(path.read_text(encoding="utf-8"))
-        if survey.chosen not in survey.density:
-            raise ValueError(f"{survey.chosen} is chosen but was not measured")
-    except FileNotFoundError:
-        return None
-    except (pydantic.ValidationError, ValueError) as error:
-        raise CalibrationError(
-            "the survey of token orders is damaged",
-            expected=f"{path} as it was written",
-            got=str(error),
-            remedy="restart the run (--restart, CalibrationConfig(restart=True))",
-        ) from error
-    return survey
-
-
-def figures(folder: Path) -> dict[str, float]:
-    """Return what a plan's `quality` says of the survey of a run folder; empty without one."""
-    survey = stored(folder)
-    if survey is None:
-        return {}
-    return {
-        **{f"{DENSITY}{name}": value for name, value in survey.density.items()},
-        **{f"{ERROR}{name}": value for name, value in survey.error.items()},
+    whole = {order: sum(sites.values(), Tally()) for order, sites in tallies.items()}
+    held_out = any(tally.others.norm for tally in whole.values())
+    density = {order: tally.density for order, tally in whole.items()}
+    error = {
+        order: (tally.others if held_out else tally.own).relative for order, tally in whole.items()
     }
+    return OrderSurvey(
+        inputs=inputs,
+        steps=tuple(steps),
+        density=density,
+        error=error,
+        held_out=held_out,
+        sites={
+            order: {site: tally.density for site, tally in sites.items()}
+            for order, sites in tallies.items()
+        },
+        chosen=choose(density, error),
+    )
 
 
 def _tile(grid: tuple[int, int, int], size: int, frames: int) -> TokenOrder | None:

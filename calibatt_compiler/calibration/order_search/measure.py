@@ -9,10 +9,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from calibatt_compiler.calibration.order_search.candidates import Error
+from calibatt_compiler.calibration.order_search.candidates import SquaredError
 from calibatt_compiler.calibration.select.selection import covering_mask
-from calibatt_compiler.calibration.text import TextPosition, text_blocks
+from calibatt_compiler.kernels.attention import make_attention, triton_serves
+from calibatt_compiler.kernels.portable.tiles import MAX_HEAD_DIM
 from calibatt_compiler.plan import BlockPattern
+from calibatt_compiler.plan.text import TextPosition, text_blocks
 from calibatt_compiler.runtime.token_order import Rearrangement
 
 SAMPLE = 16
@@ -90,7 +92,9 @@ class Call:
             out=lay(self.out, of_queries),
         )
 
-    def error(self, rows: Tensor, masks: Tensor, block: tuple[int, int], pooled: int) -> Error:
+    def error(
+        self, rows: Tensor, masks: Tensor, block: tuple[int, int], pooled: int
+    ) -> SquaredError:
         """Return the error of some query blocks' output under their masks.
 
         Args:
@@ -115,7 +119,7 @@ class Call:
             )
             sparse = attend_by(pattern, q[one], self.k[one], self.v[one], self.scale)
             square += (sparse.double() - out[one].double()).square().sum().item()
-        return Error(square, out.double().square().sum().item())
+        return SquaredError(square, out.double().square().sum().item())
 
 
 def sampled_rows(length: int, video: int, block: int, text: TextPosition | None) -> Tensor:
@@ -158,9 +162,6 @@ def at_density(energy: Tensor, density: float, always: Tensor | None) -> Tensor:
 
 def attend_by(pattern: BlockPattern, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Attend by a pattern, with the kernel that tables serve here, else by definition."""
-    from calibatt_compiler.kernels.attention import make_attention, triton_serves
-    from calibatt_compiler.kernels.portable.tiles import MAX_HEAD_DIM
-
     fast = q.device.type == "cpu" or (
         triton_serves(q.device, q.dtype) and q.shape[-1] <= MAX_HEAD_DIM
     )

@@ -13,9 +13,9 @@ from calibatt_compiler.calibration.config import CalibrationConfig
 from calibatt_compiler.calibration.observe.observation import InputObservation, Schedule
 from calibatt_compiler.calibration.observe.observer import Observer, not_finite
 from calibatt_compiler.calibration.order_search.candidates import (
-    OrderSurvey,
     Tally,
     candidates,
+    survey_of,
     surveyed_steps,
 )
 from calibatt_compiler.calibration.order_search.measure import (
@@ -26,10 +26,13 @@ from calibatt_compiler.calibration.order_search.measure import (
 )
 from calibatt_compiler.calibration.select.repetition_scores import AttentionCall
 from calibatt_compiler.calibration.select.selection import pack, select
+from calibatt_compiler.calibration.store.order_survey import OrderSurvey
 from calibatt_compiler.calibration.store.records import SiteSize
-from calibatt_compiler.calibration.text import TextPosition, text_blocks
 from calibatt_compiler.errors import CalibrationError, OptionError
+from calibatt_compiler.kernels.common.dense import dense_attention
+from calibatt_compiler.kernels.energy import block_energy
 from calibatt_compiler.plan.order import RASTER, TokenOrder
+from calibatt_compiler.plan.text import TextPosition, text_blocks
 
 
 class SurveyObserver(Observer):
@@ -83,8 +86,6 @@ class SurveyObserver(Observer):
             CalibrationError: sizes that don't fit the run, or attention that is not finite.
             OptionError: the number of steps or the grid is not known.
         """
-        from calibatt_compiler.kernels.attention import dense_attention
-
         out = dense_attention(q, k, v, scale)
         counted = self._counted(site, q, k, timestep)
         if counted is None:
@@ -146,7 +147,7 @@ class SurveyObserver(Observer):
         Args:
             about: what the inputs were.
         """
-        return OrderSurvey.of(about, sorted(self._seen), self._tallies)
+        return survey_of(about, sorted(self._seen), self._tallies)
 
     def _order(self) -> TokenOrder:
         return self._now
@@ -172,8 +173,6 @@ class SurveyObserver(Observer):
         Returns:
             What is counted, and the density.
         """
-        from calibatt_compiler.kernels.energy import block_energy
-
         block, pooled = self._config.block, self._config.pooled
         lengths = (call.q.shape[2], call.k.shape[2])
         energy = block_energy(call.q, call.k, block=block, scale=call.scale)

@@ -18,12 +18,13 @@ from calibatt_compiler.calibration.observe.pipelines import (
     samples_of,
     schedule_of,
 )
-from calibatt_compiler.calibration.order_search.candidates import FILE, OrderSurvey, stored
 from calibatt_compiler.calibration.order_search.observer import SurveyObserver
 from calibatt_compiler.calibration.progress import CalibrationProgress
 from calibatt_compiler.calibration.store import identity
+from calibatt_compiler.calibration.store.order_survey import FILE, OrderSurvey, stored
 from calibatt_compiler.calibration.store.ranks import Ranks
 from calibatt_compiler.errors import CalibrationError, OptionError
+from calibatt_compiler.models import text_position, unwrap
 
 log = logging.getLogger("calibatt")
 
@@ -72,8 +73,6 @@ def survey(
         CalibrationError: nothing could be measured.
         OptionError: the steps or the grid are not known, or there are no inputs.
     """
-    from calibatt_compiler.models import text_position, unwrap
-
     if not inputs:
         raise OptionError(
             "a survey of token orders needs inputs",
@@ -114,8 +113,6 @@ def survey_pipeline(
     Raises:
         CalibrationError: nothing could be measured.
     """
-    from calibatt_compiler.models import text_position
-
     observer = SurveyObserver(
         config,
         text_position(type(module).__name__),

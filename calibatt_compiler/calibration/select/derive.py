@@ -19,7 +19,6 @@ from calibatt_compiler.calibration.config import (
     check_rho,
     check_sample,
 )
-from calibatt_compiler.calibration.order_search import candidates as orders
 from calibatt_compiler.calibration.select.checks import check_alike, check_raised, sampler_of
 from calibatt_compiler.calibration.select.repetition import (
     choose_forms,
@@ -28,9 +27,9 @@ from calibatt_compiler.calibration.select.repetition import (
 )
 from calibatt_compiler.calibration.select.sampling import sample
 from calibatt_compiler.calibration.select.selection import agreement, count_votes, pack, select
+from calibatt_compiler.calibration.store import order_survey
 from calibatt_compiler.calibration.store.records import InputRecord, SiteSize
 from calibatt_compiler.calibration.store.run_folder import RunStore
-from calibatt_compiler.calibration.text import text_blocks
 from calibatt_compiler.errors import CalibrationError
 from calibatt_compiler.plan import (
     BlockPattern,
@@ -41,6 +40,7 @@ from calibatt_compiler.plan import (
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.refine import SHARE_STEPS, Refiner
 from calibatt_compiler.plan.schema import CfgMode
+from calibatt_compiler.plan.text import text_blocks
 from calibatt_compiler.plan.thresholds import Thresholds
 
 
@@ -229,7 +229,7 @@ def derive_plan(
             **_quality(records, selection),
             **refiner.figures(),
             **repetition_figures(list(sites.values()), selection.gamma),
-            **orders.figures(store.folder),
+            **order_survey.figures(store.folder),
         },
     )
 

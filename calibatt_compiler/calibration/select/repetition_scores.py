@@ -32,6 +32,8 @@ from torch import Tensor
 
 from calibatt_compiler.calibration.config import LEAST_GAMMA
 from calibatt_compiler.errors import KernelError
+from calibatt_compiler.kernels.attention import make_attention
+from calibatt_compiler.kernels.common.row_similarity import row_similarity
 from calibatt_compiler.plan.copies import RowCopies
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.pattern import BlockPattern
@@ -39,7 +41,7 @@ from calibatt_compiler.plan.text import TextPosition
 from calibatt_compiler.runtime.token_order import Rearrangement, attend_in_order
 
 if TYPE_CHECKING:
-    from calibatt_compiler.kernels.attention import AttentionKernel
+    from calibatt_compiler.kernels.protocol import AttentionKernel
 
 ARRAY = "repetition"
 """Suffix of the array's name in the run folder."""
@@ -120,8 +122,6 @@ def measure(
         copies: of the rows, in the model's order.
         block: tokens a query block, tokens a key block.
     """
-    from calibatt_compiler.kernels.common.row_similarity import row_similarity
-
     alike = row_similarity(call.q, call.k, grid=copies.grid, first=copies.first, scale=call.scale)
     tokens = slice(copies.first, copies.first + copies.video)
     length = call.q.shape[2]
@@ -183,8 +183,6 @@ def _sparse(
 
 def _kernel(pattern: BlockPattern, q: Tensor) -> AttentionKernel:
     """The fast kernel; where there is none, as in float64 on a GPU, the reference."""
-    from calibatt_compiler.kernels.attention import make_attention
-
     where: dict[str, Any] = {"device": q.device, "dtype": q.dtype, "head_dim": q.shape[3]}
     try:
         return make_attention(pattern, lowering="table", **where)

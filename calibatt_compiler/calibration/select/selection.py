@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from calibatt_compiler.calibration.text import TextPosition, text_blocks
+from calibatt_compiler.plan.text import TextPosition, text_blocks
 
 UNITS = 1 << 32
 """Whole units that an energy of 1 is counted in."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from calibatt_compiler import models
 from calibatt_compiler.calibration.config import CalibrationConfig
 from calibatt_compiler.plan.schema import CfgMode
 
@@ -71,8 +72,6 @@ def of_run(
         cfg: how the sampler runs guidance.
         arguments: common to all inputs.
     """
-    from calibatt_compiler import models
-
     return {
         "format": 1,
         "model": models.identify(module).model_dump(mode="json"),

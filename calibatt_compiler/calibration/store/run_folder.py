@@ -29,8 +29,8 @@ import pydantic
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from calibatt_compiler.calibration.order_search.candidates import FILE as ORDER_FILE
 from calibatt_compiler.calibration.store.lock import FolderLock
+from calibatt_compiler.calibration.store.order_survey import FILE as ORDER_FILE
 from calibatt_compiler.calibration.store.records import InputRecord
 from calibatt_compiler.calibration.store.uint8_energies import decode
 from calibatt_compiler.errors import CalibrationError

@@ -10,7 +10,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from calibatt_compiler.backend import recording_backend
+from calibatt_compiler.calibration.observe.attach import DYNAMO
 from calibatt_compiler.capture import CaptureInfo
+from calibatt_compiler.kernels.common.dense import dense_attention
+from calibatt_compiler.models import unwrap
 from calibatt_compiler.plan import Plan
 from calibatt_compiler.runtime.device_queue import lane_of
 from calibatt_compiler.runtime.kernel_cache import TABLE_BUDGET, KernelStore
@@ -53,8 +57,6 @@ class PlanServer:
 
         Shapes as in `calibatt_compiler.capture.Recorder`.
         """
-        from calibatt_compiler.kernels.attention import dense_attention
-
         plan = self._plan
         if plan is None or not _fits(plan, site, q, k):
             return dense_attention(q, k, v, scale)
@@ -100,10 +102,6 @@ def served(pipe: Any, component: str, server: PlanServer, *, inductor: bool) -> 
     Yields:
         The compiled module.
     """
-    from calibatt_compiler.backend import recording_backend
-    from calibatt_compiler.calibration.observe.attach import DYNAMO
-    from calibatt_compiler.models import unwrap
-
     held = getattr(pipe, component)
     isolated = "isolate_recompiles" in inspect.signature(torch.compile).parameters
     extra: dict[str, Any] = {"isolate_recompiles": True} if isolated else {}

@@ -19,6 +19,7 @@ from calibatt_compiler.calibration.store import identity
 from calibatt_compiler.calibration.store.lock import FolderLock
 from calibatt_compiler.calibration.tuning.config import TuningConfig
 from calibatt_compiler.calibration.tuning.pareto import Knobs, Point, Tuning, choose, cost_of
+from calibatt_compiler.calibration.tuning.picture import write_front
 from calibatt_compiler.calibration.tuning.plan_server import PlanServer, served
 from calibatt_compiler.calibration.tuning.study import JOURNAL, Study
 from calibatt_compiler.calibration.tuning.trials import TIMING_STEPS, Bench
@@ -288,8 +289,6 @@ def _check(
 
 
 def _write(found: Tuning, folder: Path) -> None:
-    from calibatt_compiler.calibration.tuning.picture import write_front
-
     write_text(folder / "tuning.json", json.dumps(found.to_dict(), indent=2) + "\n")
     write_front(found, folder / "front.png")
     if found.plan is not None:

@@ -29,7 +29,6 @@ from calibatt_compiler.calibration.select.repetition_scores import AttentionCall
 from calibatt_compiler.calibration.store import identity
 from calibatt_compiler.calibration.store.records import SiteSize
 from calibatt_compiler.calibration.store.run_folder import RunStore
-from calibatt_compiler.calibration.text import TextPosition
 from calibatt_compiler.calibration.validation.kept_mass import (
     MARGIN,
     KeptMass,
@@ -37,9 +36,10 @@ from calibatt_compiler.calibration.validation.kept_mass import (
     check_margin,
 )
 from calibatt_compiler.errors import CalibrationError, PlanMismatchError
+from calibatt_compiler.models import identify, text_position
 from calibatt_compiler.plan import Plan
 from calibatt_compiler.plan.order import TokenOrder
-from calibatt_compiler.plan.text import other_text
+from calibatt_compiler.plan.text import TextPosition, other_text
 
 log = logging.getLogger("calibatt")
 
@@ -82,8 +82,6 @@ def validate(
     inputs = read_inputs(prompts, seeds, pipeline_arguments)
     module = component_of(pipe, config.component)
     _check_model(plan, module)
-    from calibatt_compiler.models import text_position
-
     kept = KeptMass(plan)
     with CalibrationProgress(len(inputs), 0, config.progress) as progress:
         observer = PlanObserver(
@@ -229,8 +227,6 @@ def _planned(plan: Plan, size: SiteSize, block: tuple[int, int]) -> bool:
 
 
 def _check_model(plan: Plan, module: torch.nn.Module) -> None:
-    from calibatt_compiler.models import identify
-
     expected, got = plan.metadata.model, identify(module)
     if expected is not None and got != expected:
         raise PlanMismatchError(

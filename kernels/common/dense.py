@@ -1,6 +1,6 @@
-"""Stock SDPA that also returns the log-sum-exp which its kernels compute anyway.
+"""Stock SDPA, also with the log-sum-exp which its kernels compute anyway.
 
-PyTorch returns it from the operators below its public function only. The operator taken here is
+PyTorch returns that from the operators below its public function only. The operator taken here is
 that of the kernel which the public function would choose, so the output is the same; where that
 kernel has no such operator, or this PyTorch another one, there is no log-sum-exp.
 """
@@ -17,10 +17,24 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from calibatt_compiler.kernels.attention import dense_attention
 from calibatt_compiler.kernels.common.operands import token_major
 
 log = logging.getLogger("calibatt")
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """Stock SDPA in the layout that block-sparse kernels return.
+
+    Args:
+        q: (B, H, Sq, D).
+        k: (B, H, Sk, D).
+        v: (B, H, Sk, D).
+        scale: factor on the scores; default 1 / sqrt(D).
+
+    Returns:
+        (B, H, Sq, D), laid out as contiguous (B, Sq, H, D).
+    """
+    return token_major(F.scaled_dot_product_attention(q, k, v, scale=scale))
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:

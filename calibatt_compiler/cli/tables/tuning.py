@@ -7,7 +7,7 @@ from rich.table import Table
 
 from calibatt_compiler.calibration.tuning.pareto import Tuning
 from calibatt_compiler.calibration.tuning.tune import TuningCost
-from calibatt_compiler.report.costs import duration, size
+from calibatt_compiler.cli.tables.costs import duration, size
 
 
 def cost_table(cost: TuningCost) -> Table:
