@@ -24,7 +24,7 @@ from calibatt_compiler.calibration.observe.pipelines import (
     schedule_of,
 )
 from calibatt_compiler.calibration.progress import CalibrationProgress
-from calibatt_compiler.calibration.select.derive import inputs_digest
+from calibatt_compiler.calibration.select.checks import inputs_digest
 from calibatt_compiler.calibration.select.repetition_scores import AttentionCall
 from calibatt_compiler.calibration.store import identity
 from calibatt_compiler.calibration.store.records import SiteSize
