@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from calibatt_compiler import models
-from calibatt_compiler.calibration.config import AUTO, CalibrationConfig
+from calibatt_compiler.calibration.config import AUTO, CalibrationConfig, SelectionConfig
 from calibatt_compiler.calibration.observe.attach import observed
 from calibatt_compiler.calibration.observe.observation import Branch, Schedule
 from calibatt_compiler.calibration.observe.recorder import AttentionRecorder
 from calibatt_compiler.calibration.order_search.search import Surveyor, settled
-from calibatt_compiler.calibration.select.derive import derive_plan, select_by
+from calibatt_compiler.calibration.select.derive import derive_plan
 from calibatt_compiler.calibration.store import identity
 from calibatt_compiler.calibration.store.energies import Spool
 from calibatt_compiler.calibration.store.opening import opened
@@ -184,45 +184,30 @@ class CalibrationRun:
     def plan(
         self,
         *,
-        rho: float | None = None,
-        A: float | None = None,
-        C: float | None = None,
-        k: float | None = None,
-        gamma: float | None = None,
         raised: Mapping[str, float] | None = None,
         names: tuple[str, ...] | None = None,
+        **settings: Any,
     ) -> Plan:
         """Make the plan from the stored inputs; may be called several times.
 
-        Steps are shared and intervals merged as the settings say; the functions of
-        `calibatt_compiler.plan` do it to a finished plan.
-
         Args:
-            rho: agreement other than the configured one.
-            A: other threshold than was recorded with, as in `CalibrationConfig`; this and the
-                next two need `keep_energies=True`.
-            C: likewise.
-            k: likewise.
-            gamma: other than configured, for a run that recorded repetition.
             raised: by site, what is added to its threshold, as in `plan_from_run`.
             names: the inputs that count; default all.
+            **settings: of `SelectionConfig`, by name, in the place of the configured ones. Other
+                `A`, `C` and `k` need `keep_energies`, `gamma` a run that recorded repetition.
 
         Raises:
             CalibrationError: nothing stored, or energies were not kept.
             OptionError: a value out of range.
         """
-        names = self.finished if names is None else names
-        rho = self.config.rho if rho is None else rho
-        selection = replace(
-            select_by(self._store, names, rho=rho, A=A, C=C, k=k),
-            share_steps=self.config.share_steps,
-            merge_budget=self.config.merge_budget,
-            pooled=self.config.pooled,
-            sample_power=self.config.sample_power,
-            gamma=self.config.gamma if gamma is None else gamma,
-            raised=raised or {},
+        return derive_plan(
+            self._store,
+            self.finished if names is None else names,
+            SelectionConfig.of(self.config, **settings),
+            raised=raised,
+            cfg=self._cfg,
+            arguments=self._arguments,
         )
-        return derive_plan(self._store, names, selection, cfg=self._cfg, arguments=self._arguments)
 
 
 @contextmanager

@@ -32,7 +32,6 @@ from calibatt_compiler.calibration.observe.recorder import AttentionRecorder
 from calibatt_compiler.calibration.order_search.candidates import INPUTS
 from calibatt_compiler.calibration.order_search.search import describe
 from calibatt_compiler.calibration.pipeline import about_pipeline, run_folder
-from calibatt_compiler.calibration.select.derive import refiner_of
 from calibatt_compiler.calibration.store import identity
 from calibatt_compiler.calibration.store.energies import Spool
 from calibatt_compiler.calibration.store.order_survey import stored
@@ -170,9 +169,8 @@ def estimate(
         thresholds |= {"gamma": config.gamma, "anchor_rows": float(config.anchor_rows)}
     if config.sample_power is not None:
         thresholds["sample_power"] = config.sample_power
-    weighted = config.sample_power is not None
-    refiner = refiner_of(config.share_steps, config.merge_budget, config.sample_power)
-    thresholds |= refiner.thresholds()
+    weighted = config.form == "sample"
+    thresholds |= config.refiner().thresholds()
     host_bytes = sizes.host_bytes(weighted=weighted)
     plan_bytes = sizes.plan_bytes(thresholds, len(inputs), weighted=weighted)
     return Estimate(

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from calibatt_compiler.calibration.config import check_gamma
+from calibatt_compiler.calibration.config import SelectionConfig
 from calibatt_compiler.calibration.tuning.pareto import Knobs, Point
 from calibatt_compiler.errors import OptionError
 
@@ -58,7 +58,7 @@ class SearchSpace:
                 remedy="leave it out to drop blocks as they are",
             )
         for value in self.gamma:
-            check_gamma(value)
+            SelectionConfig(gamma=value)  # checks its range
         if not self.gamma or len(set(self.gamma)) != len(self.gamma):
             raise OptionError(
                 "gamma has nothing to choose from",

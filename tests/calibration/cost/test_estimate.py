@@ -16,11 +16,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from calibatt_compiler import Plan
-from calibatt_compiler.calibration import CalibrationConfig, calibrate, estimate
+from calibatt_compiler.calibration import (
+    CalibrationConfig,
+    SelectionConfig,
+    calibrate,
+    estimate,
+)
 from calibatt_compiler.calibration.cost.estimate import Estimate, Measurement
 from calibatt_compiler.calibration.cost.sizes import SELECTION, SMALL, Sizes
 from calibatt_compiler.calibration.observe.recorder import AttentionRecorder
-from calibatt_compiler.calibration.select.derive import Selection, derive_plan
+from calibatt_compiler.calibration.select.derive import derive_plan
 from calibatt_compiler.calibration.store.energies import Spool
 from calibatt_compiler.calibration.store.records import InputRecord, SiteSize
 from calibatt_compiler.calibration.store.run_folder import RunStore
@@ -217,7 +222,9 @@ def test_memory_of_masks_and_plan_stays_within_the_bound(
         store.write(known, arrays)
 
     def derive() -> None:
-        selection = Selection(0.5, None, 0.97 if refined else None, 0.02 if refined else None)
+        selection = SelectionConfig(
+            share_steps=0.97 if refined else None, merge_budget=0.02 if refined else None
+        )
         plan = derive_plan(store, ["00000"], selection)
         plan.save(tmp_path / "plan")
         assert plan.digest
