@@ -71,20 +71,21 @@ EDGES: dict[str, str] = {
     "cli": "cli.app",
     "cli.app": "cli.build cli.calibrate cli.compare cli.demo cli.inspect cli.tune errors version",
     "cli.build": "build cli.options cli.pipelines cli.progress errors kernels.baked options plan",
-    "cli.calibrate": "calibration cli.options cli.pipelines cli.ranks cli.tables evaluation report",
-    "cli.compare": "cli.options cli.pipelines cli.progress errors evaluation options plan",
+    "cli.calibrate": "calibration cli.groups cli.options cli.ranks cli.tables evaluation report",
+    "cli.compare": "cli.groups cli.options cli.progress errors evaluation options plan",
     "cli.demo": (
-        "calibration cli.compare cli.options cli.pipelines cli.progress errors evaluation "
-        "plan report"
+        "calibration cli.compare cli.groups cli.options cli.pipelines cli.progress errors "
+        "evaluation plan report"
     ),
-    "cli.inspect": "cli.options cli.pipelines cli.tables cli.validation errors plan report",
+    "cli.inspect": "cli.groups cli.options cli.tables cli.validation errors plan report",
+    "cli.options": "cli.groups cli.pipelines evaluation plan",
     "cli.pipelines": "errors evaluation plan",
     "cli.ranks": "errors",
     "cli.tables": "calibration.cost calibration.tuning calibration.validation",
     "cli.tune": (
-        "calibration calibration.tuning cli.options cli.pipelines cli.progress cli.tables errors"
+        "calibration calibration.tuning cli.groups cli.options cli.progress cli.tables errors"
     ),
-    "cli.validation": "calibration calibration.validation cli.pipelines evaluation plan",
+    "cli.validation": "calibration calibration.validation cli.options plan",
     "debug": "files options",
     "evaluation": "build errors files options plan report",
     "kernels.attention": (

@@ -8,13 +8,18 @@ from typing import Annotated
 import typer
 
 from calibatt_compiler.cli import options
+from calibatt_compiler.cli.groups import grouped
 from calibatt_compiler.errors import OptionError
 
 _VALIDATION = "Validation"
 
 
+@grouped
 def inspect(
     plan: options.PlanFile,
+    sampling: options.Sampling,
+    place: options.Place,
+    inputs: options.Inputs = options.HELD_OUT,
     html: Annotated[
         Path | None,
         typer.Option(
@@ -55,15 +60,6 @@ def inspect(
             show_default=False,
         ),
     ] = None,
-    prompts: options.Prompts = None,
-    prompt: options.Prompt = None,
-    seed: options.Seed = 1000,
-    guidance: options.Guidance = None,
-    negative_prompt: options.NegativePrompt = None,
-    settings: options.Settings = None,
-    component: options.Component = "transformer",
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
 ) -> None:
     """Show what is in a plan: what it was made for, and how much each layer computes.
 
@@ -75,7 +71,7 @@ def inspect(
     """
     from rich.console import Console
 
-    from calibatt_compiler.cli import pipelines, validation
+    from calibatt_compiler.cli import validation
     from calibatt_compiler.cli.tables import validation as validation_report
     from calibatt_compiler.plan import Plan
     from calibatt_compiler.report import inspect as report
@@ -91,17 +87,7 @@ def inspect(
     loaded = Plan.load(plan)
     found = None
     if validate is not None:
-        found = validation.measure(
-            validate,
-            loaded,
-            lambda: pipelines.read_cases(prompts, prompt, seed),
-            {"guidance_scale": guidance, "negative_prompt": negative_prompt},
-            settings,
-            margin=margin,
-            component=component,
-            device=device,
-            dtype=dtype,
-        )
+        found = validation.measure(validate, loaded, inputs, sampling, place, margin=margin)
     console = Console()
     if as_json:
         extra = {} if found is None else {"validation": found.to_dict()}

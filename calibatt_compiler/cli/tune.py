@@ -9,25 +9,24 @@ from typing import Annotated
 import typer
 
 from calibatt_compiler.cli import options
+from calibatt_compiler.cli.groups import grouped
 
 _SEARCH = "The search"
 
 
+@grouped
 def tune(
     model: options.Model,
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder of the search.", show_default=False)
+        Path,
+        typer.Option(
+            "--out", "-o", metavar="FOLDER", help="Folder of the search.", show_default=False
+        ),
     ],
-    prompts: options.Prompts = None,
-    prompt: options.Prompt = None,
-    seed: options.Seed = 0,
-    height: options.Height = None,
-    width: options.Width = None,
-    frames: options.Frames = None,
-    steps: options.Steps = None,
-    guidance: options.Guidance = None,
-    negative_prompt: options.NegativePrompt = None,
-    settings: options.Settings = None,
+    inputs: options.Inputs,
+    video: options.Video,
+    observation: options.Observation,
+    place: options.Place,
     speed_up: Annotated[
         float | None,
         typer.Option(
@@ -88,17 +87,9 @@ def tune(
             rich_help_panel=_SEARCH,
         ),
     ] = "off",
-    anchor_rows: options.AnchorRows = 5,
     search_seed: Annotated[
         int, typer.Option("--search-seed", min=0, help="Seed.", rich_help_panel=_SEARCH)
     ] = 0,
-    block: Annotated[int, typer.Option(help="Tokens a block, for queries and keys.")] = 128,
-    token_order: Annotated[
-        str, typer.Option(metavar="ORDER", help="As of calibatt calibrate.")
-    ] = "raster",
-    component: options.Component = "transformer",
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before it starts.")] = False,
 ) -> None:
     """Search the thresholds A, C, k and rho: fidelity against predicted time.
@@ -115,7 +106,6 @@ def tune(
     from calibatt_compiler.calibration import CalibrationConfig, TuningConfig, tuning_cost
     from calibatt_compiler.calibration import tune as run
     from calibatt_compiler.calibration.tuning.study import SearchSpace
-    from calibatt_compiler.cli import pipelines
     from calibatt_compiler.cli.progress import TerminalProgress
     from calibatt_compiler.cli.tables import tuning as report
     from calibatt_compiler.errors import OptionError
@@ -131,10 +121,8 @@ def tune(
     config = CalibrationConfig(
         pooled=keys[0],
         gamma=scores[0],
-        anchor_rows=anchor_rows,
-        block=(block, block),
-        token_order=token_order,
-        component=component,
+        **observation.of_config(),
+        component=place.component,
     )
     tuning = TuningConfig(
         trials=trials,
@@ -145,26 +133,15 @@ def tune(
         speed_up=speed_up,
         fidelity=psnr,
     )
-    cases = pipelines.read_cases(prompts, prompt, seed)
-    place = pipelines.device_of(device)
-    pipe = pipelines.load_pipeline(model, place, pipelines.dtype_of(dtype, place))
-    named = {
-        "height": height,
-        "width": width,
-        "num_frames": frames,
-        "num_inference_steps": steps,
-        "guidance_scale": guidance,
-        "negative_prompt": negative_prompt,
-    }
-    arguments = pipelines.pipeline_arguments(pipe, named, settings)
-    texts, seeds = [case.prompt for case in cases], [case.seed for case in cases]
-    common = {"out": out, "config": config, "tuning": tuning, **arguments}
+    given = options.texts_and_seeds(inputs.cases())
+    pipe = place.load(model)
+    common = {**given, "out": out, "config": config, "tuning": tuning, **video.arguments(pipe)}
     console = Console(highlight=False, soft_wrap=True)
-    console.print(report.cost_table(tuning_cost(pipe, texts, seeds, **common)))
+    console.print(report.cost_table(tuning_cost(pipe, **common)))
     if not yes and sys.stdin.isatty():
         typer.confirm("Start?", abort=True)
     with TerminalProgress() as progress:
-        found = run(pipe, texts, seeds, progress=progress, **common)
+        found = run(pipe, progress=progress, **common)
     console.print(report.front_table(found))
     console.print(f"the front: {out / 'front.png'}, {out / 'tuning.json'}")
     if found.chosen is not None:
