@@ -21,57 +21,38 @@ _VIDEO = "The video"
 _HOW = "How sparse"
 _WHERE = "Where it runs"
 
-Model = Annotated[
-    str,
-    typer.Argument(
-        help="Folder or Hub name of a pipeline.",
-        show_default=False,
-    ),
-]
+
+def option(
+    panel: str | None, text: str, metavar: str | None = None, *names: str, **more: Any
+) -> Any:
+    """Return what typer needs of an option; without names it is called after its parameter."""
+    return typer.Option(*names, help=text, metavar=metavar, rich_help_panel=panel, **more)
+
+
+Model = Annotated[str, typer.Argument(help="Folder or Hub name of a pipeline.", show_default=False)]
 PlanFile = Annotated[
     Path, typer.Argument(help="Plan file that `calibatt calibrate` wrote.", show_default=False)
 ]
 Lowering = Annotated[
     str,
-    typer.Option(
-        "--lowering",
-        help="baked: blocks written into generated kernels; table: one "
-        "kernel that reads them; reference: slow and plain.",
-        rich_help_panel=ADVANCED,
+    option(
+        ADVANCED,
+        "baked: blocks written into generated kernels; table: one kernel that reads them; "
+        "reference: slow and plain.",
     ),
 ]
+_PROMPTS = 'One a line, or JSON: a list of texts or of {"prompt": ..., "seed": ...}.'
 
 
 @dataclass(frozen=True)
 class Inputs:
     """Prompts and seeds."""
 
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            "--prompts",
-            metavar="FILE",
-            help='One a line, or JSON: a list of texts or of {"prompt": ..., "seed": ...}.',
-            show_default=False,
-        ),
-    ] = None
+    prompts: Annotated[Path | None, option(None, _PROMPTS, "FILE")] = None
     prompt: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--prompt",
-            metavar="TEXT",
-            help="A prompt; may be given several times.",
-            show_default=False,
-        ),
+        list[str] | None, option(None, "A prompt; may be given several times.", "TEXT")
     ] = None
-    seed: Annotated[
-        int,
-        typer.Option(
-            "--seed",
-            metavar="N",
-            help="Seed of the first prompt.",
-        ),
-    ] = 0
+    seed: Annotated[int, option(None, "Seed of the first prompt.", "N")] = 0
 
     def cases(self) -> list[Case]:
         """Read them."""
@@ -88,38 +69,10 @@ HELD_OUT = Inputs(seed=1000)
 class Size:
     """Size and steps of a video."""
 
-    height: Annotated[
-        int | None,
-        typer.Option(
-            "--height", metavar="N", help="Pixels.", rich_help_panel=_VIDEO, show_default=False
-        ),
-    ] = None
-    width: Annotated[
-        int | None,
-        typer.Option(
-            "--width", metavar="N", help="Pixels.", rich_help_panel=_VIDEO, show_default=False
-        ),
-    ] = None
-    frames: Annotated[
-        int | None,
-        typer.Option(
-            "--frames",
-            metavar="N",
-            help="Frames of the video.",
-            rich_help_panel=_VIDEO,
-            show_default=False,
-        ),
-    ] = None
-    steps: Annotated[
-        int | None,
-        typer.Option(
-            "--steps",
-            metavar="N",
-            help="Diffusion steps.",
-            rich_help_panel=_VIDEO,
-            show_default=False,
-        ),
-    ] = None
+    height: Annotated[int | None, option(_VIDEO, "Pixels.", "N")] = None
+    width: Annotated[int | None, option(_VIDEO, "Pixels.", "N")] = None
+    frames: Annotated[int | None, option(_VIDEO, "Frames of the video.", "N")] = None
+    steps: Annotated[int | None, option(_VIDEO, "Diffusion steps.", "N")] = None
 
 
 @dataclass(frozen=True)
@@ -127,33 +80,17 @@ class Sampling:
     """What else a pipeline is given."""
 
     guidance: Annotated[
-        float | None,
-        typer.Option(
-            "--guidance",
-            metavar="X",
-            help="Of classifier-free guidance; 1 is off.",
-            rich_help_panel=_VIDEO,
-            show_default=False,
-        ),
+        float | None, option(_VIDEO, "Of classifier-free guidance; 1 is off.", "X")
     ] = None
-    negative_prompt: Annotated[
-        str | None,
-        typer.Option(
-            "--negative-prompt",
-            help="What the video should not be.",
-            rich_help_panel=ADVANCED,
-            show_default=False,
-        ),
-    ] = None
+    negative_prompt: Annotated[str | None, option(ADVANCED, "What the video should not be.")] = None
     settings: Annotated[
         list[str] | None,
-        typer.Option(
+        option(
+            ADVANCED,
+            "Any other argument of the pipeline, such as --set max_sequence_length=256; may be "
+            "given several times.",
+            "NAME=VALUE",
             "--set",
-            metavar="NAME=VALUE",
-            help="Any other argument of the pipeline, such as --set max_sequence_length=256; "
-            "may be given several times.",
-            rich_help_panel=ADVANCED,
-            show_default=False,
         ),
     ] = None
 
@@ -192,21 +129,14 @@ class Device:
     """Where a pipeline is loaded."""
 
     device: Annotated[
-        str,
-        typer.Option(
-            "--device",
-            metavar="NAME",
-            help="cpu, cuda, cuda:N, or auto: a GPU if there is one.",
-            rich_help_panel=_WHERE,
-        ),
+        str, option(_WHERE, "cpu, cuda, cuda:N, or auto: a GPU if there is one.", "NAME")
     ] = "auto"
     dtype: Annotated[
         str,
-        typer.Option(
-            "--dtype",
-            metavar="NAME",
-            help="float32, bfloat16 or float16; auto is bfloat16 on a GPU, float32 on a CPU.",
-            rich_help_panel=ADVANCED,
+        option(
+            ADVANCED,
+            "float32, bfloat16 or float16; auto is bfloat16 on a GPU, float32 on a CPU.",
+            "NAME",
         ),
     ] = "auto"
 
@@ -228,56 +158,42 @@ class Device:
 class Place(Device):
     """Where a pipeline is loaded, and which module of it is meant."""
 
-    component: Annotated[
-        str,
-        typer.Option(
-            "--component", help="Which transformer of the pipeline.", rich_help_panel=ADVANCED
-        ),
-    ] = "transformer"
+    component: Annotated[str, option(ADVANCED, "Which transformer of the pipeline.")] = (
+        "transformer"
+    )
 
 
 @dataclass(frozen=True)
 class Observation:
     """What is observed; of `ObservationConfig` the settings of these names."""
 
-    block: Annotated[
-        int,
-        typer.Option(
-            "--block",
-            metavar="N",
-            help="Tokens a block; smaller ones fit closer.",
-            rich_help_panel=_HOW,
-        ),
-    ] = 128
+    block: Annotated[int, option(_HOW, "Tokens a block; smaller ones fit closer.", "N")] = 128
     queries: Annotated[
         int,
-        typer.Option(
-            "--queries",
-            metavar="N",
+        option(
+            ADVANCED,
+            "Take the energies of every N-th query only. On a GPU where one kernel gives them "
+            "with attention, all queries cost least.",
+            "N",
             min=1,
-            help="Take the energies of every N-th query only. On a GPU where one kernel gives "
-            "them with attention, all queries cost least.",
-            rich_help_panel=ADVANCED,
         ),
     ] = 1
     token_order: Annotated[
         str,
-        typer.Option(
-            "--token-order",
-            metavar="ORDER",
-            help="Cut blocks from tokens in raster order; tile by tile: frames x height x width of "
-            "a tile in latent tokens, such as 2x8x8; from strips along one axis, such as 2x8xall; "
+        option(
+            ADVANCED,
+            "Cut blocks from tokens in raster order; tile by tile: frames x height x width of a "
+            "tile in latent tokens, such as 2x8x8; from strips along one axis, such as 2x8xall; "
             "or auto: measure such orders on the first two prompts, take the sparsest that pays.",
-            rich_help_panel=ADVANCED,
+            "ORDER",
         ),
     ] = "raster"
     anchor_rows: Annotated[
         int,
-        typer.Option(
-            "--anchor-rows",
-            metavar="ROWS",
-            help="Rows of each frame that a repetitive head computes; the others copy them.",
-            rich_help_panel=ADVANCED,
+        option(
+            ADVANCED,
+            "Rows of each frame that a repetitive head computes; the others copy them.",
+            "ROWS",
         ),
     ] = 5
 
@@ -292,96 +208,79 @@ class Selection:
 
     A: Annotated[
         float | None,
-        typer.Option(
+        option(
+            _HOW,
+            "Attention to keep at late steps, 0 to 1: lower is sparser and faster. Default 0.84, "
+            "or 0.763 up to 8 steps.",
+            "SHARE",
             "--A",
-            metavar="SHARE",
-            help="Attention to keep at late steps, 0 to 1: lower is sparser and faster. Default "
-            "0.84, or 0.763 up to 8 steps.",
-            rich_help_panel=_HOW,
-            show_default=False,
         ),
     ] = None
     C: Annotated[
         float | None,
-        typer.Option(
+        option(
+            ADVANCED,
+            "Share to keep at the first, noisiest step. Default 0.99, or 0.863 up to 8 steps.",
+            "SHARE",
             "--C",
-            metavar="SHARE",
-            help="Share to keep at the first, noisiest step. Default 0.99, or 0.863 up to 8 steps.",
-            rich_help_panel=ADVANCED,
-            show_default=False,
         ),
     ] = None
     k: Annotated[
         float | None,
-        typer.Option(
-            "--k",
-            metavar="RATE",
-            help="How fast the share falls from C to A. Default 16, or 5.64 up to 8 steps.",
-            rich_help_panel=ADVANCED,
-            show_default=False,
+        option(
+            ADVANCED,
+            "How fast the share falls from C to A. Default 16, or 5.64 up to 8 steps.",
+            "RATE",
         ),
     ] = None
     rho: Annotated[
         float,
-        typer.Option(
-            "--rho",
-            metavar="SHARE",
-            help="A block is kept if this share of the prompts needs it.",
-            rich_help_panel=ADVANCED,
-        ),
+        option(ADVANCED, "A block is kept if this share of the prompts needs it.", "SHARE"),
     ] = 0.5
     sample_power: Annotated[
         float | None,
-        typer.Option(
-            "--sample-power",
-            metavar="POWER",
-            help="Draw blocks in proportion to this power of their energy, such as 1, and weigh "
-            "them. Default: the highest blocks.",
-            rich_help_panel=_HOW,
-            show_default=False,
+        option(
+            _HOW,
+            "Draw blocks in proportion to this power of their energy, such as 1, and weigh them. "
+            "Default: the highest blocks.",
+            "POWER",
         ),
     ] = None
     share_steps: Annotated[
         float,
-        typer.Option(
-            "--share-steps",
-            metavar="IOU",
-            help="Consecutive steps whose masks agree this much (intersection over union) share "
-            "one: a smaller plan. 1 shares equal masks only; samples are never shared.",
-            rich_help_panel=ADVANCED,
+        option(
+            ADVANCED,
+            "Consecutive steps whose masks agree this much (intersection over union) share one: a "
+            "smaller plan. 1 shares equal masks only; samples are never shared.",
+            "IOU",
         ),
     ] = 0.97
     merge_budget: Annotated[
         float | None,
-        typer.Option(
-            "--merge-budget",
-            metavar="DENSITY",
-            help="Fill the smallest gaps between kept blocks, up to this share of all blocks, "
-            "such as 0.02: fewer runs to walk, more blocks to compute. Default: none.",
-            rich_help_panel=ADVANCED,
-            show_default=False,
+        option(
+            ADVANCED,
+            "Fill the smallest gaps between kept blocks, up to this share of all blocks, such as "
+            "0.02: fewer runs to walk, more blocks to compute. Default: none.",
+            "DENSITY",
         ),
     ] = None
     pooled: Annotated[
         int,
-        typer.Option(
-            "--pooled",
-            metavar="KEYS",
-            help="Let each dropped block take part as this many mean keys, such as 1 or 4, "
-            "instead of not at all. It costs KEYS / BLOCK of dense attention.",
-            rich_help_panel=ADVANCED,
+        option(
+            ADVANCED,
+            "Let each dropped block take part as this many mean keys, such as 1 or 4, instead of "
+            "not at all. It costs KEYS / BLOCK of dense attention.",
+            "KEYS",
         ),
     ] = 0
     gamma: Annotated[
         float | None,
-        typer.Option(
-            "--gamma",
-            metavar="SCORE",
-            help="Let a head compute a few rows of each frame and copy the others where its rows "
-            "attend alike by this score or more, that is cheaper, and its output error is no "
-            "larger; 0.87 is the paper's. Default: no head does.",
-            rich_help_panel=ADVANCED,
-            show_default=False,
+        option(
+            ADVANCED,
+            "Let a head compute a few rows of each frame and copy the others where its rows attend "
+            "alike by this score or more, that is cheaper, and its output error is no larger; "
+            "0.87 is the paper's. Default: no head does.",
+            "SCORE",
         ),
     ] = None
 
@@ -392,28 +291,31 @@ class Storage:
 
     coarse_energies: Annotated[
         bool,
-        typer.Option(
+        option(
+            _HOW,
+            "Keep block energies in a byte each: --sample-power needs them. 8 times the size of "
+            "the masks.",
+            None,
             "--coarse-energies",
-            help="Keep block energies in a byte each: --sample-power needs them. 8 times the size "
-            "of the masks.",
-            rich_help_panel=_HOW,
         ),
     ] = False
     keep_energies: Annotated[
         bool,
-        typer.Option(
+        option(
+            ADVANCED,
+            "Keep block energies exactly, 32 times the size of the masks: to select again with "
+            "other thresholds, or to validate another plan on these inputs.",
+            None,
             "--keep-energies",
-            help="Keep block energies exactly, 32 times the size of the masks: to select again "
-            "with other thresholds, or to validate another plan on these inputs.",
-            rich_help_panel=ADVANCED,
         ),
     ] = False
     restart: Annotated[
         bool,
-        typer.Option(
+        option(
+            ADVANCED,
+            "Forget what an interrupted run has done, and start again.",
+            None,
             "--restart",
-            help="Forget what an interrupted run has done, and start again.",
-            rich_help_panel=ADVANCED,
         ),
     ] = False
 
