@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from calibatt_compiler.cli import options
 from calibatt_compiler.cli.groups import grouped
+from calibatt_compiler.cli.options import option
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -20,10 +19,7 @@ if TYPE_CHECKING:
 @grouped
 def calibrate(
     model: options.Model,
-    out: Annotated[
-        Path,
-        typer.Option("--out", "-o", metavar="FILE", help="Plan to write.", show_default=False),
-    ],
+    out: Annotated[Path, option(None, "Plan to write.", "FILE", "--out", "-o")],
     inputs: options.Inputs,
     video: options.Video,
     selection: options.Selection,
@@ -31,11 +27,7 @@ def calibrate(
     storage: options.Storage,
     place: options.Place,
     dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run",
-            help="Tell time, memory and disk; write nothing.",
-        ),
+        bool, option(None, "Tell time, memory and disk; write nothing.", None, "--dry-run")
     ] = False,
 ) -> None:
     """Observe a model on prompts and write a plan of what its attention needs.

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from calibatt_compiler.cli import options
-from calibatt_compiler.cli.groups import grouped
+from calibatt_compiler.cli.groups import ADVANCED, grouped
+from calibatt_compiler.cli.options import option
 
 if TYPE_CHECKING:
     from calibatt_compiler.evaluation.comparison import Comparison, DenseKind
@@ -33,17 +34,13 @@ def compare(
     ),
     dense: Annotated[
         str,
-        typer.Option(help="What to measure against: inductor (stock torch.compile) or eager."),
+        option(None, "What to measure against: inductor (stock torch.compile) or eager."),
     ] = "inductor",
-    rounds: Annotated[int, typer.Option(min=5, help="How often each denoising step is timed.")] = 5,
-    fps: Annotated[int, typer.Option(min=1, help="Frames a second of the videos.")] = 16,
+    rounds: Annotated[int, option(ADVANCED, "How often each denoising step is timed.", min=5)] = 5,
+    fps: Annotated[int, option(ADVANCED, "Frames a second of the videos.", min=1)] = 16,
     min_psnr: Annotated[
         float | None,
-        typer.Option(
-            "--min-psnr",
-            help="Fail (exit code 1) if the mean PSNR of the first plan is below this, in dB.",
-            show_default=False,
-        ),
+        option(None, "Fail (exit code 1) if the mean PSNR of the first plan is below this, in dB."),
     ] = None,
     lowering: options.Lowering = "baked",
 ) -> None:

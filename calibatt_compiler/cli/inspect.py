@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from calibatt_compiler.cli import options
 from calibatt_compiler.cli.groups import grouped
+from calibatt_compiler.cli.options import option
 from calibatt_compiler.errors import OptionError
 
 _VALIDATION = "Validation"
@@ -22,42 +21,40 @@ def inspect(
     inputs: options.Inputs = options.HELD_OUT,
     html: Annotated[
         Path | None,
-        typer.Option(
-            "--html",
-            help="Also write a page with heat maps and a picture of each head's mask: one file, "
-            "to be opened in any browser.",
-            show_default=False,
+        option(
+            None,
+            "Also write a page with heat maps and a picture of each head's mask: one file, to be "
+            "opened in any browser.",
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    as_json: Annotated[
+        bool, option(None, "Print JSON instead of a table.", None, "--json")
+    ] = False,
     validate: Annotated[
         str | None,
-        typer.Option(
-            "--validate",
-            metavar="SOURCE",
-            help="Measure what the plan keeps on held-out inputs. SOURCE: the model, to be run on "
+        option(
+            _VALIDATION,
+            "Measure what the plan keeps on held-out inputs. SOURCE: the model, to be run on "
             "--prompts that the plan was not made from, or the folder that a calibration on such "
             "inputs left with --keep-energies.",
-            rich_help_panel=_VALIDATION,
-            show_default=False,
+            "SOURCE",
         ),
     ] = None,
     margin: Annotated[
         float,
-        typer.Option(
-            help="Flag a site that at some step keeps less than its threshold by more than this.",
-            rich_help_panel=_VALIDATION,
+        option(
+            _VALIDATION,
+            "Flag a site that at some step keeps less than its threshold by more than this.",
         ),
     ] = 0.02,
     raised: Annotated[
         Path | None,
-        typer.Option(
+        option(
+            _VALIDATION,
+            "Select the flagged sites again with their thresholds raised by what they lack, and "
+            "write that plan. Needs PLAN.calibration with energies (--keep-energies).",
+            "OUT",
             "--raise",
-            metavar="OUT",
-            help="Select the flagged sites again with their thresholds raised by what they lack, "
-            "and write that plan. Needs PLAN.calibration with energies (--keep-energies).",
-            rich_help_panel=_VALIDATION,
-            show_default=False,
         ),
     ] = None,
 ) -> None:

@@ -10,6 +10,7 @@ import typer
 
 from calibatt_compiler.cli import options
 from calibatt_compiler.cli.groups import grouped
+from calibatt_compiler.cli.options import option
 
 _SEARCH = "The search"
 
@@ -17,80 +18,58 @@ _SEARCH = "The search"
 @grouped
 def tune(
     model: options.Model,
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--out", "-o", metavar="FOLDER", help="Folder of the search.", show_default=False
-        ),
-    ],
+    out: Annotated[Path, option(None, "Folder of the search.", "FOLDER", "--out", "-o")],
     inputs: options.Inputs,
     video: options.Video,
     observation: options.Observation,
     place: options.Place,
     speed_up: Annotated[
         float | None,
-        typer.Option(
-            "--speed-up",
-            help="Choose the most faithful plan that makes a step at least this much faster than "
-            "dense, such as 1.3.",
-            rich_help_panel=_SEARCH,
-            show_default=False,
+        option(
+            _SEARCH,
+            "Choose the most faithful plan that makes a step at least this much faster than dense, "
+            "such as 1.3.",
         ),
     ] = None,
     psnr: Annotated[
         float | None,
-        typer.Option(
-            "--psnr",
-            help="Choose the fastest plan of at least this PSNR in dB, such as 30.",
-            rich_help_panel=_SEARCH,
-            show_default=False,
-        ),
+        option(_SEARCH, "Choose the fastest plan of at least this PSNR in dB, such as 30."),
     ] = None,
     trials: Annotated[
         int,
-        typer.Option(
-            min=1,
-            help="How many plans to try, those of an interrupted search included.",
-            rich_help_panel=_SEARCH,
-        ),
+        option(_SEARCH, "How many plans to try, those of an interrupted search included.", min=1),
     ] = 40,
     videos: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            help="Videos that each trial generates, of the first prompts.",
-            rich_help_panel=_SEARCH,
-        ),
+        int, option(_SEARCH, "Videos that each trial generates, of the first prompts.", min=1)
     ] = 1,
     proxy: Annotated[
         bool,
-        typer.Option(
+        option(
+            _SEARCH,
+            "Generate no videos: go by the share of attention mass that a plan keeps.",
+            None,
             "--proxy",
-            help="Generate no videos: go by the share of attention mass that a plan keeps.",
-            rich_help_panel=_SEARCH,
         ),
     ] = False,
     pooled: Annotated[
         str,
-        typer.Option(
-            metavar="KEYS,...",
-            help="Numbers of mean keys for each dropped block to choose from, such as 0,1,4.",
-            rich_help_panel=_SEARCH,
+        option(
+            _SEARCH,
+            "Numbers of mean keys for each dropped block to choose from, such as 0,1,4.",
+            "KEYS,...",
         ),
     ] = "0",
     gamma: Annotated[
         str,
-        typer.Option(
-            metavar="SCORE,...",
-            help="Scores for repetitive heads to choose from, as of calibatt calibrate, and off "
-            "for none, such as off,0.8,0.87.",
-            rich_help_panel=_SEARCH,
+        option(
+            _SEARCH,
+            "Scores for repetitive heads to choose from, as of calibatt calibrate, and off for "
+            "none, such as off,0.8,0.87.",
+            "SCORE,...",
         ),
     ] = "off",
-    search_seed: Annotated[
-        int, typer.Option("--search-seed", min=0, help="Seed.", rich_help_panel=_SEARCH)
-    ] = 0,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before it starts.")] = False,
+    search_seed: Annotated[int, option(_SEARCH, "Seed.", min=0)] = 0,
+    yes: Annotated[bool, option(None, "Do not ask before it starts.", None, "--yes", "-y")] = False,
 ) -> None:
     """Search the thresholds A, C, k and rho: fidelity against predicted time.
 
