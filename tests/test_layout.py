@@ -18,8 +18,8 @@ CODE_LOADERS = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 # Whom everybody may import, and who import only one another.
 LEAVES = {"errors", "files", "logs", "version"}
 
-# Every other import between rooms that is allowed: a room is a folder, or a file of a folder that has
-# folders below it. An edge that is missing here is a question: does data still flow one way,
+# Every other import between rooms that is allowed. A room is a folder, or a file of a folder that
+# has folders below it. An edge that is missing here is a question: does data still flow one way,
 # plan -> passes -> kernels -> Inductor? An edge that nobody needs any more is removed.
 EDGES: dict[str, str] = {
     "": "calibration plan report",
