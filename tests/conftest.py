@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_models import wan_pipeline
 
 GRID = (3, 7, 9)
@@ -74,5 +75,5 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         "torch": torch.__version__,
         **counts,
     }
-    path = Path(__file__).with_name("gpu-last-run.json")
+    path = folder / "gpu-last-run.json"
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
