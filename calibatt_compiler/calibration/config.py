@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, TypeGuard
 
+from calibatt_compiler.calibration.zone_target import (
+    BUDGET,
+    DENSITY,
+    STEP_GROUPS,
+    ZoneSelection,
+    ZoneTarget,
+)
 from calibatt_compiler.errors import OptionError, PlanError
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.refine import SHARE_STEPS, Refiner
@@ -52,6 +59,18 @@ class CalibrationConfig:
             recorded for it.
         anchor_rows: rows a frame that a repetitive head computes.
         similarity_inputs: how many inputs, the first ones, are scored for `gamma`.
+        form: `masks`: blocks that are kept, as above; `zones`: rates that are constant over runs of
+            blocks, of which each step draws a weighted sample (`plan.zones`). Of the settings
+            above zones take `block` alone.
+        density: of a plan of zones, expected kept blocks / all blocks, in (0, 1]. Default 0.25,
+            unless `speed_up` or `error` is given instead.
+        speed_up: wanted instead: predicted dense time / time of a step; needs
+            `attention_share`.
+        error: wanted instead: predicted error of a row's attention output, relative to it.
+        attention_share: share of a dense step's time that the attention calls of the plan take.
+        step_groups: into how many parts a schedule is cut whose steps share zones.
+        zone_numbers: numbers that the zones of an attention call may take at a step group, at
+            least two a head; 2,048 is what a generated kernel holds.
         queries: energies are means over every so many-th query of a block: 1 takes all, 4 the
             queries 0, 4, 8, ... of each; it must divide `block[0]`. docs/energies.md says what
             that does to the masks.
@@ -101,6 +120,13 @@ class CalibrationConfig:
     gamma: float | None = None
     anchor_rows: int = 5
     similarity_inputs: int = 1
+    form: Literal["masks", "zones"] = "masks"
+    density: float | None = None
+    speed_up: float | None = None
+    error: float | None = None
+    attention_share: float | None = None
+    step_groups: int = STEP_GROUPS
+    zone_numbers: int = BUDGET
     queries: int = 1
     token_order: str = "raster"
     cfg: Literal["conditional", "both"] = "conditional"
@@ -131,6 +157,7 @@ class CalibrationConfig:
         check_rho(self.rho)
         _check_form(self)
         _check_repetition(self)
+        _check_zones(self)
         Refiner(self.share_steps, self.merge_budget)  # checks their ranges
         if self.num_steps is not None and not (_integer(self.num_steps) and self.num_steps >= 1):
             raise _error("num_steps", "an integer of at least 1", self.num_steps)
@@ -156,6 +183,24 @@ class CalibrationConfig:
             default.k if self.k is None else self.k,
         )
 
+    def zone_selection(self) -> ZoneSelection:
+        """Return how zones are chosen; the default density filled in.
+
+        Raises:
+            OptionError: a value out of range.
+        """
+        wanted = {name: getattr(self, name) for name in ("density", "speed_up", "error")}
+        if all(value is None for value in wanted.values()):
+            wanted["density"] = DENSITY
+        for name, value in (*wanted.items(), ("attention_share", self.attention_share)):
+            if value is not None and not _number(value):
+                raise _error(name, "a number, or None", value)
+        target = ZoneTarget(**wanted, attention_share=self.attention_share)
+        return ZoneSelection(target, self.step_groups, self.zone_numbers)
+
+
+_DEFAULTS = {field.name: field.default for field in fields(CalibrationConfig)}
+
 
 def _check_form(config: CalibrationConfig) -> None:
     """Raise `OptionError` unless blocks can be pooled and tokens ordered as they are to be."""
@@ -178,6 +223,39 @@ def _check_form(config: CalibrationConfig) -> None:
     except (PlanError, TypeError) as error:
         expected = "raster, a tile such as 2x8x8, ropes such as 2x8xall, or auto"
         raise _error("token_order", expected, config.token_order) from error
+
+
+def _check_zones(config: CalibrationConfig) -> None:
+    """Raise `OptionError` unless zones can be made as asked for, or are not asked for."""
+    if config.form not in ("masks", "zones"):
+        raise _error("form", "masks or zones", config.form)
+    for name, least in (("step_groups", 1), ("zone_numbers", 2)):
+        value = getattr(config, name)
+        if not (_integer(value) and value >= least):
+            raise _error(name, f"an integer of at least {least}", value)
+    wanted = ("density", "speed_up", "error", "attention_share")
+    unused = wanted if config.form == "masks" else _OF_MASKS
+    for name in unused:
+        value, default = getattr(config, name), _DEFAULTS[name]
+        if value != default:
+            raise _error(name, f"{default!r} with form={config.form!r}", value)
+    if config.form == "zones":
+        config.zone_selection()  # checks the ranges
+
+
+_OF_MASKS = (
+    "A",
+    "C",
+    "k",
+    "rho",
+    "share_steps",
+    "merge_budget",
+    "pooled",
+    "sample_power",
+    "gamma",
+    "keep_energies",
+)
+"""Settings of masks that say nothing of zones."""
 
 
 def _check_repetition(config: CalibrationConfig) -> None:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,13 +16,16 @@ from calibatt_compiler.calibration.config import AUTO, CalibrationConfig
 from calibatt_compiler.calibration.observe.attach import observed
 from calibatt_compiler.calibration.observe.observation import Branch, Schedule
 from calibatt_compiler.calibration.observe.recorder import AttentionRecorder
+from calibatt_compiler.calibration.observe.zone_recorder import ZoneRecorder
 from calibatt_compiler.calibration.order_search.search import Surveyor, settled
 from calibatt_compiler.calibration.select.derive import derive_plan, select_by
+from calibatt_compiler.calibration.select.zone_plans import derive_zone_plan
 from calibatt_compiler.calibration.store import identity
 from calibatt_compiler.calibration.store.energies import Spool
 from calibatt_compiler.calibration.store.opening import opened
 from calibatt_compiler.calibration.store.ranks import Ranks
 from calibatt_compiler.calibration.store.run_folder import RunStore
+from calibatt_compiler.calibration.store.zone_sums import ZoneSums
 from calibatt_compiler.errors import CalibrationError, OptionError
 from calibatt_compiler.models import unwrap
 from calibatt_compiler.plan import Plan
@@ -194,6 +198,8 @@ class CalibrationRun:
     ) -> Plan:
         """Make the plan from the stored inputs; may be called several times.
 
+        Of a run for zones there is one, that of the settings, and no argument but `names`.
+
         Steps are shared and intervals merged as the settings say; the functions of
         `calibatt_compiler.plan` do it to a finished plan.
 
@@ -212,6 +218,12 @@ class CalibrationRun:
             OptionError: a value out of range.
         """
         names = self.finished if names is None else names
+        if self.config.form == "zones":
+            _check_of_masks(rho=rho, A=A, C=C, k=k, gamma=gamma, raised=raised)
+            zones = self.config.zone_selection()
+            return derive_zone_plan(
+                self._store, names, zones, cfg=self._cfg, arguments=self._arguments
+            )
         rho = self.config.rho if rho is None else rho
         selection = replace(
             select_by(self._store, names, rho=rho, A=A, C=C, k=k),
@@ -223,6 +235,18 @@ class CalibrationRun:
             raised=raised or {},
         )
         return derive_plan(self._store, names, selection, cfg=self._cfg, arguments=self._arguments)
+
+
+def _check_of_masks(**given: object) -> None:
+    """Raise `OptionError` if a plan of zones is asked for with settings of masks."""
+    found = {name: value for name, value in given.items() if value is not None}
+    if found:
+        raise OptionError(
+            "zones are not selected by thresholds",
+            expected="none of rho, A, C, k, gamma and raised for a run with form='zones'",
+            got=found,
+            remedy="use zone_plan_from_run(folder, density=...) for another plan of the run",
+        )
 
 
 @contextmanager
@@ -298,7 +322,10 @@ def recording(
             assert surveyor is not None
             survey = settled(store.folder, surveyor, ranks, finished)
             config = replace(config, token_order=survey.chosen)
-        recorder = AttentionRecorder(
+        kind: Callable[..., AttentionRecorder] = AttentionRecorder
+        if config.form == "zones":
+            kind = partial(ZoneRecorder, ZoneSums(store.folder, ranks.rank))
+        recorder = kind(
             config,
             model,
             models.text_position(model.class_name),

@@ -117,6 +117,55 @@ def calibrate(
             show_default=False,
         ),
     ] = None,
+    form: Annotated[
+        str,
+        typer.Option(
+            metavar="FORM",
+            help="masks: keep the blocks that matter; zones: keep all at rates that are constant "
+            "over runs of blocks, and let each step draw a weighted sample: nothing is left out "
+            "on average, in a small plan. --density, --speed-up and --error ask for zones.",
+            rich_help_panel=_HOW,
+        ),
+    ] = "masks",
+    density: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Of zones: share of all blocks to keep, 0 to 1. Default 0.25.",
+            rich_help_panel=_HOW,
+            show_default=False,
+        ),
+    ] = None,
+    speed_up: Annotated[
+        float | None,
+        typer.Option(
+            "--speed-up",
+            metavar="FACTOR",
+            help="Of zones, instead: how many times as fast a step is to be. Predicted from "
+            "--attention-share, if kept blocks take the time that dense ones take.",
+            rich_help_panel=_HOW,
+            show_default=False,
+        ),
+    ] = None,
+    error: Annotated[
+        float | None,
+        typer.Option(
+            metavar="ERROR",
+            help="Of zones, instead: expected relative error of attention's output, such as 0.2.",
+            rich_help_panel=_HOW,
+            show_default=False,
+        ),
+    ] = None,
+    attention_share: Annotated[
+        float | None,
+        typer.Option(
+            "--attention-share",
+            metavar="SHARE",
+            help="Share of a dense step's time that self-attention takes, for --speed-up.",
+            rich_help_panel=_HOW,
+            show_default=False,
+        ),
+    ] = None,
     queries: Annotated[
         int,
         typer.Option(
@@ -209,6 +258,11 @@ def calibrate(
         sample_power=sample_power,
         queries=queries,
         gamma=gamma,
+        form=form,  # type: ignore[arg-type] # which is checked there
+        density=density,
+        speed_up=speed_up,
+        error=error,
+        attention_share=attention_share,
         anchor_rows=anchor_rows,
         token_order=token_order,
         component=component,
