@@ -17,7 +17,7 @@ from calibatt_compiler.calibration.select.zones import group_of
 from calibatt_compiler.calibration.store.records import InputRecord, SiteSize
 from calibatt_compiler.calibration.store.zone_sums import GroupSums, ZoneSums, units
 from calibatt_compiler.errors import CalibrationError
-from calibatt_compiler.plan.zone_rows import video_blocks
+from calibatt_compiler.plan.zone_form import video_blocks
 
 
 class ZoneRecorder(AttentionRecorder):

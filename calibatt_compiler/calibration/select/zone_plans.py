@@ -31,7 +31,7 @@ from calibatt_compiler.plan import CalibrationInputs, Plan, SitePatterns
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.schema import TEXT_POSITIONS, CfgMode
 from calibatt_compiler.plan.text import TextPosition
-from calibatt_compiler.plan.zone_rows import video_blocks
+from calibatt_compiler.plan.zone_form import video_blocks
 
 
 def zone_plan_from_run(

@@ -15,8 +15,8 @@ from calibatt_compiler.calibration.select.zone_price import (
 from calibatt_compiler.calibration.zone_target import BUDGET, STEP_GROUPS, ZoneTarget
 from calibatt_compiler.plan.text import TextPosition
 from calibatt_compiler.plan.zone_draw import BITS, ROW
+from calibatt_compiler.plan.zone_form import video_blocks
 from calibatt_compiler.plan.zone_groups import HeadGroups, pack
-from calibatt_compiler.plan.zone_rows import video_blocks
 from calibatt_compiler.plan.zones import ZonePattern
 
 
