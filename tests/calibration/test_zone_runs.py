@@ -142,6 +142,16 @@ def test_sums_are_the_energies_that_a_run_for_masks_keeps(model: Model, tmp_path
             assert (one.map_octaves() != two.map_octaves()).mean() < 0.01
 
 
+def observe_second(model: nn.Module, config: CalibrationConfig, *, fail: bool) -> None:
+    with calibatt_compiler.calibration(model, config) as run:
+        with run.input("00000"):
+            pass
+        with run.input("00001"):
+            sample(model, 1)
+            if fail:
+                raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("where", ["within an input", "between two sites", "before the record"])
 def test_a_killed_run_goes_on_to_the_same_plan(
     model: Model, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
@@ -164,13 +174,8 @@ def test_a_killed_run_goes_on_to_the_same_plan(
             patch.setattr(ZoneSums, "add", dies_at_the_second)
         elif where == "before the record":
             patch.setattr(RunStore, "write", dies)
-        with pytest.raises(KeyboardInterrupt), calibatt_compiler.calibration(model, config) as run:
-            with run.input("00000"):
-                pass
-            with run.input("00001"):
-                sample(model, 1)
-                if where == "within an input":
-                    raise KeyboardInterrupt
+        with pytest.raises(KeyboardInterrupt):
+            observe_second(model, config, fail=where == "within an input")
     assert RunStore.write is write
     if where != "within an input":
         with pytest.raises(CalibrationError, match="of other inputs") as caught:
@@ -246,11 +251,11 @@ def test_settings_of_the_other_form_are_refused(model: Model) -> None:
         with pytest.raises(OptionError) as caught:
             CalibrationConfig(**settings)  # type: ignore[arg-type]
         assert caught.value.expected is not None
-    assert CalibrationConfig(form="zones").zone_selection().target.density == 0.25
+    assert CalibrationConfig(form="zones").zones().target.density == 0.25
     with calibatt_compiler.calibration(model, CONFIG) as run:
         with run.input():
             sample(model, 0)
-        with pytest.raises(OptionError, match="thresholds"):
+        with pytest.raises(OptionError, match="form='zones'"):
             run.plan(A=0.5)
 
 

@@ -10,10 +10,12 @@ import numpy.typing as npt
 from torch import Tensor
 
 from calibatt_compiler.calibration.observe.observation import InputObservation
+from calibatt_compiler.calibration.observe.observer import ObservedModel
 from calibatt_compiler.calibration.observe.recorder import BEST, AttentionRecorder
 from calibatt_compiler.calibration.select.repetition_scores import AttentionCall
 from calibatt_compiler.calibration.select.selection import best_share
 from calibatt_compiler.calibration.select.zones import group_of
+from calibatt_compiler.calibration.store.energies import EnergyBuffer
 from calibatt_compiler.calibration.store.records import InputRecord, SiteSize
 from calibatt_compiler.calibration.store.zone_sums import GroupSums, ZoneSums, units
 from calibatt_compiler.errors import CalibrationError
@@ -23,16 +25,16 @@ from calibatt_compiler.plan.zone_form import video_blocks
 class ZoneRecorder(AttentionRecorder):
     """Sums the energies of each site and step group, and adds an input's to those of the run.
 
-    Sums of the input in progress are on disk, in the spool.
+    Sums of the input in progress are on disk, in the buffer.
 
     Args:
+        model: what is observed.
+        buffer: where sums of the input in progress lie.
         sums: of the run.
-        args: as of `AttentionRecorder`.
-        others: likewise.
     """
 
-    def __init__(self, sums: ZoneSums, *args: Any, **others: Any) -> None:
-        super().__init__(*args, **others)
+    def __init__(self, model: ObservedModel, buffer: EnergyBuffer, sums: ZoneSums) -> None:
+        super().__init__(model, buffer)
         self._total = sums
         self._sums: dict[str, dict[int, GroupSums]] = {}
 
@@ -80,11 +82,11 @@ class ZoneRecorder(AttentionRecorder):
         groups = self._sums.setdefault(size.name, {})
         if group not in groups:
             shape = tuple(inner.shape[1:])
-            groups[group] = GroupSums(self._spool.zeros(shape), self._spool.zeros(shape))
-        found = {kind: values.cpu().numpy() for kind, values in units(inner).items()}
-        groups[group].add(found, len(energy))
-        share = best_share(energy, BEST).mean((-1, -2)).sum()
-        run.best_share[size.name, step] += share.tolist()
+            groups[group] = GroupSums(self._buffer.zeros(shape), self._buffer.zeros(shape))
+        summed = {kind: values.cpu().numpy() for kind, values in units(inner).items()}
+        groups[group].add(summed, len(energy))
+        value: Any = best_share(energy, BEST).mean((-1, -2)).sum().item()
+        run.best_share[size.name, step] += value
 
     def _lengths(self, size: SiteSize) -> tuple[int, int]:
         return size.query_length, size.key_length

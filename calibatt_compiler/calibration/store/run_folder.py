@@ -5,7 +5,7 @@
     input-00000.safetensors       masks of one input, packed, with its record in the header
     sums/                         of a run for zones: sums over all inputs, site by site
     lock                          held while a process works in the folder, or several ranks do
-    rank-00000                    how a rank fares, where several work
+    rank-00000                    status of a rank, where several work
 
 A file is written under a temporary name and renamed, so a kill at any moment loses the input in
 progress and nothing else.
