@@ -16,7 +16,9 @@ LEAVES = {"plan", "errors", "options", "debug", "files", "capture", "version"}
 CODE_LOADERS = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 
 # Passes share helpers, which rewrite nothing; only the list of passes imports the passes.
-PASS_HELPERS = {"graph", "rewrite", "token_axis", "token_flow", "token_places", "token_rules"}
+PASS_HELPERS = {
+    "graph", "rewrite", "token_axis", "token_flow", "token_places", "token_rules", "writes",
+}  # fmt: skip
 PASS_LIST = "pipeline"
 
 # The reference defines what is right: it must not lean on what it is compared with.
