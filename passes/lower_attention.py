@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import permutations
 from typing import cast
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true as known
 
 from calibatt_compiler.passes.graph import OPERANDS, drop_unread, example, finish, subgraphs
 from calibatt_compiler.passes.rewrite import Lowered, Permuted, Rewrite, SdpaCall
-from calibatt_compiler.passes.token_axis import product, same
 
 TOKEN_MAJOR = (0, 2, 1, 3)
 """Order of the dimensions (batch, heads, length, head_dim) in which our output lies in memory."""
@@ -87,7 +88,7 @@ def _order_in_memory(value: torch.Tensor) -> tuple[int, ...] | None:
     for order in (TOKEN_MAJOR, *permutations(range(4))):
         sizes = tuple(value.shape[dim] for dim in order)
         if all(
-            same(size, 1) or same(value.stride(dim), product(sizes[place + 1 :]))
+            known(size == 1) or known(value.stride(dim) == math.prod(sizes[place + 1 :]))
             for place, (dim, size) in enumerate(zip(order, sizes, strict=True))
         ):
             return order

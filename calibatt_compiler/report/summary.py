@@ -14,7 +14,7 @@ import torch
 from calibatt_compiler.errors import CaptureError
 from calibatt_compiler.report.drift import Drift
 from calibatt_compiler.runtime.graph import CompiledGraph
-from calibatt_compiler.runtime.sites import SparseSite
+from calibatt_compiler.runtime.site import SparseSite
 
 if TYPE_CHECKING:
     from rich.console import Group

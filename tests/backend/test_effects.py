@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import effect_programs as effects
 import pytest
 import torch
+from effect_statements import FLOWING, STATEMENTS, Attention
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -18,27 +17,14 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 import calibatt_compiler
 from calibatt_compiler.plan import Plan
 
-
-def load() -> Any:
-    path = Path(__file__).parent.parent / "campaigns" / "effects.py"
-    spec = importlib.util.spec_from_file_location("campaign_effects", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-effects = load()
-NAMES = sorted(effects.STATEMENTS)
+NAMES = sorted(STATEMENTS)
 PLANS = ["none", "some", "all", "full"]
 
 programs = st.builds(
     effects.Program,
     st.one_of(
         st.lists(st.sampled_from(NAMES), min_size=1, max_size=7),
-        st.lists(st.sampled_from(effects.FLOWING), min_size=3, max_size=7),
+        st.lists(st.sampled_from(FLOWING), min_size=3, max_size=7),
     ).map(tuple),
     plan=st.sampled_from(PLANS),
     order=st.sampled_from(["raster", "2x2x3"]),
@@ -87,7 +73,7 @@ class Around(nn.Module):
     def __init__(self, before: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.before = before
-        self.attention = effects.Attention()
+        self.attention = Attention()
 
     def forward(self, hidden_states: Tensor, timestep: Tensor) -> Tensor:
         x = hidden_states + 0.001 * timestep.reshape(-1, 1, 1)

@@ -13,9 +13,9 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils.checkpoint import checkpoint
 
 from calibatt_compiler.passes.graph import drop_unread, finish
-from calibatt_compiler.passes.token_axis import Obstacle, Tokens
-from calibatt_compiler.passes.token_flow import settle
-from calibatt_compiler.passes.token_rules import RULES
+from calibatt_compiler.passes.token_order.axis import Obstacle, Tokens
+from calibatt_compiler.passes.token_order.flow import settle
+from calibatt_compiler.passes.token_order.rules import RULES
 from calibatt_compiler.passes.writes import memory, written
 
 VIDEO = 5
