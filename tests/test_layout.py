@@ -97,6 +97,7 @@ EDGES: dict[str, str] = {
     "kernels.energy": (
         "kernels.attention kernels.common kernels.cpu kernels.hopper kernels.portable"
     ),
+    "kernels.gradients": "kernels.common plan",
     "kernels.hopper": "kernels.common kernels.portable kernels.protocol plan",
     "kernels.portable": "kernels.common plan",
     "kernels.reference": "kernels.common plan",
@@ -115,7 +116,8 @@ EDGES: dict[str, str] = {
     "passes.writes": "passes.graph",
     "report": "binders plan runtime",
     "runtime": (
-        "capture kernels.attention kernels.common kernels.hopper kernels.protocol options plan"
+        "capture kernels.attention kernels.common kernels.gradients kernels.hopper "
+        "kernels.protocol options plan"
     ),
 }
 
