@@ -80,7 +80,7 @@ class PlanBinder:
                 info.name,
                 lowering=self._options.lowering,
                 device=query.device,
-                dtype=query.dtype,
+                dtype=call.dtype,
                 head_dim=info.head_dim,
                 hopper=self._options.hopper,
                 softmax=self._options.softmax,

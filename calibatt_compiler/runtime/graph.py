@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from calibatt_compiler.capture import Site
-from calibatt_compiler.runtime.invocation import serving
+from calibatt_compiler.runtime.invocation import Sites, serving
 
 
 class CompiledGraph:
@@ -21,9 +21,9 @@ class CompiledGraph:
         self._compiled = compiled
         self.entries = dict(entries)
         self.calls = 0
-        self._sites = {
-            name: entry for name, entry in self.entries.items() if not isinstance(entry, str)
-        }
+        self._sites = Sites(
+            {name: entry for name, entry in self.entries.items() if not isinstance(entry, str)}
+        )
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the graph once."""
