@@ -8,7 +8,12 @@ from functools import cached_property
 
 from calibatt_compiler.errors import PlanError
 from calibatt_compiler.plan.pattern import BlockPattern
-from calibatt_compiler.plan.stored import PatternSize, StoredPatterns, repetitive_heads
+from calibatt_compiler.plan.stored import (
+    PatternOutline,
+    PatternSize,
+    StoredPatterns,
+    repetitive_heads,
+)
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,12 @@ class SitePatterns:
         if isinstance(self.patterns, StoredPatterns):
             return self.patterns.repetitive[index]
         return repetitive_heads(self.patterns[index])
+
+    def outline(self, step: int) -> PatternOutline:
+        """What is known of the pattern of a diffusion step without decoding it."""
+        every = self.kept_at(step) == self.size.blocks
+        full = every and not self.weighted and not self.repetitive_at(step)
+        return PatternOutline(**vars(self.size), weighted=self.weighted, full=full)
 
     @property
     def repetitive_share(self) -> float:
