@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -31,10 +30,11 @@ from calibatt_compiler.calibration.run import CalibrationRun, FirstStepDone, rec
 from calibatt_compiler.calibration.store import identity
 from calibatt_compiler.calibration.store.order_survey import OrderSurvey
 from calibatt_compiler.calibration.store.ranks import Ranks
+from calibatt_compiler.logs import logger
 from calibatt_compiler.models import cfg_mode, unwrap
 from calibatt_compiler.plan import Plan
 
-log = logging.getLogger("calibatt")
+log = logger("calibration")
 
 
 def calibrate(

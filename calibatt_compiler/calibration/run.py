@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -23,11 +22,12 @@ from calibatt_compiler.calibration.store.opening import opened
 from calibatt_compiler.calibration.store.ranks import Ranks
 from calibatt_compiler.calibration.store.run_folder import RunStore
 from calibatt_compiler.errors import CalibrationError, OptionError
+from calibatt_compiler.logs import logger
 from calibatt_compiler.models import unwrap
 from calibatt_compiler.plan import Plan
 from calibatt_compiler.plan.schema import CfgMode
 
-log = logging.getLogger("calibatt")
+log = logger("calibration")
 
 
 class FirstStepDone(Exception):  # noqa: N818 - no error: it ends an input early

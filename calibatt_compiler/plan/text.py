@@ -70,7 +70,7 @@ def fit_mask(
     if lengths == to:
         return mask
     sides = [
-        [part.to(mask.device) for part in _sources(old, new, video, size, position)]
+        [part.to(mask.device) for part in block_sources(old, new, video, size, position)]
         for old, new, size in zip(lengths, to, block, strict=True)
     ]
     (row, next_row, text_rows), (column, next_column, text_columns) = sides
@@ -79,10 +79,13 @@ def fit_mask(
     return fitted | text_rows[:, None] | text_columns
 
 
-def _sources(
+def block_sources(
     old: int, new: int, video: int, block: int, position: TextPosition
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """For each new block: first and last old block with its tokens, and whether it holds text."""
+    """For each new block: first and last old block with its tokens, and whether it holds text.
+
+    Of blocks that hold text the old ones are 0.
+    """
     shift = old - new if position == "first" else 0
     starts = torch.arange(0, new, block)
     ends = (starts + block).clamp_max(new)

@@ -150,8 +150,9 @@ class SparseSite:
         planned = (self._site.query_length, self._site.key_length)
         if lengths == planned or self._plan.text_position is None:
             return True
-        # Weights are of blocks, which another text length may cut elsewhere.
-        return not self._site.weighted and other_text(planned, lengths, math.prod(self._plan.grid))
+        # Weights are of blocks, which another text length may cut elsewhere; zones are drawn anew.
+        fits = self._site.zones is not None or not self._site.weighted
+        return fits and other_text(planned, lengths, math.prod(self._plan.grid))
 
     def _variant(self, lengths: tuple[int, int]) -> Hashable:
         """Return what distinguishes the kernel from that of the plan's own lengths, or None."""

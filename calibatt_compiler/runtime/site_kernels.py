@@ -79,10 +79,13 @@ class SiteKernels:
 
     def pattern(self, index: int, lengths: Hashable) -> BlockPattern:
         """Return a pattern, completed for `lengths` as in `make`."""
-        pattern = self.plan.sites[self.name].patterns[index]
+        site = self.plan.sites[self.name]
         if lengths is None:
-            return pattern
-        position, to = self.plan.text_position, cast("tuple[int, int]", lengths)
+            return site.patterns[index]
+        to = cast("tuple[int, int]", lengths)
+        if site.zones is not None:
+            return site.zones.fitted(index, to)
+        pattern, position = site.patterns[index], self.plan.text_position
         assert position is not None
         return fit_pattern(pattern, to, video=math.prod(self.plan.grid), position=position)
 

@@ -8,7 +8,6 @@ a few blocks is taken where `calibatt build` has made it before.
 
 from __future__ import annotations
 
-import logging
 from concurrent.futures import CancelledError, Future, TimeoutError
 from typing import Any, Protocol
 
@@ -46,9 +45,10 @@ from calibatt_compiler.kernels.portable.launch import (
     key_sources,
     on_device,
 )
+from calibatt_compiler.logs import logger
 from calibatt_compiler.plan.pattern import BlockPattern
 
-log = logging.getLogger("calibatt")
+log = logger("kernels")
 
 
 class _Table(Protocol):

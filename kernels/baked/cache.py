@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import logging
 import os
 import shutil
 import tempfile
@@ -38,10 +37,11 @@ from calibatt_compiler.kernels.baked.cover import (
 )
 from calibatt_compiler.kernels.baked.cover_template import Cover
 from calibatt_compiler.kernels.portable.launch import LaunchConfig
+from calibatt_compiler.logs import logger
 from calibatt_compiler.options import cache_dir
 from calibatt_compiler.plan.pattern import BlockPattern
 
-log = logging.getLogger("calibatt")
+log = logger("kernels")
 
 Target = Literal["portable", "hopper"]
 """Whose source is generated: a whole kernel in Triton, or the key blocks of the Hopper kernel."""

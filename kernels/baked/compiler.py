@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import queue
 import select
@@ -30,9 +29,10 @@ from calibatt_compiler.kernels.baked.cache import Target
 from calibatt_compiler.kernels.baked.cover import EXACT, CoverError, CoverLimits
 from calibatt_compiler.kernels.baked.worker import encode_pattern
 from calibatt_compiler.kernels.portable.launch import Softmax
+from calibatt_compiler.logs import logger
 from calibatt_compiler.plan.pattern import BlockPattern
 
-log = logging.getLogger("calibatt")
+log = logger("kernels")
 
 JOB_TIMEOUT = 600.0
 """Seconds after which a kernel counts as failed."""

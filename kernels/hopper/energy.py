@@ -7,7 +7,6 @@ them back once the rows' log-sum-exp is known. As many heads share a launch as f
 
 from __future__ import annotations
 
-import logging
 import math
 from functools import lru_cache
 
@@ -22,9 +21,10 @@ from calibatt_compiler.kernels.hopper.fallback import failure
 from calibatt_compiler.kernels.hopper.kernel import hopper_energies
 from calibatt_compiler.kernels.portable.launch import on_device
 from calibatt_compiler.kernels.portable.tiles import multiprocessors
+from calibatt_compiler.logs import logger
 from calibatt_compiler.plan.pattern import BlockPattern
 
-log = logging.getLogger("calibatt")
+log = logger("kernels")
 
 SUMS_BYTES = 512 << 20
 """Most that the kept sums of one launch may take, unless one head's take more."""

@@ -6,15 +6,15 @@ it is launched. A kernel that can't be launched never stops a video.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 
 from torch import Tensor
 
 from calibatt_compiler.errors import KernelError
 from calibatt_compiler.kernels.protocol import AttentionKernel
+from calibatt_compiler.logs import logger
 
-log = logging.getLogger("calibatt")
+log = logger("kernels")
 
 
 def failure(error: Exception) -> str:

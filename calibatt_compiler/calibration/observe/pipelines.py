@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -14,9 +13,10 @@ from calibatt_compiler.calibration.observe.attach import observed
 from calibatt_compiler.calibration.observe.observation import Branch, Schedule
 from calibatt_compiler.calibration.observe.observer import Observer
 from calibatt_compiler.errors import CalibrationError, OptionError
+from calibatt_compiler.logs import logger
 from calibatt_compiler.models import unwrap
 
-log = logging.getLogger("calibatt")
+log = logger("calibration")
 
 Prompt = str | Mapping[str, Any]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +23,10 @@ from calibatt_compiler.calibration.store import identity
 from calibatt_compiler.calibration.store.order_survey import FILE, OrderSurvey, stored
 from calibatt_compiler.calibration.store.ranks import Ranks
 from calibatt_compiler.errors import CalibrationError, OptionError
+from calibatt_compiler.logs import logger
 from calibatt_compiler.models import text_position, unwrap
 
-log = logging.getLogger("calibatt")
+log = logger("calibration")
 
 Input = tuple[int, Mapping[str, Any]]
 """Seed and own arguments of one input of a pipeline."""

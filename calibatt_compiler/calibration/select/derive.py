@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import numpy as np
 import torch
@@ -19,7 +16,13 @@ from calibatt_compiler.calibration.config import (
     check_rho,
     check_sample,
 )
-from calibatt_compiler.calibration.select.checks import check_alike, check_raised, sampler_of
+from calibatt_compiler.calibration.select.checks import (
+    check_alike,
+    check_raised,
+    inputs_digest,
+    sampler_of,
+    text_policy_of,
+)
 from calibatt_compiler.calibration.select.repetition import (
     choose_forms,
     repetition_figures,
@@ -197,10 +200,6 @@ def derive_plan(
             site = refiner.site(site)
         # Packed, since all sites of a large model don't fit into memory as bits.
         sites[size.name] = site.packed()
-    video = math.prod(first.grid)
-    has_text = any(size.query_length > video for size in first.sites)
-    text: Literal["dense_first", "dense_last"]
-    text = "dense_first" if first.text == "first" else "dense_last"
     guided = any(record.guided for record in records)
     used = selection.thresholds or Thresholds(**first.thresholds)
     return Plan.create(
@@ -209,7 +208,7 @@ def derive_plan(
         sampler=sampler_of(first),
         model=first.model,
         token_order=TokenOrder.parse(first.token_order),
-        text_policy=text if has_text and first.text else "none",
+        text_policy=text_policy_of(first),
         cfg="none" if cfg in ("separate", "batched") and not guided else cfg,
         thresholds={
             "A": used.A,
@@ -344,13 +343,6 @@ def _select_again(
         block=record.block,
         text=record.text,
     )
-
-
-def inputs_digest(about: Sequence[object], arguments: object) -> str:
-    """SHA-256 (hex) over what each input was and what all have in common, as JSON values."""
-    content = {"inputs": list(about), "arguments": arguments}
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _quality(records: Sequence[InputRecord], selection: Selection) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -76,3 +77,8 @@ class InputRecord(_Record):
     best_share: dict[str, tuple[float, ...]]
     anchor_rows: int = 0
     tensors: dict[str, str] = Field(default_factory=dict)
+
+    @property
+    def video(self) -> int:
+        """Tokens of the grid."""
+        return math.prod(self.grid)

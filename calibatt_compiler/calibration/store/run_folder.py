@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import re
 import shutil
@@ -35,8 +34,9 @@ from calibatt_compiler.calibration.store.records import InputRecord
 from calibatt_compiler.calibration.store.uint8_energies import decode
 from calibatt_compiler.errors import CalibrationError
 from calibatt_compiler.files import replacing, write_text
+from calibatt_compiler.logs import logger
 
-log = logging.getLogger("calibatt")
+log = logger("calibration")
 
 FORMAT = "calibatt-calibration-input"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ from calibatt_compiler.calibration.observe.pipelines import (
     schedule_of,
 )
 from calibatt_compiler.calibration.progress import CalibrationProgress
-from calibatt_compiler.calibration.select.derive import inputs_digest
+from calibatt_compiler.calibration.select.checks import inputs_digest
 from calibatt_compiler.calibration.select.repetition_scores import AttentionCall
 from calibatt_compiler.calibration.store import identity
 from calibatt_compiler.calibration.store.records import SiteSize
@@ -36,12 +35,13 @@ from calibatt_compiler.calibration.validation.kept_mass import (
     check_margin,
 )
 from calibatt_compiler.errors import CalibrationError, PlanMismatchError
+from calibatt_compiler.logs import logger
 from calibatt_compiler.models import identify, text_position
 from calibatt_compiler.plan import Plan
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.text import TextPosition, other_text
 
-log = logging.getLogger("calibatt")
+log = logger("calibration")
 
 
 def validate(
