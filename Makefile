@@ -19,7 +19,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARG
 PINS := pyproject.toml constraints.txt
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
-.PHONY: help demo test test-fast lint format clean
+.PHONY: help demo test test-fast lint format results clean
 .DEFAULT_GOAL := help
 
 help:
@@ -28,6 +28,7 @@ help:
 	@echo "make test-fast  the same without what compiles or takes long"
 	@echo "make lint    ruff and mypy only"
 	@echo "make format  let ruff rewrite the files"
+	@echo "make results write benchmarks/RESULTS.md from the records"
 	@echo "make clean   remove the environment, caches and results"
 
 demo: $(VENV)/.demo
@@ -48,6 +49,9 @@ lint: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+results: $(VENV)/.dev
+	$(BIN)/python benchmarks/results.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis calibatt-demo

@@ -64,10 +64,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         name: len(terminalreporter.stats.get(name, ()))
         for name in ("passed", "failed", "error", "skipped")
     }
-    git = ["git", "rev-parse", "HEAD"]
-    head = subprocess.run(
-        git, capture_output=True, text=True, check=False, cwd=Path(__file__).parent
-    )
+    folder = Path(__file__).parent
+    git = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+    head = subprocess.run(git, capture_output=True, text=True, check=False)
     record = {
         "date": datetime.date.today().isoformat(),
         "commit": head.stdout.strip() or "unknown: not a git checkout",

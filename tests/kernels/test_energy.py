@@ -180,7 +180,7 @@ def gpu_calls(monkeypatch):
 
     monkeypatch.setattr(triton_energy, "triton_energy", scores_only)
     monkeypatch.setattr(fused, "triton_attention_and_energy", one_kernel)
-    monkeypatch.setattr(dense_lse, "dense_attention_and_lse", dense)
+    monkeypatch.setattr(energy_module, "dense_attention_and_lse", dense)
     return calls
 
 
