@@ -26,7 +26,7 @@ from plan_serving import make_plan, medians, parse, report, timesteps_of, two_vi
 from synthetic_masks import Video
 
 from calibatt_compiler.plan import Plan
-from calibatt_compiler.runtime.kernel_cache import Counts, KernelStore, table_budget
+from calibatt_compiler.runtime.kernel_cache import Counts, KernelCache, table_budget
 
 LAYERS_OF_14B = 40
 TIMES = ("served", "resident", "stock")
@@ -64,10 +64,10 @@ def compiled(model: Any, plan: Plan, megabytes: int | None) -> Any:
 
 
 def counts() -> Counts:
-    """Counters of the one store that lives: with two, tables would be shared."""
+    """Counters of the one cache that lives: with two, tables would be shared."""
     gc.collect()
-    (store,) = (each for each in gc.get_objects() if type(each) is KernelStore)
-    return store.counts
+    (cache,) = (each for each in gc.get_objects() if type(each) is KernelCache)
+    return cache.counts
 
 
 def measure(options: argparse.Namespace) -> Row:

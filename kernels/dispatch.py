@@ -26,7 +26,7 @@ from calibatt_compiler.kernels.portable.tiles import (
     architecture,
     check_head_dim,
 )
-from calibatt_compiler.kernels.request import Form, KernelRequest, Softmax, Target
+from calibatt_compiler.kernels.request import AnyPattern, KernelRequest, Softmax, Target
 from calibatt_compiler.plan.stored import PatternOutline
 
 OLDEST = 80
@@ -102,7 +102,7 @@ class Choice:
         return self.kernel.endswith("-baked")
 
 
-def choose(request: KernelRequest[Form], facts: DeviceFacts) -> Choice:
+def choose(request: KernelRequest[AnyPattern], facts: DeviceFacts) -> Choice:
     """Return what serves a request on a device.
 
     Raises:
@@ -156,7 +156,7 @@ def _check_float(dtype: torch.dtype) -> None:
         )
 
 
-def _hopper_reason(request: KernelRequest[Form], facts: DeviceFacts) -> str | None:
+def _hopper_reason(request: KernelRequest[AnyPattern], facts: DeviceFacts) -> str | None:
     """Why the Hopper kernel does not serve a request, or None if it does."""
     if not request.hopper or facts.type != "cuda" or facts.hip or facts.arch != HOPPER:
         return "it needs a Hopper GPU, and the option hopper=True"

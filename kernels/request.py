@@ -17,8 +17,11 @@ Softmax = Literal["auto", "exact", "fixed"]
 Target = Literal["portable", "hopper"]
 """Whose kernels: the portable ones, or those for Hopper GPUs."""
 
-Form = TypeVar("Form", bound=BlockPattern | PatternOutline, covariant=True)
+AnyPattern = BlockPattern | PatternOutline
 """A pattern, or, to choose by, what is known of one that is not decoded."""
+
+Form_co = TypeVar("Form_co", bound=AnyPattern, covariant=True)
+Given = TypeVar("Given", bound=AnyPattern)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +45,8 @@ class KernelSettings:
     hopper: bool = True
 
     def request(
-        self, pattern: Form, *, dense: bool = False, lasting: bool = True
-    ) -> KernelRequest[Form]:
+        self, pattern: Given, *, dense: bool = False, lasting: bool = True
+    ) -> KernelRequest[Given]:
         """Return the request for a kernel of a pattern; arguments as in `KernelRequest`."""
         return KernelRequest(
             pattern,
@@ -59,7 +62,7 @@ class KernelSettings:
 
 
 @dataclass(frozen=True)
-class KernelRequest(KernelSettings, Generic[Form]):
+class KernelRequest(KernelSettings, Generic[Form_co]):
     """One kernel that is asked for.
 
     Attributes:
@@ -69,6 +72,6 @@ class KernelRequest(KernelSettings, Generic[Form]):
             go, such as with the lengths of prompts.
     """
 
-    pattern: Form
+    pattern: Form_co
     dense: bool = False
     lasting: bool = True

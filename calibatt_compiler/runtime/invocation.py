@@ -11,22 +11,47 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 from calibatt_compiler.capture import Site
 from calibatt_compiler.errors import KernelError
+from calibatt_compiler.runtime.device_queue import Event
+from calibatt_compiler.runtime.token_order import Rearrangements
+
+
+@dataclass
+class Invocation:
+    """One run of a graph.
+
+    Attributes:
+        sites: what serves each name.
+        rearrangements: those of the graph.
+        timestep_copied: behind the copy of the timestep that is under way to the host, or None.
+    """
+
+    sites: Mapping[str, Site]
+    rearrangements: Rearrangements = field(default_factory=Rearrangements)
+    timestep_copied: Event | None = None
+
 
 _running = threading.local()
 
 
 @contextmanager
-def serving(sites: Mapping[str, Site]) -> Iterator[None]:
-    """Let the operators that this thread runs meanwhile find their sites here."""
-    outer = getattr(_running, "sites", None)
-    _running.sites = sites
+def running(invocation: Invocation) -> Iterator[None]:
+    """Let the operators that this thread runs meanwhile find this invocation."""
+    outer = current()
+    _running.invocation = invocation
     try:
         yield
     finally:
-        _running.sites = outer
+        _running.invocation = outer
+
+
+def current() -> Invocation | None:
+    """Return the innermost invocation of this thread."""
+    invocation: Invocation | None = getattr(_running, "invocation", None)
+    return invocation
 
 
 def lookup(name: str) -> Site:
@@ -35,12 +60,13 @@ def lookup(name: str) -> Site:
     Raises:
         KernelError: no graph of ours is running, or it has no such site.
     """
-    sites: Mapping[str, Site] | None = getattr(_running, "sites", None)
-    if sites is None or name not in sites:
+    invocation = current()
+    if invocation is None or name not in invocation.sites:
         raise KernelError(
             "compiled code refers to an attention site that is not loaded",
             expected="a call of the model compiled with torch.compile(..., backend='calibatt')",
-            got=f"site {name!r}, and " + ("no graph" if sites is None else "a graph without it"),
+            got=f"site {name!r}, and "
+            + ("no graph" if invocation is None else "a graph without it"),
             remedy="call the compiled model itself, not code that was taken out of it",
         )
-    return sites[name]
+    return invocation.sites[name]
