@@ -91,7 +91,7 @@ def measure(options: argparse.Namespace) -> Row:
     seen = Counts()
     for _ in range(options.rounds):
         for name, memory in zip(TIMES, (budget, 10**6, None), strict=True):
-            # Its graphs' tables live as long as a model, for its summary: each has its own.
+            # Tables of equal patterns are shared: each turn has a model of its own, gone after it.
             run = compiled(make_model(scale, options.sites, device, dtype), plan, memory)
 
             def one(at: float, run: Any = run) -> None:
