@@ -48,17 +48,7 @@ class KernelSettings:
         self, pattern: Given, *, dense: bool = False, lasting: bool = True
     ) -> KernelRequest[Given]:
         """Return the request for a kernel of a pattern; arguments as in `KernelRequest`."""
-        return KernelRequest(
-            pattern,
-            device=self.device,
-            dtype=self.dtype,
-            head_dim=self.head_dim,
-            lowering=self.lowering,
-            softmax=self.softmax,
-            hopper=self.hopper,
-            dense=dense,
-            lasting=lasting,
-        )
+        return KernelRequest(pattern, dense=dense, lasting=lasting, **vars(self))
 
 
 @dataclass(frozen=True)
