@@ -4,6 +4,7 @@
 #   VENV      where the environment goes
 #   PIP_ARGS  more arguments for pip, such as another index for a build of torch that fits the GPU
 #   TESTS     what `make test` runs, with any options of pytest
+#   MINUTES   how long each file of tests/campaigns runs
 #   WORKERS   how many tests run at a time
 #   DEMO_ARGS options of `calibatt demo`
 
@@ -12,6 +13,7 @@ VENV ?= .venv
 PIP_ARGS ?=
 TESTS ?= tests
 WORKERS ?= 2
+MINUTES ?= 5
 DEMO_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -19,13 +21,14 @@ PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARG
 PINS := pyproject.toml constraints.txt
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
-.PHONY: help demo test test-fast lint format results clean
+.PHONY: help demo test test-fast campaign lint format results clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    set up, then run the main job: calibrate, compile and compare the small video model"
 	@echo "make test    set up, then check the code and run all tests"
 	@echo "make test-fast  the same without what compiles or takes long"
+	@echo "make campaign  run the random tests of tests/campaigns, MINUTES each"
 	@echo "make lint    ruff and mypy only"
 	@echo "make format  let ruff rewrite the files"
 	@echo "make results write benchmarks/RESULTS.md from the records"
@@ -40,6 +43,12 @@ test: lint
 
 test-fast: lint
 	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=worksteal -m 'not slow and not inductor' $(TESTS)
+
+# All of them run, and it fails if one does.
+campaign: $(VENV)/.dev
+	@failed=; for file in tests/campaigns/*.py; do \
+	  echo "$$file"; OMP_NUM_THREADS=1 $(BIN)/python $$file --minutes $(MINUTES) || failed="$$failed $$file"; \
+	done; test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -85,7 +85,9 @@ def _inductor(
 ) -> Compiled:
     from torch._inductor.compile_fx import compile_fx
 
-    compiled: Compiled = compile_fx(gm, example_inputs, config_patches=dict(settings))
+    # Random numbers as without a compiler: else a seed in the model would make another video.
+    patches = {"fallback_random": True, **settings}
+    compiled: Compiled = compile_fx(gm, example_inputs, config_patches=patches)
     return compiled
 
 

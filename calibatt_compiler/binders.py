@@ -77,7 +77,7 @@ class PlanBinder:
         assert query is not None
         settings = KernelSettings(
             device=query.device,
-            dtype=query.dtype,
+            dtype=call.dtype,
             head_dim=info.head_dim,
             lowering=self._options.lowering,
             softmax=self._options.softmax,

@@ -35,7 +35,7 @@ EDGES: dict[str, str] = {
         "calibration.config calibration.cost calibration.order_search calibration.pipeline "
         "calibration.run calibration.select calibration.tuning calibration.validation plan"
     ),
-    "calibration.config": "plan",
+    "calibration.config": "calibration.zone_target plan",
     "calibration.cost": (
         "calibration.config calibration.observe calibration.order_search calibration.pipeline "
         "calibration.run calibration.select calibration.store kernels.common kernels.energy "
@@ -58,7 +58,8 @@ EDGES: dict[str, str] = {
         "calibration.store models plan"
     ),
     "calibration.select": (
-        "calibration.config calibration.store kernels.attention kernels.common plan runtime"
+        "calibration.config calibration.store calibration.zone_target kernels.attention "
+        "kernels.common plan runtime"
     ),
     "calibration.store": "calibration.config models plan",
     "calibration.tuning": (
@@ -103,6 +104,7 @@ EDGES: dict[str, str] = {
     "kernels.cpu": "kernels.common plan",
     "kernels.dispatch": "kernels.hopper kernels.portable kernels.request plan",
     "kernels.energy": "kernels.common kernels.cpu kernels.dispatch kernels.hopper kernels.portable",
+    "kernels.gradients": "kernels.common plan",
     "kernels.hopper": "kernels.common kernels.portable kernels.request kernels.tiered plan",
     "kernels.portable": "kernels.common kernels.request plan",
     "kernels.reference": "kernels.common plan",
@@ -111,7 +113,7 @@ EDGES: dict[str, str] = {
     "models": "plan",
     "options": "plan",
     "passes.bind_sites": "capture passes.rewrite",
-    "passes.find_sites": "capture passes.graph passes.rewrite",
+    "passes.find_sites": "capture passes.graph passes.rewrite passes.writes",
     "passes.find_timestep": "passes.graph passes.rewrite",
     "passes.lower_attention": "passes.graph passes.rewrite",
     "passes.pipeline": (
@@ -119,16 +121,17 @@ EDGES: dict[str, str] = {
         "passes.lower_attention passes.rewrite passes.token_order runtime"
     ),
     "passes.rewrite": "capture dynamo passes.graph plan",
-    "passes.token_order": "passes.graph passes.rewrite",
+    "passes.token_order": "passes.graph passes.rewrite passes.writes",
+    "passes.writes": "passes.graph",
     "report": "binders plan runtime",
     "runtime": (
-        "capture kernels.attention kernels.common kernels.dispatch kernels.protocol "
-        "kernels.request plan"
+        "capture kernels.attention kernels.common kernels.dispatch kernels.gradients "
+        "kernels.protocol kernels.request plan"
     ),
 }
 
 PASS_LIST = "passes.pipeline"
-PASS_HELPERS = {"passes.graph", "passes.rewrite"}
+PASS_HELPERS = {"passes.graph", "passes.rewrite", "passes.writes"}
 
 # The reference defines what is right: it must not lean on what it is compared with.
 REFERENCE_MAY_IMPORT = {"kernels.common.operands", "kernels.common.pooling"}

@@ -10,8 +10,15 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, fields
-from typing import Any, Literal, Self, TypeGuard
+from typing import Any, Literal, Self, TypeGuard, get_args
 
+from calibatt_compiler.calibration.zone_target import (
+    BUDGET,
+    DENSITY,
+    STEP_GROUPS,
+    ZoneSelection,
+    ZoneTarget,
+)
 from calibatt_compiler.errors import OptionError, PlanError
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.refine import SHARE_STEPS, Refiner
@@ -23,12 +30,8 @@ AUTO = "auto"
 LEAST_GAMMA = 0.5
 """Heads of less similarity are not scored any further."""
 
-SelectionForm = Literal["masks", "sample"]
-"""What a plan holds of each row: the blocks of most energy, or a weighted sample of as many.
-
-A further form is a value here, its goals are settings of `SelectionConfig`, and what it does with
-stored energies is a branch of `select.derive.derive_plan`.
-"""
+Form = Literal["masks", "zones"]
+"""What a plan holds of each head: kept blocks, or rates that are constant over runs of blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +130,17 @@ class SelectionConfig:
             others, if its rows attend alike by this score or more; in [0.5, 1], 0.87 in
             arXiv 2603.05503. `select.repetition` states the rule. None: no head is, and nothing is
             recorded for it.
+        form: `masks`: blocks that are kept, as above; `zones`: rates that are constant over runs of
+            blocks, of which each step draws a weighted sample (`plan.zones`). Zones take none of
+            the settings above, masks none of those below.
+        density: of a plan of zones, expected kept blocks / all blocks, in (0, 1]. Default 0.25,
+            unless `speed_up` or `error` is given instead.
+        speed_up: wanted instead: predicted dense time / time of a step; needs `attention_share`.
+        error: wanted instead: predicted error of a row's attention output, relative to it.
+        attention_share: share of a dense step's time that the attention calls of the plan take.
+        step_groups: into how many parts a schedule is cut whose steps share zones.
+        zone_numbers: numbers that the zones of an attention call may take at a step group, at
+            least two a head; 2,048 is what a generated kernel holds.
     """
 
     A: float | None = None
@@ -138,6 +152,13 @@ class SelectionConfig:
     pooled: int = 0
     sample_power: float | None = None
     gamma: float | None = None
+    form: Form = "masks"
+    density: float | None = None
+    speed_up: float | None = None
+    error: float | None = None
+    attention_share: float | None = None
+    step_groups: int = STEP_GROUPS
+    zone_numbers: int = BUDGET
 
     def __post_init__(self) -> None:
         for name in ("A", "C"):
@@ -159,6 +180,23 @@ class SelectionConfig:
             raise _error("sample_power", "no merge_budget beside it", f"merge_budget={budget}")
         if gamma is not None and not (_number(gamma) and LEAST_GAMMA <= gamma <= 1):
             raise _error("gamma", f"a similarity in [{LEAST_GAMMA}, 1], or None", gamma)
+        self._check_form()
+
+    def _check_form(self) -> None:
+        """Raise `OptionError` unless zones can be made as asked for, or are not asked for."""
+        if self.form not in get_args(Form):
+            raise _error("form", "masks or zones", self.form)
+        for name, least in (("step_groups", 1), ("zone_numbers", 2)):
+            value = getattr(self, name)
+            if not (_integer(value) and value >= least):
+                raise _error(name, f"an integer of at least {least}", value)
+        defaults = {each.name: each.default for each in fields(SelectionConfig)}
+        for name in _OF_ZONES if self.form == "masks" else defaults.keys() - {*_OF_ZONES, "form"}:
+            if getattr(self, name) != defaults[name]:
+                expected = f"{defaults[name]!r} with form={self.form!r}"
+                raise _error(name, expected, getattr(self, name))
+        if self.form == "zones":
+            self.zones()  # checks the ranges
 
     @classmethod
     def of(cls, config: SelectionConfig, **changes: Any) -> Self:
@@ -166,9 +204,24 @@ class SelectionConfig:
         return cls(**{each.name: getattr(config, each.name) for each in fields(cls)} | changes)
 
     @property
-    def form(self) -> SelectionForm:
-        """What a plan holds of each row."""
-        return "masks" if self.sample_power is None else "sample"
+    def sampled(self) -> bool:
+        """Whether masks are weighted samples."""
+        return self.sample_power is not None
+
+    def zones(self) -> ZoneSelection:
+        """Return how zones are chosen; the default density filled in.
+
+        Raises:
+            OptionError: a value out of range.
+        """
+        wanted = {name: getattr(self, name) for name in ("density", "speed_up", "error")}
+        for name, value in (*wanted.items(), ("attention_share", self.attention_share)):
+            if value is not None and not _number(value):
+                raise _error(name, "a number, or None", value)
+        if all(value is None for value in wanted.values()):
+            wanted["density"] = DENSITY
+        target = ZoneTarget(**wanted, attention_share=self.attention_share)
+        return ZoneSelection(target, self.step_groups, self.zone_numbers)
 
     def thresholds(self, steps: int) -> Thresholds:
         """Return A, C and k for a sampler of `steps` steps, the defaults filled in."""
@@ -185,7 +238,7 @@ class SelectionConfig:
     def refiner(self) -> Refiner:
         """Return what shares steps and merges intervals of the masks."""
         # Steps that shared a sample would share its errors.
-        return Refiner(self.share_steps if self.form == "masks" else None, self.merge_budget)
+        return Refiner(None if self.sampled else self.share_steps, self.merge_budget)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,8 +308,14 @@ class CalibrationConfig(ObservationConfig, SelectionConfig, RunConfig, StorageCo
         width = self.block[1]
         if self.pooled and width % self.pooled:
             raise _error("pooled", f"0 or a divisor of {width}", self.pooled)
-        if self.form == "sample" and not self.keep_energies:
+        if self.sampled and not self.keep_energies:
             raise _error("sample_power", "keep_energies=True beside it", "keep_energies=False")
+        if self.form == "zones" and self.keep_energies:
+            raise _error("keep_energies", "False: sums are kept instead", self.keep_energies)
+
+
+_OF_ZONES = ("density", "speed_up", "error", "attention_share", "step_groups", "zone_numbers")
+"""Settings of `SelectionConfig` that say nothing of masks."""
 
 
 def _number(value: object) -> TypeGuard[float]:

@@ -13,13 +13,16 @@ from calibatt_compiler.calibration.config import AUTO, CalibrationConfig, Select
 from calibatt_compiler.calibration.observe.observation import Branch
 from calibatt_compiler.calibration.observe.observer import ObservedModel
 from calibatt_compiler.calibration.observe.recorder import AttentionRecorder
+from calibatt_compiler.calibration.observe.zone_recorder import ZoneRecorder
 from calibatt_compiler.calibration.order_search.search import Surveyor, settled
 from calibatt_compiler.calibration.select.derive import derive_plan
+from calibatt_compiler.calibration.select.zone_plans import derive_zone_plan
 from calibatt_compiler.calibration.store import identity
 from calibatt_compiler.calibration.store.energies import EnergyBuffer
 from calibatt_compiler.calibration.store.opening import opened
 from calibatt_compiler.calibration.store.ranks import Ranks
 from calibatt_compiler.calibration.store.run_folder import RunStore
+from calibatt_compiler.calibration.store.zone_sums import ZoneSums
 from calibatt_compiler.errors import CalibrationError, OptionError
 from calibatt_compiler.logs import logger
 from calibatt_compiler.models import unwrap
@@ -189,6 +192,8 @@ class CalibrationRun:
     ) -> Plan:
         """Make the plan from the stored inputs; may be called several times.
 
+        A run for zones takes the settings of zones alone, and nothing is raised.
+
         Args:
             raised: by site, what is added to its threshold, as in `plan_from_run`.
             names: the inputs that count; default all.
@@ -199,14 +204,12 @@ class CalibrationRun:
             CalibrationError: nothing stored, or energies were not kept.
             OptionError: a value out of range.
         """
-        return derive_plan(
-            self._store,
-            self.finished if names is None else names,
-            SelectionConfig.of(self.config, **settings),
-            raised=raised,
-            cfg=self._cfg,
-            arguments=self._arguments,
-        )
+        names = self.finished if names is None else names
+        selection = SelectionConfig.of(self.config, **settings)
+        about: dict[str, Any] = {"cfg": self._cfg, "arguments": self._arguments}
+        if selection.form == "zones" and not raised:
+            return derive_zone_plan(self._store, names, selection.zones(), **about)
+        return derive_plan(self._store, names, selection, raised=raised, **about)
 
 
 @contextmanager
@@ -278,7 +281,12 @@ def recording(
             model = replace(model, config=config)
         # Ranks that buffer side by side must not meet.
         waiting = store.folder / (f"spool-{ranks.rank}" if ranks.rank else "spool")
-        recorder = AttentionRecorder(model, EnergyBuffer(waiting))
+        buffer = EnergyBuffer(waiting)
+        recorder = (
+            ZoneRecorder(model, buffer, ZoneSums(store.folder, ranks.rank))
+            if config.form == "zones"
+            else AttentionRecorder(model, buffer)
+        )
         if finished:
             recorder.reference = store.record(finished[0])
         with model.shown_to(recorder):

@@ -283,6 +283,45 @@ class Selection:
             "SCORE",
         ),
     ] = None
+    form: Annotated[
+        str,
+        option(
+            _HOW,
+            "masks: blocks that matter; zones: every block at a rate that is constant over runs, "
+            "weighted, a sample of each step's own.",
+            "FORM",
+        ),
+    ] = "masks"
+    density: Annotated[
+        float | None, option(_HOW, "Of zones: blocks to keep, 0 to 1. Default 0.25.", "SHARE")
+    ] = None
+    speed_up: Annotated[
+        float | None,
+        option(
+            ADVANCED,
+            "Of zones, instead: how many times as fast a step is to be, predicted from "
+            "--attention-share.",
+            "FACTOR",
+            "--speed-up",
+        ),
+    ] = None
+    error: Annotated[
+        float | None,
+        option(
+            ADVANCED,
+            "Of zones, instead: expected relative error of attention's output, such as 0.2.",
+            "ERROR",
+        ),
+    ] = None
+    attention_share: Annotated[
+        float | None,
+        option(
+            ADVANCED,
+            "Share of a dense step's time that self-attention takes, for --speed-up.",
+            "SHARE",
+            "--attention-share",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)

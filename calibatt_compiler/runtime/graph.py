@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from calibatt_compiler.capture import Site
-from calibatt_compiler.runtime.invocation import Invocation, running
+from calibatt_compiler.runtime.invocation import Invocation, Sites, running
 from calibatt_compiler.runtime.token_order import Rearrangements
 
 
@@ -35,9 +35,9 @@ class CompiledGraph:
         self.entries = dict(entries)
         self.counts = GraphCounts()
         self._rearrangements = Rearrangements()
-        self._sites = {
-            name: entry for name, entry in self.entries.items() if not isinstance(entry, str)
-        }
+        self._sites = Sites(
+            {name: entry for name, entry in self.entries.items() if not isinstance(entry, str)}
+        )
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the graph once."""

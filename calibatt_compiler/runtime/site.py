@@ -9,6 +9,7 @@ from torch import Tensor
 
 from calibatt_compiler.capture import Recorder
 from calibatt_compiler.kernels.common.dense import dense_attention
+from calibatt_compiler.kernels.gradients import attention_gradients
 from calibatt_compiler.kernels.request import KernelSettings
 from calibatt_compiler.plan import Plan
 from calibatt_compiler.plan.text import other_text
@@ -91,14 +92,10 @@ class SparseSite:
         Dense attention is the same for any order of tokens. So only kernels of patterns ask
         whether the operands are `ordered` as in the plan; if not, they are brought into its order.
         """
-        step = self._plan.step_of(timestep)
-        if step is None:
-            mixed = math.isnan(timestep)
-            self.calls[DENSE_MIXED if mixed else DENSE_OUTSIDE] += 1
-            return dense_attention(q, k, v, scale)
         lengths = (q.shape[2], k.shape[2])
-        if not self._serves(lengths):
-            self.calls[DENSE_LENGTH] += 1
+        step = self._step(timestep, lengths)
+        if isinstance(step, str):
+            self.calls[step] += 1
             return dense_attention(q, k, v, scale)
         variant = self._variant(lengths)
         kernel = self._kernels.get(self._name, step, variant)
@@ -123,6 +120,41 @@ class SparseSite:
                 (orders[0], orders[1]),
             )
         return out
+
+    def gradients(
+        self,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        timestep: float,
+        scale: float,
+        *,
+        ordered: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As in `Site`: over the plan's blocks, though a kernel may have covered a few more."""
+        lengths = (q.shape[2], k.shape[2])
+        step = self._step(timestep, lengths)
+        if isinstance(step, str) or self._made.is_full(self._steps[step]):
+            return attention_gradients(grad, q, k, v, None, scale)
+        pattern = self._made.pattern(self._steps[step], self._variant(lengths))
+        of_queries, of_keys = (
+            None if ordered else self._rearrangement(length) for length in lengths
+        )
+        if of_queries is not None:
+            grad, q = of_queries.apply(grad), of_queries.apply(q)
+        if of_keys is not None:
+            k, v = of_keys.apply(k), of_keys.apply(v)
+        dq, dk, dv = attention_gradients(grad, q, k, v, pattern, scale)
+        dq = dq if of_queries is None else of_queries.undo(dq)
+        return (dq, dk, dv) if of_keys is None else (dq, of_keys.undo(dk), of_keys.undo(dv))
+
+    def _step(self, timestep: float, lengths: tuple[int, int]) -> int | str:
+        """Return the step whose pattern serves a call, or why it is dense."""
+        step = self._plan.step_of(timestep)
+        if step is None:
+            return DENSE_MIXED if math.isnan(timestep) else DENSE_OUTSIDE
+        return step if self._serves(lengths) else DENSE_LENGTH
 
     def _rearrangement(self, length: int) -> Rearrangement | None:
         return self._rearrangements.of(
@@ -177,3 +209,17 @@ class RecordingSite:
         """Dense attention, observed by the recorder, which knows tokens in the model's order."""
         assert not ordered, "recording graphs are not permuted"
         return self._recorder.attend(self._name, q, k, v, timestep, scale)
+
+    def gradients(
+        self,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        timestep: float,
+        scale: float,
+        *,
+        ordered: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As in `Site`; of dense attention, and not observed."""
+        return attention_gradients(grad, q, k, v, None, scale)

@@ -16,7 +16,7 @@ from calibatt_compiler.runtime.invocation import current
 
 
 def send(timestep: Tensor) -> Tensor:
-    """Return a float64 scalar on the CPU that will hold the diffusion timestep; see `read`.
+    """Return float64 (2) on the CPU: will hold the diffusion timestep, see `read`, and one more.
 
     A timestep per token (the conditioning frames at zero) stands for its greatest value. Samples
     of one batch at different timesteps have no common step: NaN.
@@ -30,9 +30,9 @@ def send(timestep: Tensor) -> Tensor:
         values = by_sample[0].where((by_sample == by_sample[0]).all(), math.nan)
     invocation = current()
     if values.device.type != "cuda" or invocation is None:
-        return values.to("cpu", copy=True)
-    host = torch.empty((), dtype=torch.float64, pin_memory=True)
-    host.copy_(values, non_blocking=True)
+        return torch.stack([values.to("cpu"), torch.zeros_like(values, device="cpu")])
+    host = torch.zeros(2, dtype=torch.float64, pin_memory=True)
+    host[0].copy_(values, non_blocking=True)
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record(torch.cuda.current_stream(values.device))
     invocation.timestep_copied = event
@@ -40,9 +40,12 @@ def send(timestep: Tensor) -> Tensor:
 
 
 def read(host: Tensor) -> float:
-    """Return the value of what `send` returned in this run of a graph, once it is there."""
+    """Return the value of what `send` returned, once it is there.
+
+    It is waited for in the run of a graph that it was sent in: what comes later finds it there.
+    """
     invocation = current()
     if invocation is not None and invocation.timestep_copied is not None:
         invocation.timestep_copied.synchronize()
         invocation.timestep_copied = None
-    return float(host.item())
+    return float(host.view(-1)[0])

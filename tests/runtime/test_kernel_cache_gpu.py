@@ -11,7 +11,7 @@ from calibatt_compiler.kernels.request import KernelSettings
 from calibatt_compiler.plan import Plan
 from calibatt_compiler.runtime import timestep
 from calibatt_compiler.runtime.device_queue import CudaQueue
-from calibatt_compiler.runtime.invocation import Invocation, running
+from calibatt_compiler.runtime.invocation import Invocation, Sites, running
 from calibatt_compiler.runtime.kernel_cache import KernelCache
 from calibatt_compiler.runtime.site import SparseSite
 
@@ -104,7 +104,7 @@ def test_a_timestep_is_read_when_the_device_has_come_to_it() -> None:
     values = torch.arange(50, dtype=torch.float32, device="cuda")
     for i in range(50):
         busy = busy @ busy
-        with running(Invocation({})):
+        with running(Invocation(Sites({}))):
             sent = timestep.send(values[i : i + 1].expand(2))
             if i % 2:  # some are never read
                 assert timestep.read(sent) == i

@@ -167,7 +167,7 @@ def estimate(
         thresholds |= {"gamma": config.gamma, "anchor_rows": float(config.anchor_rows)}
     if config.sample_power is not None:
         thresholds["sample_power"] = config.sample_power
-    weighted = config.form == "sample"
+    weighted = config.sampled
     thresholds |= config.refiner().thresholds()
     host_bytes = sizes.host_bytes(weighted=weighted)
     plan_bytes = sizes.plan_bytes(thresholds, len(inputs), weighted=weighted)

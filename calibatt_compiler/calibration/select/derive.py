@@ -112,6 +112,13 @@ def derive_plan(
     raised = raised or {}
     records = [store.record(name) for name in names]
     first = records[0]
+    if first.form != "masks":
+        raise CalibrationError(
+            "a run for zones has no masks to make a plan from",
+            expected="a run with CalibrationConfig(form='masks')",
+            got=f"form={first.form!r}",
+            remedy="use zone_plan_from_run(folder, density=...), or calibrate again for masks",
+        )
     check_raised(first, raised)
     for record in records[1:]:
         check_alike(first, record)

@@ -237,7 +237,10 @@ def _check_form(config: CalibrationConfig, tuning: TuningConfig) -> None:
     elif config.gamma not in tuning.space.gamma:
         problem, expected = "gamma is not in the search space", f"one of {tuning.space.gamma}"
         got = config.gamma
-    elif tuning.proxy and config.form == "sample":
+    elif config.form != "masks":
+        problem, expected = "the search is one for thresholds of masks", "form='masks'"
+        got = config.form
+    elif tuning.proxy and config.sampled:
         problem, expected = "the proxy can't judge sampled blocks", "sample_power=None"
         got = config.sample_power
     else:
