@@ -14,12 +14,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import calibatt_compiler
-from calibatt_compiler import CalibrationConfig
+from calibatt_compiler import CalibrationConfig, calibration
 from calibatt_compiler.errors import KernelError
 from calibatt_compiler.plan import Plan
 from calibatt_compiler.plan.order import TokenOrder
-
-WITH_COPIES = "repetitive"
 
 
 def compiled_with(case: Any, model: torch.nn.Module | None = None, **options: Any) -> Any:
@@ -46,8 +44,10 @@ def gradients(model: torch.nn.Module, call: Callable[[], torch.Tensor]) -> list[
 
 def same(found: list[torch.Tensor], expected: list[torch.Tensor], tolerance: float = 1e-5) -> None:
     assert len(found) == len(expected) > 10
+    most = max(want.norm() for want in expected)
     for got, want in zip(found, expected, strict=True):
-        assert (got - want).norm() <= tolerance * want.norm() + 1e-6
+        # Some are zero but for rounding: a bias of keys changes nothing.
+        assert (got - want).norm() <= tolerance * want.norm() + 1e-6 * most
 
 
 def check(case: Any, timestep: float = 500.0, **options: Any) -> Any:
@@ -63,9 +63,8 @@ def check(case: Any, timestep: float = 500.0, **options: Any) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.inductor
-@pytest.mark.parametrize("lowering", ["reference", "baked"])
-def test_gradients_through_inductor(wan: Any, lowering: str) -> None:
-    compiled = check(wan, lowering=lowering)
+def test_gradients_through_inductor(wan: Any) -> None:
+    compiled = check(wan, lowering="baked")
     assert calibatt_compiler.summary(compiled).sparse_calls == 2
 
 
@@ -83,8 +82,6 @@ def test_gradient_checkpointing_through_inductor(wan: Any) -> None:
     assert calibatt_compiler.summary(compiled).sparse_calls == 4
 
 
-@pytest.mark.slow
-@pytest.mark.inductor
 def test_one_process_with_and_without_gradients(wan: Any) -> None:
     case = trained(wan)
     compiled, expected = compiled_with(case), case.expanded(500.0).detach()
@@ -184,16 +181,16 @@ def test_a_second_derivative_is_refused_by_name(wan: Any) -> None:
         first.sum().backward()
 
 
-@pytest.mark.parametrize("inductor", [True, False])
-@pytest.mark.inductor
 @pytest.mark.slow
-def test_a_model_is_calibrated_outside_no_grad(wan: Any, inductor: bool) -> None:
+@pytest.mark.inductor
+@pytest.mark.parametrize("inductor", [True, False])
+def test_a_model_is_calibrated_where_gradients_are_recorded(wan: Any, inductor: bool) -> None:
     case = trained(wan)
     config = CalibrationConfig(block=(32, 32), progress=False, inductor=inductor)
     expected = gradients(case.model, lambda: case.dense(500.0))
-    with calibatt_compiler.calibration.calibration(case.model, config) as run, run.input():
-        for timestep in (900.0, 500.0):
-            found = gradients(case.model, lambda t=timestep: case.model(**case.arguments(t))[0])
-        plan = run.plan() if False else None
-    assert plan is None
+    with calibration(case.model, config) as run:
+        with run.input(), torch.enable_grad():
+            for timestep in (900.0, 500.0):
+                found = gradients(case.model, lambda t=timestep: case.model(**case.arguments(t))[0])
+        assert set(run.plan().sites) == set(case.sites)
     same(found, expected)
