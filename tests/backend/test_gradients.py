@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -16,8 +17,10 @@ from torch.utils.checkpoint import checkpoint
 import calibatt_compiler
 from calibatt_compiler import CalibrationConfig, calibration
 from calibatt_compiler.errors import KernelError
-from calibatt_compiler.plan import Plan
+from calibatt_compiler.plan import BlockPattern, Plan, RowCopies, Sampler, SitePatterns
 from calibatt_compiler.plan.order import TokenOrder
+from calibatt_compiler.plan.text import fit_pattern
+from calibatt_compiler.runtime.site import SparseSite
 
 
 def compiled_with(case: Any, model: torch.nn.Module | None = None, **options: Any) -> Any:
@@ -194,3 +197,44 @@ def test_a_model_is_calibrated_where_gradients_are_recorded(wan: Any, inductor: 
                 found = gradients(case.model, lambda t=timestep: case.model(**case.arguments(t))[0])
         assert set(run.plan().sites) == set(case.sites)
     same(found, expected)
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("text", [6, 19])
+def test_a_site_with_text_token_order_and_copied_rows(
+    attend: Any, text: int, ordered: bool
+) -> None:
+    grid, order, length = (2, 5, 7), TokenOrder.parse("2x2x3"), 70 + 6
+    mask = torch.rand(2, 5, 5, generator=torch.Generator().manual_seed(1)) < 0.4
+    mask[..., 0] = mask[:, 0] = True  # the text's blocks
+    pattern = BlockPattern.from_mask(
+        mask | torch.eye(5, dtype=torch.bool),
+        query_length=length,
+        key_length=length,
+        block=(16, 16),
+        repetitive=np.array([False, True]),
+        copies=RowCopies(grid, 2, 6, order),
+    )
+    plan = Plan.create(
+        {"a": SitePatterns.share([pattern])},
+        grid=grid,
+        sampler=Sampler(timesteps=(900.0,)),
+        token_order=order,
+        text_policy="dense_first",
+    )
+    where: Any = {"device": torch.device("cpu"), "dtype": torch.float64, "head_dim": 8}
+    site = SparseSite(plan, "a", lowering="reference", **where)
+    q, k, v = (torch.randn(1, 70 + text, 2, 8).double().transpose(1, 2) for _ in range(3))
+    served = fit_pattern(pattern, (70 + text,) * 2, video=70, position="first")
+    found = order.tokens(grid, length=70 + text, first=text)
+    assert found is not None
+    tokens = torch.from_numpy(found)
+    grad = torch.randn_like(q)
+    with torch.enable_grad():
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        want = torch.autograd.grad(attend(served, plan, *inputs), inputs, grad)
+    operands = [x[:, :, tokens] if ordered else x for x in (grad, q, k, v)]
+    for got, expected in zip(
+        site.gradients(*operands, 900.0, 8**-0.5, ordered=ordered), want, strict=True
+    ):
+        assert torch.allclose(got, expected[:, :, tokens] if ordered else expected, atol=1e-12)
