@@ -21,7 +21,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARG
 PINS := pyproject.toml constraints.txt
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
-.PHONY: help demo test test-fast campaign lint format clean
+.PHONY: help demo test test-fast campaign lint format results clean
 .DEFAULT_GOAL := help
 
 help:
@@ -31,6 +31,7 @@ help:
 	@echo "make campaign  run the random tests of tests/campaigns, MINUTES each"
 	@echo "make lint    ruff and mypy only"
 	@echo "make format  let ruff rewrite the files"
+	@echo "make results write benchmarks/RESULTS.md from the records"
 	@echo "make clean   remove the environment, caches and results"
 
 demo: $(VENV)/.demo
@@ -57,6 +58,9 @@ lint: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+results: $(VENV)/.dev
+	$(BIN)/python benchmarks/results.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis calibatt-demo

@@ -32,8 +32,8 @@ os.environ.setdefault("CALIBATT_CACHE_DIR", _folder.name)
 
 from attention_cases import MASKS, SIZES, Case, make_operands, make_pattern  # noqa: E402
 from attention_kernels import ALL, DENSE, Contestant, Operands  # noqa: E402
-from attention_record import write_record  # noqa: E402
 from attention_timing import beat, relative_error, sustained_and_burst  # noqa: E402
+from record import write_record  # noqa: E402
 
 from calibatt_compiler.plan.pattern import BlockPattern  # noqa: E402
 

@@ -31,8 +31,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from attention_record import write_record
 from plan_size import SMALL
+from record import write_record
 from synthetic_masks import Video, site_masks
 from torch import Tensor
 

@@ -33,7 +33,7 @@ EDGES: dict[str, str] = {
         "calibration.config calibration.cost calibration.order_search calibration.pipeline "
         "calibration.run calibration.select calibration.tuning calibration.validation plan"
     ),
-    "calibration.config": "plan",
+    "calibration.config": "calibration.zone_target plan",
     "calibration.cost": (
         "calibration.config calibration.observe calibration.order_search calibration.pipeline "
         "calibration.run calibration.select calibration.store kernels.common kernels.energy "
@@ -57,8 +57,8 @@ EDGES: dict[str, str] = {
         "calibration.store models plan"
     ),
     "calibration.select": (
-        "calibration.config calibration.store kernels.attention kernels.common "
-        "kernels.protocol plan runtime"
+        "calibration.config calibration.store calibration.zone_target kernels.attention "
+        "kernels.common kernels.protocol plan runtime"
     ),
     "calibration.store": "calibration.config models plan",
     "calibration.tuning": (
@@ -74,17 +74,19 @@ EDGES: dict[str, str] = {
     "cli": "cli.app",
     "cli.app": "cli.build cli.calibrate cli.compare cli.demo cli.env cli.inspect cli.tune",
     "cli.build": "build cli.options cli.pipelines cli.progress kernels.baked options plan",
-    "cli.calibrate": "calibration cli.options cli.pipelines cli.ranks cli.tables evaluation report",
-    "cli.compare": "cli.options cli.pipelines cli.progress evaluation options plan",
+    "cli.calibrate": "calibration cli.groups cli.options cli.ranks cli.tables evaluation report",
+    "cli.compare": "cli.groups cli.options cli.progress evaluation options plan",
     "cli.demo": (
-        "calibration cli.compare cli.options cli.pipelines cli.progress evaluation plan report"
+        "calibration cli.compare cli.groups cli.options cli.pipelines cli.progress evaluation plan "
+        "report"
     ),
     "cli.env": "evaluation kernels.hopper options",
-    "cli.inspect": "cli.options cli.pipelines cli.tables cli.validation plan report",
+    "cli.inspect": "cli.groups cli.options cli.tables cli.validation plan report",
+    "cli.options": "cli.groups cli.pipelines evaluation plan",
     "cli.pipelines": "evaluation plan",
     "cli.tables": "calibration.cost calibration.tuning calibration.validation",
-    "cli.tune": "calibration calibration.tuning cli.options cli.pipelines cli.progress cli.tables",
-    "cli.validation": "calibration calibration.validation cli.pipelines evaluation plan",
+    "cli.tune": "calibration calibration.tuning cli.groups cli.options cli.progress cli.tables",
+    "cli.validation": "calibration calibration.validation cli.options plan",
     "debug": "options",
     "evaluation": "build options plan report",
     "kernels.attention": (

@@ -30,7 +30,7 @@ def check_raised(record: InputRecord, raised: Mapping[str, float]) -> None:
 def check_alike(first: InputRecord, other: InputRecord) -> None:
     """Raise `CalibrationError` unless model, sizes and steps of two inputs are the same."""
     names = ("model", "grid", "text", "block", "token_order", "timesteps", "positions")
-    for name in (*names, "schedule_steps"):
+    for name in (*names, "schedule_steps", "form", "step_groups"):
         expected, got = getattr(first, name), getattr(other, name)
         if expected != got:
             raise _unlike(first, other, f"{name} {expected}", f"{name} {got}")
