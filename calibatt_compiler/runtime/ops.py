@@ -16,9 +16,9 @@ from torch import Tensor
 
 from calibatt_compiler.errors import KernelError
 from calibatt_compiler.plan.order import TokenOrder
-from calibatt_compiler.runtime.invocation import lookup, sign
+from calibatt_compiler.runtime.invocation import current, lookup, sign
 from calibatt_compiler.runtime.timestep import read, send
-from calibatt_compiler.runtime.token_order import laid_out
+from calibatt_compiler.runtime.token_order import Rearrangements
 
 
 @torch.library.custom_op("calibatt::host_timestep", mutates_args=())
@@ -60,7 +60,10 @@ def token_order(
         int32 (length): the token for each place.
     """
     frames, height, width = grid
-    found = laid_out(TokenOrder.parse(order), (frames, height, width), length, first, like.device)
+    invocation = current()
+    kept = Rearrangements() if invocation is None else invocation.rearrangements
+    parsed = TokenOrder.parse(order)
+    found = kept.laid_out(parsed, (frames, height, width), length, first, like.device)
     assert found is not None, "the pass permutes only what has another order"
     # A copy: the memory of an operator's result may be used again.
     return (found.positions if inverse else found.tokens).clone()

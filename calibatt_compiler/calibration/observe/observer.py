@@ -24,7 +24,7 @@ from calibatt_compiler.kernels.energy import attention_with_energy
 from calibatt_compiler.models import text_position
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.text import TextPosition, other_text
-from calibatt_compiler.runtime.token_order import Rearrangement, rearrangement
+from calibatt_compiler.runtime.token_order import Rearrangement, Rearrangements
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +74,7 @@ class Observer(ABC):
         self._text = model.text
         self._grids: list[tuple[int, int, int]] = []
         self._skips: dict[str, str] = {}
+        self._rearrangements = Rearrangements()
         self._sites: dict[str, SiteSize] = {}
         self._input: InputObservation | None = None
 
@@ -158,7 +159,7 @@ class Observer(ABC):
 
     def _rearrangement(self, x: Tensor) -> Rearrangement | None:
         length = x.shape[2]
-        return rearrangement(
+        return self._rearrangements.of(
             self._order(),
             self._grid(length),
             length,

@@ -19,7 +19,6 @@ from calibatt_compiler.calibration.select.zones import (
     ZoneMap,
     fit_zones,
     group_of,
-    seed_of,
 )
 from calibatt_compiler.calibration.store import order_survey
 from calibatt_compiler.calibration.store.records import InputRecord, SiteSize
@@ -31,6 +30,7 @@ from calibatt_compiler.plan import CalibrationInputs, Plan, SitePatterns
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.schema import TEXT_POSITIONS, CfgMode
 from calibatt_compiler.plan.text import TextPosition
+from calibatt_compiler.plan.zone_draw import seed_of
 from calibatt_compiler.plan.zone_form import video_blocks
 
 
