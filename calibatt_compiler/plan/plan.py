@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
@@ -255,6 +257,35 @@ class Plan:
         """
         stored = {name: site.stored for name, site in self._sites.items()}
         file.write(path, self._metadata, stored)
+
+    def to_bytes(self) -> bytes:
+        """Return what `save` writes; a pickled plan is this, and is checked as a file is."""
+        with tempfile.TemporaryDirectory(prefix="calibatt-") as folder:
+            path = Path(folder) / "plan.calibatt"
+            self.save(path)
+            return path.read_bytes()
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Plan:
+        """Read what `to_bytes` returned.
+
+        Raises:
+            PlanFormatError: as of `load`.
+            PlanError: as of `load`.
+        """
+        with tempfile.TemporaryDirectory(prefix="calibatt-") as folder:
+            path = Path(folder) / "plan.calibatt"
+            path.write_bytes(content)
+            return cls.load(path)
+
+    def __reduce__(self) -> tuple[Callable[[bytes], Plan], tuple[bytes]]:
+        return Plan.from_bytes, (self.to_bytes(),)
+
+    def __deepcopy__(self, memo: object) -> Plan:
+        return self  # it is immutable
+
+    def __copy__(self) -> Plan:
+        return self
 
     @cached_property
     def digest(self) -> str:

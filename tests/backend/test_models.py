@@ -69,14 +69,6 @@ def test_samples_at_different_timesteps_run_dense_and_are_counted(wan):
     assert dense["dense: samples of one batch at different timesteps"] == 2
 
 
-def test_works_outside_no_grad(wan):
-    wan.model.requires_grad_(True)
-    compiled = compiled_with(wan, lowering="reference")
-    with torch.enable_grad():
-        got = compiled(**wan.arguments(900.0))[0].detach()
-    assert torch.allclose(got, wan.expanded(900.0), atol=1e-4)
-
-
 def test_bfloat16_models_are_served_in_bfloat16(wan):
     expected = wan.expanded(900.0)
     wan.model.to(torch.bfloat16)
