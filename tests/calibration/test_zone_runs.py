@@ -18,6 +18,7 @@ import calibatt_compiler
 from calibatt_compiler.calibration import (
     CalibrationConfig,
     calibrate,
+    estimate,
     plan_from_run,
     zone_plan_from_run,
 )
@@ -328,3 +329,19 @@ def test_one_process_and_two_make_the_same_plan(tiny_wan_folder: Path, tmp_path:
     assert len(digests) == 1
     files = list((tmp_path / "together.calibration" / "sums").iterdir())
     assert {path.name.split("-")[0] for path in files} == {"00000", "00001"}
+
+
+def test_costs_are_told_beforehand(
+    tiny_wan_pipeline: Any, tiny_wan_arguments: dict[str, int], tmp_path: Path
+) -> None:
+    pipe, out = tiny_wan_pipeline, tmp_path / "zones.calibatt"
+    config = CalibrationConfig(block=(16, 16), form="zones", step_groups=2)
+    prompts = ["a big rabbit runs", "the bird flies"]
+    told = estimate(pipe, prompts, [3, 4], out=out, config=config, **tiny_wan_arguments)
+    assert not list(tmp_path.iterdir())
+    calibrate(pipe, prompts, [3, 4], out=out, config=config, **tiny_wan_arguments)
+    folder = tmp_path / "zones.calibatt.calibration"
+    found = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    assert found <= told.run_bytes <= 1.5 * found
+    assert out.stat().st_size <= told.plan_bytes <= 20 * out.stat().st_size
+    assert told.host_bytes > 0
