@@ -9,6 +9,7 @@ import torch
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from calibatt_compiler import models
+from calibatt_compiler.calls import another_size, hint, transformer_of
 from calibatt_compiler.capture import Recorder, SiteInfo
 from calibatt_compiler.dynamo import FrameInputs
 from calibatt_compiler.errors import KernelError, PlanMismatchError
@@ -37,7 +38,7 @@ class PlanBinder:
         self._options = options
         self._plan = options.plan
         _check_model(self._plan, inputs)
-        self._size = _check_size(self._plan, inputs)
+        self._size = another_size(self._plan, inputs)
         frames, height, width = self._plan.grid
         self._stores: dict[torch.device, KernelStore] = {}
         self.expectation = f"{frames} x {height} x {width} latent tokens"
@@ -72,7 +73,7 @@ class PlanBinder:
         ):
             # A symbolic size is compared here, which makes Dynamo guard on the answer.
             if got != expected:
-                return Skip(f"{_hint(got)} {what} instead of {expected}", mismatch=True)
+                return Skip(f"{hint(got)} {what} instead of {expected}", mismatch=True)
         query = example(call.operands["query"])
         assert query is not None
         try:
@@ -86,6 +87,7 @@ class PlanBinder:
                 hopper=self._options.hopper,
                 softmax=self._options.softmax,
                 monitor=self._options.monitor,
+                on_mismatch=self._options.on_mismatch,
                 kernels=self._store(query.device),
             )
         except KernelError as error:
@@ -130,14 +132,14 @@ class RecordingBinder:
 
 def _check_model(plan: Plan, inputs: FrameInputs) -> None:
     expected = plan.metadata.model
-    module = inputs.module
+    module = None if expected is None else transformer_of(inputs, expected.class_name)
     if expected is None or module is None:
         return
-    whole = bool(models.config_of(module)) or type(module).__name__ == expected.class_name
-    if not whole:  # a frame inside the model, after a graph break
+    own = any(base.__name__ == expected.class_name for base in type(module).__mro__)
+    if not own and not models.config_of(module):  # a frame inside the model, after a graph break
         return
     got = models.identify(module)
-    if got.class_name != expected.class_name:
+    if not own:
         raise PlanMismatchError(
             "the plan was calibrated on a model of another class",
             expected=expected.class_name,
@@ -151,20 +153,3 @@ def _check_model(plan: Plan, inputs: FrameInputs) -> None:
             got=got.config_digest[:16],
             remedy="use the plan of this model, or calibrate it with `calibatt calibrate`",
         )
-
-
-def _hint(size: Any) -> Any:
-    """Return the value that a symbolic size was captured with."""
-    node = getattr(size, "node", None)
-    return size if node is None else getattr(node, "hint", size)
-
-
-def _check_size(plan: Plan, inputs: FrameInputs) -> str | None:
-    """Return why the latent grid of this call is not the plan's, or None."""
-    if inputs.module is None:
-        return None
-    grid: tuple[Any, ...] | None = models.latent_grid(inputs.module, inputs.values)
-    if grid is None or all(got == expected for got, expected in zip(grid, plan.grid, strict=True)):
-        return None
-    got = " x ".join(str(_hint(size)) for size in grid)
-    return f"another size: {got} latent tokens instead of {' x '.join(map(str, plan.grid))}"

@@ -218,7 +218,7 @@ def measure_step(
         probe = _Probe(
             config,
             identify(module),
-            text_position(type(module).__name__),
+            text_position(type(module)),
             Spool(Path(folder) / "spool"),
             schedule=lambda: schedule_of(pipe.scheduler),
             on_step=clock.on_step,

@@ -20,7 +20,12 @@ from calibatt_compiler.calibration.config import (
     check_rho,
     check_sample,
 )
-from calibatt_compiler.calibration.fitting import check_alike, check_raised, sampler_of
+from calibatt_compiler.calibration.fitting import (
+    check_alike,
+    check_raised,
+    fixed_by_all,
+    sampler_of,
+)
 from calibatt_compiler.calibration.forms import (
     choose_forms,
     repetition_figures,
@@ -231,6 +236,7 @@ def derive_plan(
             **repetition_figures(list(sites.values()), selection.gamma),
             **orders.figures(store.folder),
         },
+        fixed_by=fixed_by_all(records),
     )
 
 

@@ -304,7 +304,7 @@ def recording(
         recorder = AttentionRecorder(
             config,
             model,
-            models.text_position(model.class_name),
+            models.text_position(type(module)),
             # Ranks that spool side by side must not meet.
             Spool(store.folder / (f"spool-{ranks.rank}" if ranks.rank else "spool")),
             schedule=schedule,

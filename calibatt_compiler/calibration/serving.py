@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from calibatt_compiler.capture import CaptureInfo
+from calibatt_compiler.capture import CaptureInfo, Recorder
 from calibatt_compiler.plan import Plan
 from calibatt_compiler.runtime.kernels import TABLE_BUDGET, KernelStore
 from calibatt_compiler.runtime.lanes import lane_of
@@ -21,7 +21,7 @@ BUDGET = 4 * TABLE_BUDGET
 and making their tables anew would be timed too."""
 
 
-class PlanServer:
+class PlanServer(Recorder):
     """Serves a plan that can be exchanged; implements `calibatt_compiler.capture.Recorder`.
 
     The model is compiled as for a recording: every attention call asks here what to compute. So

@@ -106,7 +106,8 @@ class Sizes:
         steps = len(self.record.timesteps)
         sites = tuple(self._site(size, steps, weighted) for size in self.record.sites)
         copied = any(map(self._copies, self.record.sites))
-        used = {KEPT_WEIGHTS: weighted, "repetition": copied}
+        fixed_by = self.record.fixed_by
+        used = {KEPT_WEIGHTS: weighted, "repetition": copied, "fixed_by": fixed_by is not None}
         figures = ["best_20_percent_share", "input_kept_mass", SHARED]
         metadata = PlanMetadata(
             producer=PRODUCER,
@@ -121,6 +122,7 @@ class Sizes:
             thresholds=dict(thresholds),
             inputs=CalibrationInputs(count=inputs, digest="0" * 64),
             quality=dict.fromkeys([*figures, *([SHARE] * (self.anchor_rows > 0))], 0.123456),
+            fixed_by=fixed_by,
             sites=sites,
         )
         arrays: dict[str, tuple[str, tuple[int, ...]]] = {}

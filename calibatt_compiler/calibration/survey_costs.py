@@ -46,7 +46,7 @@ def surveyed_step_seconds(
     clock = FirstStepClock(next(module.parameters()).device)
     observer = SurveyObserver(
         config,
-        text_position(type(module).__name__),
+        text_position(type(module)),
         schedule=lambda: schedule_of(pipe.scheduler),
         on_step=clock.on_step,
         steps=lambda steps: tuple(range(steps)),

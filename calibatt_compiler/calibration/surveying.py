@@ -77,7 +77,7 @@ def survey(
             remedy="pass [lambda: sample(module, first), lambda: sample(module, second)]",
         )
     module = unwrap(module)
-    observer = SurveyObserver(config, text_position(type(module).__name__))
+    observer = SurveyObserver(config, text_position(type(module)))
     with observed(module, observer, config.inductor), torch.no_grad():
         for run_input in inputs:
             observer.begin("survey", {}, samples)
@@ -113,7 +113,7 @@ def survey_pipeline(
 
     observer = SurveyObserver(
         config,
-        text_position(type(module).__name__),
+        text_position(type(module)),
         schedule=lambda: schedule_of(pipe.scheduler),
         on_step=on_step,
     )

@@ -84,7 +84,7 @@ def validate(
         observer = PlanObserver(
             kept,
             config,
-            text_position(type(module).__name__),
+            text_position(type(module)),
             schedule=lambda: schedule_of(pipe.scheduler),
             on_step=progress.step,
         )

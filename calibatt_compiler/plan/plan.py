@@ -21,6 +21,7 @@ from calibatt_compiler.plan.pattern import BlockPattern
 from calibatt_compiler.plan.schema import (
     CalibrationInputs,
     CfgMode,
+    FixedBy,
     ModelIdentity,
     PlanMetadata,
     Sampler,
@@ -63,6 +64,7 @@ class Plan:
         thresholds: Mapping[str, float] | None = None,
         inputs: CalibrationInputs | None = None,
         quality: Mapping[str, float] | None = None,
+        fixed_by: FixedBy | None = None,
     ) -> Plan:
         """Build a plan from patterns; the long form of `from_masks`.
 
@@ -73,7 +75,7 @@ class Plan:
             records = tuple(_record(name, site) for name, site in sites.items())
             metadata = PlanMetadata(
                 producer=PRODUCER,
-                requires=tuple(sorted(features(str(token_order), records))),
+                requires=tuple(sorted(features(str(token_order), records, fixed_by))),
                 model=model,
                 grid=grid,
                 token_order=str(token_order),
@@ -83,6 +85,7 @@ class Plan:
                 thresholds=dict(thresholds or {}),
                 inputs=inputs or CalibrationInputs(count=0, digest=""),
                 quality=dict(quality or {}),
+                fixed_by=fixed_by,
                 sites=records,
             )
         except pydantic.ValidationError as error:
@@ -108,7 +111,8 @@ class Plan:
 
         Args:
             masks: for each site, bool (steps, heads, query_blocks, key_blocks); True is kept.
-            grid: latent tokens (frames, height, width) after patching.
+            grid: latent tokens (frames, height, width) after patching; calls where it can't be read
+                are refused, but for (1, 1, tokens), which compares their number alone.
             timesteps: what the model is given at each step, in sampling order.
             block: tokens a query block, tokens a key block.
             lengths: for sites whose tokens are not just the grid's (text in the same sequence,
@@ -175,7 +179,11 @@ class Plan:
                 {
                     **self._metadata.model_dump(),
                     "producer": PRODUCER,
-                    "requires": tuple(sorted(features(self._metadata.token_order, records))),
+                    "requires": tuple(
+                        sorted(
+                            features(self._metadata.token_order, records, self._metadata.fixed_by)
+                        )
+                    ),
                     "thresholds": dict(thresholds),
                     "quality": dict(quality),
                     "sites": records,

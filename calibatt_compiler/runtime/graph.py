@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from calibatt_compiler.runtime.coordinates import CoordinatesReader
 from calibatt_compiler.runtime.serving import Site, serving
 
 
@@ -16,10 +17,16 @@ class CompiledGraph:
         calls: how often the graph ran: each left site was served dense once a run.
     """
 
-    def __init__(self, compiled: Callable[..., Any], entries: Mapping[str, Site | str]) -> None:
+    def __init__(
+        self,
+        compiled: Callable[..., Any],
+        entries: Mapping[str, Site | str],
+        coordinates: CoordinatesReader | None = None,
+    ) -> None:
         self._compiled = compiled
         self.entries = dict(entries)
         self.calls = 0
+        self._coordinates = coordinates
         self._sites = {
             name: entry for name, entry in self.entries.items() if not isinstance(entry, str)
         }
@@ -27,5 +34,5 @@ class CompiledGraph:
     def __call__(self, *inputs: Any) -> Any:
         """Run the graph once."""
         self.calls += 1
-        with serving(self._sites):
+        with serving(self._sites, self._coordinates):
             return self._compiled(*inputs)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.runtime.order import laid_out
-from calibatt_compiler.runtime.serving import lookup
+from calibatt_compiler.runtime.serving import coordinates_reader, lookup
 from calibatt_compiler.runtime.timestep import read, send
 
 
@@ -33,6 +33,28 @@ def host_timestep(timestep: Tensor) -> Tensor:
 
 @host_timestep.register_fake
 def _(timestep: Tensor) -> Tensor:
+    return torch.empty((), dtype=torch.float64, device="cpu")
+
+
+@torch.library.custom_op("calibatt::host_timestep_of", mutates_args=())
+def host_timestep_of(timestep: Tensor, coordinates: Sequence[Tensor], names: str) -> Tensor:
+    """Return what `host_timestep` does, after a look at where the tokens of the call stand.
+
+    Args:
+        timestep: as in `host_timestep`.
+        coordinates: of the tokens; see `runtime.coordinates`.
+        names: of the arguments that they are, with commas between them.
+
+    Returns:
+        Float64 scalar on the CPU.
+    """
+    reader = coordinates_reader()
+    found = [] if reader is None else map(reader.read, names.split(","), coordinates)
+    return send(timestep, [fits for fits in found if fits is not None])
+
+
+@host_timestep_of.register_fake
+def _(timestep: Tensor, coordinates: Sequence[Tensor], names: str) -> Tensor:
     return torch.empty((), dtype=torch.float64, device="cpu")
 
 

@@ -16,6 +16,7 @@ from typing import Protocol
 from torch import Tensor
 
 from calibatt_compiler.errors import KernelError
+from calibatt_compiler.runtime.coordinates import CoordinatesReader
 
 
 class Site(Protocol):
@@ -41,14 +42,27 @@ _running = threading.local()
 
 
 @contextmanager
-def serving(sites: Mapping[str, Site]) -> Iterator[None]:
-    """Let the operators that this thread runs meanwhile find their sites here."""
-    outer = getattr(_running, "sites", None)
-    _running.sites = sites
+def serving(
+    sites: Mapping[str, Site], coordinates: CoordinatesReader | None = None
+) -> Iterator[None]:
+    """Let the operators that this thread runs meanwhile find their sites here.
+
+    Args:
+        sites: what serves each name.
+        coordinates: what is shown the coordinates of tokens.
+    """
+    outer = getattr(_running, "sites", None), coordinates_reader()
+    _running.sites, _running.coordinates = sites, coordinates
     try:
         yield
     finally:
-        _running.sites = outer
+        _running.sites, _running.coordinates = outer
+
+
+def coordinates_reader() -> CoordinatesReader | None:
+    """Return what is shown the coordinates of tokens in the graph that this thread runs."""
+    reader: CoordinatesReader | None = getattr(_running, "coordinates", None)
+    return reader
 
 
 def lookup(name: str) -> Site:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from calibatt_compiler.capture import Recorder
+from calibatt_compiler.errors import PlanMismatchError
 from calibatt_compiler.kernels.attention import AttentionKernel, dense_attention
-from calibatt_compiler.options import Lowering, Softmax
+from calibatt_compiler.options import Lowering, OnMismatch, Softmax
 from calibatt_compiler.plan import Plan
 from calibatt_compiler.plan.text import other_text
 from calibatt_compiler.runtime.kernels import KernelStore, Maker
@@ -20,10 +21,12 @@ from calibatt_compiler.runtime.lanes import lane_of
 from calibatt_compiler.runtime.making import SiteKernels
 from calibatt_compiler.runtime.monitor import KeptMassMonitor
 from calibatt_compiler.runtime.order import Rearrangement, attend_in_order, rearrangement
+from calibatt_compiler.runtime.timestep import OTHER_TOKENS
 
 DENSE_OUTSIDE = "dense: timestep outside the plan's range"
 DENSE_MIXED = "dense: samples of one batch at different timesteps"
 DENSE_LENGTH = "dense: a sequence that is not the plan's video with text"
+DENSE_TOKENS = "dense: tokens that are not laid out as the plan's"
 DENSE_FULL = "dense: the plan keeps every block"
 
 
@@ -43,6 +46,7 @@ class SparseSite:
         hopper: as in `CompileOptions`.
         softmax: as in `CompileOptions`.
         monitor: as in `CompileOptions`.
+        on_mismatch: as in `CompileOptions`.
         kernels: where the kernels of the graph are held; default: a store of its own.
 
     Attributes:
@@ -65,6 +69,7 @@ class SparseSite:
         hopper: bool = True,
         softmax: Softmax = "auto",
         monitor: int = 0,
+        on_mismatch: OnMismatch = "dense",
         kernels: KernelStore | None = None,
     ) -> None:
         self._plan = plan
@@ -72,6 +77,7 @@ class SparseSite:
         self._site = plan.sites[name]
         self._steps = self._site.steps
         self._device = device
+        self._on_mismatch = on_mismatch
         self._made = SiteKernels(
             plan, name, lowering, device, dtype, head_dim, hopper=hopper, softmax=softmax
         )
@@ -103,6 +109,9 @@ class SparseSite:
         Dense attention is the same for any order of tokens. So only kernels of patterns ask
         whether the operands are `ordered` as in the plan; if not, they are brought into its order.
         """
+        if timestep == OTHER_TOKENS:
+            self._refuse(DENSE_TOKENS)
+            return dense_attention(q, k, v, scale)
         step = self._plan.step_of(timestep)
         if step is None:
             mixed = math.isnan(timestep)
@@ -135,6 +144,18 @@ class SparseSite:
                 (orders[0], orders[1]),
             )
         return out
+
+    def _refuse(self, reason: str) -> None:
+        """Count a call that the plan does not fit, or raise `PlanMismatchError` if asked to."""
+        self.calls[reason] += 1
+        if self._on_mismatch == "error":
+            frames, height, width = self._plan.grid
+            raise PlanMismatchError(
+                f"the plan does not fit a call of {self._name}",
+                expected=f"tokens laid out as in calibration, {frames} x {height} x {width}",
+                got=reason.removeprefix("dense: "),
+                remedy='calibrate for this size, or pass on_mismatch="dense" to run it dense',
+            )
 
     def _rearrangement(self, length: int) -> Rearrangement | None:
         return rearrangement(

@@ -8,6 +8,7 @@ queued, and the host waits for it at the first site only: what lies before that 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,19 +18,27 @@ _pending: dict[int, torch.cuda.Event] = {}
 # at the next one.
 
 
-def send(timestep: Tensor) -> Tensor:
+OTHER_TOKENS = math.inf
+"""Stands for the timestep of a forward pass whose tokens are not where the plan's are."""
+
+
+def send(timestep: Tensor, fits: Sequence[Tensor] = ()) -> Tensor:
     """Return a float64 scalar on the CPU that will hold the diffusion timestep; see `read`.
 
     A timestep per token (the conditioning frames at zero) stands for its greatest value. Samples
-    of one batch at different timesteps have no common step: NaN.
+    of one batch at different timesteps have no common step: NaN. Where the tokens are not the
+    plan's, it is `OTHER_TOKENS`: so one copy tells both.
 
     Args:
         timestep: any shape, any dtype, one entry a sample on the first dimension.
+        fits: boolean scalars, whether the tokens are the plan's.
     """
     values = timestep.detach().to(torch.float64)
     if values.dim() > 0:
         by_sample = values.reshape(values.shape[0], -1).amax(1)
         values = by_sample[0].where((by_sample == by_sample[0]).all(), math.nan)
+    for each in fits:
+        values = values.where(each.to(values.device), OTHER_TOKENS)
     if values.device.type != "cuda":
         return values.to("cpu", copy=True)
     host = torch.empty((), dtype=torch.float64, pin_memory=True)
