@@ -19,14 +19,16 @@ PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARG
 PINS := pyproject.toml constraints.txt
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test test-fast lint format results clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    set up, then run the main job: calibrate, compile and compare the small video model"
 	@echo "make test    set up, then check the code and run all tests"
+	@echo "make test-fast  the same without what compiles or takes long"
 	@echo "make lint    ruff and mypy only"
 	@echo "make format  let ruff rewrite the files"
+	@echo "make results write benchmarks/RESULTS.md from the records"
 	@echo "make clean   remove the environment, caches and results"
 
 demo: $(VENV)/.demo
@@ -34,7 +36,10 @@ demo: $(VENV)/.demo
 
 # Neighbouring tests share fixtures: stealing keeps them on one worker until the other is idle.
 test: lint
-	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=worksteal $(TESTS)
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=worksteal --durations=20 $(TESTS)
+
+test-fast: lint
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=worksteal -m 'not slow and not inductor' $(TESTS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -44,6 +49,9 @@ lint: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+results: $(VENV)/.dev
+	$(BIN)/python benchmarks/results.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis calibatt-demo

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,6 +14,7 @@ from calibatt_compiler.calls import fixed_by, read_grid, transformer_of
 from calibatt_compiler.capture import CaptureInfo, Recorder
 from calibatt_compiler.dynamo import FrameInputs, frame_inputs
 from calibatt_compiler.errors import CalibattError, PlanMismatchError
+from calibatt_compiler.logs import logger
 from calibatt_compiler.options import CompileOptions
 from calibatt_compiler.passes.pipeline import run_passes
 from calibatt_compiler.passes.rewrite import Rewrite, SdpaCall, Skip
@@ -22,7 +22,7 @@ from calibatt_compiler.report.summary import GraphReport, keep_report
 from calibatt_compiler.runtime.coordinates import PlanCoordinates, RecordingCoordinates
 from calibatt_compiler.runtime.graph import CompiledGraph
 
-log = logging.getLogger("calibatt")
+log = logger("passes")
 Compiled = Callable[..., Any]
 
 
@@ -152,6 +152,17 @@ def _check(rewrite: Rewrite, binder: PlanBinder, options: CompileOptions) -> Non
     lengths = {site.query_length for site in plan.sites.values()}
     alike = [c.info.name for c in rewrite.calls if c.info.skip is None and _same(c, lengths)]
     if alike and not names & set(plan.sites):
+        model = plan.metadata.model
+        module = None if model is None else transformer_of(rewrite.inputs, model.class_name)
+        own = model is not None and module is not None and models.is_model(model, module)
+        if own and options.on_mismatch == "dense":
+            log.warning(
+                "none of the plan's sites, such as %r, is in this model, whose attention calls are "
+                "named such as %r: all run dense; compile the transformer itself",
+                next(iter(plan.sites)),
+                alike[0],
+            )
+            return
         raise PlanMismatchError(
             "none of the plan's sites is in this model",
             expected=f"sites such as {next(iter(plan.sites))!r}",

@@ -10,7 +10,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from calibatt_compiler import models
 from calibatt_compiler.calls import another_size, hint, transformer_of
-from calibatt_compiler.capture import Recorder, SiteInfo
+from calibatt_compiler.capture import Recorder, Site, SiteInfo
 from calibatt_compiler.dynamo import FrameInputs
 from calibatt_compiler.errors import KernelError, PlanMismatchError
 from calibatt_compiler.options import CompileOptions
@@ -18,10 +18,10 @@ from calibatt_compiler.passes.graph import example
 from calibatt_compiler.passes.rewrite import Layout, SdpaCall, Skip
 from calibatt_compiler.plan import Plan, SitePatterns
 from calibatt_compiler.plan.text import other_text
-from calibatt_compiler.runtime.kernels import KernelStore, table_budget
-from calibatt_compiler.runtime.lanes import lane_of
-from calibatt_compiler.runtime.serving import Site
-from calibatt_compiler.runtime.sites import RecordingSite, SparseSite
+from calibatt_compiler.runtime.device_queue import lane_of
+from calibatt_compiler.runtime.kernel_cache import KernelStore, table_budget
+from calibatt_compiler.runtime.sampler_watch import SamplerWatch
+from calibatt_compiler.runtime.site import RecordingSite, SparseSite
 
 
 class PlanBinder:
@@ -29,6 +29,7 @@ class PlanBinder:
 
     Attributes:
         expectation: what the plan was made for, in words.
+        watch: remembers the timesteps that the graph is given.
 
     Raises:
         PlanMismatchError: the plan was calibrated on another model.
@@ -40,6 +41,7 @@ class PlanBinder:
         _check_model(self._plan, inputs)
         self._size = another_size(self._plan, inputs)
         frames, height, width = self._plan.grid
+        self.watch = SamplerWatch(self._plan)
         self._stores: dict[torch.device, KernelStore] = {}
         self.expectation = f"{frames} x {height} x {width} latent tokens"
 
@@ -88,6 +90,7 @@ class PlanBinder:
                 softmax=self._options.softmax,
                 monitor=self._options.monitor,
                 on_mismatch=self._options.on_mismatch,
+                watch=self.watch,
                 kernels=self._store(query.device),
             )
         except KernelError as error:
@@ -135,7 +138,7 @@ def _check_model(plan: Plan, inputs: FrameInputs) -> None:
     module = None if expected is None else transformer_of(inputs, expected.class_name)
     if expected is None or module is None:
         return
-    own = any(base.__name__ == expected.class_name for base in type(module).__mro__)
+    own = models.is_class(type(module), expected.class_name)
     if not own and not models.config_of(module):  # a frame inside the model, after a graph break
         return
     got = models.identify(module)
@@ -146,7 +149,7 @@ def _check_model(plan: Plan, inputs: FrameInputs) -> None:
             got=got.class_name,
             remedy="compile the transformer itself, with the plan made for it",
         )
-    if got.config_digest != expected.config_digest:
+    if not models.is_model(expected, module):
         raise PlanMismatchError(
             f"the plan was calibrated on a {expected.class_name} of another configuration",
             expected=f"configuration digest {expected.config_digest[:16]}",

@@ -17,7 +17,7 @@ import torch
 from calibatt_compiler import models
 from calibatt_compiler.dynamo import FrameInputs
 from calibatt_compiler.plan import Plan
-from calibatt_compiler.plan.coordinates import OF_TEXT, OF_VIDEO, by_axis
+from calibatt_compiler.plan.coordinates import OF_TEXT, OF_VIDEO
 from calibatt_compiler.plan.schema import FixedBy
 
 NOT_OF_VIDEO = (
@@ -39,7 +39,7 @@ def transformer_of(inputs: FrameInputs, class_name: str | None = None) -> torch.
     chain = [] if inputs.module is None else [inputs.module]
     chain += [enclosing.module for enclosing in inputs.enclosing]
     for module in chain:
-        if any(base.__name__ == class_name for base in type(module).__mro__):
+        if class_name is not None and models.is_class(type(module), class_name):
             return module
     known = (m for m in chain if models.config_of(m) or models.family_of(type(m)))
     return next(known, inputs.module)
@@ -67,18 +67,7 @@ def read_grid(inputs: FrameInputs) -> tuple[Any, Any, Any] | None:
 
 def video_coordinates(inputs: FrameInputs) -> tuple[str, ...]:
     """Return the names of the arguments that place the video's tokens, if the graph reads them."""
-    return tuple(name for name in coordinates_of(inputs) if name in OF_VIDEO)
-
-
-def coordinates_of(inputs: FrameInputs) -> tuple[str, ...]:
-    """Return the names of the arguments that place tokens, where the graph reads them."""
-    return tuple(
-        name
-        for name in (*OF_VIDEO, *OF_TEXT)
-        if name in inputs.placeholders
-        and isinstance(value := inputs.values.get(name), torch.Tensor)
-        and by_axis(name, value) is not None
-    )
+    return tuple(name for name in inputs.coordinates() if name in OF_VIDEO)
 
 
 def fixed_by(inputs: FrameInputs) -> FixedBy:

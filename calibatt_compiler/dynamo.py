@@ -16,6 +16,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from calibatt_compiler.passes.graph import SDPA, example, subgraphs
+from calibatt_compiler.plan.coordinates import OF_TEXT, OF_VIDEO, by_axis
 
 MOST_PARTS = 64
 """Longer lists of an argument are not looked into."""
@@ -52,6 +53,16 @@ class FrameInputs:
     values: Mapping[str, Any] = field(default_factory=dict)
     constants: frozenset[str] = frozenset()
     enclosing: tuple[Enclosing, ...] = ()
+
+    def coordinates(self) -> tuple[str, ...]:
+        """Return the names of the arguments that place tokens, where the graph reads them."""
+        return tuple(
+            name
+            for name in (*OF_VIDEO, *OF_TEXT)
+            if name in self.placeholders
+            and isinstance(value := self.values.get(name), torch.Tensor)
+            and by_axis(name, value) is not None
+        )
 
 
 def frame_inputs(gm: GraphModule) -> FrameInputs:

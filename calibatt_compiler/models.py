@@ -7,6 +7,7 @@ module works too; its grid is read by rule where its configuration allows it, el
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -60,21 +61,92 @@ def unwrap(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def identify(module: torch.nn.Module) -> ModelIdentity:
-    """Return class and configuration of a model; weights do not count.
+    """Return class and configuration of a model; weights do not count, nor how they are quantised.
 
     A module without a `config` is known by the names and shapes of its parameters.
     """
     module = unwrap(module)
-    config = config_of(module)
-    content: Any = (
-        {key: value for key, value in config.items() if not key.startswith("_")}
-        if config
-        else [[name, list(p.shape)] for name, p in module.named_parameters()]
-    )
-    text = json.dumps(content, sort_keys=True, default=str)
+    config = _configuration(module)
+    digest = _digest(config if config_of(module) else _parameters(module))
     return ModelIdentity(
-        class_name=type(module).__name__, config_digest=hashlib.sha256(text.encode()).hexdigest()
+        class_name=type(module).__name__, config_digest=digest, entries=tuple(sorted(config))
     )
+
+
+def is_model(expected: ModelIdentity, module: torch.nn.Module) -> bool:
+    """Whether a model is that of a plan, of its class or of one that derives from it.
+
+    Entries of the configuration that were not known in calibration must have their defaults.
+    """
+    module = unwrap(module)
+    if not is_class(type(module), expected.class_name):
+        return False
+    config = _configuration(module)
+    known = {name: v for name, v in config.items() if name in (expected.entries or config)}
+    if expected.config_digest != _digest(known if config_of(module) else _parameters(module)):
+        # Versions before did not leave out how a model is quantised.
+        whole = {name: v for name, v in config_of(module).items() if not name.startswith("_")}
+        shapes = [[name, list(p.shape)] for name, p in module.named_parameters()]
+        return expected.config_digest == _digest(whole or shapes)
+    return all(_is_default(type(module), name, config[name]) for name in config.keys() - known)
+
+
+def is_class(kind: type, class_name: str) -> bool:
+    """Whether a class has a name, or derives from one that has it."""
+    return any(base.__name__ == class_name for base in kind.__mro__)
+
+
+def _configuration(module: torch.nn.Module) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in config_of(module).items()
+        if not name.startswith("_") and name != "quantization_config"
+    }
+
+
+def _is_default(kind: type, name: str, value: object) -> bool:
+    for base in kind.__mro__:
+        begun = vars(base).get("__init__")
+        parameter = inspect.signature(begun).parameters.get(name) if callable(begun) else None
+        if parameter is not None:
+            return _digest(parameter.default) == _digest(value)
+    return True
+
+
+def _digest(content: object) -> str:
+    text = json.dumps(content, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _parameters(module: torch.nn.Module) -> list[list[Any]]:
+    """Return names and shapes of the parameters, of linear layers as they are unquantised."""
+    found: list[list[Any]] = []
+    seen: set[int] = set()
+    for prefix, layer in module.named_modules():
+        own: dict[str, tuple[Any, list[int]]] = {
+            name: (p, list(p.shape)) for name, p in layer._parameters.items() if p is not None
+        }
+        sizes = _linear(layer)
+        if sizes and not any(map(_linear, layer.children())):  # else it is a LoRA around one
+            # Quantised, its weight may be packed, a buffer or neither, and have scales beside it.
+            bias = getattr(layer, "bias", None)
+            if not isinstance(bias, torch.Tensor):
+                bias = bias() if callable(bias) else None
+            own = {"weight": (getattr(layer, "weight", None), sizes)}
+            own |= {"bias": (bias, sizes[:1])} if bias is not None else {}
+        for name, (parameter, shape) in own.items():
+            if isinstance(parameter, torch.nn.Parameter):
+                if id(parameter) in seen:
+                    continue
+                seen.add(id(parameter))
+            found.append([f"{prefix}.{name}" if prefix else name, shape])
+    return found
+
+
+def _linear(layer: torch.nn.Module) -> list[int]:
+    """Return features out and in of a linear layer, of whatever class; empty for others."""
+    sizes = [getattr(layer, name, None) for name in ("out_features", "in_features")]
+    return [size for size in sizes if isinstance(size, int)] if None not in sizes else []
 
 
 def config_of(module: torch.nn.Module) -> dict[str, Any]:

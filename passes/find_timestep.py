@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import torch
 
-from calibatt_compiler.calls import coordinates_of
 from calibatt_compiler.passes.graph import example
 from calibatt_compiler.passes.rewrite import Rewrite
 
@@ -23,7 +22,7 @@ def find_timestep(rewrite: Rewrite) -> Rewrite:
     if source is None or example(source) is None or not rewrite.calls:
         return rewrite
     graph = rewrite.gm.graph
-    names = coordinates_of(rewrite.inputs)
+    names = rewrite.inputs.coordinates()
     placing = [rewrite.inputs.placeholders[name] for name in names]
     last = list(graph.find_nodes(op="placeholder"))[-1]
     with graph.inserting_after(last):

@@ -114,11 +114,11 @@ def tune(
 
     from calibatt_compiler.calibration import CalibrationConfig, TuningConfig, tuning_cost
     from calibatt_compiler.calibration import tune as run
-    from calibatt_compiler.calibration.study import SearchSpace
+    from calibatt_compiler.calibration.tuning.study import SearchSpace
     from calibatt_compiler.cli import pipelines
     from calibatt_compiler.cli.progress import TerminalProgress
+    from calibatt_compiler.cli.tables import tuning as report
     from calibatt_compiler.errors import OptionError
-    from calibatt_compiler.report import tuning as report
 
     if proxy and psnr is not None:
         raise OptionError(
