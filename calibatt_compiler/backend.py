@@ -61,7 +61,8 @@ def calibatt(
         PlanCoordinates(checked.plan),
     )
     report = GraphReport(compiled, binder, options, rewrite.order_in_words())
-    keep_report(inputs.module, report)
+    # Of a function around a model, the model is asked for its summary.
+    keep_report(transformer_of(inputs) if inputs.module is None else inputs.module, report)
     return compiled
 
 

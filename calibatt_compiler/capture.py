@@ -55,14 +55,14 @@ class Recorder(Protocol):
     """What a model compiled in recording mode reports to."""
 
     def on_capture(self, capture: CaptureInfo) -> None:
-        """Take note of a newly captured graph; called before its first run."""
+        """Record a newly captured graph; called before its first run."""
 
     def on_call(self, capture: CaptureInfo) -> None:
-        """Take note of the graph that is about to run."""
+        """Record the graph that is about to run."""
         return
 
     def on_coordinates(self, name: str, coordinates: Tensor) -> None:
-        """Take note of where tokens stand, as an argument of the model says; once a run."""
+        """Record where tokens stand, as an argument of the model says; once a run."""
         return
 
     def attend(

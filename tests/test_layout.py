@@ -75,17 +75,19 @@ EDGES: dict[str, str] = {
     "cli": "cli.app",
     "cli.app": "cli.build cli.calibrate cli.compare cli.demo cli.env cli.inspect cli.tune",
     "cli.build": "build cli.options cli.pipelines cli.progress kernels.baked options plan",
-    "cli.calibrate": "calibration cli.options cli.pipelines cli.ranks cli.tables evaluation report",
-    "cli.compare": "cli.options cli.pipelines cli.progress evaluation options plan",
+    "cli.calibrate": "calibration cli.groups cli.options cli.ranks cli.tables evaluation report",
+    "cli.compare": "cli.groups cli.options cli.progress evaluation options plan",
     "cli.demo": (
-        "calibration cli.compare cli.options cli.pipelines cli.progress evaluation plan report"
+        "calibration cli.compare cli.groups cli.options cli.pipelines cli.progress evaluation plan "
+        "report"
     ),
     "cli.env": "evaluation kernels.hopper options",
-    "cli.inspect": "cli.options cli.pipelines cli.tables cli.validation plan report",
+    "cli.inspect": "cli.groups cli.options cli.tables cli.validation plan report",
+    "cli.options": "cli.groups cli.pipelines evaluation plan",
     "cli.pipelines": "evaluation plan",
     "cli.tables": "calibration.cost calibration.tuning calibration.validation",
-    "cli.tune": "calibration calibration.tuning cli.options cli.pipelines cli.progress cli.tables",
-    "cli.validation": "calibration calibration.validation cli.pipelines evaluation plan",
+    "cli.tune": "calibration calibration.tuning cli.groups cli.options cli.progress cli.tables",
+    "cli.validation": "calibration calibration.validation cli.options plan",
     "debug": "options",
     "dynamo": "passes.graph plan",
     "evaluation": "build options plan report",

@@ -19,7 +19,13 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from calibatt_compiler.calibration.config import CalibrationConfig
+from calibatt_compiler.calibration.config import (
+    CalibrationConfig,
+    ObservationConfig,
+    RunConfig,
+    SelectionConfig,
+    StorageConfig,
+)
 from calibatt_compiler.plan.thresholds import Thresholds
 
 if TYPE_CHECKING:
@@ -37,7 +43,11 @@ if TYPE_CHECKING:
 __all__ = [
     "CalibrationConfig",
     "CalibrationRun",
+    "ObservationConfig",
+    "RunConfig",
     "SearchSpace",
+    "SelectionConfig",
+    "StorageConfig",
     "Thresholds",
     "Tuning",
     "TuningConfig",

@@ -30,7 +30,7 @@ class SamplerWatch:
         self.strange: list[float] = []
 
     def see(self, timestep: float) -> None:
-        """Take note of a finite timestep; warn of the first that is no step of the plan."""
+        """Record a finite timestep; warn of the first that is no step of the plan."""
         if timestep in self._seen:
             return
         self._seen[timestep] = self._side(timestep)

@@ -62,7 +62,7 @@ class NativeCpuAttention:
         self._specialisation = (dtype, head_dim)
         self.density = pattern.computed_density
         runs = pattern.intervals()
-        order = _dearest_first(pattern)
+        order = _longest_first(pattern)
         self._tables = (order, runs.offsets, runs.starts, runs.ends, runs.log_weights)
         copies = copy_tables(pattern)
         self._copies: tuple[npt.NDArray[Any] | None, ...] = (None, None, None)
@@ -218,7 +218,7 @@ def library(dtype: torch.dtype, head_dim: int) -> Any:
         ) from error
 
 
-def _dearest_first(pattern: BlockPattern) -> npt.NDArray[np.int32]:
+def _longest_first(pattern: BlockPattern) -> npt.NDArray[np.int32]:
     """Rows of blocks by falling work, so that no core is left with a long one at the end."""
     kept = pattern.numpy_mask().sum(-1)
     copies = copy_tables(pattern)

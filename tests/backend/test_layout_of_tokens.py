@@ -164,6 +164,7 @@ def test_functions_around_a_model_show_its_own_latents(wan, dynamic):
 
     for plan in (wan.plan, observe(model, calls[0])):
         assert served(passing, plan, *calls, dynamic=dynamic) == ["sparse", "dense"]
+        assert calibatt_compiler.summary(model).sparse_calls >= len(wan.sites)
         named = served(positional, plan, *map(renamed, calls), dynamic=dynamic)
         assert named == ["sparse", "dense"]
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 
-class Spool:
+class EnergyBuffer:
     """Arrays in a folder: some given back in the order they came, others mapped.
 
     Args:

@@ -4,7 +4,7 @@
     order.json                    what was measured of token orders, if one was to be chosen
     input-00000.safetensors       masks of one input, packed, with its record in the header
     lock                          held while a process works in the folder, or several ranks do
-    rank-00000                    how a rank fares, where several work
+    rank-00000                    status of a rank, where several work
 
 A file is written under a temporary name and renamed, so a kill at any moment loses the input in
 progress and nothing else.

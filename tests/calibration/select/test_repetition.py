@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from calibatt_compiler.calibration.select import repetition_scores as repetition
-from calibatt_compiler.calibration.select.repetition import choose_forms
+from calibatt_compiler.calibration.select.repetition import choose_head_modes
 from calibatt_compiler.calibration.select.repetition_scores import (
     AttentionCall,
     at_other_share,
@@ -176,7 +176,7 @@ def chosen(
     mask = torch.zeros(heads, 8, 8, dtype=torch.bool)
     mask.view(heads, -1)[:, : round(64 * density)] = True
     store = stored({"0": votes})
-    forms = choose_forms(store, [record()], size, 0, mask, gamma=gamma, **kwargs)
+    forms = choose_head_modes(store, [record()], size, 0, mask, gamma=gamma, **kwargs)
     assert forms.copies is not None
     assert forms.repetitive is not None
     return [bool(flag) for flag in forms.repetitive]
@@ -205,7 +205,7 @@ def test_scores_are_means_over_samples_and_inputs() -> None:
     store = stored({"0": [[GOOD]], "2": [[(0.5, 0.01, 0.02, 0.1)], [(0.5, 0.01, 0.02, 0.1)]]})
     records = [record("0"), record("1", 0), record("2")]  # the second one has no scores
     for gamma, expected in ((0.63, True), (0.64, False)):
-        forms = choose_forms(store, records, size, 0, mask, gamma=gamma)
+        forms = choose_head_modes(store, records, size, 0, mask, gamma=gamma)
         assert forms.repetitive is not None
         assert forms.repetitive.tolist() == [expected]
 
@@ -221,8 +221,8 @@ def test_nothing_is_chosen_where_nothing_can_be() -> None:
     size = SiteSize(name="s", heads=1, head_dim=16, query_length=VIDEO, key_length=VIDEO)
     mask = torch.ones(1, 8, 8, dtype=torch.bool)
     store = stored({})
-    assert choose_forms(store, [record("0", 0)], size, 0, mask, gamma=None).copies is None
+    assert choose_head_modes(store, [record("0", 0)], size, 0, mask, gamma=None).copies is None
     few = record(anchor_rows=7)
-    assert choose_forms(store, [few], size, 0, mask, gamma=0.87).repetitive is None
+    assert choose_head_modes(store, [few], size, 0, mask, gamma=0.87).repetitive is None
     with pytest.raises(CalibrationError, match="was scored for spatial repetition"):
-        choose_forms(store, [record("0", 0)], size, 0, mask, gamma=0.87)
+        choose_head_modes(store, [record("0", 0)], size, 0, mask, gamma=0.87)
