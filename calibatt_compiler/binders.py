@@ -9,6 +9,7 @@ import torch
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from calibatt_compiler import models
+from calibatt_compiler.calls import another_size, hint, transformer_of
 from calibatt_compiler.capture import Recorder, Site, SiteInfo
 from calibatt_compiler.dynamo import FrameInputs
 from calibatt_compiler.errors import KernelError, PlanMismatchError
@@ -20,6 +21,7 @@ from calibatt_compiler.plan import Plan, SitePatterns
 from calibatt_compiler.plan.text import other_text
 from calibatt_compiler.runtime.device_queue import queue_of
 from calibatt_compiler.runtime.kernel_cache import KernelCache, table_budget
+from calibatt_compiler.runtime.sampler_watch import SamplerWatch
 from calibatt_compiler.runtime.site import RecordingSite, SparseSite
 
 
@@ -28,6 +30,7 @@ class PlanBinder:
 
     Attributes:
         expectation: what the plan was made for, in words.
+        watch: remembers the timesteps that the graph is given.
 
     Raises:
         PlanMismatchError: the plan was calibrated on another model.
@@ -37,8 +40,9 @@ class PlanBinder:
         self._options = options
         self._plan = options.plan
         _check_model(self._plan, inputs)
-        self._size = _check_size(self._plan, inputs)
+        self._size = another_size(self._plan, inputs)
         frames, height, width = self._plan.grid
+        self.watch = SamplerWatch(self._plan)
         self._caches: dict[torch.device, KernelCache] = {}
         self.expectation = f"{frames} x {height} x {width} latent tokens"
 
@@ -72,7 +76,7 @@ class PlanBinder:
         ):
             # A symbolic size is compared here, which makes Dynamo guard on the answer.
             if got != expected:
-                return Skip(f"{_hint(got)} {what} instead of {expected}", mismatch=True)
+                return Skip(f"{hint(got)} {what} instead of {expected}", mismatch=True)
         query = example(call.operands["query"])
         assert query is not None
         settings = KernelSettings(
@@ -89,6 +93,8 @@ class PlanBinder:
                 info.name,
                 settings,
                 monitor=self._options.monitor,
+                on_mismatch=self._options.on_mismatch,
+                watch=self.watch,
                 kernels=self._cache(query.device),
             )
         except KernelError as error:
@@ -133,41 +139,24 @@ class RecordingBinder:
 
 def _check_model(plan: Plan, inputs: FrameInputs) -> None:
     expected = plan.metadata.model
-    module = inputs.module
+    module = None if expected is None else transformer_of(inputs, expected.class_name)
     if expected is None or module is None:
         return
-    whole = bool(models.config_of(module)) or type(module).__name__ == expected.class_name
-    if not whole:  # a frame inside the model, after a graph break
+    own = models.is_class(type(module), expected.class_name)
+    if not own and not models.config_of(module):  # a frame inside the model, after a graph break
         return
     got = models.identify(module)
-    if got.class_name != expected.class_name:
+    if not own:
         raise PlanMismatchError(
             "the plan was calibrated on a model of another class",
             expected=expected.class_name,
             got=got.class_name,
             remedy="compile the transformer itself, with the plan made for it",
         )
-    if got.config_digest != expected.config_digest:
+    if not models.is_model(expected, module):
         raise PlanMismatchError(
             f"the plan was calibrated on a {expected.class_name} of another configuration",
             expected=f"configuration digest {expected.config_digest[:16]}",
             got=got.config_digest[:16],
             remedy="use the plan of this model, or calibrate it with `calibatt calibrate`",
         )
-
-
-def _hint(size: Any) -> Any:
-    """Return the value that a symbolic size was captured with."""
-    node = getattr(size, "node", None)
-    return size if node is None else getattr(node, "hint", size)
-
-
-def _check_size(plan: Plan, inputs: FrameInputs) -> str | None:
-    """Return why the latent grid of this call is not the plan's, or None."""
-    if inputs.module is None:
-        return None
-    grid: tuple[Any, ...] | None = models.latent_grid(inputs.module, inputs.values)
-    if grid is None or all(got == expected for got, expected in zip(grid, plan.grid, strict=True)):
-        return None
-    got = " x ".join(str(_hint(size)) for size in grid)
-    return f"another size: {got} latent tokens instead of {' x '.join(map(str, plan.grid))}"

@@ -25,10 +25,11 @@ EDGES: dict[str, str] = {
     "": "calibration plan report",
     "__main__": "cli",
     "backend": (
-        "binders capture dynamo models options passes.pipeline passes.rewrite report runtime"
+        "binders calls capture dynamo models options passes.pipeline passes.rewrite report runtime"
     ),
     "binders": (
-        "capture dynamo kernels.request models options passes.graph passes.rewrite plan runtime"
+        "calls capture dynamo kernels.request models options passes.graph passes.rewrite plan "
+        "runtime"
     ),
     "build": "kernels.baked kernels.dispatch kernels.request plan",
     "calibration": (
@@ -71,6 +72,7 @@ EDGES: dict[str, str] = {
         "calibration.config calibration.observe calibration.progress calibration.select "
         "calibration.store models plan"
     ),
+    "calls": "dynamo models plan",
     "capture": "plan",
     "cli": "cli.app",
     "cli.app": "cli.build cli.calibrate cli.compare cli.demo cli.env cli.inspect cli.tune",
@@ -91,6 +93,7 @@ EDGES: dict[str, str] = {
     "cli.tune": "calibration calibration.tuning cli.groups cli.options cli.progress cli.tables",
     "cli.validation": "calibration calibration.validation cli.options plan",
     "debug": "options",
+    "dynamo": "passes.graph plan",
     "evaluation": "build kernels.portable options plan report",
     "kernels.attention": (
         "kernels.baked kernels.cpu kernels.dispatch kernels.hopper kernels.portable "

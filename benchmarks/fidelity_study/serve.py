@@ -17,7 +17,7 @@ from dino_study.measure import pooled_scores
 from fidelity_study.patterns import Budget
 from torch import Tensor
 
-from calibatt_compiler.capture import CaptureInfo
+from calibatt_compiler.capture import CaptureInfo, Recorder
 from calibatt_compiler.kernels.attention import make_attention
 from calibatt_compiler.kernels.common.dense import dense_attention
 from calibatt_compiler.kernels.energy import block_energy
@@ -41,7 +41,7 @@ class Method(Protocol):
         """Key work of the calls served so far / that of dense attention."""
 
 
-class Switch:
+class Switch(Recorder):
     """The recorder that a model is compiled with; hands each call on to the method that is on."""
 
     def __init__(self) -> None:

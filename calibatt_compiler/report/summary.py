@@ -62,6 +62,7 @@ class GraphReport:
         options: the very dict that `torch.compile` was given.
         plan_digest: digest of the plan.
         order: what became of the plan's token order, in words; None if it is the model's.
+        watch: remembers the timesteps that the graph was given.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class GraphReport:
         self.options = options
         self.order = order
         self.plan_digest = binder.plan.digest
+        self.watch = binder.watch
         self._plan = binder.plan
         # Not the graph, nor its sites: their tables go with whoever calls them.
         self._graph = weakref.ref(graph)
@@ -126,12 +128,15 @@ class Summary:
         plan_digest: digest of the plan.
         orders: how the graphs bring tokens into the plan's order, in words; empty if it is the
             model's.
+        samplers: of graphs that were given timesteps which are no steps of the plan, both lists in
+            words.
     """
 
     rows: tuple[SiteRow, ...]
     graphs: int
     plan_digest: str
     orders: tuple[str, ...] = ()
+    samplers: tuple[str, ...] = ()
 
     @property
     def sparse_calls(self) -> int:
@@ -157,6 +162,7 @@ class Summary:
             "plan_digest": self.plan_digest,
             "graphs": self.graphs,
             "token_order": list(self.orders),
+            "samplers": list(self.samplers),
             "sparse_calls": self.sparse_calls,
             "dense_calls": dict(self.dense_calls),
             "skipped": dict(self.skipped),
@@ -189,6 +195,7 @@ class Summary:
         repairs = sum(row.repairs for row in self.rows)
         return (
             list(self.orders)
+            + list(self.samplers)
             + [f"{n} calls {why}" for why, n in dense.most_common()]
             + [f"{n} patterns by another kernel: {why}" for why, n in reasons.most_common()]
             + [f"{repairs} calls computed again: scores overflowed their softmax reference"]
@@ -298,7 +305,8 @@ def summary(compiled: object) -> Summary:
         )
     rows = tuple(row for report in reports for row in report.rows())
     orders = dict.fromkeys(report.order for report in reports if report.order is not None)
-    return Summary(rows, len(reports), reports[-1].plan_digest, tuple(orders))
+    samplers = dict.fromkeys(note for report in reports if (note := report.watch.note()))
+    return Summary(rows, len(reports), reports[-1].plan_digest, tuple(orders), tuple(samplers))
 
 
 def _shared(kind: type, options: object) -> list[GraphReport]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from calibatt_compiler.capture import Site
+from calibatt_compiler.runtime.coordinates import CoordinatesReader
 from calibatt_compiler.runtime.invocation import Invocation, Sites, running
 from calibatt_compiler.runtime.token_order import Rearrangements
 
@@ -30,10 +31,16 @@ class CompiledGraph:
         counts: what it has done.
     """
 
-    def __init__(self, compiled: Callable[..., Any], entries: Mapping[str, Site | str]) -> None:
+    def __init__(
+        self,
+        compiled: Callable[..., Any],
+        entries: Mapping[str, Site | str],
+        coordinates: CoordinatesReader | None = None,
+    ) -> None:
         self._compiled = compiled
         self.entries = dict(entries)
         self.counts = GraphCounts()
+        self._coordinates = coordinates
         self._rearrangements = Rearrangements()
         self._sites = Sites(
             {name: entry for name, entry in self.entries.items() if not isinstance(entry, str)}
@@ -42,5 +49,5 @@ class CompiledGraph:
     def __call__(self, *inputs: Any) -> Any:
         """Run the graph once."""
         self.counts.calls += 1
-        with running(Invocation(self._sites, self._rearrangements)):
+        with running(Invocation(self._sites, self._rearrangements, self._coordinates)):
             return self._compiled(*inputs)

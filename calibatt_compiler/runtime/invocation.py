@@ -23,6 +23,7 @@ from torch import Tensor
 
 from calibatt_compiler.capture import Site
 from calibatt_compiler.errors import KernelError
+from calibatt_compiler.runtime.coordinates import CoordinatesReader
 from calibatt_compiler.runtime.device_queue import Event
 from calibatt_compiler.runtime.token_order import Rearrangements
 
@@ -53,11 +54,13 @@ class Invocation:
     Attributes:
         sites: what serves each name.
         rearrangements: those of the graph.
+        coordinates: what is shown the coordinates of its tokens, if anything is.
         timestep_copied: behind the copy of the timestep that is under way to the host, or None.
     """
 
     sites: Sites
     rearrangements: Rearrangements = field(default_factory=Rearrangements)
+    coordinates: CoordinatesReader | None = None
     timestep_copied: Event | None = None
 
 

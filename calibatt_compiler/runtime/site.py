@@ -8,21 +8,27 @@ from collections.abc import Hashable
 from torch import Tensor
 
 from calibatt_compiler.capture import Recorder
+from calibatt_compiler.errors import PlanMismatchError
 from calibatt_compiler.kernels.common.dense import dense_attention
 from calibatt_compiler.kernels.gradients import attention_gradients
 from calibatt_compiler.kernels.request import KernelSettings
+from calibatt_compiler.options import OnMismatch
 from calibatt_compiler.plan import Plan
 from calibatt_compiler.plan.text import other_text
 from calibatt_compiler.runtime.device_queue import queue_of
 from calibatt_compiler.runtime.kernel_cache import KernelCache, KernelFactory
 from calibatt_compiler.runtime.monitor import KeptMassMonitor
+from calibatt_compiler.runtime.sampler_watch import SamplerWatch
 from calibatt_compiler.runtime.site_counts import SiteCounts
 from calibatt_compiler.runtime.site_kernels import SiteKernelFactory
+from calibatt_compiler.runtime.timestep import OTHER_TOKENS
 from calibatt_compiler.runtime.token_order import Rearrangement, Rearrangements, attend_in_order
 
 DENSE_OUTSIDE = "dense: timestep outside the plan's range"
+DENSE_FOREIGN = "dense: no timestep so far is one of the plan's range"
 DENSE_MIXED = "dense: samples of one batch at different timesteps"
 DENSE_LENGTH = "dense: a sequence that is not the plan's video with text"
+DENSE_TOKENS = "dense: tokens that are not laid out as the plan's"
 DENSE_FULL = "dense: the plan keeps every block"
 
 
@@ -37,6 +43,8 @@ class SparseSite:
         name: of the site.
         settings: what its kernels have in common.
         monitor: as in `CompileOptions`.
+        on_mismatch: as in `CompileOptions`.
+        watch: what remembers the timesteps of the graph; None: they are not compared.
         kernels: where the kernels of the graph are held; default: a cache of its own.
 
     Attributes:
@@ -55,6 +63,8 @@ class SparseSite:
         settings: KernelSettings,
         *,
         monitor: int = 0,
+        on_mismatch: OnMismatch = "dense",
+        watch: SamplerWatch | None = None,
         kernels: KernelCache | None = None,
     ) -> None:
         self._plan = plan
@@ -62,6 +72,8 @@ class SparseSite:
         self._site = plan.sites[name]
         self._steps = self._site.steps
         self._device = settings.device
+        self._on_mismatch = on_mismatch
+        self._watch = watch
         self._rearrangements = Rearrangements()
         self._made = SiteKernelFactory(plan, name, settings)
         # What a weighted sample keeps is no measure of how well it serves.
@@ -150,11 +162,50 @@ class SparseSite:
         return (dq, dk, dv) if of_keys is None else (dq, of_keys.undo(dk), of_keys.undo(dv))
 
     def _step(self, timestep: float, lengths: tuple[int, int]) -> int | str:
-        """Return the step whose pattern serves a call, or why it is dense."""
+        """Return the step whose pattern serves a call, or why it is dense.
+
+        Raises:
+            PlanMismatchError: if asked to, where tokens or sampler are not the plan's.
+        """
+        if timestep == OTHER_TOKENS:
+            if self._on_mismatch == "error":
+                frames, height, width = self._plan.grid
+                raise PlanMismatchError(
+                    f"the plan does not fit a call of {self._name}",
+                    expected=f"tokens laid out as in calibration, {frames} x {height} x {width}",
+                    got=DENSE_TOKENS.removeprefix("dense: "),
+                    remedy='calibrate for this size, or pass on_mismatch="dense" to run it dense',
+                )
+            return DENSE_TOKENS
         step = self._plan.step_of(timestep)
-        if step is None:
-            return DENSE_MIXED if math.isnan(timestep) else DENSE_OUTSIDE
+        if (reason := self._unserved(step, timestep)) is not None:
+            return reason
+        assert step is not None
         return step if self._serves(lengths) else DENSE_LENGTH
+
+    def _unserved(self, step: int | None, timestep: float) -> str | None:
+        """Return why no step serves a timestep, None if one does.
+
+        Raises:
+            PlanMismatchError: if asked to, where no timestep so far is of the plan's range.
+        """
+        if math.isnan(timestep):
+            return DENSE_MIXED
+        reason = DENSE_OUTSIDE if step is None else None
+        if self._watch is None:
+            return reason
+        self._watch.see(timestep)
+        if self._watch.overlaps or (reason is None and self._watch.fits(timestep)):
+            return reason
+        if self._on_mismatch == "error":
+            raise PlanMismatchError(
+                "the plan does not fit the sampler",
+                expected=self._watch.range(),
+                got=self._watch.seen(),
+                remedy="give each transformer of the pipeline its own plan (those of Wan 2.2 take "
+                'turns), calibrate with this sampler, or pass on_mismatch="dense"',
+            )
+        return reason or DENSE_FOREIGN
 
     def _rearrangement(self, length: int) -> Rearrangement | None:
         return self._rearrangements.of(

@@ -8,26 +8,34 @@ queued, and the host waits for it at the first site only: what lies before that 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from calibatt_compiler.runtime.invocation import current
 
+OTHER_TOKENS = math.inf
+"""Stands for the timestep of a forward pass whose tokens are not where the plan's are."""
 
-def send(timestep: Tensor) -> Tensor:
+
+def send(timestep: Tensor, fits: Sequence[Tensor] = ()) -> Tensor:
     """Return float64 (2) on the CPU: will hold the diffusion timestep, see `read`, and one more.
 
     A timestep per token (the conditioning frames at zero) stands for its greatest value. Samples
-    of one batch at different timesteps have no common step: NaN.
+    of one batch at different timesteps have no common step: NaN. Where the tokens are not the
+    plan's, it is `OTHER_TOKENS`: so one copy tells both.
 
     Args:
         timestep: any shape, any dtype, one entry a sample on the first dimension.
+        fits: boolean scalars, whether the tokens are the plan's.
     """
     values = timestep.detach().to(torch.float64)
     if values.dim() > 0:
         by_sample = values.reshape(values.shape[0], -1).amax(1)
         values = by_sample[0].where((by_sample == by_sample[0]).all(), math.nan)
+    for each in fits:
+        values = values.where(each.to(values.device), OTHER_TOKENS)
     invocation = current()
     if values.device.type != "cuda" or invocation is None:
         return torch.stack([values.to("cpu"), torch.zeros_like(values, device="cpu")])

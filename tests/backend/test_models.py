@@ -90,3 +90,15 @@ def test_the_monitor_is_in_the_summary(wan):
     assert all(row.drift.samples == 1 for row in summary.rows if row.status == "sparse")
     assert any(note.startswith("monitor: ") for note in summary.notes())
     assert summary.to_dict()["sites"][0]["drift"]["calibrated"] is None
+
+
+def test_another_sampler_is_in_the_summary(wan):
+    compiled = compiled_with(wan, lowering="reference")
+    for timestep in (900.0, 700.0, 200.0):
+        compiled(**wan.arguments(timestep))
+    summary = calibatt_compiler.summary(compiled)
+    (note,) = summary.samplers
+    assert "seen 900, 700, 200; the plan's 900, 500, 100" in note
+    assert note in summary.notes()
+    assert "sampler" in str(summary)
+    assert summary.to_dict()["samplers"] == [note]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from calibatt_compiler.backend import recording_backend
 from calibatt_compiler.calibration.observe.attach import DYNAMO
-from calibatt_compiler.capture import CaptureInfo
+from calibatt_compiler.capture import CaptureInfo, Recorder
 from calibatt_compiler.kernels.common.dense import dense_attention
 from calibatt_compiler.kernels.request import KernelSettings
 from calibatt_compiler.models import unwrap
@@ -26,7 +26,7 @@ BUDGET = 4 * TABLE_BUDGET
 and making their tables anew would be timed too."""
 
 
-class PlanServer:
+class PlanServer(Recorder):
     """Serves a plan that can be exchanged; implements `calibatt_compiler.capture.Recorder`.
 
     The model is compiled as for a recording: every attention call asks here what to compute. So

@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="Gluon is part of triton")
 pytest.importorskip("diffusers")
 
 from calibatt_compiler.calibration.observe.attach import observed
-from calibatt_compiler.capture import CaptureInfo
+from calibatt_compiler.capture import CaptureInfo, Recorder
 from calibatt_compiler.cli.pipelines import load_pipeline
 from calibatt_compiler.kernels.common.dense import dense_attention
 from calibatt_compiler.kernels.hopper.attention import HopperAttention
@@ -27,7 +27,7 @@ Operands = tuple[Tensor, Tensor, Tensor]
 Flash = Callable[..., tuple[Tensor, Tensor]]
 
 
-class Keeper:
+class Keeper(Recorder):
     """Keeps the operands of each site's first and last call, in float32."""
 
     def __init__(self) -> None:
