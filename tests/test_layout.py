@@ -128,7 +128,7 @@ EDGES: dict[str, str] = {
     "passes.writes": "passes.graph",
     "report": "binders plan runtime",
     "runtime": (
-        "capture kernels.attention kernels.common kernels.dispatch kernels.gradients "
+        "capture options kernels.attention kernels.common kernels.dispatch kernels.gradients "
         "kernels.protocol kernels.request plan"
     ),
 }
