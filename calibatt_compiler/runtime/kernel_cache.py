@@ -305,6 +305,7 @@ class KernelCache:
                 # On the stream for copies: what a site reads there must not wait for the others.
                 with self._releasing, self._queue.making():
                     self._factories[key[0]].release(held.kernel)
+                held.kernel = None  # its memory is for the next one, which callers make now
 
 
 def _close(

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -285,6 +286,27 @@ def test_calls_of_other_kernels_do_not_wait_for_one_that_is_made():
     for thread in slow:
         thread.join(10)
     assert (len(cache.held("a")), cache.counts.made) == (2, 2), "two calls for one make it once"
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+def test_what_goes_is_gone_before_the_next_is_made(threads: int):
+    cache = KernelCache(FakeQueue(threads), budget=10)
+    alive: weakref.WeakSet[FakeKernel] = weakref.WeakSet()
+    most = []
+
+    def make(index: int, variant: object) -> FakeKernel:
+        most.append(len(alive))
+        kernel = FakeKernel(10)
+        alive.add(kernel)
+        return kernel
+
+    cache.add("a", range(4), KernelFactory(make))
+    for step in range(4):
+        cache.get("a", step)
+        cache.record_use("a")
+        wait_for(cache)
+    assert len(most) >= 4
+    assert max(most) == 0
 
 
 @pytest.mark.parametrize("threads", [0, 2])
