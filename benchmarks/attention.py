@@ -134,7 +134,7 @@ def measure(
             result.efficiency[name] = part * result.sustained[base] / result.sustained[name]
             result.burst_efficiency[name] = part * result.burst[base] / result.burst[name]
     for name, contestant in found.items():
-        repairs = getattr(contestant.kernel, "repairs", 0)
+        repairs = contestant.kernel.repairs if contestant.kernel is not None else 0
         if repairs:
             result.notes.append(f"{name}: {repairs} calls repaired")
     return result

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
@@ -23,6 +25,7 @@ from calibatt_compiler.plan.schema import (
     TEXT_POSITIONS,
     CalibrationInputs,
     CfgMode,
+    FixedBy,
     ModelIdentity,
     PlanMetadata,
     Sampler,
@@ -64,6 +67,7 @@ class Plan:
         thresholds: Mapping[str, float] | None = None,
         inputs: CalibrationInputs | None = None,
         quality: Mapping[str, float] | None = None,
+        fixed_by: FixedBy | None = None,
     ) -> Plan:
         """Build a plan from patterns; the long form of `from_masks`.
 
@@ -74,7 +78,7 @@ class Plan:
             records = tuple(record_of(name, site) for name, site in sites.items())
             metadata = PlanMetadata(
                 producer=PRODUCER,
-                requires=tuple(sorted(features(str(token_order), records))),
+                requires=tuple(sorted(features(str(token_order), records, fixed_by, model))),
                 model=model,
                 grid=grid,
                 token_order=str(token_order),
@@ -84,6 +88,7 @@ class Plan:
                 thresholds=dict(thresholds or {}),
                 inputs=inputs or CalibrationInputs(count=0, digest=""),
                 quality=dict(quality or {}),
+                fixed_by=fixed_by,
                 sites=records,
             )
         except pydantic.ValidationError as error:
@@ -109,7 +114,8 @@ class Plan:
 
         Args:
             masks: for each site, bool (steps, heads, query_blocks, key_blocks); True is kept.
-            grid: latent tokens (frames, height, width) after patching.
+            grid: latent tokens (frames, height, width) after patching; calls where it can't be read
+                are refused, but for (1, 1, tokens), which compares their number alone.
             timesteps: what the model is given at each step, in sampling order.
             block: tokens a query block, tokens a key block.
             lengths: for sites whose tokens are not just the grid's (text in the same sequence,
@@ -208,13 +214,16 @@ class Plan:
         Raises:
             PlanError: steps or names that don't fit together.
         """
+        was = self._metadata
         try:
             records = tuple(record_of(name, site) for name, site in sites.items())
             metadata = PlanMetadata.model_validate(
                 {
-                    **self._metadata.model_dump(),
+                    **was.model_dump(),
                     "producer": PRODUCER,
-                    "requires": tuple(sorted(features(self._metadata.token_order, records))),
+                    "requires": tuple(
+                        sorted(features(was.token_order, records, was.fixed_by, was.model))
+                    ),
                     "thresholds": dict(thresholds),
                     "quality": dict(quality),
                     "sites": records,
@@ -255,6 +264,35 @@ class Plan:
         """
         stored = {name: site.stored for name, site in self._sites.items()}
         file.write(path, self._metadata, stored)
+
+    def to_bytes(self) -> bytes:
+        """Return what `save` writes; a pickled plan is this, and is checked as a file is."""
+        with tempfile.TemporaryDirectory(prefix="calibatt-") as folder:
+            path = Path(folder) / "plan.calibatt"
+            self.save(path)
+            return path.read_bytes()
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Plan:
+        """Read what `to_bytes` returned.
+
+        Raises:
+            PlanFormatError: as of `load`.
+            PlanError: as of `load`.
+        """
+        with tempfile.TemporaryDirectory(prefix="calibatt-") as folder:
+            path = Path(folder) / "plan.calibatt"
+            path.write_bytes(content)
+            return cls.load(path)
+
+    def __reduce__(self) -> tuple[Callable[[bytes], Plan], tuple[bytes]]:
+        return Plan.from_bytes, (self.to_bytes(),)
+
+    def __deepcopy__(self, memo: object) -> Plan:
+        return self  # it is immutable
+
+    def __copy__(self) -> Plan:
+        return self
 
     @cached_property
     def digest(self) -> str:

@@ -55,6 +55,7 @@ class NativeCpuAttention:
 
     kind = "native-cpu"
     reason = None
+    repairs = 0
 
     def __init__(self, pattern: BlockPattern, *, dtype: torch.dtype, head_dim: int) -> None:
         self.pattern = pattern

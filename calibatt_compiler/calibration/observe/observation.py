@@ -14,6 +14,7 @@ import numpy.typing as npt
 from calibatt_compiler.calibration.select.repetition_scores import ARRAY, Scores
 from calibatt_compiler.calibration.store.records import InputRecord, SiteSize
 from calibatt_compiler.errors import CalibrationError
+from calibatt_compiler.plan.schema import FixedBy
 
 Branch = Literal["any", "unknown", "conditional", "unconditional", "batched"]
 """Which branch of classifier-free guidance a model call is.
@@ -69,6 +70,8 @@ class InputObservation:
         scored: whether they are.
         votes: masks by site and step.
         guided: whether a call of an unconditional branch was seen.
+        fixed_by: what fixed the tokens of all its calls, but for coordinates.
+        coordinates: of tokens, by argument the digests that were seen.
     """
 
     name: str
@@ -87,6 +90,8 @@ class InputObservation:
     best_share: Counter[Key] = field(default_factory=Counter)
     votes: Counter[Key] = field(default_factory=Counter)
     guided: bool = False
+    fixed_by: FixedBy | None = None
+    coordinates: dict[str, set[str]] = field(default_factory=dict)
 
     def find_step(self, site: str, timestep: float) -> int | None:
         """Return the step of a timestep, or None if it is a new one.

@@ -118,6 +118,7 @@ class AttentionRecorder(EnergyObserver):
             kept_mass=means(run.kept_mass),
             best_share=means(run.best_share),
             anchor_rows=self._config.anchor_rows if run.scored else 0,
+            fixed_by=self._layout_of(run),
         )
 
     def _observe(

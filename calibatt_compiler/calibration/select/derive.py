@@ -15,6 +15,7 @@ from calibatt_compiler.calibration.config import SelectionConfig
 from calibatt_compiler.calibration.select.checks import (
     check_alike,
     check_raised,
+    fixed_by_all,
     inputs_digest,
     sampler_of,
     text_policy_of,
@@ -158,6 +159,7 @@ def derive_plan(
             **repetition_figures(list(sites.values()), selection.gamma),
             **order_survey.figures(store.folder),
         },
+        fixed_by=fixed_by_all(records),
     )
 
 

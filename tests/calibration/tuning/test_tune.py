@@ -127,6 +127,10 @@ def test_a_study_goes_on_as_if_undisturbed(tmp_path: Path) -> None:
         assert space.A[0] <= at.A <= at.C <= 0.999
         assert space.k[0] <= at.k <= space.k[1]
     assert len({each.settings for each in points}) == 14
+    # Names in files: searches of earlier versions go on.
+    attributes = whole._trials("COMPLETE")[0].user_attrs
+    assert set(attributes) == {"knobs", "density", "digest"}
+    assert attributes["knobs"] == points[0].to_dict()["knobs"] == asdict(points[0].settings)
     assert {each.settings.pooled for each in points} == {0, 1, 4}
     assert {each.settings.gamma for each in points} == {None, 0.87}
 
