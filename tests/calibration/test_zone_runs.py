@@ -262,7 +262,10 @@ def test_settings_of_the_other_form_are_refused(model: Model) -> None:
 
 
 def test_a_pipeline_is_calibrated_for_zones_and_served(
-    tiny_wan_pipeline: Any, tiny_wan_arguments: dict[str, int], tmp_path: Path
+    tiny_wan_pipeline: Any,
+    tiny_wan_arguments: dict[str, int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pipe, out = tiny_wan_pipeline, tmp_path / "zones.calibatt"
     config = CalibrationConfig(block=(16, 16), form="zones", density=0.5)
@@ -276,6 +279,33 @@ def test_a_pipeline_is_calibrated_for_zones_and_served(
     finally:
         forbidden.remove()
     assert again == plan
+
+    model = pipe.transformer
+
+    def latents(lowering: str, kernel: str) -> Tensor:
+        torch._dynamo.reset()
+        options = {"plan": plan, "lowering": lowering}
+        pipe.transformer = torch.compile(model, backend="calibatt", options=options)
+        generator = torch.Generator().manual_seed(5)
+        try:
+            made: Tensor = pipe(
+                prompt="a bird", generator=generator, output_type="latent", **tiny_wan_arguments
+            ).frames
+            said = calibatt_compiler.summary(pipe.transformer)
+        finally:
+            pipe.transformer = model
+        rows = [row for row in said.rows if row.name in plan.sites]
+        assert [row.kernel for row in rows] == [kernel] * len(plan.sites)
+        assert all(row.sparse_calls and not row.dense_calls for row in rows)
+        return made
+
+    fast = latents("table", "native-cpu")
+    # What is around attention was compiled once; here it need not be.
+    monkeypatch.setattr(
+        "calibatt_compiler.backend._inductor", lambda gm, inputs, settings: gm.forward
+    )
+    plain = latents("reference", "reference")
+    assert (fast - plain).abs().max() < 1e-4 * plain.abs().max()
 
 
 def _forbidden(*_: object) -> None:
