@@ -9,6 +9,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
 
 import calibatt_compiler
@@ -26,23 +27,9 @@ BLOCK = (16, 16)
 
 
 def cogvideox() -> torch.nn.Module:
-    from diffusers import CogVideoXTransformer3DModel
-
-    model = CogVideoXTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=4,
-        time_embed_dim=8,
-        text_embed_dim=16,
-        num_layers=2,
-        sample_width=14,
-        sample_height=10,
-        sample_frames=9,
-        max_text_seq_length=TEXT,
-        use_rotary_positional_embeddings=True,
+    return lively(
+        tiny_models.cogvideox(max_text_seq_length=TEXT, use_rotary_positional_embeddings=True)
     )
-    return lively(model)
 
 
 def mochi() -> torch.nn.Module:

@@ -199,7 +199,7 @@ def flash_attention() -> Callable[..., tuple[Tensor, Tensor]]:
 @pytest.fixture(scope="session")
 def interpreter() -> Any:
     """The module that interprets Gluon kernels."""
-    path = Path(__file__).with_name("gluon_interpreter.py")
+    path = Path(__file__).parents[1] / "support" / "gluon_interpreter.py"
     spec = importlib.util.spec_from_file_location("gluon_interpreter", path)
     assert spec is not None
     assert spec.loader is not None

@@ -1,7 +1,7 @@
 """Each GPU kernel once on small shapes, to be run under compute-sanitizer:
 
-    compute-sanitizer --tool memcheck python tests/kernels/sanitize.py
-    compute-sanitizer --tool racecheck python tests/kernels/sanitize.py
+    compute-sanitizer --tool memcheck python tests/support/sanitize.py
+    compute-sanitizer --tool racecheck python tests/support/sanitize.py
 
 Arguments: names of kernels; default all. Prints a line a kernel; errors are compute-sanitizer's.
 """

@@ -20,7 +20,7 @@ from calibatt_compiler.kernels.common.dense import dense_attention
 from calibatt_compiler.kernels.hopper.attention import HopperAttention
 from calibatt_compiler.plan.pattern import BlockPattern
 
-MODEL = Path(__file__).parents[2] / "examples" / "tiny_wan" / "model"
+MODEL = Path(__file__).parents[3] / "examples" / "tiny_wan" / "model"
 STEPS = 6
 Operands = tuple[Tensor, Tensor, Tensor]
 Flash = Callable[..., tuple[Tensor, Tensor]]

@@ -49,7 +49,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     }
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("hopper_builds.py")), *BUILT],
+        [sys.executable, str(Path(__file__).parents[2] / "support" / "hopper_builds.py"), *BUILT],
         env=environment,
         capture_output=True,
         text=True,

@@ -20,7 +20,7 @@ from calibatt_compiler.kernels.baked.source_hopper import generate_hopper
 from calibatt_compiler.plan.copies import RowCopies
 from calibatt_compiler.plan.pattern import BlockPattern
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 
 
 def bands_and_columns() -> BlockPattern:

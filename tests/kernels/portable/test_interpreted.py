@@ -17,7 +17,7 @@ def test_kernels_equal_the_reference(tmp_path: Path) -> None:
         "CUDA_VISIBLE_DEVICES": "",
     }
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("interpreted.py"))],
+        [sys.executable, str(Path(__file__).parents[2] / "support" / "interpreted.py")],
         env=environment,
         capture_output=True,
         text=True,

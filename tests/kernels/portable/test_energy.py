@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parents[2] / "support"
 SQUARE = (128, 128)
 VARIANTS = [
     # kernel, architecture, dtype, head dim, block

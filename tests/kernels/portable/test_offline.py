@@ -40,7 +40,7 @@ def test_machine_code_and_ahead_of_time_compilation(tmp_path: Path) -> None:
     }
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("offline_builds.py"))],
+        [sys.executable, str(Path(__file__).parents[2] / "support" / "offline_builds.py")],
         env=environment,
         capture_output=True,
         text=True,
