@@ -11,6 +11,7 @@ from importlib import import_module
 import torch
 
 from calibatt_compiler.plan.pattern import BlockPattern
+from calibatt_compiler.plan.zones import ZonePattern
 
 HEAD_DIMS = (64, 128)
 BLOCKS = ((128, 128), (128, 64))
@@ -65,7 +66,7 @@ _NEEDED: dict[str, tuple[tuple[str, ...], ...]] = {
 
 
 def hopper_serves(
-    device: torch.device, dtype: torch.dtype, head_dim: int, pattern: BlockPattern
+    device: torch.device, dtype: torch.dtype, head_dim: int, pattern: BlockPattern | ZonePattern
 ) -> str | None:
     """Why the Hopper kernel can't serve such a call, or None if it can.
 
@@ -103,7 +104,9 @@ def device_reason(device: torch.device) -> str | None:
     return None
 
 
-def operand_reason(dtype: torch.dtype, head_dim: int, pattern: BlockPattern) -> str | None:
+def operand_reason(
+    dtype: torch.dtype, head_dim: int, pattern: BlockPattern | ZonePattern
+) -> str | None:
     """Why it can't take such operands."""
     if dtype not in DTYPES:
         return f"it takes bfloat16 and float16, not {dtype}"
@@ -114,7 +117,7 @@ def operand_reason(dtype: torch.dtype, head_dim: int, pattern: BlockPattern) -> 
         return f"it takes blocks of 128x128 and 128x64 tokens, not {block[0]}x{block[1]}"
     if max(pattern.query_blocks, pattern.key_blocks) > MAX_BLOCKS:
         return f"its tables name at most {MAX_BLOCKS} blocks a side"
-    if pattern.pooled:
+    if isinstance(pattern, BlockPattern) and pattern.pooled:
         return "it takes no pooled keys"
     return None
 

@@ -159,10 +159,25 @@ class SharedTiles:
 
     def store(self, value: np.ndarray) -> None:
         self.array[...] = value
-        _thread.unfenced = True
+        if self.shape == [1]:
+            _thread.unordered = True
+        else:
+            _thread.unfenced = True
 
-    def load(self, _: object) -> Tile:
-        return tile(self.array.copy())
+    def load(self, _: object) -> Any:
+        return Late(self) if self.shape == [1] else tile(self.array.copy())
+
+
+class Late:
+    """A number on its way from shared memory: it is there when something waits for it."""
+
+    def __init__(self, source: SharedTiles) -> None:
+        self.source = source
+        self.result: Tile | None = None
+
+    def finish(self) -> None:
+        assert not np.isnan(self.source.array).any(), "read before it was written"
+        self.result = tile(self.source.array.copy())
 
 
 class Pieces:
@@ -245,6 +260,16 @@ def fence() -> None:
     _thread.unfenced = False
 
 
+def order() -> None:
+    _thread.unordered = False
+
+
+def expect(barrier: Barrier, size: int) -> None:
+    """One lane arrives for its warp."""
+    assert not _thread.unordered, "written by other lanes than the one that arrives"
+    barrier.update(1, size)
+
+
 def arrive(barrier: Barrier, count: int) -> None:
     """What this warp wrote, others read through the asynchronous proxy."""
     assert not _thread.unfenced, "written to shared memory and not fenced"
@@ -282,7 +307,9 @@ def warpgroup_mma_wait(outstanding: int = 0, deps: Any = None) -> Any:
         _thread.products.pop(0).finish()
     results = []
     for dep in deps:
-        result = dep.result if isinstance(dep, Product) else dep
+        if isinstance(dep, Late):
+            dep.finish()
+        result = dep.result if isinstance(dep, Product | Late) else dep
         assert result is not None, "a product was used before it was waited for"
         results.append(result)
     return results[0] if len(results) == 1 else tuple(results)
@@ -329,7 +356,8 @@ def warp_specialize(parts: Any, warps: object, registers: object) -> None:
 
     def run(function: Callable[..., None], arguments: Any) -> None:
         _thread.program, _thread.products = program, []
-        _thread.gathers, _thread.groups, _thread.unfenced = [], [], False
+        _thread.gathers, _thread.groups = [], []
+        _thread.unfenced = _thread.unordered = False
         try:
             with np.errstate(all="ignore"):
                 function(*arguments)
@@ -375,7 +403,7 @@ GL = SimpleNamespace(
 MBARRIER = SimpleNamespace(
     MBarrierLayout=layout,
     init=lambda barrier, count: barrier.init(count),
-    expect=lambda barrier, size: barrier.update(1, size),
+    expect=expect,
     arrive=arrive,
     wait=lambda barrier, phase, pred=True: barrier.wait(phase) if pred else None,
 )
@@ -396,6 +424,7 @@ NAMES = {
     "warpgroup_mma": warpgroup_mma,
     "warpgroup_mma_wait": warpgroup_mma_wait,
     "fence_async_shared": fence,
+    "warp_barrier": order,
 }
 
 
@@ -436,7 +465,8 @@ class Interpreted:
             named = {name: self.argument(value) for name, value in named.items()}
             for index in np.ndindex(*grid):
                 _thread.program = SimpleNamespace(index=index, failed=[])
-                _thread.gathers, _thread.groups, _thread.unfenced = [], [], False
+                _thread.gathers, _thread.groups = [], []
+                _thread.unfenced = _thread.unordered = False
                 with np.errstate(all="ignore"):
                     self.function(*positional, **named)
 
