@@ -67,15 +67,6 @@ def load_zone_block(
 
 
 @gluon.jit
-def run_word(runs_ptr, index, LITERALS: gl.constexpr):
-    """Run `index`: its octave and, 3 bits up, the key block before which it ends."""
-    if LITERALS is None:
-        return gl.load(runs_ptr + index)
-    else:  # noqa: RET505  two forms: only one is compiled
-        return LITERALS(index, runs_ptr)
-
-
-@gluon.jit
 def load_zones(
     k_desc, v_desc, k_tiles, v_tiles, k_full, k_empty, v_full, v_empty, octaves,
     runs_ptr, batch, where, sums, lead_runs, offset, left, right, key_blocks, number,
@@ -92,7 +83,8 @@ def load_zones(
     # Runs of diagonal groups move along with the row, and their tiles are marked by the sign.
     slide = gl.where(offset < 0, low(where), 0)
     offset = offset & 0x7FFFFFFF
-    word = run_word(runs_ptr, offset, LITERALS)
+    if LITERALS is None:
+        word = gl.load(runs_ptr + offset)
     # Of octave 0, which the consumers know.
     load_block(
         k_desc, v_desc, k_tiles, v_tiles, k_full, k_empty, v_full, v_empty,
@@ -101,11 +93,14 @@ def load_zones(
     number += 1
     begin = 0
     for t in range(runs):
+        if LITERALS is not None:
+            word = LITERALS(offset + t, runs_ptr)
         octave = word & 7
         end = gl.minimum(gl.maximum((word >> 3) + slide, left), right)
         end = gl.where(t + 1 == runs, key_blocks, end)
-        # One ahead; behind the last run of all lies a spare one.
-        word = run_word(runs_ptr, offset + t + 1, LITERALS)
+        if LITERALS is None:
+            # One ahead; behind the last run of all lies a spare one.
+            word = gl.load(runs_ptr + offset + t + 1)
         rate = 7 - octave
         reached = sums + ((end - begin) << rate)
         kept = reached >> 7

@@ -10,6 +10,7 @@ every read out of bounds is an error.
 from __future__ import annotations
 
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -325,8 +326,14 @@ def allocate(dtype: Any, shape: Sequence[int], layout: object) -> Any:
     return Barriers(shape[0]) if dtype == "int64" else SharedTiles(dtype, shape)
 
 
-def inline_asm(asm: str, _: str, operands: list[Any], *__: object, **___: object) -> Tile:
-    """The two pieces of PTX that the kernel has: 2^x, and rescaling."""
+def inline_asm(asm: Any, _: str, operands: list[Any], *__: object, **___: object) -> Any:
+    """The pieces of PTX that kernels have: 2^x, rescaling, and literals looked up by number."""
+    asm = getattr(asm, "value", asm)
+    if found := re.search(r"\.const \S+ \d+ \.b32 runs\[(\d+)\] = \{([^}]*)\}", asm):
+        words = [int(word) for word in found[2].split(",")]
+        assert len(words) == int(found[1])
+        assert 0 <= operands[0] < len(words), "literals read out of bounds"
+        return words[operands[0]]
     if asm.startswith("ex2.approx.ftz"):
         result = np.exp2(np.asarray(operands[0], np.float32))
         return tile(np.where(result < 2.0**-126, np.float32(0), result))
