@@ -26,9 +26,9 @@ from calibatt_compiler.plan.zones import ZonePattern
 ENTRY_POINT = "run_word"
 """Name of the function in generated source."""
 
-MOST_RUNS = 4096
-"""Runs that a function holds, 16 of the 64 KB of constant memory: the portable kernel's pipeline
-has it up to four times. Beyond, heads are left to the table, the last ones first."""
+MOST_RUNS = 3072
+"""Runs that a function holds: 12 of the 64 KB of constant memory, for the portable kernel's
+pipeline has it up to five times. Beyond, heads are left to the table, the last ones first."""
 
 Target = Literal["portable", "hopper"]
 
@@ -47,13 +47,13 @@ def zone_literals(*runs: tuple[int, int]) -> str:
     """
     words = ", ".join(str(octave | end << 3) for octave, end in runs)
     return (
-        "{ .const .align 4 .b32 runs[%d] = {%s};\n"
+        f"{{ .const .align 4 .b32 runs[{len(runs)}] = {{{words}}};\n"
         ".reg .b64 place, base;\n"
         "mul.wide.s32 place, $1, 4;\n"
         "mov.b64 base, runs;\n"
         "add.s64 place, place, base;\n"
         "ld.const.b32 $0, [place]; }"
-    ) % (len(runs), words)
+    )
 
 
 def literal_runs(table: ZoneTable, most: int = MOST_RUNS) -> int:

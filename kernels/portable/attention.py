@@ -286,6 +286,7 @@ class TableAttention(DeviceKernel):
 
     kind = "triton-table"
     reason: str | None = None
+    pattern: BlockPattern
 
     def __init__(
         self,

@@ -16,6 +16,7 @@ from calibatt_compiler.errors import KernelError
 from calibatt_compiler.kernels.common.operands import check_specialisation
 from calibatt_compiler.kernels.portable.tiles import TileSettings, architecture, tile_settings
 from calibatt_compiler.plan.pattern import BlockPattern
+from calibatt_compiler.plan.zones import ZonePattern
 
 STRIDES = tuple(f"stride_{tensor}{axis}" for tensor in "qkvo" for axis in "bhs")
 """Stride arguments of every portable kernel: tensors q, k, v, o by batch, head, token."""
@@ -53,7 +54,7 @@ class LaunchConfig:
 
 
 def launch_config(
-    pattern: BlockPattern,
+    pattern: BlockPattern | ZonePattern,
     *,
     arch: int,
     dtype: torch.dtype,
@@ -160,7 +161,7 @@ def tiled_config(
     return LaunchConfig(constexprs, options, tiles)
 
 
-def grid(pattern: BlockPattern, config: LaunchConfig, batch: int) -> tuple[int, int]:
+def grid(pattern: BlockPattern | ZonePattern, config: LaunchConfig, batch: int) -> tuple[int, int]:
     """Programs: tiles of queries by (batch, head)."""
     return -(-pattern.query_length // config.settings.m), batch * pattern.heads
 
@@ -247,7 +248,7 @@ class DeviceKernel:
 
     def __init__(
         self,
-        pattern: BlockPattern,
+        pattern: BlockPattern | ZonePattern,
         *,
         device: torch.device,
         dtype: torch.dtype,

@@ -71,3 +71,17 @@ def zone_pattern(
         torch.from_numpy(octaves), query_length=queries, key_length=keys,
         block=(block_m, block_n), video=video, text=text, seed=seed,
     )  # fmt: skip
+
+
+def many_runs(runs: int, *, heads: int = 8, blocks: int = 512) -> ZonePattern:
+    """Zones of so many runs, each head one group."""
+    each = runs // heads
+    cuts = np.tile(np.arange(1, each, dtype=np.int32), heads) + np.repeat(
+        np.arange(heads, dtype=np.int32), each - 1
+    )
+    octaves = np.tile(np.arange(each, dtype=np.uint8) % 8, heads)
+    none = np.zeros(heads, np.uint8)
+    return ZonePattern(
+        heads, blocks * 128, blocks * 128, 128, 128, np.full(heads, blocks, np.int32), none,
+        none.astype(np.int32), np.full(heads, each, np.int32), cuts, octaves,
+    )  # fmt: skip
