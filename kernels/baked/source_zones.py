@@ -83,10 +83,11 @@ def generate_zones(
         Source of a module whose `run_word(index, runs_ptr)` returns the word of a run.
     """
     dialect = GLUON if target == "hopper" else TRITON
-    language, held = dialect.language, literal_runs(table, most)
+    language, held, runs = dialect.language, literal_runs(table, most), len(table.heads)
+    said = f"{runs} runs" if held == runs else f"{held} of {runs} runs, the others in a table"
     look_up = f'{language}.inline_asm_elementwise(RUNS, "=r,r", [index], {language}.int32, True, 1)'
     body = [f"    return {look_up}\n"]
-    if held < len(table.heads):
+    if held < runs:
         body = [
             f"    if index < {held}:\n",
             f"        word = {look_up}\n",
@@ -100,7 +101,7 @@ def generate_zones(
             "\n\n",
             f"{zones.heads} heads; {zones.query_length} queries and {zones.key_length} keys;\n",
             f"{zones.query_blocks} x {zones.key_blocks} blocks of {zones.block_m} x "
-            f"{zones.block_n} tokens; {held} of {len(table.heads)} runs, the others in a table.\n"
+            f"{zones.block_n} tokens; {said}.\n"
             '"""\n\n',
             _IMPORTS[dialect],
             "\nfrom calibatt_compiler.kernels.baked.source_zones import zone_literals\n\n",
