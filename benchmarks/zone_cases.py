@@ -13,6 +13,7 @@ from attention_kernels import Contestant, Operands
 from calibatt_compiler.calibration.select.zone_fit import SiteFit
 from calibatt_compiler.kernels.baked.source_zones import load_zones
 from calibatt_compiler.kernels.common.zone_table import zone_table
+from calibatt_compiler.kernels.request import KernelRequest
 from calibatt_compiler.plan.zone_groups import pack
 from calibatt_compiler.plan.zones import ZonePattern
 
@@ -84,7 +85,7 @@ def hopper(*, literal: bool = False, **options: Any) -> Any:
         from calibatt_compiler.kernels.hopper.zones import HopperZones
 
         literals = load_zones(zones, zone_table(zones), "hopper") if literal else None
-        kernel = HopperZones(zones, **_where(operands), literals=literals, **options)
+        kernel = HopperZones(KernelRequest(zones, **_where(operands)), literals, **options)
         return _contestant(zones, operands, kernel)
 
     return make
@@ -97,9 +98,8 @@ def portable(*, literal: bool = False) -> Any:
         from calibatt_compiler.kernels.portable.zones import ZoneAttention
 
         literals = load_zones(zones, zone_table(zones), "portable") if literal else None
-        return _contestant(
-            zones, operands, ZoneAttention(zones, **_where(operands), literals=literals)
-        )
+        request = KernelRequest(zones, **_where(operands))
+        return _contestant(zones, operands, ZoneAttention(request, literals=literals))
 
     return make
 

@@ -12,13 +12,14 @@ from calibatt_compiler import models
 from calibatt_compiler.capture import Recorder, Site, SiteInfo
 from calibatt_compiler.dynamo import FrameInputs
 from calibatt_compiler.errors import KernelError, PlanMismatchError
+from calibatt_compiler.kernels.request import KernelSettings
 from calibatt_compiler.options import CompileOptions
 from calibatt_compiler.passes.graph import example
 from calibatt_compiler.passes.rewrite import Layout, SdpaCall, Skip
 from calibatt_compiler.plan import Plan, SitePatterns
 from calibatt_compiler.plan.text import other_text
-from calibatt_compiler.runtime.device_queue import lane_of
-from calibatt_compiler.runtime.kernel_cache import KernelStore, table_budget
+from calibatt_compiler.runtime.device_queue import queue_of
+from calibatt_compiler.runtime.kernel_cache import KernelCache, table_budget
 from calibatt_compiler.runtime.site import RecordingSite, SparseSite
 
 
@@ -38,7 +39,7 @@ class PlanBinder:
         _check_model(self._plan, inputs)
         self._size = _check_size(self._plan, inputs)
         frames, height, width = self._plan.grid
-        self._stores: dict[torch.device, KernelStore] = {}
+        self._caches: dict[torch.device, KernelCache] = {}
         self.expectation = f"{frames} x {height} x {width} latent tokens"
 
     @property
@@ -74,27 +75,30 @@ class PlanBinder:
                 return Skip(f"{_hint(got)} {what} instead of {expected}", mismatch=True)
         query = example(call.operands["query"])
         assert query is not None
+        settings = KernelSettings(
+            device=query.device,
+            dtype=call.dtype,
+            head_dim=info.head_dim,
+            lowering=self._options.lowering,
+            softmax=self._options.softmax,
+            hopper=self._options.hopper,
+        )
         try:
             return SparseSite(
                 self._plan,
                 info.name,
-                lowering=self._options.lowering,
-                device=query.device,
-                dtype=query.dtype,
-                head_dim=info.head_dim,
-                hopper=self._options.hopper,
-                softmax=self._options.softmax,
+                settings,
                 monitor=self._options.monitor,
-                kernels=self._store(query.device),
+                kernels=self._cache(query.device),
             )
         except KernelError as error:
             return Skip(f"no kernel: {error.problem}", mismatch=True)
 
-    def _store(self, device: torch.device) -> KernelStore:
-        if device not in self._stores:
+    def _cache(self, device: torch.device) -> KernelCache:
+        if device not in self._caches:
             budget = table_budget(self._plan, self._options.table_memory)
-            self._stores[device] = KernelStore(lane_of(device), budget=budget)
-        return self._stores[device]
+            self._caches[device] = KernelCache(queue_of(device), budget=budget)
+        return self._caches[device]
 
     def _lengths(self, planned: SitePatterns, info: SiteInfo) -> list[tuple[str, int, Any]]:
         """Return the lengths that must be equal: none where only the text's may differ."""

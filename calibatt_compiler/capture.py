@@ -89,3 +89,19 @@ class Site(Protocol):
 
         With `ordered`, operands and output are in the plan's token order instead of the model's.
         """
+
+    def gradients(
+        self,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        timestep: float,
+        scale: float,
+        *,
+        ordered: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of q, k and v from that of what `attend` returns for the same.
+
+        Each is laid out as (batch, length, heads, head_dim) contiguous.
+        """

@@ -5,7 +5,6 @@ Nothing heavy is imported before a command runs, so that `--help` is quick.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -13,7 +12,8 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from calibatt_compiler.cli import build, calibrate, compare, demo, inspect, tune
+from calibatt_compiler import logs
+from calibatt_compiler.cli import build, calibrate, compare, demo, env, inspect, tune
 from calibatt_compiler.errors import CalibattError, PlanMismatchError
 from calibatt_compiler.version import VERSION
 
@@ -69,6 +69,7 @@ app.command("inspect")(inspect.inspect)
 app.command("compare")(compare.compare)
 app.command("tune")(tune.tune)
 app.command("build")(build.build)
+app.command("env")(env.env)
 
 
 def _version(asked: bool) -> None:
@@ -87,8 +88,7 @@ def _common(
     ] = False,
 ) -> None:
     if verbose:
-        logging.basicConfig(format="%(name)s: %(message)s")
-        logging.getLogger("calibatt").setLevel(logging.DEBUG)
+        logs.start("all")
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 from calibatt_compiler.errors import PlanError
 from calibatt_compiler.plan import file
 from calibatt_compiler.plan.order import RASTER, TokenOrder
+from calibatt_compiler.plan.own_zones import sites_of_octaves
 from calibatt_compiler.plan.pattern import BlockPattern
 from calibatt_compiler.plan.schema import (
     TEXT_POSITIONS,
@@ -155,6 +156,44 @@ class Plan:
                 remedy="give both or neither",
             )
         policy: TextPolicy = "in_mask" if in_text else "none"
+        return cls.create(sites, grid=grid, sampler=sampler, text_policy=policy)
+
+    @classmethod
+    def from_zones(
+        cls,
+        octaves: Mapping[str, Tensor],
+        grid: tuple[int, int, int],
+        timesteps: Sequence[float],
+        block: tuple[int, int] = (128, 128),
+        *,
+        groups: Sequence[int] | None = None,
+        lengths: Mapping[str, tuple[int, int]] | None = None,
+        text: TextPolicy | None = None,
+    ) -> Plan:
+        """Build a plan of zones from octave maps of your own.
+
+        A block of octave k is kept at the rate 2^-k and then counts 2^k times; which ones a step
+        keeps is drawn.
+
+        Args:
+            octaves: for each site, integers (step groups, heads, query_blocks, key_blocks) from 0
+                to 7; each row has a 0.
+            grid: latent tokens (frames, height, width) after patching.
+            timesteps: what the model is given at each step, in sampling order.
+            block: tokens a query block, tokens a key block.
+            groups: for each step, the index of its map; default: as many steps to each, in order.
+            lengths: as in `from_masks`.
+            text: as in `PlanMetadata.text_policy`; default `none`, or `in_mask` where sequences
+                are longer than the grid. With `dense_first` and `dense_last` blocks with text have
+                octave 0, and any text length is served.
+
+        Raises:
+            PlanError: shapes, octaves, groups or lengths that don't fit, or a row without octave 0.
+        """
+        sampler, lengths = _sampler(timesteps), lengths or {}
+        longer = any(max(pair) > math.prod(grid) for pair in lengths.values())
+        policy: TextPolicy = text or ("in_mask" if longer else "none")
+        sites = sites_of_octaves(octaves, grid, len(timesteps), block, groups, lengths, policy)
         return cls.create(sites, grid=grid, sampler=sampler, text_policy=policy)
 
     def with_sites(
@@ -304,6 +343,16 @@ class Plan:
             PlanError: no such site or step.
         """
         return self._site(site).at(self._step(step)).mask()
+
+    def log_weights(self, site: str, step: int) -> Tensor:
+        """Float32 (heads, query_blocks, key_blocks): natural logarithm of each block's weight.
+
+        It is added to the scores of a kept block; 0 where that counts once.
+
+        Raises:
+            PlanError: no such site or step.
+        """
+        return torch.from_numpy(self._site(site).at(self._step(step)).log_weights())
 
     def _site(self, name: str) -> SitePatterns:
         if name not in self._sites:

@@ -213,7 +213,7 @@ class PlanMetadata(_Record):
         model: the model it was calibrated on; None for masks of the user's own.
         grid: latent tokens (frames, height, width) after patching.
         token_order: how the grid's tokens are laid out before they are cut into blocks: `raster`,
-            as the model has them, frames x height x width of a tile, such as `2x8x8`, or of ropes
+            as the model has them, frames x height x width of a tile, such as `2x8x8`, or of strips
             along one axis, such as `2x8xall`.
         text_policy: `none`: video tokens only; `in_mask`: text tokens are part of the sequence
             and of its blocks; `dense_first`, `dense_last`: likewise, they stand first or last, and

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -55,7 +56,7 @@ class SiteRow:
 
 
 class GraphReport:
-    """One compiled graph: live counters of its sites.
+    """One compiled graph: live counters of its sites, which stay when the graph is gone.
 
     Attributes:
         options: the very dict that `torch.compile` was given.
@@ -69,17 +70,26 @@ class GraphReport:
         self.options = options
         self.order = order
         self.plan_digest = binder.plan.digest
-        self._graph = graph
         self._plan = binder.plan
+        # Not the graph, nor its sites: their tables go with whoever calls them.
+        self._graph = weakref.ref(graph)
+        self._counts = graph.counts
+        self._entries = {
+            name: served.counts if isinstance(served, SparseSite) else str(served)
+            for name, served in graph.entries.items()
+        }
 
     def rows(self) -> list[SiteRow]:
         """Rows of this graph as they stand now."""
         rows = []
-        for name, served in self._graph.entries.items():
-            if not isinstance(served, SparseSite):
-                dense = {f"dense: {served}": self._graph.calls}
-                rows.append(SiteRow(name, str(served), None, None, "sdpa", 0, dense))
+        graph = self._graph()
+        sites = {} if graph is None else graph.entries
+        for name, served in self._entries.items():
+            if isinstance(served, str):
+                dense = {f"dense: {served}": self._counts.calls}
+                rows.append(SiteRow(name, served, None, None, "sdpa", 0, dense))
                 continue
+            site = sites.get(name)
             dense = {kind: n for kind, n in served.calls.items() if kind.startswith("dense: ")}
             rows.append(
                 SiteRow(
@@ -91,12 +101,19 @@ class GraphReport:
                     sparse_calls=sum(served.calls.values()) - sum(dense.values()),
                     dense_calls=dense,
                     reasons=dict(served.reasons),
-                    repairs=served.repairs,
+                    repairs=site.repairs if isinstance(site, SparseSite) else served.recomputed,
                     repetitive=self._plan.sites[name].repetitive_share,
                     drift=Drift.of(self._plan, name, served.monitor),
                 )
             )
         return rows
+
+    def release_kernels(self) -> None:
+        """Free the tables of the graph, if it is still there."""
+        graph = self._graph()
+        for site in () if graph is None else graph.entries.values():
+            if isinstance(site, SparseSite):
+                site.release_kernels()
 
 
 @dataclass(frozen=True)
@@ -242,9 +259,17 @@ _reports: WeakKeyDictionary[torch.nn.Module, list[GraphReport]] = WeakKeyDiction
 
 
 def keep_report(module: torch.nn.Module | None, report: GraphReport) -> None:
-    """Remember what was compiled for a module, for as long as the module lives."""
+    """Remember what was compiled for a module, for as long as the module lives.
+
+    Who compiles again, with other options, is done with the tables of before: Dynamo keeps the
+    graph, which has them made again if it is called after all.
+    """
     if module is not None:
-        _reports.setdefault(module, []).append(report)
+        reports = _reports.setdefault(module, [])
+        for earlier in reports:
+            if earlier.options is not report.options:
+                earlier.release_kernels()
+        reports.append(report)
 
 
 def summary(compiled: object) -> Summary:

@@ -12,14 +12,13 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import logging
 import os
 import shutil
 import tempfile
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -38,13 +37,12 @@ from calibatt_compiler.kernels.baked.cover import (
 )
 from calibatt_compiler.kernels.baked.cover_template import Cover
 from calibatt_compiler.kernels.portable.launch import LaunchConfig
+from calibatt_compiler.kernels.request import Target
+from calibatt_compiler.logs import logger
 from calibatt_compiler.options import cache_dir
 from calibatt_compiler.plan.pattern import BlockPattern
 
-log = logging.getLogger("calibatt")
-
-Target = Literal["portable", "hopper"]
-"""Whose source is generated: a whole kernel in Triton, or the key blocks of the Hopper kernel."""
+log = logger("kernels")
 
 _GENERATOR = (
     "common/row_copies.py",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import queue
 import select
@@ -26,13 +25,13 @@ from typing import Any
 import torch
 
 from calibatt_compiler.errors import KernelError
-from calibatt_compiler.kernels.baked.cache import Target
 from calibatt_compiler.kernels.baked.cover import EXACT, CoverError, CoverLimits
 from calibatt_compiler.kernels.baked.worker import encode_pattern
-from calibatt_compiler.kernels.portable.launch import Softmax
+from calibatt_compiler.kernels.request import Softmax, Target
+from calibatt_compiler.logs import logger
 from calibatt_compiler.plan.pattern import BlockPattern
 
-log = logging.getLogger("calibatt")
+log = logger("kernels")
 
 JOB_TIMEOUT = 600.0
 """Seconds after which a kernel counts as failed."""

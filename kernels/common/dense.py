@@ -7,7 +7,6 @@ kernel has no such operator, or this PyTorch another one, there is no log-sum-ex
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -18,8 +17,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from calibatt_compiler.kernels.common.operands import token_major
+from calibatt_compiler.logs import logger
 
-log = logging.getLogger("calibatt")
+log = logger("kernels")
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:

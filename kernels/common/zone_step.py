@@ -36,6 +36,10 @@ class ZoneKernel(Protocol):
     def table_bytes(self) -> int:
         """Bytes of tables on the operands' device."""
 
+    @property
+    def repairs(self) -> int:
+        """Calls computed again because a fixed softmax reference overflowed."""
+
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, step: int, scale: float | None = None
     ) -> Tensor:
@@ -68,6 +72,11 @@ class ZoneStep:
     def table_bytes(self) -> int:
         """Bytes of the tables, which all steps share."""
         return self.kernel.table_bytes
+
+    @property
+    def repairs(self) -> int:
+        """Calls of all steps that were computed again; waits for the device."""
+        return self.kernel.repairs
 
     @cached_property
     def density(self) -> float:

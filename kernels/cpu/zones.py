@@ -31,6 +31,7 @@ class CpuZones:
 
     kind = "native-cpu-zones"
     reason: str | None = None
+    repairs = 0
 
     def __init__(self, zones: ZonePattern, *, dtype: torch.dtype, head_dim: int) -> None:
         self.pattern = zones

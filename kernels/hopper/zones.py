@@ -18,7 +18,7 @@ from calibatt_compiler.kernels.common.operands import (
 from calibatt_compiler.kernels.common.uploads import Uploaded, to_device
 from calibatt_compiler.kernels.common.zone_step import ZoneStep
 from calibatt_compiler.kernels.common.zone_table import MAX_BLOCKS, ZoneTable, zone_table
-from calibatt_compiler.kernels.hopper.capability import hopper_serves
+from calibatt_compiler.kernels.hopper.capability import operand_reason
 from calibatt_compiler.kernels.hopper.kernel import hopper_attention
 from calibatt_compiler.kernels.hopper.launch import (
     HopperConfig,
@@ -29,8 +29,9 @@ from calibatt_compiler.kernels.hopper.launch import (
     readable,
 )
 from calibatt_compiler.kernels.hopper.schedule import TILE_COST, assign
-from calibatt_compiler.kernels.portable.launch import Softmax, fixed_reference, on_device
+from calibatt_compiler.kernels.portable.launch import fixed_reference, on_device
 from calibatt_compiler.kernels.portable.tiles import multiprocessors
+from calibatt_compiler.kernels.request import KernelRequest
 from calibatt_compiler.plan.intervals import sums_before
 from calibatt_compiler.plan.zone_draw import UNIT, phase
 from calibatt_compiler.plan.zones import ZonePattern
@@ -43,11 +44,8 @@ class HopperZones:
     """Block-sparse attention by zones; see `ZoneKernel`.
 
     Args:
-        zones: which blocks are kept, and how often.
-        device: of the operands.
-        dtype: bfloat16 or float16.
-        head_dim: 64 or 128.
-        softmax: as for `HopperAttention`; the softmax shift comes from each row's lead.
+        request: what to serve, as for `HopperAttention`; the softmax reference comes from each
+            row's lead.
         literals: generated function that gives the runs, see `baked.source_zones`; None: they are
             read from a table. Both give the same bits.
         programs: programs to run; default one a multiprocessor.
@@ -69,17 +67,13 @@ class HopperZones:
 
     def __init__(
         self,
-        zones: ZonePattern,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        head_dim: int,
-        softmax: Softmax = "auto",
+        request: KernelRequest[ZonePattern],
         literals: Any = None,
         programs: int | None = None,
         order: Order = "starts",
     ) -> None:
-        reason = zones_reason(device, dtype, head_dim, zones)
+        zones, device = request.pattern, request.device
+        reason = zones_reason(request.dtype, request.head_dim, zones)
         if reason is not None:
             raise KernelError(
                 "the Hopper kernel can't serve these zones",
@@ -87,10 +81,10 @@ class HopperZones:
                 got=reason,
                 remedy="take the portable kernel",
             )
-        self.pattern, self.device, self.dtype, self.head_dim = zones, device, dtype, head_dim
+        self.request, self.pattern = request, zones
         self.kind = "hopper-zones" if literals is None else "hopper-zones-baked"
         self.density = zones.density
-        self.config = zone_config(zones, dtype=dtype, head_dim=head_dim, softmax=softmax)
+        self.config = zone_config(request)
         table = zone_table(zones)
         self._edges = (table.left, table.right)
         self.tables = _tables(table, device, programs or multiprocessors(device), order, zones)
@@ -172,7 +166,7 @@ class HopperZones:
                 remedy="leave key_lengths out, or attend by the pattern that the step draws",
             )
         check_operands(self.pattern, q, k, v)
-        check_specialisation(q, device=self.device, dtype=self.dtype, head_dim=self.head_dim)
+        check_specialisation(q, self.request)
         out = empty_output(q)
         lse = q.new_empty(q.shape[:3], dtype=torch.float32) if return_lse else None
         config = self.config.with_outputs(lse=return_lse)
@@ -197,26 +191,23 @@ class HopperZones:
         return out, lse
 
 
-def zones_reason(
-    device: torch.device, dtype: torch.dtype, head_dim: int, zones: ZonePattern
-) -> str | None:
-    """Why the Hopper kernel can't serve zones, or None if it can."""
+def zones_reason(dtype: torch.dtype, head_dim: int, zones: ZonePattern) -> str | None:
+    """Why the Hopper kernel can't take zones with such operands, or None if it can."""
     if max(zones.query_blocks, zones.key_blocks) > MAX_BLOCKS:
         return f"the words of zones name at most {MAX_BLOCKS} blocks a side"
-    return hopper_serves(device, dtype, head_dim, zones)
+    return operand_reason(dtype, head_dim, zones)
 
 
-def zone_config(
-    zones: ZonePattern, *, dtype: torch.dtype, head_dim: int, softmax: Softmax = "auto"
-) -> HopperConfig:
+def zone_config(request: KernelRequest[ZonePattern]) -> HopperConfig:
     """The configuration that serves zones, without optional operands.
 
     Raises:
         KernelError: a fixed reference for a dtype whose range is too small.
     """
-    fixed = fixed_reference(dtype, softmax)
+    zones = request.pattern
+    fixed = fixed_reference(request.dtype, request.softmax)
     ragged = zones.key_length % zones.block_n != 0
-    return HopperConfig(zones.block_n, head_dim, dtype, fixed, ragged, zones=True)
+    return HopperConfig(zones.block_n, request.head_dim, request.dtype, fixed, ragged, zones=True)
 
 
 def row_order(zones: ZonePattern, table: ZoneTable, order: Order) -> npt.NDArray[np.int64]:

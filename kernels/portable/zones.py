@@ -13,14 +13,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from calibatt_compiler.kernels.common.operands import check_operands, empty_output
+from calibatt_compiler.kernels.common.operands import (
+    check_operands,
+    check_specialisation,
+    empty_output,
+)
 from calibatt_compiler.kernels.common.uploads import Uploaded, to_device
 from calibatt_compiler.kernels.common.zone_step import ZoneStep
 from calibatt_compiler.kernels.common.zone_table import zone_table
 from calibatt_compiler.kernels.portable.launch import (
     STRIDES,
     DeviceKernel,
-    Softmax,
     aligned,
     call_arguments,
     grid,
@@ -37,6 +40,7 @@ from calibatt_compiler.kernels.portable.primitives import (
     store_rows,
 )
 from calibatt_compiler.kernels.portable.tiles import TileSettings
+from calibatt_compiler.kernels.request import KernelRequest
 from calibatt_compiler.plan.zone_draw import phase
 from calibatt_compiler.plan.zones import ZonePattern
 
@@ -265,12 +269,8 @@ class ZoneAttention(DeviceKernel):
     """Block-sparse attention by zones; see `ZoneKernel`.
 
     Args:
-        zones: which blocks are kept, and how often.
-        device: where the operands are: "cuda", or "cpu" under the Triton interpreter.
-        dtype: of q, k and v.
-        head_dim: elements a head.
+        request: what to serve; a fixed softmax reference comes from each row's lead.
         settings: tiles to use instead of the architecture's own.
-        softmax: as for `launch_config`; a fixed reference comes from each row's lead.
         literals: generated function that gives the runs, see `baked.source_zones`; None: they are
             read from a table. Both give the same bits.
 
@@ -282,22 +282,16 @@ class ZoneAttention(DeviceKernel):
         KernelError: dtype or head dim that no portable kernel takes, or too many blocks.
     """
 
-    reason: str | None = None
     pattern: ZonePattern
 
     def __init__(
         self,
-        zones: ZonePattern,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        head_dim: int,
+        request: KernelRequest[ZonePattern],
         settings: TileSettings | None = None,
-        softmax: Softmax = "auto",
         literals: Any = None,
     ) -> None:
-        where: dict[str, Any] = {"device": device, "dtype": dtype, "head_dim": head_dim}
-        super().__init__(zones, **where, settings=settings, softmax=softmax)
+        super().__init__(request, settings)
+        zones, device = request.pattern, request.device
         self.kind = "triton-zones" if literals is None else "triton-zones-baked"
         self.density = zones.density
         table = zone_table(zones)
@@ -344,7 +338,7 @@ class ZoneAttention(DeviceKernel):
         """
         zones = self.pattern
         check_operands(zones, q, k, v)
-        self.check_specialisation(q)
+        check_specialisation(q, self.request)
         q, k, v = (aligned(tensor, self.config) for tensor in (q, k, v))
         out = empty_output(q)
         q, arguments = call_arguments(q, k, v, out, scale, self.config)

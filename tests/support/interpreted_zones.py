@@ -21,6 +21,7 @@ from calibatt_compiler.kernels.baked import source_zones
 from calibatt_compiler.kernels.common.zone_table import zone_table
 from calibatt_compiler.kernels.portable.zones import ZoneAttention
 from calibatt_compiler.kernels.reference.attention import ReferenceAttention
+from calibatt_compiler.kernels.request import KernelRequest
 from calibatt_compiler.plan.zones import ZonePattern
 
 CPU = torch.device("cpu")
@@ -40,8 +41,8 @@ def look_up(_: Any, asm: str, __: str, values: Any, types: Any, *___: Any) -> An
 def kernels(zones: ZonePattern, softmax: str, head_dim: int = 64) -> tuple[ZoneAttention, ...]:
     literals = source_zones.load_zones(zones, zone_table(zones), "portable")
     where: dict[str, Any] = {"device": CPU, "dtype": torch.float32, "head_dim": head_dim}
-    where["softmax"] = softmax
-    return ZoneAttention(zones, **where), ZoneAttention(zones, **where, literals=literals)
+    request = KernelRequest(zones, **where, softmax=softmax)
+    return ZoneAttention(request), ZoneAttention(request, literals=literals)
 
 
 def report(name: str, error: float, allowed: float) -> None:

@@ -26,7 +26,7 @@ def observed(module: torch.nn.Module, observer: Recorder, inductor: bool | None)
 
     Args:
         module: what is observed.
-        observer: told of each captured graph, then of each call.
+        observer: receives each captured graph, then each call.
         inductor: compile what is around attention; None: on a GPU yes, else no.
     """
     if inductor is None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 
 from calibatt_compiler.calibration.store.records import InputRecord
 from calibatt_compiler.errors import CalibrationError, OptionError
 from calibatt_compiler.plan import Sampler
+from calibatt_compiler.plan.schema import TextPolicy
 
 
 def check_raised(record: InputRecord, raised: Mapping[str, float]) -> None:
@@ -27,7 +30,7 @@ def check_raised(record: InputRecord, raised: Mapping[str, float]) -> None:
 def check_alike(first: InputRecord, other: InputRecord) -> None:
     """Raise `CalibrationError` unless model, sizes and steps of two inputs are the same."""
     names = ("model", "grid", "text", "block", "token_order", "timesteps", "positions")
-    for name in (*names, "schedule_steps"):
+    for name in (*names, "schedule_steps", "form", "step_groups"):
         expected, got = getattr(first, name), getattr(other, name)
         if expected != got:
             raise _unlike(first, other, f"{name} {expected}", f"{name} {got}")
@@ -62,3 +65,17 @@ def sampler_of(record: InputRecord) -> Sampler:
             remedy="call the module in the order of its sampler, one input a `run.input()`",
         )
     return Sampler(name=record.scheduler, timesteps=record.timesteps, sigmas=record.sigmas)
+
+
+def text_policy_of(record: InputRecord) -> TextPolicy:
+    """Return the text policy of the plan of an input."""
+    if record.text is None or not any(s.query_length > record.video for s in record.sites):
+        return "none"
+    return "dense_first" if record.text == "first" else "dense_last"
+
+
+def inputs_digest(about: Sequence[object], arguments: object) -> str:
+    """SHA-256 (hex) over what each input was and what all have in common, as JSON values."""
+    content = {"inputs": list(about), "arguments": arguments}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -3,8 +3,9 @@
     run.json                      what the run is: model, weights, settings, arguments
     order.json                    what was measured of token orders, if one was to be chosen
     input-00000.safetensors       masks of one input, packed, with its record in the header
+    sums/                         of a run for zones: sums over all inputs, site by site
     lock                          held while a process works in the folder, or several ranks do
-    rank-00000                    how a rank fares, where several work
+    rank-00000                    status of a rank, where several work
 
 A file is written under a temporary name and renamed, so a kill at any moment loses the input in
 progress and nothing else.
@@ -14,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import re
 import shutil
@@ -33,10 +33,12 @@ from calibatt_compiler.calibration.store.lock import FolderLock
 from calibatt_compiler.calibration.store.order_survey import FILE as ORDER_FILE
 from calibatt_compiler.calibration.store.records import InputRecord
 from calibatt_compiler.calibration.store.uint8_energies import decode
+from calibatt_compiler.calibration.store.zone_sums import FOLDER as SUMS
 from calibatt_compiler.errors import CalibrationError
 from calibatt_compiler.files import replacing, write_text
+from calibatt_compiler.logs import logger
 
-log = logging.getLogger("calibatt")
+log = logger("calibration")
 
 FORMAT = "calibatt-calibration-input"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -238,10 +240,12 @@ class RunStore:
             ours = path.name.startswith(("input-", ".input-", ".run-", ".order-"))
             if ours or path.name in ("run.json", ORDER_FILE):
                 path.unlink()
+        shutil.rmtree(self.folder / SUMS, ignore_errors=True)
 
     def _sweep(self) -> None:
         """Delete what killed processes left half-done."""
-        for leftover in (*self.folder.glob(".*.tmp*"), *self.folder.glob("rank-*")):
+        half_done = (*self.folder.glob(".*.tmp*"), *(self.folder / SUMS).glob(".*.tmp*"))
+        for leftover in (*half_done, *self.folder.glob("rank-*")):
             leftover.unlink(missing_ok=True)
         for spool in self.folder.glob("spool*"):
             shutil.rmtree(spool, ignore_errors=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 from zone_patterns import CASES, zone_pattern
 
 from calibatt_compiler.errors import KernelError
+from calibatt_compiler.kernels.request import KernelRequest
 from calibatt_compiler.plan.zones import ZonePattern
 
 pytest.importorskip("triton", reason="Gluon is part of triton")
@@ -33,15 +34,15 @@ def kernel(
     """Make an interpreted kernel of few programs: `kernel(zones, dtype, head_dim, literal=...)`."""
     monkeypatch.setenv("CALIBATT_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(hopper, "hopper_attention", launches)
-    monkeypatch.setattr(hopper, "hopper_serves", lambda *_: None)
 
     def make(
         zones: ZonePattern, dtype: torch.dtype, head_dim: int, *, literal: bool = False, **more: Any
     ) -> HopperZones:
         table = zone_table(zones)
         literals = source_zones.load_zones(zones, table, "hopper") if literal else None
-        where: dict[str, Any] = {"device": CPU, "dtype": dtype, "head_dim": head_dim}
-        return HopperZones(zones, **where, literals=literals, **{"programs": 3, **more})
+        softmax = more.pop("softmax", "auto")
+        request = KernelRequest(zones, device=CPU, dtype=dtype, head_dim=head_dim, softmax=softmax)
+        return HopperZones(request, literals, **{"programs": 3, **more})
 
     return make
 

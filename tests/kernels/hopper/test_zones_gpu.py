@@ -17,18 +17,23 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from zone_patterns import CASES, many_runs, zone_pattern
 
-from calibatt_compiler.kernels.hopper.capability import device_reason, gluon_reason
+from calibatt_compiler.kernels.hopper.capability import gluon_reason
+from calibatt_compiler.kernels.portable.tiles import HOPPER, architecture
+from calibatt_compiler.kernels.request import KernelRequest
 from calibatt_compiler.plan.zones import ZonePattern
 
 CUDA = torch.device("cuda", 0)
-HOPPER = torch.cuda.is_available() and (gluon_reason() or device_reason(CUDA)) is None
+ON_HOPPER = torch.cuda.is_available() and architecture(CUDA) == HOPPER and gluon_reason() is None
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     # A kernel that waits for ever can't be interrupted: end the process.
     pytest.mark.timeout(120, method="thread"),
 ]
-TARGETS = ["portable", pytest.param("hopper", marks=pytest.mark.skipif(not HOPPER, reason="sm_90"))]
+TARGETS = [
+    "portable",
+    pytest.param("hopper", marks=pytest.mark.skipif(not ON_HOPPER, reason="sm_90")),
+]
 BF16, FP16 = torch.bfloat16, torch.float16
 
 
@@ -47,9 +52,9 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
         literal: bool = False, **more: Any,
     ) -> Any:  # fmt: skip
         literals = load_zones(zones, zone_table(zones), target) if literal else None
+        request = KernelRequest(zones, device=CUDA, dtype=dtype, head_dim=head_dim, **more)
         kind = HopperZones if target == "hopper" else ZoneAttention
-        where: dict[str, Any] = {"device": CUDA, "dtype": dtype, "head_dim": head_dim}
-        return kind(zones, **where, literals=literals, **more)
+        return kind(request, literals=literals)
 
     return kernel
 
