@@ -10,6 +10,7 @@ import torch
 from calibatt_compiler.options import Lowering
 from calibatt_compiler.plan.pattern import BlockPattern
 from calibatt_compiler.plan.stored import PatternOutline
+from calibatt_compiler.plan.zones import ZonePattern
 
 Softmax = Literal["auto", "exact", "fixed"]
 """As in `CompileOptions`; `fixed` insists on a fixed softmax reference."""
@@ -20,8 +21,8 @@ Target = Literal["portable", "hopper"]
 AnyPattern = BlockPattern | PatternOutline
 """A pattern, or, to choose by, what is known of one that is not decoded."""
 
-Form_co = TypeVar("Form_co", bound=AnyPattern, covariant=True)
-Given = TypeVar("Given", bound=AnyPattern)
+Form_co = TypeVar("Form_co", bound=AnyPattern | ZonePattern, covariant=True)
+Given = TypeVar("Given", bound=AnyPattern | ZonePattern)
 
 
 @dataclass(frozen=True, kw_only=True)

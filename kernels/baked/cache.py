@@ -57,6 +57,7 @@ _GENERATOR = (
     "portable/attention.py",
     "hopper/primitives.py",
     "hopper/consumer.py",
+    "hopper/loads.py",
     "hopper/transport.py",
     "hopper/kernel.py",
 )

@@ -8,9 +8,10 @@ from torch import Tensor
 from calibatt_compiler.errors import KernelError
 from calibatt_compiler.kernels.request import KernelSettings
 from calibatt_compiler.plan.pattern import BlockPattern
+from calibatt_compiler.plan.zones import ZonePattern
 
 
-def check_operands(pattern: BlockPattern, q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_operands(pattern: BlockPattern | ZonePattern, q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise `KernelError` unless q is (B, H, Sq, D) and k, v are (B, H, Sk, D) of the pattern.
 
     All three must have one floating dtype and be on one device.

@@ -27,6 +27,8 @@ from calibatt_compiler.kernels.common.operands import check_operands, empty_outp
 from calibatt_compiler.kernels.common.row_copies import copy_tables
 from calibatt_compiler.plan.pattern import BlockPattern
 
+Tables = tuple[npt.NDArray[Any] | None, ...]
+
 LANES = 16
 """Keys a packed panel; what a pattern's blocks are multiples of."""
 
@@ -64,7 +66,7 @@ class NativeCpuAttention:
         self.density = pattern.computed_density
         runs = pattern.intervals()
         order = _longest_first(pattern)
-        self._tables = (order, runs.offsets, runs.starts, runs.ends, runs.log_weights)
+        self._tables = (order, runs.offsets, runs.starts, runs.ends, runs.log_weights, None)
         copies = copy_tables(pattern)
         self._copies: tuple[npt.NDArray[Any] | None, ...] = (None, None, None)
         self._count, self._slots = 0, 0
@@ -111,30 +113,67 @@ class NativeCpuAttention:
     ) -> Tensor:
         pattern = self.pattern
         check_operands(pattern, q, k, v)
-        if (q.dtype, q.shape[-1]) != self._specialisation or q.device.type != "cpu":
-            raise KernelError(
-                "the operands are not what the kernel was compiled for",
-                expected="{} with {} channels a head, on the CPU".format(*self._specialisation),
-                got=f"{q.dtype} with {q.shape[-1]}, on {q.device}",
-                remedy="make a kernel for each dtype and head dim",
-            )
-        factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-        out = empty_output(q)
-        q, k, v = (_dense_channels(x) for x in (q, k, v))
-        self._library.attend(
-            _sizes(q, k, (pattern.block_m, pattern.block_n)),
-            _strides(q, k, v, out),
-            *(_pointer(x) for x in (q, k, v, out)),
-            ctypes.c_double(factor),
-            *(_pointer(x) for x in tokens),
-            *(_pointer(table) for table in self._tables),
-            ctypes.c_int64(pattern.pooled),
-            _pointer(pattern.bits),
-            *(_pointer(table) for table in self._copies),
-            *(ctypes.c_int64(size) for size in (self._count, self._slots)),
-            ctypes.c_int(torch.get_num_threads()),
+        check_compiled_for(q, self._specialisation)
+        others = (pattern.pooled, pattern.bits, self._copies, (self._count, self._slots))
+        block = (pattern.block_m, pattern.block_n)
+        return attend(self._library, (q, k, v), block, scale, tokens, self._tables, *others)
+
+
+def check_compiled_for(q: Tensor, specialisation: tuple[torch.dtype, int]) -> None:
+    """Raise `KernelError` unless q is on the CPU, of this dtype and so many channels a head."""
+    if (q.dtype, q.shape[-1]) != specialisation or q.device.type != "cpu":
+        raise KernelError(
+            "the operands are not what the kernel was compiled for",
+            expected="{} with {} channels a head, on the CPU".format(*specialisation),
+            got=f"{q.dtype} with {q.shape[-1]}, on {q.device}",
+            remedy="make a kernel for each dtype and head dim",
         )
-        return out
+
+
+def attend(
+    compiled: Any,
+    operands: tuple[Tensor, Tensor, Tensor],
+    block: tuple[int, int],
+    scale: float | None,
+    tokens: tuple[Tensor | None, Tensor | None],
+    tables: Tables,
+    pooled: int = 0,
+    bits: npt.NDArray[np.uint8] | None = None,
+    copies: tuple[npt.NDArray[Any] | None, ...] = (None, None, None),
+    copy_sizes: tuple[int, int] = (0, 0),
+) -> Tensor:
+    """Call the C++ function `attend`, which says what its arguments are.
+
+    Args:
+        compiled: from `library`.
+        operands: q, k, v, checked.
+        block: tokens a query block, tokens a key block.
+        scale: factor on the scores; default 1 / sqrt(D).
+        tokens: the query and the key at each position, or None.
+        tables: order, offsets, starts, ends, log weights, octaves.
+        pooled: mean keys a dropped block.
+        bits: kept blocks; with `pooled`.
+        copies: of repetitive heads, or None.
+        copy_sizes: their rows and slots.
+    """
+    q, k, v = operands
+    factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    out = empty_output(q)
+    q, k, v = (_dense_channels(x) for x in (q, k, v))
+    compiled.attend(
+        _sizes(q, k, block),
+        _strides(q, k, v, out),
+        *(_pointer(x) for x in (q, k, v, out)),
+        ctypes.c_double(factor),
+        *(_pointer(x) for x in tokens),
+        *(_pointer(table) for table in tables),
+        ctypes.c_int64(pooled),
+        _pointer(bits),
+        *(_pointer(table) for table in copies),
+        *(ctypes.c_int64(size) for size in copy_sizes),
+        ctypes.c_int(torch.get_num_threads()),
+    )
+    return out
 
 
 def native_energy(

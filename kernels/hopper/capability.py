@@ -12,6 +12,7 @@ import torch
 
 from calibatt_compiler.plan.pattern import BlockPattern
 from calibatt_compiler.plan.stored import PatternOutline
+from calibatt_compiler.plan.zones import ZonePattern
 
 HEAD_DIMS = (64, 128)
 BLOCKS = ((128, 128), (128, 64))
@@ -62,7 +63,7 @@ _NEEDED: dict[str, tuple[tuple[str, ...], ...]] = {
 
 
 def operand_reason(
-    dtype: torch.dtype, head_dim: int, pattern: BlockPattern | PatternOutline
+    dtype: torch.dtype, head_dim: int, pattern: BlockPattern | PatternOutline | ZonePattern
 ) -> str | None:
     """Why it can't take such operands, or None if it can."""
     if dtype not in DTYPES:
@@ -74,7 +75,7 @@ def operand_reason(
         return f"it takes blocks of 128x128 and 128x64 tokens, not {block[0]}x{block[1]}"
     if max(pattern.query_blocks, pattern.key_blocks) > MAX_BLOCKS:
         return f"its tables name at most {MAX_BLOCKS} blocks a side"
-    if pattern.pooled:
+    if not isinstance(pattern, ZonePattern) and pattern.pooled:
         return "it takes no pooled keys"
     return None
 

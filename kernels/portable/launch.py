@@ -16,6 +16,7 @@ from calibatt_compiler.errors import KernelError
 from calibatt_compiler.kernels.portable.tiles import TileSettings, architecture, tile_settings
 from calibatt_compiler.kernels.request import KernelRequest, Softmax
 from calibatt_compiler.plan.pattern import BlockPattern
+from calibatt_compiler.plan.zones import ZonePattern
 
 STRIDES = tuple(f"stride_{tensor}{axis}" for tensor in "qkvo" for axis in "bhs")
 """Stride arguments of every portable kernel: tensors q, k, v, o by batch, head, token."""
@@ -49,7 +50,7 @@ class LaunchConfig:
 
 
 def launch_config(
-    pattern: BlockPattern,
+    pattern: BlockPattern | ZonePattern,
     *,
     arch: int,
     dtype: torch.dtype,
@@ -156,7 +157,7 @@ def tiled_config(
     return LaunchConfig(constexprs, options, tiles)
 
 
-def grid(pattern: BlockPattern, config: LaunchConfig, batch: int) -> tuple[int, int]:
+def grid(pattern: BlockPattern | ZonePattern, config: LaunchConfig, batch: int) -> tuple[int, int]:
     """Programs: tiles of queries by (batch, head)."""
     return -(-pattern.query_length // config.settings.m), batch * pattern.heads
 
@@ -239,9 +240,7 @@ class DeviceKernel:
 
     reason: str | None = None
 
-    def __init__(
-        self, request: KernelRequest[BlockPattern], settings: TileSettings | None = None
-    ) -> None:
+    def __init__(self, request: KernelRequest[Any], settings: TileSettings | None = None) -> None:
         self.request = request
         self.pattern = request.pattern
         self.arch = architecture(request.device)

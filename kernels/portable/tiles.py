@@ -11,6 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from calibatt_compiler.errors import KernelError
+from calibatt_compiler.plan.zones import ZonePattern
 
 if TYPE_CHECKING:
     import torch
@@ -175,7 +176,7 @@ def _limits(
 
 
 def tile_settings(
-    pattern: BlockPattern, *, arch: int, dtype: torch.dtype, head_dim: int
+    pattern: BlockPattern | ZonePattern, *, arch: int, dtype: torch.dtype, head_dim: int
 ) -> TileSettings:
     """Choose tiles for a pattern.
 
@@ -188,7 +189,9 @@ def tile_settings(
     Raises:
         KernelError: head_dim out of range.
     """
-    special = pattern.weights is not None or pattern.pooled > 0
+    special = not isinstance(pattern, ZonePattern) and (
+        pattern.weights is not None or pattern.pooled > 0
+    )
     half = _HALF_PRECISION if special else _ATTENTION
     limits = _limits(half, _SINGLE_PRECISION, arch, dtype, head_dim)
     if special:

@@ -21,7 +21,7 @@ from calibatt_compiler.kernels.request import KernelRequest
 from calibatt_compiler.plan.pattern import BlockPattern
 
 SHARED_MEMORY = 227 * 1024
-# Twenty-one kernels in all; those left out differ from these in nothing that could spill.
+# Twenty-seven kernels in all; those left out differ from these in nothing that could spill.
 BUILT = (
     "fixed, D 128, everything",
     "fixed, D 128, lengths",
@@ -30,9 +30,13 @@ BUILT = (
     "fixed, D 128, copies, everything",
     "fixed, D 128, copies, lengths",
     "fp16, D 64, copies, blocks of 64",
+    "fixed, D 128, zones, everything",
+    "exact, D 128, zones, everything",
+    "fp16, D 64, zones, blocks of 64",
     "counts",
     "literals",
     "literals, copies",
+    "literals, zones",
 )
 
 
@@ -60,7 +64,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
 
 @pytest.mark.slow
 def test_machine_code(kernels: dict[str, dict[str, Any]]) -> None:
-    assert len(kernels) == len(BUILT) + 2
+    assert len(kernels) == len(BUILT) + 3
     for name, kernel in kernels.items():
         # Both are where spilled registers would go.
         assert kernel["local"] == kernel["stack"] == kernel["local_access"] == 0, kernel
@@ -78,6 +82,8 @@ def test_machine_code(kernels: dict[str, dict[str, Any]]) -> None:
         # Rows are gathered and scattered 16 bytes at a time, in loops that stay small.
         assert (1 <= kernel["gathers"] <= 32) if copies else kernel["gathers"] == 0, kernel
         assert (1 <= kernel["scatters"] <= 32) if copies else kernel["scatters"] == 0, kernel
+        # Runs that are literals lie in the kernel's constant memory and are read one at a time.
+        assert kernel["literal_reads"] == ("literals, zones" in name), kernel
         # Tensors are read and written in place, whatever their strides.
         assert kernel["tma_dimensions"] == ["4D"], kernel
         assert kernel["tma_stores"] > 0, kernel
