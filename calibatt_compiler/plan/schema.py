@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -26,14 +26,16 @@ from pydantic import (
 from calibatt_compiler.errors import PlanError
 from calibatt_compiler.plan.copies import RowCopies
 from calibatt_compiler.plan.order import TokenOrder
+from calibatt_compiler.plan.sizes import MAX_HEADS, MAX_LENGTH, MAX_ORDERED, MAX_SITES, MAX_STEPS
 
 SCHEMA_VERSION: Literal[2] = 2
 KNOWN_FEATURES = frozenset({"kept_weights", "pooled_keys", "repetition", "token_order"})
 """Values of `PlanMetadata.requires` that this version can serve."""
 
-Size = Annotated[int, Field(ge=1, le=1 << 24)]
+Size = Annotated[int, Field(ge=1, le=MAX_LENGTH)]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Density = Annotated[float, Field(gt=0, le=1)]
+Text = Annotated[str, Field(max_length=500)]
 Figures = Annotated[
     Mapping[str, float],
     AfterValidator(lambda figures: MappingProxyType(dict(figures))),
@@ -42,12 +44,19 @@ Figures = Annotated[
 """Named numbers, read-only."""
 
 
+def _no_figures() -> Mapping[str, float]:
+    return MappingProxyType({})
+
+
 def _known_order(name: str) -> str:
     try:
         return str(TokenOrder.parse(name))
     except PlanError as error:
         raise ValueError(error.problem) from error
 
+
+T = TypeVar("T")
+_ByStep = Annotated[tuple[T, ...], Field(max_length=MAX_STEPS, fail_fast=True)]
 
 TextPolicy = Literal["none", "in_mask", "dense_first", "dense_last"]
 CfgMode = Literal["none", "separate", "batched", "embedded"]
@@ -68,8 +77,8 @@ class ModelIdentity(_Record):
             a LoRA keeps the plan.
     """
 
-    class_name: str
-    config_digest: str
+    class_name: Text
+    config_digest: Text
 
 
 class Sampler(_Record):
@@ -81,9 +90,11 @@ class Sampler(_Record):
         sigmas: noise levels of the same steps, if known.
     """
 
-    name: str | None = None
-    timesteps: Annotated[tuple[float, ...], Field(min_length=1, max_length=10_000)]
-    sigmas: tuple[float, ...] | None = None
+    name: Text | None = None
+    timesteps: Annotated[
+        tuple[float, ...], Field(min_length=1, max_length=MAX_STEPS, fail_fast=True)
+    ]
+    sigmas: Annotated[tuple[float, ...], Field(max_length=MAX_STEPS, fail_fast=True)] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Sampler:
@@ -100,7 +111,7 @@ class CalibrationInputs(_Record):
     """What a plan was calibrated on: how many inputs, and a hash of prompts and seeds."""
 
     count: Annotated[int, Field(ge=0)]
-    digest: str
+    digest: Text
 
 
 class SiteRecord(_Record):
@@ -127,7 +138,7 @@ class SiteRecord(_Record):
     """
 
     name: Annotated[str, Field(min_length=1, max_length=500)]
-    heads: Annotated[int, Field(ge=1, le=1 << 12)]
+    heads: Annotated[int, Field(ge=1, le=MAX_HEADS)]
     head_dim: Annotated[int, Field(ge=1, le=1 << 12)] | None = None
     query_length: Size
     key_length: Size
@@ -138,10 +149,10 @@ class SiteRecord(_Record):
     head_forms: Literal["blocks", "mixed"] = "blocks"
     anchor_rows: Annotated[int, Field(ge=0, le=1 << 24)] = 0
     patterns: Annotated[int, Field(ge=1)]
-    digests: tuple[Digest, ...]
-    steps: tuple[int, ...]
-    density: tuple[Density, ...]
-    repetitive: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    digests: _ByStep[Digest]
+    steps: _ByStep[int]
+    density: _ByStep[Density]
+    repetitive: _ByStep[Annotated[int, Field(ge=0)]] = ()
 
     @model_validator(mode="after")
     def _check(self) -> SiteRecord:
@@ -209,18 +220,18 @@ class PlanMetadata(_Record):
     """
 
     schema_version: Literal[2] = SCHEMA_VERSION
-    producer: str
-    requires: tuple[str, ...] = ()
+    producer: Text
+    requires: Annotated[tuple[str, ...], Field(max_length=64, fail_fast=True)] = ()
     model: ModelIdentity | None = None
     grid: tuple[Size, Size, Size]
     token_order: Annotated[str, AfterValidator(_known_order)] = "raster"
     text_policy: TextPolicy = "none"
     cfg: CfgMode = "none"
     sampler: Sampler
-    thresholds: Figures = MappingProxyType({})
+    thresholds: Figures = Field(default_factory=_no_figures)
     inputs: CalibrationInputs = CalibrationInputs(count=0, digest="")
-    quality: Figures = MappingProxyType({})
-    sites: tuple[SiteRecord, ...]
+    quality: Figures = Field(default_factory=_no_figures)
+    sites: Annotated[tuple[SiteRecord, ...], Field(max_length=MAX_SITES, fail_fast=True)]
 
     @model_validator(mode="after")
     def _check(self) -> PlanMetadata:
@@ -234,7 +245,11 @@ class PlanMetadata(_Record):
         shortest = min(min(site.query_length, site.key_length) for site in self.sites)
         if self.token_order != "raster" and shortest < math.prod(self.grid):
             raise ValueError(f"token_order is of {self.grid} tokens, a sequence has {shortest}")
+        if self.token_order != "raster" and math.prod(self.grid) > MAX_ORDERED:
+            raise ValueError(f"token_order is of at most {MAX_ORDERED} tokens, not {self.grid}")
         for site in self.sites:
+            if site.anchor_rows and site.query_length > MAX_ORDERED:
+                raise ValueError(f"site {site.name}: rows of over {MAX_ORDERED} tokens are copied")
             if len(site.steps) != len(self.sampler.timesteps):
                 raise ValueError(
                     f"site {site.name} has {len(site.steps)} steps, the sampler has "
