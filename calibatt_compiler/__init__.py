@@ -9,10 +9,11 @@ Importing the package is cheap: each name is imported when it is first used.
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from calibatt_compiler import version
+from calibatt_compiler import printable, version
 
 if TYPE_CHECKING:
     from calibatt_compiler import errors
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from calibatt_compiler.report.summary import summary
 
 __version__ = version.VERSION
+
+logging.getLogger("calibatt").addFilter(printable.clean_record)
 
 _HOMES = {
     "CalibrationConfig": "calibatt_compiler.calibration",

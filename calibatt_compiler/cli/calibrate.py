@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from calibatt_compiler.cli import options
+from calibatt_compiler.printable import printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -192,10 +193,9 @@ def calibrate(
     Example: calibatt calibrate Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompts prompts.txt
     --height 480 --width 832 --frames 81 --steps 50 --out wan-480p.calibatt
     """
-    from rich.console import Console
-
     from calibatt_compiler.calibration import CalibrationConfig
     from calibatt_compiler.cli import pipelines, ranks
+    from calibatt_compiler.terminal import PlainConsole
 
     config = CalibrationConfig(
         block=(block, block),
@@ -233,10 +233,11 @@ def calibrate(
         said = _estimate if dry_run else _calibrate
         text = said(pipe, cases, out, config, arguments)
     if rank == 0:
-        console = Console(highlight=False, soft_wrap=True)
+        console = PlainConsole(soft_wrap=True)
         console.print(text)
         if not dry_run:
-            console.print(f"measure it: calibatt compare {model} {out} --prompts HELD_OUT.txt")
+            both = f"{printable(model)} {printable(out)}"
+            console.print(f"measure it: calibatt compare {both} --prompts HELD_OUT.txt")
 
 
 def _estimate(
@@ -259,8 +260,9 @@ def _calibrate(
     plan = calibrate(pipe, texts, seeds, out=out, config=config, **arguments)
     measured = orders_surveyed(plan)
     order = "" if measured is None else f"token order {plan.token_order}; {measured}\n"
+    name = printable(out)
     return (
-        f"{out}: {len(plan.sites)} sites, {plan.steps} steps, sparsity {1 - plan.density():.1%}\n"
+        f"{name}: {len(plan.sites)} sites, {plan.steps} steps, sparsity {1 - plan.density():.1%}\n"
         f"{order}"
-        f"see it:     calibatt inspect {out} --html plan.html"
+        f"see it:     calibatt inspect {name} --html plan.html"
     )

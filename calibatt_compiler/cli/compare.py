@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from calibatt_compiler.cli import options
+from calibatt_compiler.printable import printable
 
 if TYPE_CHECKING:
     from calibatt_compiler.report.comparison import Comparison, DenseKind
@@ -116,11 +117,10 @@ def compare(
 
 def show(comparison: Comparison, index: Path) -> None:
     """Print the figures of a comparison."""
-    from rich.console import Console
-
     from calibatt_compiler.report.results import terminal
+    from calibatt_compiler.terminal import PlainConsole
 
-    console = Console()
+    console = PlainConsole()
     console.print(comparison.main.summary)
     console.print(terminal(comparison))
-    console.print(f"results: {index}", highlight=False, soft_wrap=True)
+    console.print(f"results: {printable(index)}", soft_wrap=True)

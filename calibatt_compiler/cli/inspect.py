@@ -9,6 +9,7 @@ import typer
 
 from calibatt_compiler.cli import options
 from calibatt_compiler.errors import OptionError
+from calibatt_compiler.printable import printable
 
 _VALIDATION = "Validation"
 
@@ -73,13 +74,12 @@ def inspect(
 
     Example: calibatt inspect fox.calibatt --html fox.html
     """
-    from rich.console import Console
-
     from calibatt_compiler.cli import pipelines, validation
     from calibatt_compiler.plan import Plan
     from calibatt_compiler.report import inspect as report
     from calibatt_compiler.report import validation as validation_report
     from calibatt_compiler.report.plan_page import write_page
+    from calibatt_compiler.terminal import PlainConsole
 
     if validate is None and raised is not None:
         raise OptionError(
@@ -102,17 +102,17 @@ def inspect(
             device=device,
             dtype=dtype,
         )
-    console = Console()
+    console = PlainConsole()
     if as_json:
         extra = {} if found is None else {"validation": found.to_dict()}
-        console.print_json(data={**report.to_dict(loaded), **extra})
+        console.print_json(data={**report.to_dict(loaded), **extra}, ensure_ascii=True)
     else:
         console.print(report.terminal(loaded))
         if found is not None:
             console.print("", validation_report.terminal(found))
-    said = Console(stderr=True, highlight=False, soft_wrap=True)
+    said = PlainConsole(stderr=True, soft_wrap=True)
     if html is not None:
         write_page(loaded, html, title=plan.name)
-        said.print(f"page written to {html}")
+        said.print(f"page written to {printable(html)}")
     if raised is not None and found is not None:
         said.print(validation.raise_flagged(plan, loaded, found, raised))

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from calibatt_compiler.cli import options
+from calibatt_compiler.printable import printable
 
 _SEARCH = "The search"
 
@@ -110,8 +111,6 @@ def tune(
 
     Example: calibatt tune ./wan --prompts prompts.txt --steps 50 --speed-up 1.3 --out search
     """
-    from rich.console import Console
-
     from calibatt_compiler.calibration import CalibrationConfig, TuningConfig, tuning_cost
     from calibatt_compiler.calibration import tune as run
     from calibatt_compiler.calibration.study import SearchSpace
@@ -119,6 +118,7 @@ def tune(
     from calibatt_compiler.cli.progress import TerminalProgress
     from calibatt_compiler.errors import OptionError
     from calibatt_compiler.report import tuning as report
+    from calibatt_compiler.terminal import PlainConsole
 
     if proxy and psnr is not None:
         raise OptionError(
@@ -159,16 +159,17 @@ def tune(
     arguments = pipelines.pipeline_arguments(pipe, named, settings)
     texts, seeds = [case.prompt for case in cases], [case.seed for case in cases]
     common = {"out": out, "config": config, "tuning": tuning, **arguments}
-    console = Console(highlight=False, soft_wrap=True)
+    console = PlainConsole(soft_wrap=True)
     console.print(report.cost_table(tuning_cost(pipe, texts, seeds, **common)))
     if not yes and sys.stdin.isatty():
         typer.confirm("Start?", abort=True)
     with TerminalProgress() as progress:
         found = run(pipe, texts, seeds, progress=progress, **common)
     console.print(report.front_table(found))
-    console.print(f"the front: {out / 'front.png'}, {out / 'tuning.json'}")
+    folder = printable(out)
+    console.print(f"the front: {folder}/front.png, {folder}/tuning.json")
     if found.chosen is not None:
-        console.print(f"the chosen plan: {out / 'plan.calibatt'}")
+        console.print(f"the chosen plan: {folder}/plan.calibatt")
     elif speed_up is not None or psnr is not None:
         console.print("no trial reached the goal")
         raise typer.Exit(1)

@@ -6,7 +6,6 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from calibatt_compiler.files import write_text
 from calibatt_compiler.plan import BlockPattern, Plan
+from calibatt_compiler.printable import escape, printable
 from calibatt_compiler.report import page
 from calibatt_compiler.report.inspect import facts, head_density, heads_density
 from calibatt_compiler.report.pictures import data_uri, mask_png
@@ -99,7 +99,10 @@ def _pictures(plan: Plan, steps: list[int]) -> dict[str, Any]:
                     "png": list(_head_pngs(pattern)),
                 }
             )
-        sites[name] = {"set": [wanted.index(site.steps[step]) for step in steps], "sets": sets}
+        sites[printable(name)] = {
+            "set": [wanted.index(site.steps[step]) for step in steps],
+            "sets": sets,
+        }
     return sites
 
 

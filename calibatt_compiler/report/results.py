@@ -6,13 +6,13 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from calibatt_compiler.files import replacing, write_text
+from calibatt_compiler.printable import escape, printable
 from calibatt_compiler.report import page
 from calibatt_compiler.report.cases import Case
 from calibatt_compiler.report.comparison import DENSE, Comparison, PlanResult
@@ -199,7 +199,7 @@ def terminal(comparison: Comparison) -> Table:
     for index, name in enumerate(HEADER):
         table.add_column(name, justify="right" if index else "left", overflow="fold")
     for result in comparison.plans:
-        table.add_row(*_row(comparison, result))
+        table.add_row(*map(printable, _row(comparison, result)))
     return table
 
 
