@@ -70,3 +70,10 @@ class KernelError(CalibattError):
 
 class PipelineError(CalibattError):
     """A pipeline, a prompt file or another input of a command is not usable."""
+
+
+class FileError(CalibattError, OSError):
+    """A file or folder can't be read or written: the message names it.
+
+    It is an `OSError` too, and has its `errno` where the system gave one.
+    """

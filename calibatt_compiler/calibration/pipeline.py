@@ -30,6 +30,7 @@ from calibatt_compiler.calibration.progress import CalibrationProgress
 from calibatt_compiler.calibration.ranks import Ranks
 from calibatt_compiler.calibration.run import CalibrationRun, FirstStepDone, recording
 from calibatt_compiler.calibration.surveying import Surveyor, describe, survey_pipeline
+from calibatt_compiler.files import check_folder, check_output
 from calibatt_compiler.plan import Plan
 
 log = logging.getLogger("calibatt")
@@ -70,11 +71,16 @@ def calibrate(
         CalibrationError: the pipeline can't be calibrated, or the run folder belongs to another
             run or process, or another rank failed.
         OptionError: prompts, seeds or arguments that can't be used.
+        FileError: plan or run folder can't be written.
     """
     config = config or CalibrationConfig()
     inputs = read_inputs(prompts, seeds, pipeline_arguments)
     arguments = identity.describe(pipeline_arguments)
     config = replace(config, run_folder=run_folder(config, out))
+    if out is not None:
+        check_output(out)
+    if config.run_folder is not None:
+        check_folder(config.run_folder)
     module = component_of(pipe, config.component)
     ranks = Ranks.current() if config.distributed else Ranks()
     names = [f"{index:05d}" for index in range(len(inputs))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from calibatt_compiler.files import naming
 
 
 class Spool:
@@ -32,12 +35,17 @@ class Spool:
             energy: (votes, heads, query_blocks, key_blocks).
             before: what this returned earlier, which is gone afterwards.
         """
-        self._folder.mkdir(parents=True, exist_ok=True)
+        with naming(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"kept-{self._kept:06d}.npy"
         self._kept += 1
         votes = len(energy) + (0 if before is None else len(before))
         shape = (votes, *energy.shape[1:])
-        mapped = np.lib.format.open_memmap(path, mode="w+", dtype=energy.dtype, shape=shape)
+        with naming(path):
+            mapped = np.lib.format.open_memmap(path, mode="w+", dtype=energy.dtype, shape=shape)
+            with path.open("r+b") as file:
+                # Taken now: a full disk would end the process when a mapped page is written.
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         mapped[-len(energy) :] = energy
         if before is not None:
             assert isinstance(before, np.memmap)
@@ -47,9 +55,11 @@ class Spool:
 
     def put(self, site: str, step: int, energy: npt.NDArray[np.float32]) -> None:
         """Write the energies of one call."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        with naming(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"{len(self._entries):06d}.npy"
-        np.save(path, energy, allow_pickle=False)
+        with naming(path):
+            np.save(path, energy, allow_pickle=False)
         self._entries.append((site, step, path))
 
     def drain(self) -> Iterator[tuple[str, int, npt.NDArray[np.float32]]]:

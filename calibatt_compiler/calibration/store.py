@@ -34,7 +34,7 @@ from calibatt_compiler.calibration.lock import FolderLock
 from calibatt_compiler.calibration.orders import FILE as ORDER_FILE
 from calibatt_compiler.calibration.records import InputRecord
 from calibatt_compiler.errors import CalibrationError
-from calibatt_compiler.files import replacing, write_text
+from calibatt_compiler.files import naming, replacing, write_text
 
 log = logging.getLogger("calibatt")
 
@@ -67,7 +67,8 @@ class RunStore:
         Raises:
             CalibrationError: another process works in it, or it belongs to another run.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with naming(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         self._lock.take()
         try:
             if restart:
@@ -172,7 +173,8 @@ class RunStore:
         text = record_text(record)
         # One entry: safetensors writes several in random order, and equal inputs make equal files.
         header = {FORMAT: f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}"}
-        with replacing(self._path(record.name)) as temporary:
+        size = sum(array.nbytes for array in tensors.values())
+        with replacing(self._path(record.name), size=size) as temporary:
             save_file(dict(tensors), temporary, metadata=header)
         self._records[record.name] = record
 

@@ -5,6 +5,7 @@ Nothing heavy is imported before a command runs, so that `--help` is quick.
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -66,6 +67,14 @@ class _Commands(TyperGroup):
             console.print(str(error))
             code = FAILED if isinstance(error, PlanMismatchError) else UNUSABLE
             raise typer.Exit(code) from error
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # whoever read the output has read enough
+                raise
+            named = "a file" if error.filename is None else error.filename
+            console = PlainConsole(stderr=True, soft_wrap=True)
+            console.print("calibatt:", style="bold red", end=" ")
+            console.print(f"{printable(named)}: {error.strerror or error}")
+            raise typer.Exit(UNUSABLE) from error
         except KeyboardInterrupt as error:
             PlainConsole(stderr=True).print("calibatt: interrupted; no half-written file was left")
             raise typer.Exit(INTERRUPTED) from error

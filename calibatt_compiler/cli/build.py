@@ -10,6 +10,7 @@ import typer
 
 from calibatt_compiler.cli import options
 from calibatt_compiler.errors import OptionError
+from calibatt_compiler.files import check_folder
 from calibatt_compiler.printable import printable
 
 OLDEST = 80
@@ -77,6 +78,7 @@ def build(
 
     loaded = Plan.load(plan)
     targets = _archs(arch)
+    check_folder(cache_dir())
     specs = PlanSpecs(
         loaded, targets, dtype_of(dtype, torch.device("cuda")), head_dim, hopper=not portable
     )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from calibatt_compiler.cli import options
+from calibatt_compiler.files import check_folder, check_output
 from calibatt_compiler.printable import printable
 
 if TYPE_CHECKING:
@@ -215,6 +216,9 @@ def calibrate(
         keep_energies=keep_energies or ("coarse" if coarse_energies else False),
         restart=restart,
     )
+    if not dry_run:
+        check_output(out, inputs=[prompts])
+        check_folder(f"{out}.calibration")
     cases = pipelines.read_cases(prompts, prompt, seed)
     named = {
         "height": height,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from calibatt_compiler.cli import options
+from calibatt_compiler.files import check_folder
 from calibatt_compiler.printable import printable
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def compare(
     from calibatt_compiler.plan import Plan
     from calibatt_compiler.report.compare import compare as run_comparison
     from calibatt_compiler.report.comparison import ComparisonConfig
-    from calibatt_compiler.report.results import Results
+    from calibatt_compiler.report.results import OUTPUTS, Results
 
     if dense not in ("inductor", "eager"):
         raise OptionError(
@@ -81,6 +82,7 @@ def compare(
             got=repr(dense),
             remedy="leave it out for the default",
         )
+    check_folder(out, OUTPUTS, inputs=[*plan, prompts])
     plans = {path.stem: Plan.load(path) for path in plan}
     first = next(iter(plans.values()))
     checked = CompileOptions.parse({"plan": first, "lowering": lowering})

@@ -13,6 +13,7 @@ import typer
 
 from calibatt_compiler.cli import options
 from calibatt_compiler.errors import PipelineError
+from calibatt_compiler.files import check_folder
 from calibatt_compiler.report.cases import Case
 
 if TYPE_CHECKING:
@@ -104,9 +105,10 @@ def demo(
     from calibatt_compiler.report.compare import compare as run_comparison
     from calibatt_compiler.report.comparison import ComparisonConfig
     from calibatt_compiler.report.plan_page import write_page
-    from calibatt_compiler.report.results import Results
+    from calibatt_compiler.report.results import OUTPUTS, Results
 
     started = time.perf_counter()
+    check_folder(out, (*OUTPUTS, "plan.calibatt", "inspect.html"), inputs=[settings])
     chosen = read_settings(settings or find("demo.json"))
     if quick:
         chosen = chosen.quick()

@@ -9,6 +9,7 @@ import typer
 
 from calibatt_compiler.cli import options
 from calibatt_compiler.errors import OptionError
+from calibatt_compiler.files import check_output
 from calibatt_compiler.printable import printable
 
 _VALIDATION = "Validation"
@@ -88,6 +89,9 @@ def inspect(
             got="no --validate",
             remedy="add --validate MODEL --prompts HELD_OUT.txt",
         )
+    for path, others in ((html, (plan, prompts)), (raised, (plan, prompts, html))):
+        if path is not None:
+            check_output(path, inputs=others)
     loaded = Plan.load(plan)
     found = None
     if validate is not None:

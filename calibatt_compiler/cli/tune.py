@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from calibatt_compiler.cli import options
+from calibatt_compiler.files import check_folder
 from calibatt_compiler.printable import printable
 
 _SEARCH = "The search"
@@ -114,6 +115,7 @@ def tune(
     from calibatt_compiler.calibration import CalibrationConfig, TuningConfig, tuning_cost
     from calibatt_compiler.calibration import tune as run
     from calibatt_compiler.calibration.study import SearchSpace
+    from calibatt_compiler.calibration.tuning import OUTPUTS
     from calibatt_compiler.cli import pipelines
     from calibatt_compiler.cli.progress import TerminalProgress
     from calibatt_compiler.errors import OptionError
@@ -127,6 +129,7 @@ def tune(
             got="--psnr",
             remedy="leave --proxy out",
         )
+    check_folder(out, OUTPUTS, inputs=[prompts])
     keys, scores = _numbers(pooled), _scores(gamma)
     config = CalibrationConfig(
         pooled=keys[0],

@@ -126,7 +126,8 @@ def write(
             got=problem,
             remedy="let steps share patterns (share_steps), or take larger blocks",
         )
-    with replacing(path) as temporary:
+    size = sum(site.code.nbytes for site in sites.values())
+    with replacing(path, size=size) as temporary:
         save_file({name: site.code for name, site in sites.items()}, temporary, metadata=entry)
 
 

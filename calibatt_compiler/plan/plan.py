@@ -212,7 +212,8 @@ class Plan:
         """Write the plan to `path`: whole or not at all.
 
         Raises:
-            OSError: the folder can't be written.
+            FileError: the file can't be written.
+            PlanError: it would be too large for a file.
         """
         stored = {name: StoredPatterns.pack(site.patterns) for name, site in self._sites.items()}
         file.write(path, self._metadata, stored)

@@ -24,7 +24,7 @@ def write_curve(comparison: Comparison, path: str | os.PathLike[str]) -> Path:
 
     Raises:
         PipelineError: matplotlib is not installed.
-        OSError: the folder can't be written.
+        FileError: the file can't be written.
     """
     try:
         from matplotlib.figure import Figure

@@ -31,7 +31,7 @@ def write_page(plan: Plan, path: str | os.PathLike[str], *, title: str = "Plan")
     Large plans show the masks at some of their steps only, so that the page stays readable.
 
     Raises:
-        OSError: the folder can't be written.
+        FileError: the file can't be written.
     """
     names = list(plan.sites)
     by_step = [[plan.density(name, step) for step in range(plan.steps)] for name in names]

@@ -22,6 +22,9 @@ from calibatt_compiler.report.quality import Frames, Quality
 from calibatt_compiler.report.summary import Summary
 from calibatt_compiler.report.video import contact_sheet, side_by_side, write_video
 
+OUTPUTS = ("index.html", "compare.json", "summary.txt", "curve.png")
+"""Files that a comparison writes into its folder, beside videos."""
+
 
 class Results:
     """Writes what a comparison finds, each file whole or not at all.
