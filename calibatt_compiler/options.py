@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import logging
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -11,6 +14,8 @@ from typing import Any, Literal, get_args
 
 from calibatt_compiler.errors import OptionError
 from calibatt_compiler.plan import Plan
+
+log = logging.getLogger("calibatt")
 
 Lowering = Literal["baked", "table", "reference"]
 Softmax = Literal["auto", "exact"]
@@ -149,14 +154,36 @@ def _load_plan(plan: object) -> Plan:
 
 
 def cache_dir() -> Path:
-    """Where generated kernels are kept: `CALIBATT_CACHE_DIR`, or `calibatt` in the user's cache."""
-    if chosen := os.environ.get("CALIBATT_CACHE_DIR"):
-        return Path(chosen).expanduser()
+    """Where generated kernels are kept: `CALIBATT_CACHE_DIR`, or `calibatt` in the user's cache.
+
+    Where the user has no home, it is `fallback_dir`; that is said once.
+    """
+    chosen = os.environ.get("CALIBATT_CACHE_DIR")
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "calibatt"
+    try:
+        return Path(chosen).expanduser() if chosen else Path(base).expanduser() / "calibatt"
+    except RuntimeError as error:
+        _say_homeless(str(error))
+        return fallback_dir()
+
+
+def fallback_dir() -> Path:
+    """A folder for one user's kernels where temporary files lie."""
+    return Path(tempfile.gettempdir()) / f"calibatt-{os.geteuid()}"
+
+
+@functools.cache
+def _say_homeless(reason: str) -> None:
+    where = fallback_dir()
+    log.warning("kernel cache: %s; kernels are kept in %s (CALIBATT_CACHE_DIR)", reason, where)
 
 
 def debug_dir() -> Path | None:
     """Where graphs are dumped before and after each pass: `CALIBATT_DEBUG_DIR`, off by default."""
     chosen = os.environ.get("CALIBATT_DEBUG_DIR")
-    return Path(chosen).expanduser() if chosen else None
+    if not chosen:
+        return None
+    try:
+        return Path(chosen).expanduser()
+    except RuntimeError:
+        return Path(chosen)  # there is no home

@@ -10,7 +10,6 @@ import typer
 
 from calibatt_compiler.cli import options
 from calibatt_compiler.errors import OptionError
-from calibatt_compiler.files import check_folder
 from calibatt_compiler.printable import printable
 
 OLDEST = 80
@@ -71,14 +70,14 @@ def build(
     from calibatt_compiler.build import PlanSpecs
     from calibatt_compiler.cli.pipelines import dtype_of
     from calibatt_compiler.cli.progress import TerminalProgress
+    from calibatt_compiler.kernels.cache_folder import writable
     from calibatt_compiler.kernels.compiler import KernelCompiler
-    from calibatt_compiler.options import cache_dir
     from calibatt_compiler.plan import Plan
     from calibatt_compiler.terminal import PlainConsole
 
     loaded = Plan.load(plan)
     targets = _archs(arch)
-    check_folder(cache_dir())
+    place = next(writable())
     specs = PlanSpecs(
         loaded, targets, dtype_of(dtype, torch.device("cuda")), head_dim, hopper=not portable
     )
@@ -88,7 +87,7 @@ def build(
     cached = sum(source.cached for source in report.compiled)
     console = PlainConsole(soft_wrap=True)
     console.print(
-        f"{len(report.compiled)} of {len(specs)} kernels are ready in {printable(cache_dir())} for "
+        f"{len(report.compiled)} of {len(specs)} kernels are ready in {printable(place)} for "
         + ", ".join(f"sm_{target}" for target in targets)
         + f"; {cached} were there before"
     )
