@@ -129,12 +129,19 @@ class RecordingBinder:
 
 
 def _check_model(plan: Plan, inputs: FrameInputs) -> None:
-    expected = plan.metadata.model
-    module = inputs.module
+    expected, module = plan.metadata.model, inputs.module
     if expected is None or module is None:
         return
     whole = bool(models.config_of(module)) or type(module).__name__ == expected.class_name
     if not whole:  # a frame inside the model, after a graph break
+        return
+    check_identity(plan, module)
+
+
+def check_identity(plan: Plan, module: torch.nn.Module) -> None:
+    """Raise `PlanMismatchError` if a plan was calibrated on another model."""
+    expected = plan.metadata.model
+    if expected is None:
         return
     got = models.identify(module)
     if got.class_name != expected.class_name:

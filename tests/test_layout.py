@@ -12,7 +12,17 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "calibatt_compiler"
-LEAVES = {"plan", "errors", "options", "debug", "files", "capture", "version", "printable"}
+LEAVES = {
+    "plan",
+    "errors",
+    "options",
+    "debug",
+    "files",
+    "capture",
+    "version",
+    "printable",
+    "arguments",
+}
 CODE_LOADERS = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 
 # Passes share helpers, which rewrite nothing; only the list of passes imports the passes.

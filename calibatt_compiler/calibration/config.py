@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal, TypeGuard
 
+from calibatt_compiler.arguments import is_one_of, require
 from calibatt_compiler.calibration.orders import AUTO
 from calibatt_compiler.calibration.schedule import Thresholds, default_thresholds
 from calibatt_compiler.errors import OptionError, PlanError
@@ -133,9 +134,9 @@ class CalibrationConfig:
         if self.num_steps is not None and not (_integer(self.num_steps) and self.num_steps >= 1):
             raise _error("num_steps", "an integer of at least 1", self.num_steps)
         for name, choices in (("cfg", ("conditional", "both")), ("text", (None, "first", "last"))):
-            if getattr(self, name) not in choices:
+            if not is_one_of(getattr(self, name), choices):
                 raise _error(name, f"one of {choices}", getattr(self, name))
-        if not (isinstance(self.keep_energies, bool) or self.keep_energies == "coarse"):
+        if not is_one_of(self.keep_energies, (True, False, "coarse")):
             raise _error("keep_energies", "True, False or 'coarse'", self.keep_energies)
         for name in ("inductor", "progress", "keep_run", "restart", "distributed"):
             optional = name in ("inductor", "progress")
@@ -170,8 +171,9 @@ def _check_form(config: CalibrationConfig) -> None:
     check_sample(power, config.merge_budget)
     if not (_integer(config.queries) and config.queries >= 1) or config.block[0] % config.queries:
         raise _error("queries", f"a divisor of {config.block[0]}", config.queries)
+    named = isinstance(config.token_order, str)
     try:
-        if config.token_order != AUTO:
+        if not named or config.token_order != AUTO:
             TokenOrder.parse(config.token_order)
     except (PlanError, TypeError) as error:
         expected = "raster, a tile such as 2x8x8, ropes such as 2x8xall, or auto"
@@ -227,3 +229,16 @@ def _error(name: str, expected: str, got: object) -> OptionError:
         got=repr(got),
         remedy="leave it out for the default; CalibrationConfig describes each setting",
     )
+
+
+def checked_config(config: object) -> CalibrationConfig:
+    """Return settings, the defaults for None.
+
+    Raises:
+        OptionError: it is something else.
+    """
+    if config is None:
+        return CalibrationConfig()
+    require(isinstance(config, CalibrationConfig), "config", config, "a CalibrationConfig, or None")
+    assert isinstance(config, CalibrationConfig)
+    return config

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from calibatt_compiler.calibration import identity
-from calibatt_compiler.calibration.config import CalibrationConfig
+from calibatt_compiler.calibration.config import CalibrationConfig, checked_config
 from calibatt_compiler.calibration.derive import refiner_of
 from calibatt_compiler.calibration.first_step import FirstStepClock
 from calibatt_compiler.calibration.generation import (
@@ -136,8 +136,8 @@ def estimate(
     """
     from calibatt_compiler.models import cfg_mode
 
-    config = config or CalibrationConfig()
-    inputs = read_inputs(prompts, seeds, pipeline_arguments)
+    config = checked_config(config)
+    inputs = read_inputs(prompts, seeds, pipeline_arguments, pipe)
     arguments = identity.describe(pipeline_arguments)
     module = component_of(pipe, config.component)
     surveyed = config.token_order == AUTO

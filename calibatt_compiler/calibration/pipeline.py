@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from calibatt_compiler.arguments import require_path
 from calibatt_compiler.calibration import identity
-from calibatt_compiler.calibration.config import CalibrationConfig
+from calibatt_compiler.calibration.config import CalibrationConfig, checked_config
 from calibatt_compiler.calibration.generation import (
     Prompt,
     branches,
@@ -73,9 +74,11 @@ def calibrate(
         OptionError: prompts, seeds or arguments that can't be used.
         FileError: plan or run folder can't be written.
     """
-    config = config or CalibrationConfig()
-    inputs = read_inputs(prompts, seeds, pipeline_arguments)
+    config = checked_config(config)
+    inputs = read_inputs(prompts, seeds, pipeline_arguments, pipe)
     arguments = identity.describe(pipeline_arguments)
+    if out is not None:
+        require_path("out", out)
     config = replace(config, run_folder=run_folder(config, out))
     if out is not None:
         check_output(out)

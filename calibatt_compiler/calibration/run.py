@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from calibatt_compiler.arguments import require
 from calibatt_compiler.calibration import identity
-from calibatt_compiler.calibration.config import CalibrationConfig
+from calibatt_compiler.calibration.config import CalibrationConfig, checked_config
 from calibatt_compiler.calibration.derive import derive_plan, select_by
 from calibatt_compiler.calibration.observation import Branch, Schedule
 from calibatt_compiler.calibration.observed import observed
@@ -245,7 +246,8 @@ def calibration(
         CalibrationError: the run folder is in use or belongs to another calibration.
         OptionError: the token order is `auto`; `calibration.survey` chooses one beforehand.
     """
-    config = config or CalibrationConfig()
+    require(isinstance(module, torch.nn.Module), "module", module, "a torch.nn.Module")
+    config = checked_config(config)
     if config.token_order == AUTO:
         raise OptionError(
             "a bare module's token order can't be chosen on the way",

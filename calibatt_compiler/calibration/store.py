@@ -29,6 +29,7 @@ import pydantic
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from calibatt_compiler.arguments import require_path
 from calibatt_compiler.calibration.coarse import decode
 from calibatt_compiler.calibration.lock import FolderLock
 from calibatt_compiler.calibration.orders import FILE as ORDER_FILE
@@ -50,6 +51,7 @@ class RunStore:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
+        require_path("folder", folder)
         self.folder = Path(folder)
         self._lock = FolderLock(self.folder)
         self._records: dict[str, InputRecord] = {}

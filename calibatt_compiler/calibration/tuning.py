@@ -143,7 +143,7 @@ def tune(
     folder = Path(out)
     config = _recording(config, folder)
     _check_form(config, tuning)
-    inputs = read_inputs(prompts, seeds, pipeline_arguments)
+    inputs = read_inputs(prompts, seeds, pipeline_arguments, pipe)
     check_folder(folder, OUTPUTS)
     with _held(folder):
         _check(folder, config, tuning, inputs)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from calibatt_compiler.calibration import identity
-from calibatt_compiler.calibration.config import CalibrationConfig
+from calibatt_compiler.calibration.config import CalibrationConfig, checked_config
 from calibatt_compiler.calibration.derive import inputs_digest
 from calibatt_compiler.calibration.generation import (
     Prompt,
@@ -72,9 +72,9 @@ def validate(
         OptionError: prompts, seeds, arguments or a margin that can't be used.
     """
     check_margin(margin)
-    config = config or CalibrationConfig()
+    config = checked_config(config)
     plan = plan if isinstance(plan, Plan) else Plan.load(plan)
-    inputs = read_inputs(prompts, seeds, pipeline_arguments)
+    inputs = read_inputs(prompts, seeds, pipeline_arguments, pipe)
     module = component_of(pipe, config.component)
     _check_model(plan, module)
     from calibatt_compiler.models import text_position
