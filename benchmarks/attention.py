@@ -32,8 +32,8 @@ os.environ.setdefault("CALIBATT_CACHE_DIR", _folder.name)
 
 from attention_cases import MASKS, SIZES, Case, make_operands, make_pattern  # noqa: E402
 from attention_kernels import ALL, DENSE, Contestant, Operands  # noqa: E402
-from attention_record import write_record  # noqa: E402
 from attention_timing import beat, relative_error, sustained_and_burst  # noqa: E402
+from record import write_record  # noqa: E402
 
 from calibatt_compiler.plan.pattern import BlockPattern  # noqa: E402
 
@@ -193,8 +193,8 @@ def picture(results: Sequence[Result], device: str, path: Path) -> None:
 
 def compile_only() -> None:
     """Compile the Hopper kernel without a GPU."""
-    from calibatt_compiler.kernels.hopper_launch import hopper_config
-    from calibatt_compiler.kernels.hopper_offline import compile_hopper
+    from calibatt_compiler.kernels.hopper.launch import hopper_config
+    from calibatt_compiler.kernels.hopper.offline import compile_hopper
 
     pattern = BlockPattern.dense(1, 300, 300)
     config = hopper_config(pattern, dtype=torch.bfloat16, head_dim=128)

@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 from attention_cases import SIZES, Size, make_operands
 from attention_kernels import Contestant, Operands
-from attention_record import write_record
 from attention_timing import beat, calls_a_block, relative_error, sustained
 from energy_kernels import ALL, DENSE, SWEEP, Measured
+from record import write_record
 from torch import Tensor
 
 AIM = 0.45
@@ -161,7 +161,7 @@ def save(results: Sequence[Result], device: str, out: Path | None) -> None:
 
 def compile_only() -> None:
     """Compile the kernels for a Hopper GPU without one."""
-    from calibatt_compiler.kernels.energy_offline import compile_energy
+    from calibatt_compiler.kernels.portable.energy_offline import compile_energy
 
     for kernel in ("one pass", "fused"):
         made = compile_energy(kernel, arch=90, dtype=torch.bfloat16, head_dim=128)  # type: ignore[arg-type]

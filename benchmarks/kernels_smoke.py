@@ -12,7 +12,6 @@ this script, its times mean nothing. Results go to $OUT/kernels_smoke.json if OU
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import statistics
@@ -20,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +33,15 @@ _folder = tempfile.TemporaryDirectory(prefix="calibatt-smoke-")
 os.environ["CALIBATT_CACHE_DIR"] = _folder.name
 
 import torch.nn.functional as F  # noqa: E402
+from record import write_record  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
-from calibatt_compiler.kernels.baked import BakedAttention  # noqa: E402
-from calibatt_compiler.kernels.cover import CoverLimits  # noqa: E402
-from calibatt_compiler.kernels.tiles import TileSettings  # noqa: E402
-from calibatt_compiler.kernels.triton_energy import triton_energy  # noqa: E402
-from calibatt_compiler.kernels.triton_table import TableAttention  # noqa: E402
+from calibatt_compiler.kernels.baked.attention import BakedAttention  # noqa: E402
+from calibatt_compiler.kernels.baked.cover import CoverLimits  # noqa: E402
+from calibatt_compiler.kernels.portable.attention import TableAttention  # noqa: E402
+from calibatt_compiler.kernels.portable.energy_scores import triton_energy  # noqa: E402
+from calibatt_compiler.kernels.portable.tiles import TileSettings  # noqa: E402
 from calibatt_compiler.plan.pattern import BlockPattern  # noqa: E402
 
 DEVICE = torch.device("cuda", torch.cuda.current_device()) if GPU else torch.device("cpu")
@@ -351,8 +351,7 @@ def main() -> int:
         wrong |= not result.equal_bits
     print("\nWRONG" if wrong else "\nall right")
     if out := os.environ.get("OUT"):
-        record = {"device": name, "results": [asdict(result) for result in results]}
-        (Path(out) / "kernels_smoke.json").write_text(json.dumps(record, indent=1))
+        write_record(Path(out) / "kernels_smoke.json", name, results)
     return int(wrong)
 
 

@@ -9,11 +9,10 @@ Importing the package is cheap: each name is imported when it is first used.
 
 from __future__ import annotations
 
-import logging
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from calibatt_compiler import printable, version
+from calibatt_compiler import logs, version
 
 if TYPE_CHECKING:
     from calibatt_compiler import errors
@@ -23,8 +22,7 @@ if TYPE_CHECKING:
     from calibatt_compiler.report.summary import summary
 
 __version__ = version.VERSION
-
-logging.getLogger("calibatt").addFilter(printable.clean_record)
+logs.start()
 
 _HOMES = {
     "CalibrationConfig": "calibatt_compiler.calibration",

@@ -9,7 +9,9 @@ from typing import Any, TypeVar, cast
 import torch
 
 from calibatt_compiler.arguments import require
+from calibatt_compiler.binders import check_identity
 from calibatt_compiler.errors import CaptureError, OptionError
+from calibatt_compiler.models import unwrap
 from calibatt_compiler.options import CompileOptions
 from calibatt_compiler.plan import Plan
 
@@ -74,9 +76,6 @@ def compile(
 def _compiled(
     module: torch.nn.Module, plan: object, options: Mapping[str, Any], how: Mapping[str, Any]
 ) -> torch.nn.Module:
-    from calibatt_compiler.binders import check_identity
-    from calibatt_compiler.models import unwrap
-
     checked = CompileOptions.parse({**options, "plan": plan})
     module = unwrap(module)
     check_identity(checked.plan, module)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,13 +13,14 @@ from calibatt_compiler.binders import PlanBinder, RecordingBinder
 from calibatt_compiler.capture import CaptureInfo, Recorder
 from calibatt_compiler.dynamo import FrameInputs, frame_inputs
 from calibatt_compiler.errors import CalibattError, PlanMismatchError
+from calibatt_compiler.logs import logger
 from calibatt_compiler.options import CompileOptions
 from calibatt_compiler.passes.pipeline import run_passes
 from calibatt_compiler.passes.rewrite import Rewrite, SdpaCall, Skip
 from calibatt_compiler.report.summary import GraphReport, keep_report
 from calibatt_compiler.runtime.graph import CompiledGraph
 
-log = logging.getLogger("calibatt")
+log = logger("passes")
 Compiled = Callable[..., Any]
 
 
@@ -85,7 +85,9 @@ def _inductor(
 ) -> Compiled:
     from torch._inductor.compile_fx import compile_fx
 
-    compiled: Compiled = compile_fx(gm, example_inputs, config_patches=dict(settings))
+    # Random numbers as without a compiler: else a seed in the model would make another video.
+    patches = {"fallback_random": True, **settings}
+    compiled: Compiled = compile_fx(gm, example_inputs, config_patches=patches)
     return compiled
 
 

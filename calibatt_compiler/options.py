@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import logging
 import os
 import tempfile
 from collections.abc import Mapping
@@ -14,9 +13,10 @@ from typing import Any, Literal, get_args, get_origin
 
 from calibatt_compiler.arguments import described, is_one_of, known, require
 from calibatt_compiler.errors import OptionError
+from calibatt_compiler.logs import logger
 from calibatt_compiler.plan import Plan
 
-log = logging.getLogger("calibatt")
+log = logger("kernels")
 
 Lowering = Literal["baked", "table", "reference"]
 Softmax = Literal["auto", "exact"]

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from calibatt_compiler import files
-from calibatt_compiler.calibration.spool import Spool
+from calibatt_compiler.calibration.store.energies import EnergyBuffer
 from calibatt_compiler.cli.app import run
 from calibatt_compiler.errors import CalibattError, FileError
 from calibatt_compiler.files import check_folder, check_output, naming, replacing, write_text
@@ -229,17 +229,17 @@ WRITERS = {
     "m = {'a': torch.ones(9, 2, 64, 64).bool()}\n"
     "p = Plan.from_masks(m, (1, 32, 32), list(range(9)), (16, 16))\n@write_page(p, sys.argv[1])",
     "text": "from calibatt_compiler.files import write_text\n@write_text(sys.argv[1], 'x' * 10**6)",
-    "video": "import numpy as np\nfrom calibatt_compiler.report.video import write_video\n"
+    "video": "import numpy as np\nfrom calibatt_compiler.evaluation.video import write_video\n"
     "f = np.random.randint(0, 255, (40, 64, 64, 3), np.uint8)\n@write_video(sys.argv[1], f, 8)",
     "picture": "from matplotlib.figure import Figure\n"
     "from calibatt_compiler.files import replacing\n"
     "f = Figure()\nf.add_subplot()\n@save(f)",
     "energies": "import numpy as np\nfrom pathlib import Path\n"
-    "from calibatt_compiler.calibration.spool import Spool\n"
-    "s = Spool(Path(sys.argv[1]))\n@s.keep(np.ones((1, 2, 512, 512), np.float32))",
+    "from calibatt_compiler.calibration.store.energies import EnergyBuffer\n"
+    "s = EnergyBuffer(Path(sys.argv[1]))\n@s.keep(np.ones((1, 2, 512, 512), np.float32))",
     "more energies": "import numpy as np\nfrom pathlib import Path\n"
-    "from calibatt_compiler.calibration.spool import Spool\n"
-    "s = Spool(Path(sys.argv[1]))\n@s.put('a', 0, np.ones((1, 2, 512, 512), np.float32))",
+    "from calibatt_compiler.calibration.store.energies import EnergyBuffer\n"
+    "s = EnergyBuffer(Path(sys.argv[1]))\n@s.put('a', 0, np.ones((1, 2, 512, 512), np.float32))",
     "record": "import numpy as np\nfrom pathlib import Path\n"
     "from calibatt_compiler.files import replacing\nfrom safetensors.numpy import save_file\n"
     "@record()",
@@ -284,7 +284,7 @@ def test_energies_on_a_full_disk_do_not_end_the_process(
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(FileError, match="No space left"):
-        Spool(tmp_path / "spool").keep(np.ones((1, 2, 3, 4), np.float32))
+        EnergyBuffer(tmp_path / "spool").keep(np.ones((1, 2, 3, 4), np.float32))
 
 
 def test_failures_of_the_system_end_a_command_with_a_message(

@@ -16,6 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 
+import calibatt_compiler
 from calibatt_compiler.cli.app import run
 from calibatt_compiler.cli.progress import TerminalProgress
 from calibatt_compiler.errors import CalibattError
@@ -40,7 +41,7 @@ NAME = HOSTILE.replace("/", "|")
 
 FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 STYLE = re.compile(r"\x1b\[[0-9;]*m")
-COMMANDS = ("demo", "calibrate", "inspect", "compare", "tune", "build")
+COMMANDS = ("demo", "env", "calibrate", "inspect", "compare", "tune", "build")
 
 
 def check(text: str) -> None:
@@ -170,6 +171,7 @@ def test_errors_of_every_command_show_it(
             ["m", "--out", "p", *prompt, "--token-order", HOSTILE],
             ["m", "--out", "p", *prompt, "--device", HOSTILE],
         ],
+        "env": [],
         "inspect": [[missing], [plan_file, "--validate", missing, *prompt]],
         "compare": [
             ["m", missing, *prompt],
@@ -257,12 +259,28 @@ def test_calibrate_and_tune_show_it(
     with (
         mock.patch("calibatt_compiler.calibration.tune", return_value=mock.Mock(chosen=None)),
         mock.patch("calibatt_compiler.calibration.tuning_cost"),
-        mock.patch("calibatt_compiler.report.tuning.cost_table", return_value=SHOWN),
-        mock.patch("calibatt_compiler.report.tuning.front_table", return_value=MARKUP),
+        mock.patch("calibatt_compiler.cli.tables.tuning.cost_table", return_value=SHOWN),
+        mock.patch("calibatt_compiler.cli.tables.tuning.front_table", return_value=MARKUP),
     ):
         text = said("tune", *common, "--yes", code=0)
     assert MARKUP in text
     assert "\\x1b]52" in text
+
+
+def test_env_shows_it(plan_file: Path, said: Callable[..., str]) -> None:
+    assert "\\x1b]52" in said("env", code=0)
+    said("env", "--json", code=0)
+
+
+def test_every_console_is_the_plain_one() -> None:
+    root = Path(calibatt_compiler.__file__).parent
+    made = [
+        str(path.relative_to(root))
+        for path in root.rglob("*.py")
+        if re.search(r"(?<!Plain)Console\(|(?<![.\w])print\(|^from html ", path.read_text("utf-8"))
+    ]
+    # A summary is printable text in any console.
+    assert made == ["report/summary.py"]
 
 
 def test_progress_shows_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from calibatt_compiler.kernels.compiler import KernelCompiler, KernelSpec
+from calibatt_compiler.kernels.baked.compiler import KernelCompiler, KernelSpec
 from calibatt_compiler.plan import BlockPattern
 
 ROOT = Path(__file__).parent.parent

@@ -12,9 +12,9 @@ import numpy.typing as npt
 import torch
 from fidelity_study.serve import computed_density, entry
 
-from calibatt_compiler.calibration import Thresholds, plan_from_run
-from calibatt_compiler.calibration.records import InputRecord
-from calibatt_compiler.calibration.store import RunStore
+from calibatt_compiler.calibration import Thresholds, plan_from_run, zone_plan_from_run
+from calibatt_compiler.calibration.store.records import InputRecord
+from calibatt_compiler.calibration.store.run_folder import RunStore
 from calibatt_compiler.plan import Plan
 
 NEAR = 0.005
@@ -37,11 +37,15 @@ class Form:
         pooled: keys that each dropped block is pooled to; their cost is part of the density.
         sample_power: as in `CalibrationConfig`.
         gamma: likewise; what repetitive heads spare is given to the others.
+        zones: octave zones instead of masks.
+        numbers: that zones may have a head; None: as calibration does.
     """
 
     pooled: int = 0
     sample_power: float | None = None
     gamma: float | None = None
+    zones: bool = False
+    numbers: int | None = None
 
 
 class Recording:
@@ -105,6 +109,8 @@ class Recording:
         Raises:
             NoPlanError: the thresholds of the first steps, or the pooled keys, alone take more.
         """
+        if form.zones:
+            return self._zones(density, form.numbers)
         wanted, nearest = density, math.inf
         for _ in range(1 if form.gamma is None else TRIES):
             plan = self._made(wanted, form)
@@ -117,6 +123,11 @@ class Recording:
             f"no plan of density {density:g}, the nearest has {nearest:.3f}: a lower --C or a "
             "higher --k (thresholds of early steps) would leave more to late ones"
         )
+
+    def _zones(self, density: float, numbers: int | None) -> Plan:
+        """Make the plan of zones of a density."""
+        budget = {} if numbers is None else {"numbers": numbers * self._record.sites[0].heads}
+        return zone_plan_from_run(self._folder, density=density, **budget)
 
     def _made(self, density: float, form: Form) -> Plan:
         """Make the plan of the threshold at which the agreed blocks have a density."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,28 +12,27 @@ from typing import Any
 import torch
 
 from calibatt_compiler.arguments import require_path
-from calibatt_compiler.calibration import identity
 from calibatt_compiler.calibration.config import CalibrationConfig, checked_config
-from calibatt_compiler.calibration.generation import (
+from calibatt_compiler.calibration.observe.pipelines import (
+    ObservedPipeline,
     Prompt,
-    branches,
-    component_of,
     generate,
-    in_place,
-    quiet,
     read_inputs,
     samples_of,
-    schedule_of,
 )
-from calibatt_compiler.calibration.orders import INPUTS, OrderSurvey
+from calibatt_compiler.calibration.order_search.candidates import INPUTS
+from calibatt_compiler.calibration.order_search.search import Surveyor, describe, survey_pipeline
 from calibatt_compiler.calibration.progress import CalibrationProgress
-from calibatt_compiler.calibration.ranks import Ranks
 from calibatt_compiler.calibration.run import CalibrationRun, FirstStepDone, recording
-from calibatt_compiler.calibration.surveying import Surveyor, describe, survey_pipeline
+from calibatt_compiler.calibration.store import identity
+from calibatt_compiler.calibration.store.order_survey import OrderSurvey
+from calibatt_compiler.calibration.store.ranks import Ranks
 from calibatt_compiler.files import check_folder, check_output
+from calibatt_compiler.logs import logger
+from calibatt_compiler.models import cfg_mode, unwrap
 from calibatt_compiler.plan import Plan
 
-log = logging.getLogger("calibatt")
+log = logger("calibration")
 
 
 def calibrate(
@@ -84,31 +82,21 @@ def calibrate(
         check_output(out)
     if config.run_folder is not None:
         check_folder(config.run_folder)
-    module = component_of(pipe, config.component)
     ranks = Ranks.current() if config.distributed else Ranks()
     names = [f"{index:05d}" for index in range(len(inputs))]
-    job = _Job(pipe, module, config, names, inputs, pipeline_arguments, ranks)
-    from calibatt_compiler.models import cfg_mode
-
-    with (
-        quiet(pipe),
-        in_place(pipe, config.component, module),
-        recording(
-            module,
-            config,
-            about_pipeline(pipe),
-            cfg=cfg_mode(pipe),
-            arguments=arguments,
-            schedule=lambda: schedule_of(pipe.scheduler),
-            on_step=job.on_step,
-            ranks=ranks,
-            surveyor=job.surveyor(),
-            task={
-                "inputs": [identity.describe({"seed": seed, **v}) for seed, v in inputs],
-                "out": None if out is None else os.path.abspath(out),
-            },
-        ) as run,
-    ):
+    job = _Job(ObservedPipeline.of(pipe, config), names, inputs, pipeline_arguments, ranks)
+    with recording(
+        job.model,
+        about_pipeline(pipe),
+        cfg=cfg_mode(pipe),
+        arguments=arguments,
+        ranks=ranks,
+        surveyor=job.surveyor(),
+        task={
+            "inputs": [identity.describe({"seed": seed, **v}) for seed, v in inputs],
+            "out": None if out is None else os.path.abspath(out),
+        },
+    ) as run:
         job.observe(run)
         plan = _shared_plan(run, ranks, names, out)
         if ranks.rank == 0 and out is not None and not config.keep_run:
@@ -118,21 +106,22 @@ def calibrate(
 
 
 class _Job:
-    """Runs this rank's share of the inputs."""
+    """Runs this rank's share of the inputs.
+
+    Attributes:
+        model: what is observed; its steps are shown, and the other ranks looked after.
+    """
 
     def __init__(
         self,
-        pipe: Any,
-        module: torch.nn.Module,
-        config: CalibrationConfig,
+        model: ObservedPipeline,
         names: Sequence[str],
         inputs: Sequence[tuple[int, Mapping[str, Any]]],
         arguments: Mapping[str, Any],
         ranks: Ranks,
     ) -> None:
-        self._pipe = pipe
-        self._module = module
-        self._config = config
+        self.model = replace(model, on_step=self.on_step)
+        self._config = model.config
         self._inputs = dict(zip(names, inputs, strict=True))
         self._arguments = arguments
         self._ranks = ranks
@@ -154,15 +143,7 @@ class _Job:
         def measure() -> OrderSurvey:
             shown = self._config.progress
             with CalibrationProgress(len(first), 0, shown, what="survey") as self._progress:
-                return survey_pipeline(
-                    self._pipe,
-                    self._module,
-                    self._config,
-                    first,
-                    self._arguments,
-                    self._progress,
-                    self.on_step,
-                )
+                return survey_pipeline(self.model, first, self._arguments, self._progress)
 
         return Surveyor(describe(first), measure)
 
@@ -176,10 +157,8 @@ class _Job:
         def count() -> int:
             return sum(run.has(name) for name in self._inputs)
 
-        with (
-            CalibrationProgress(len(self._inputs), len(stored), shown, count) as self._progress,
-            branches(self._module, run.branch),
-        ):
+        total = len(self._inputs)
+        with CalibrationProgress(total, len(stored), shown, count) as self._progress:
             if ranks.rank:
                 self._only_first = True
                 run.learn_sizes(lambda: self._generate(next(iter(self._inputs))), samples)
@@ -200,7 +179,7 @@ class _Job:
 
     def _generate(self, name: str) -> None:
         seed, varying = self._inputs[name]
-        generate(self._pipe, seed, {**self._arguments, **varying})
+        generate(self.model.pipe, seed, {**self._arguments, **varying})
 
 
 def _shared_plan(
@@ -229,8 +208,6 @@ def run_folder(config: CalibrationConfig, out: str | os.PathLike[str] | None) ->
 
 def about_pipeline(pipe: Any) -> dict[str, Any]:
     """Return what a run depends on beside model and settings: weights, scheduler."""
-    from calibatt_compiler.models import unwrap
-
     components: Mapping[str, Any] = getattr(pipe, "components", {})
     modules = {
         name: identity.weights_fingerprint(unwrap(component))

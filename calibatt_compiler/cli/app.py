@@ -6,7 +6,6 @@ Nothing heavy is imported before a command runs, so that `--help` is quick.
 from __future__ import annotations
 
 import errno
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -14,7 +13,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from calibatt_compiler.cli import build, calibrate, compare, demo, inspect, tune
+from calibatt_compiler import logs
+from calibatt_compiler.cli import build, calibrate, compare, demo, env, inspect, tune
 from calibatt_compiler.errors import CalibattError, PlanMismatchError
 from calibatt_compiler.printable import printable
 from calibatt_compiler.terminal import PlainConsole
@@ -96,6 +96,7 @@ app.command("inspect")(inspect.inspect)
 app.command("compare")(compare.compare)
 app.command("tune")(tune.tune)
 app.command("build")(build.build)
+app.command("env")(env.env)
 
 
 def _version(asked: bool) -> None:
@@ -114,8 +115,7 @@ def _common(
     ] = False,
 ) -> None:
     if verbose:
-        logging.basicConfig(format="%(name)s: %(message)s")
-        logging.getLogger("calibatt").setLevel(logging.DEBUG)
+        logs.start("all")
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

@@ -70,8 +70,8 @@ def build(
     from calibatt_compiler.build import PlanSpecs
     from calibatt_compiler.cli.pipelines import dtype_of
     from calibatt_compiler.cli.progress import TerminalProgress
-    from calibatt_compiler.kernels.cache_folder import writable
-    from calibatt_compiler.kernels.compiler import KernelCompiler
+    from calibatt_compiler.kernels.baked.cache_folder import writable
+    from calibatt_compiler.kernels.baked.compiler import KernelCompiler
     from calibatt_compiler.plan import Plan
     from calibatt_compiler.terminal import PlainConsole
 

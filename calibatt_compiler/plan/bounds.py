@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
-from calibatt_compiler.plan.stored import PatternSize, StoredPatterns, layout_bytes
+from calibatt_compiler.plan.stored import PatternSize, layout_bytes
 
 HEADER_BYTES = 1 << 23
 """Longest header: 100 sites of 500 steps that share no pattern take 7 MB."""
@@ -28,6 +29,10 @@ blocks of 128 tokens take 1.7 MB a site."""
 
 RATIO = 32
 """Beyond these, decoded bytes for each byte of codes. Masks of real models take less than 10."""
+
+DRAWN_BLOCKS, DRAWN_KEPT, DRAWN_PLAN = 1 << 26, 1 << 24, 1 << 30
+"""Most blocks of a pattern that is drawn from zones, most of them that a step keeps, and most bytes
+of one drawn pattern of each site. 720p videos have 14 million blocks of 128 tokens a site."""
 
 MAX_BYTES = 1 << 28
 """Most bytes of one array: above it a size is taken for damage."""
@@ -62,29 +67,51 @@ def text_problem(text: bytes) -> str | None:
     return None
 
 
-def decoded_bytes(size: PatternSize, *, weighted: bool) -> int:
-    """Bytes of a decoded pattern: a bit a block and, with weights, a byte more."""
-    bits = size.heads * size.query_blocks * -(-size.key_blocks // 8)
-    return bits + size.blocks * weighted
+@dataclass(frozen=True)
+class Part:
+    """What a file says of one site.
 
-
-def sizes_problem(parts: Iterable[tuple[str, PatternSize, bool, int]]) -> str | None:
-    """Return why sites are taken for damaged: their patterns are too large for their codes.
-
-    Args:
-        parts: of each site its name, size, whether it has weights, and the bytes of its codes.
+    Attributes:
+        name: of the site.
+        size: of each of its patterns.
+        weighted: whether they have weights.
+        codes: bytes of its tensor.
+        drawn: most blocks that a step keeps, of patterns that are drawn from zones; else None.
     """
-    total = codes = 0
-    for name, size, weighted, length in parts:
-        decoded = decoded_bytes(size, weighted=weighted)
-        if layout_bytes(size) > MAX_BYTES or decoded > max(FREE_SITE, RATIO * length):
-            return f"site {name!r}: {length} bytes that stand for patterns of {decoded}"
-        total, codes = total + decoded, codes + length
-    if total > max(FREE_PLAN, RATIO * codes):
-        return f"{codes} bytes of codes that stand for patterns of {total}"
+
+    name: str
+    size: PatternSize
+    weighted: bool
+    codes: int
+    drawn: int | None = None
+
+    @property
+    def decoded(self) -> int:
+        """Bytes of a decoded pattern: a bit a block and, with weights, a byte more."""
+        bits = self.size.heads * self.size.query_blocks * -(-self.size.key_blocks // 8)
+        return bits + self.size.blocks * self.weighted
+
+    @property
+    def too_large(self) -> bool:
+        """Whether its patterns are too large for its codes; zones are small by their nature."""
+        if layout_bytes(self.size) > MAX_BYTES:
+            return True
+        if self.drawn is not None:
+            return self.size.blocks > DRAWN_BLOCKS or self.drawn > DRAWN_KEPT
+        return self.decoded > max(FREE_SITE, RATIO * self.codes)
+
+
+def sizes_problem(parts: Iterable[Part]) -> str | None:
+    """Return why sites are taken for damaged: their patterns are too large for their codes."""
+    stored = drawn = codes = 0
+    for part in parts:
+        if part.too_large:
+            said = f"{part.codes} bytes that stand for patterns of {part.decoded}"
+            return f"site {part.name!r}: {said}"
+        if part.drawn is None:
+            stored, codes = stored + part.decoded, codes + part.codes
+        else:
+            drawn += part.decoded
+    if stored > max(FREE_PLAN, RATIO * codes) or drawn > DRAWN_PLAN:
+        return f"{codes} bytes of codes that stand for patterns of {stored + drawn}"
     return None
-
-
-def sized(name: str, stored: StoredPatterns) -> tuple[str, PatternSize, bool, int]:
-    """Return what `sizes_problem` asks of a site."""
-    return name, stored.size, stored.weighted, len(stored.code)

@@ -26,6 +26,7 @@ from safetensors.numpy import save_file
 from calibatt_compiler.errors import CalibattError, PlanError, PlanFormatError
 from calibatt_compiler.files import replacing
 from calibatt_compiler.plan import bounds
+from calibatt_compiler.plan.drawn import DrawnPatterns
 from calibatt_compiler.plan.schema import KNOWN_FEATURES, SCHEMA_VERSION, PlanMetadata, SiteRecord
 from calibatt_compiler.plan.stored import (
     KEPT_WEIGHTS,
@@ -34,6 +35,8 @@ from calibatt_compiler.plan.stored import (
     StoredPatterns,
     layout,
 )
+from calibatt_compiler.plan.stored_zones import StoredZones, ZoneSize
+from calibatt_compiler.plan.zone_checks import ARRAYS
 
 FORMAT = "calibatt-plan"
 HEADER_OF_SITE = 3_200
@@ -47,6 +50,7 @@ ATTEMPTS = 100
 
 _MALFORMED = (ValueError, TypeError, KeyError, AttributeError)
 Codes = npt.NDArray[np.uint8]
+Stored = StoredPatterns | StoredZones
 
 
 class StoredSite(pydantic.BaseModel):
@@ -76,7 +80,7 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def header(record: str, sites: Mapping[str, StoredPatterns]) -> str:
+def header(record: str, sites: Mapping[str, Stored]) -> str:
     """Return the entry of metadata of a plan file.
 
     Args:
@@ -98,7 +102,7 @@ def index(parts: Mapping[str, tuple[str, Entries]]) -> str:
 
 
 def write(
-    path: str | os.PathLike[str], metadata: PlanMetadata, sites: Mapping[str, StoredPatterns]
+    path: str | os.PathLike[str], metadata: PlanMetadata, sites: Mapping[str, Stored]
 ) -> None:
     """Write a plan file atomically.
 
@@ -110,10 +114,13 @@ def write(
     Raises:
         PlanError: it would be more than `read` takes.
     """
-    if bounds.sizes_problem(bounds.sized(name, site) for name, site in sites.items()):
-        sites = {name: site.written_out() for name, site in sites.items()}
+    if bounds.sizes_problem(_parts(metadata, sites)):
+        sites = {
+            name: site.written_out() if isinstance(site, StoredPatterns) else site
+            for name, site in sites.items()
+        }
     entry = {FORMAT: header(to_json(metadata), sites)}
-    problem = bounds.sizes_problem(bounds.sized(name, site) for name, site in sites.items())
+    problem = bounds.sizes_problem(_parts(metadata, sites))
     text = json.dumps(entry).encode()
     if len(text) + HEADER_OF_SITE * len(sites) > bounds.HEADER_BYTES:
         problem = f"its header would be longer than {bounds.HEADER_BYTES} bytes"
@@ -131,7 +138,9 @@ def write(
         save_file({name: site.code for name, site in sites.items()}, temporary, metadata=entry)
 
 
-def read(path: str | os.PathLike[str]) -> tuple[PlanMetadata, dict[str, StoredPatterns]]:
+def read(
+    path: str | os.PathLike[str],
+) -> tuple[PlanMetadata, dict[str, StoredPatterns | DrawnPatterns]]:
     """Open a plan file; the inverse of `write`. The patterns are views of the mapped file.
 
     Raises:
@@ -156,7 +165,16 @@ def read(path: str | os.PathLike[str]) -> tuple[PlanMetadata, dict[str, StoredPa
     raise _damaged(path, "it is replaced all the time")
 
 
-def _read_any(path: Path) -> tuple[PlanMetadata, dict[str, StoredPatterns]]:
+def _parts(metadata: PlanMetadata, sites: Mapping[str, Stored]) -> Iterator[bounds.Part]:
+    return (_part(metadata, site, len(sites[site.name].code)) for site in metadata.sites)
+
+
+def _part(metadata: PlanMetadata, site: SiteRecord, codes: int) -> bounds.Part:
+    drawn = None if site.zones is None else max(_kept(site, share) for share in site.density)
+    return bounds.Part(site.name, _size(metadata, site), site.weighted, codes, drawn)
+
+
+def _read_any(path: Path) -> tuple[PlanMetadata, dict[str, StoredPatterns | DrawnPatterns]]:
     """`_read`, whose every failure is that of the file, whatever the libraries raise."""
     try:
         problem = bounds.header_problem(path)
@@ -177,7 +195,7 @@ def _identity(path: Path) -> tuple[int, ...]:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _read(path: Path) -> tuple[PlanMetadata, dict[str, StoredPatterns]]:
+def _read(path: Path) -> tuple[PlanMetadata, dict[str, StoredPatterns | DrawnPatterns]]:
     # The header is judged before any tensor is read: weights of a model may be given by mistake.
     with _opened(path) as opened:
         entry: dict[str, str] = opened.metadata() or {}
@@ -199,16 +217,20 @@ def _read(path: Path) -> tuple[PlanMetadata, dict[str, StoredPatterns]]:
     stored = _parse_index(path, listing)
     codes = _codes(path, metadata, stored, tensors)
     return metadata, {
-        site.name: StoredPatterns(
-            _size(metadata, site),
-            codes[site.name],
-            stored[site.name].patterns,
-            site.digests,
-            *_figures(site),
-            f"site {site.name!r} in {path}",
-        )
+        site.name: _patterns(path, metadata, site, codes[site.name], stored[site.name].patterns)
         for site in metadata.sites
     }
+
+
+def _patterns(
+    path: Path, metadata: PlanMetadata, site: SiteRecord, code: Codes, entries: Entries
+) -> StoredPatterns | DrawnPatterns:
+    source, size = f"site {site.name!r} in {path}", _size(metadata, site)
+    if site.zones is None:
+        return StoredPatterns(size, code, entries, site.digests, *_figures(site), source)
+    common = ZoneSize(size, *metadata.zone_text(site), site.zones.seed, site.zones.formula)
+    zones = StoredZones(common, code, entries, site.digests, source)
+    return DrawnPatterns(zones, site.steps, tuple(_kept(site, share) for share in site.density))
 
 
 @contextmanager
@@ -281,8 +303,7 @@ def _codes(
         ][:4]
     if not wrong:
         problem = bounds.sizes_problem(
-            (site.name, _size(metadata, site), site.weighted, len(tensors[site.name]))
-            for site in metadata.sites
+            _part(metadata, site, len(tensors[site.name])) for site in metadata.sites
         )
         wrong = [] if problem is None else [problem]
     if wrong:
@@ -302,6 +323,13 @@ def _codes(
 
 def _fits(metadata: PlanMetadata, site: SiteRecord, entries: Entries, tensor: torch.Tensor) -> bool:
     """Whether a tensor may hold the codes of these entries, and they the patterns of a site."""
+    length = sum(length for entry in entries for *_, length in entry)
+    if len(entries) != site.patterns or tensor.dtype != torch.uint8:
+        return False
+    if tuple(tensor.shape) != (length,):
+        return False
+    if site.zones is not None:
+        return all(tuple(name for name, *_ in entry) == tuple(ARRAYS) for entry in entries)
     known = set(layout(_size(metadata, site)))
     weighted, mixed = False, []
     for entry in entries:
@@ -311,14 +339,7 @@ def _fits(metadata: PlanMetadata, site: SiteRecord, entries: Entries, tensor: to
             return False
         weighted |= KEPT_WEIGHTS in names
         mixed.append("repetitive" in names)
-    length = sum(length for entry in entries for *_, length in entry)
-    return (
-        len(entries) == site.patterns
-        and weighted == site.weighted
-        and mixed == [count > 0 for count in _figures(site)[1]]
-        and tensor.dtype == torch.uint8
-        and tuple(tensor.shape) == (length,)
-    )
+    return weighted == site.weighted and mixed == [count > 0 for count in _figures(site)[1]]
 
 
 def _size(metadata: PlanMetadata, site: SiteRecord) -> PatternSize:
@@ -337,10 +358,15 @@ def _figures(site: SiteRecord) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Kept blocks and repetitive heads of each pattern, from those of the steps that use it."""
     of_step = zip(site.density, site.repetitive or [0] * len(site.steps), strict=True)
     by_pattern = dict(zip(site.steps, of_step, strict=True))
-    rows, columns = -(-site.query_length // site.block_m), -(-site.key_length // site.block_n)
     figures = [by_pattern[index] for index in range(site.patterns)]
-    kept = tuple(round(density * site.heads * rows * columns) for density, _ in figures)
+    kept = tuple(_kept(site, density) for density, _ in figures)
     return kept, tuple(repetitive for _, repetitive in figures)
+
+
+def _kept(site: SiteRecord, density: float) -> int:
+    """Kept blocks of a density."""
+    rows, columns = -(-site.query_length // site.block_m), -(-site.key_length // site.block_n)
+    return round(density * site.heads * rows * columns)
 
 
 def _other_schema(path: Path, got: str) -> PlanFormatError:

@@ -10,6 +10,7 @@ blocks that are compact wherever they are cut.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,9 @@ from calibatt_compiler.errors import PlanError
 
 ALL = "all"
 """Stands for the size of a tile along which a rope runs."""
+
+DENSITY, ERROR = "order_density:", "order_error:"
+"""Begin the names of a survey's figures in a plan's `quality`; the order's name follows."""
 
 Tile = tuple[int | None, int | None, int | None]
 
@@ -40,7 +44,7 @@ class TokenOrder:
     walked backwards, each of its cross-sections in raster order.
 
     Attributes:
-        tile: frames, height and width of a tile, in tokens; None in place of one: ropes along that
+        tile: frames, height and width of a tile, in tokens; None in place of one: strips along that
             axis, of about this cross-section. None: raster order.
     """
 
@@ -48,7 +52,7 @@ class TokenOrder:
 
     @classmethod
     def parse(cls, name: str) -> TokenOrder:
-        """Read what `str` gives: `raster`, a tile such as `2x8x8`, ropes such as `2x8xall`.
+        """Read what `str` gives: `raster`, a tile such as `2x8x8`, strips such as `2x8xall`.
 
         Raises:
             PlanError: none of these.
@@ -60,7 +64,7 @@ class TokenOrder:
             raise PlanError(
                 "no such order of tokens",
                 expected="raster, or frames x height x width of a tile, such as 2x8x8, or of "
-                "ropes along one axis, such as 2x8xall",
+                "strips along one axis, such as 2x8xall",
                 got=repr(name),
                 remedy="name one of these",
             )
@@ -85,7 +89,7 @@ class TokenOrder:
         """
         if self.tile is None:
             return None
-        order = _ropes(grid, self.tile) if None in self.tile else _tiles(grid, self.tile)
+        order = _strips(grid, self.tile) if None in self.tile else _tiles(grid, self.tile)
         if (order == np.arange(order.size)).all():
             return None
         tokens = np.arange(order.size if length is None else length)
@@ -97,7 +101,7 @@ RASTER = TokenOrder()
 
 
 def parts(tokens: int, size: int) -> int:
-    """Into how many nearly equal parts ropes of about this size divide an axis."""
+    """Into how many nearly equal parts strips of about this size divide an axis."""
     return max(1, (2 * tokens + size) // (2 * size))
 
 
@@ -108,7 +112,7 @@ def _tiles(grid: tuple[int, int, int], tile: Tile) -> npt.NDArray[np.int64]:
     return np.lexsort(of_tile[::-1])
 
 
-def _ropes(grid: tuple[int, int, int], tile: Tile) -> npt.NDArray[np.int64]:
+def _strips(grid: tuple[int, int, int], tile: Tile) -> npt.NDArray[np.int64]:
     places = np.indices(grid).reshape(3, -1)
     along = tile.index(None)
     earlier, later = (axis for axis in range(3) if axis != along)
@@ -118,3 +122,9 @@ def _ropes(grid: tuple[int, int, int], tile: Tile) -> npt.NDArray[np.int64]:
     rope = part[earlier] * count[later] + walked
     way = np.where(rope % 2, -places[along], places[along])
     return np.lexsort((way, rope))
+
+
+def said(density: Mapping[str, float], error: Mapping[str, float]) -> str:
+    """Write what was measured of each order in a line."""
+    each = [f"{name} {density[name]:.1%} ({error[name]:.3f})" for name in density]
+    return "blocks kept (output error at raster's density): " + ", ".join(each)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from calibatt_compiler.runtime.serving import Site, serving
+from calibatt_compiler.capture import Site
+from calibatt_compiler.runtime.invocation import Sites, serving
 
 
 class CompiledGraph:
@@ -20,9 +21,9 @@ class CompiledGraph:
         self._compiled = compiled
         self.entries = dict(entries)
         self.calls = 0
-        self._sites = {
-            name: entry for name, entry in self.entries.items() if not isinstance(entry, str)
-        }
+        self._sites = Sites(
+            {name: entry for name, entry in self.entries.items() if not isinstance(entry, str)}
+        )
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the graph once."""

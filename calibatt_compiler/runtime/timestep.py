@@ -18,7 +18,7 @@ _pending: dict[int, torch.cuda.Event] = {}
 
 
 def send(timestep: Tensor) -> Tensor:
-    """Return a float64 scalar on the CPU that will hold the diffusion timestep; see `read`.
+    """Return float64 (2) on the CPU: will hold the diffusion timestep, see `read`, and one more.
 
     A timestep per token (the conditioning frames at zero) stands for its greatest value. Samples
     of one batch at different timesteps have no common step: NaN.
@@ -31,9 +31,9 @@ def send(timestep: Tensor) -> Tensor:
         by_sample = values.reshape(values.shape[0], -1).amax(1)
         values = by_sample[0].where((by_sample == by_sample[0]).all(), math.nan)
     if values.device.type != "cuda":
-        return values.to("cpu", copy=True)
-    host = torch.empty((), dtype=torch.float64, pin_memory=True)
-    host.copy_(values, non_blocking=True)
+        return torch.stack([values.to("cpu"), torch.zeros_like(values, device="cpu")])
+    host = torch.zeros(2, dtype=torch.float64, pin_memory=True)
+    host[0].copy_(values, non_blocking=True)
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record(torch.cuda.current_stream(values.device))
     for address, earlier in list(_pending.items()):
@@ -48,4 +48,4 @@ def read(host: Tensor) -> float:
     event = _pending.pop(host.data_ptr(), None)
     if event is not None:
         event.synchronize()
-    return float(host.item())
+    return float(host.view(-1)[0])

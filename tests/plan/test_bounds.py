@@ -240,15 +240,21 @@ def test_a_plan_too_large_for_a_file_is_refused_when_it_is_written(
     ],
 )
 def test_decoded_bytes(size: PatternSize, weighted: bool, expected: int) -> None:
-    assert bounds.decoded_bytes(size, weighted=weighted) == expected
+    assert bounds.Part("a", size, weighted, 0).decoded == expected
 
 
 def test_real_sizes_have_room() -> None:
-    """720p videos of 81 frames on Wan 14B, every block kept and so written in 2 kB a site."""
+    """720p videos of 81 frames on Wan 14B: every block kept, in 2 kB a site; or zones as small."""
     size = PatternSize(40, 75_600, 75_600, 128, 128)
-    parts = [(f"blocks.{i}.attn1", size, False, 2_000) for i in range(40)]
-    assert bounds.sizes_problem(parts) is None
-    assert bounds.sizes_problem(parts * 2) is not None
+    names = [f"blocks.{i}.attn1" for i in range(40)]
+    masks = [bounds.Part(name, size, False, 2_000) for name in names]
+    assert bounds.sizes_problem(masks) is None
+    assert bounds.sizes_problem(masks * 2) is not None
+    zones = [bounds.Part(name, size, True, 2_000, size.blocks) for name in names]
+    assert bounds.sizes_problem(zones) is None
+    small = PatternSize(40, 75_600, 75_600, 64, 64)
+    assert bounds.sizes_problem([bounds.Part("a", small, True, 900, small.blocks // 4)]) is None
+    assert bounds.sizes_problem([bounds.Part("a", small, True, 900, small.blocks)]) is not None
 
 
 def test_many_sites_and_steps_have_room(make_plan: Callable[..., Plan], tmp_path: Path) -> None:

@@ -1,0 +1,49 @@
+"""A module compiled so that it shows its attention."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from calibatt_compiler.backend import recording_backend
+from calibatt_compiler.capture import Recorder
+
+DYNAMO = {
+    "recompile_limit": 64,
+    "fail_on_recompile_limit_hit": True,
+    # Mochi picks the valid text tokens by nonzero, which would break the graph.
+    "capture_dynamic_output_shape_ops": True,
+}
+
+
+@contextmanager
+def observed(module: torch.nn.Module, observer: Recorder, inductor: bool | None) -> Iterator[None]:
+    """Compile a module so that it shows its attention to an observer; undo it at the end.
+
+    Args:
+        module: what is observed.
+        observer: receives each captured graph, then each call.
+        inductor: compile what is around attention; None: on a GPU yes, else no.
+    """
+    if inductor is None:
+        inductor = any(p.device.type == "cuda" for p in module.parameters())
+    # Graphs of a recording must neither use up nor invalidate those of the user's own compile.
+    isolated = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    extra: dict[str, Any] = {"isolate_recompiles": True} if isolated else {}
+    previous = module.__dict__.get("_compiled_call_impl")
+    # Static shapes: with dynamic ones the code that serves an input would depend on the inputs
+    # before it, and a resumed run could differ from an undisturbed one in the last bit.
+    backend = recording_backend(observer, inductor=inductor)
+    module.compile(backend=backend, dynamic=False, **extra)
+    try:
+        with torch._dynamo.config.patch(DYNAMO):
+            yield
+    finally:
+        if previous is None:
+            module.__dict__.pop("_compiled_call_impl", None)
+        else:
+            module._compiled_call_impl = previous

@@ -1,0 +1,204 @@
+"""From what a run has stored to a plan of zones."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+
+from calibatt_compiler.calibration.select.checks import (
+    check_alike,
+    inputs_digest,
+    sampler_of,
+    text_policy_of,
+)
+from calibatt_compiler.calibration.select.zone_price import Priced, Squares
+from calibatt_compiler.calibration.select.zones import (
+    ZoneMap,
+    fit_zones,
+    group_of,
+    seed_of,
+)
+from calibatt_compiler.calibration.store import order_survey
+from calibatt_compiler.calibration.store.records import InputRecord, SiteSize
+from calibatt_compiler.calibration.store.run_folder import RunStore
+from calibatt_compiler.calibration.store.zone_sums import ZoneSums
+from calibatt_compiler.calibration.zone_target import BUDGET, STEP_GROUPS, ZoneSelection, ZoneTarget
+from calibatt_compiler.errors import CalibrationError
+from calibatt_compiler.plan import CalibrationInputs, Plan, SitePatterns
+from calibatt_compiler.plan.order import TokenOrder
+from calibatt_compiler.plan.schema import TEXT_POSITIONS, CfgMode
+from calibatt_compiler.plan.text import TextPosition
+from calibatt_compiler.plan.zone_form import video_blocks
+
+
+def zone_plan_from_run(
+    folder: str | os.PathLike[str],
+    *,
+    density: float | None = None,
+    speed_up: float | None = None,
+    error: float | None = None,
+    attention_share: float | None = None,
+    step_groups: int = STEP_GROUPS,
+    numbers: int = BUDGET,
+) -> Plan:
+    """Make a plan of zones from the folder that a calibration left, without running the model.
+
+    Args:
+        folder: `<plan>.calibration`, of a run with `form="zones"` or `keep_energies`.
+        density: as in `CalibrationConfig`; one of this and the next two.
+        speed_up: likewise.
+        error: likewise.
+        attention_share: likewise.
+        step_groups: likewise; a run for zones keeps those that it was recorded with.
+        numbers: `CalibrationConfig.zone_numbers`.
+
+    Raises:
+        CalibrationError: no run there, a damaged one, or energies needed but not kept.
+        OptionError: a value out of range.
+    """
+    store = RunStore(folder)
+    identity = store.identity()
+    target = ZoneTarget(density, speed_up, error, attention_share)
+    return derive_zone_plan(
+        store,
+        store.names(),
+        ZoneSelection(target, step_groups, numbers),
+        cfg=identity["cfg"],
+        arguments=identity["arguments"],
+    )
+
+
+def derive_zone_plan(
+    store: RunStore,
+    names: Sequence[str],
+    selection: ZoneSelection,
+    *,
+    cfg: CfgMode = "none",
+    arguments: object = None,
+) -> Plan:
+    """Build the plan of a run from its finished inputs.
+
+    Depends on nothing but what is stored, so that a run killed and resumed gives the same plan.
+
+    Args:
+        store: the run's folder, of a run for zones, or with energies that were kept.
+        names: the inputs that count, in order.
+        selection: how zones are chosen.
+        cfg: how the sampler runs guidance, to be recorded.
+        arguments: JSON values common to all inputs, part of the inputs' digest.
+
+    Raises:
+        CalibrationError: no inputs, inputs that don't fit together, energies needed but not kept.
+        OptionError: what the plan is to be can't be had.
+    """
+    if not names:
+        raise CalibrationError(
+            "there is nothing to make a plan from",
+            expected="at least one finished input",
+            got="none",
+            remedy="run the module within `with run.input():` first",
+        )
+    records = [store.record(name) for name in names]
+    first = records[0]
+    for record in records[1:]:
+        check_alike(first, record)
+    policy = text_policy_of(first)
+    # Runs for zones have summed their own groups up.
+    step_groups = first.step_groups if first.form == "zones" else selection.step_groups
+    places = [group_of(at, first.schedule_steps, step_groups) for at in first.positions]
+    groups = sorted(set(places))
+    maps = [
+        _map(store, records, size, index, (group, places), TEXT_POSITIONS.get(policy))
+        for index, size in enumerate(first.sites)
+        for group in groups
+    ]
+    patterns, found = fit_zones(maps, selection.target, budget=selection.numbers)
+    of_step = [groups.index(place) for place in places]
+    sites = {
+        size.name: SitePatterns.of_zones(
+            patterns[index * len(groups) : (index + 1) * len(groups)], of_step, size.head_dim
+        ).packed()
+        for index, size in enumerate(first.sites)
+    }
+    guided = any(record.guided for record in records)
+    return Plan.create(
+        sites,
+        grid=first.grid,
+        sampler=sampler_of(first),
+        model=first.model,
+        token_order=TokenOrder.parse(first.token_order),
+        text_policy=policy,
+        cfg="none" if cfg in ("separate", "batched") and not guided else cfg,
+        thresholds=_settings(selection, found),
+        inputs=CalibrationInputs(
+            count=len(records),
+            digest=inputs_digest([record.about for record in records], arguments),
+        ),
+        quality={"expected_error": round(found.error, 6), **order_survey.figures(store.folder)},
+    )
+
+
+def _settings(selection: ZoneSelection, found: Priced) -> dict[str, float]:
+    target = selection.target
+    names = ("density", "speed_up", "error", "attention_share")
+    asked = {name: getattr(target, name) for name in names}
+    return {
+        **{name: float(value) for name, value in asked.items() if value is not None},
+        "price": found.price,
+        "numbers": float(selection.numbers),
+    }
+
+
+def _map(
+    store: RunStore,
+    records: Sequence[InputRecord],
+    size: SiteSize,
+    site: int,
+    group: tuple[int, Sequence[int]],
+    text: TextPosition | None,
+) -> ZoneMap:
+    lengths = (size.query_length, size.key_length)
+    video = records[0].video if text is not None and max(lengths) > records[0].video else 0
+    position = text if video else None
+    steps = [step for step, place in enumerate(group[1]) if place == group[0]]
+    squares: Callable[[], Squares]
+    if records[0].form == "zones":
+        names = [record.name for record in records]
+        squares = partial(ZoneSums(store.folder).mean_squares, size.name, group[0], names)
+    else:
+        squares = partial(_kept_squares, store, records, size, steps, video, position)
+    return ZoneMap(
+        size.heads,
+        lengths,
+        records[0].block,
+        squares,
+        len(steps),
+        video,
+        position,
+        seed_of(site),
+    )
+
+
+def _kept_squares(
+    store: RunStore,
+    records: Sequence[InputRecord],
+    size: SiteSize,
+    steps: Sequence[int],
+    video: int,
+    text: TextPosition | None,
+) -> Squares:
+    """Mean squared energies of the blocks without text, from energies that were kept."""
+    block = records[0].block
+    rows = slice(*video_blocks(size.query_length, video, block[0], text))
+    columns = slice(*video_blocks(size.key_length, video, block[1], text))
+    shape = (size.heads, rows.stop - rows.start, columns.stop - columns.start)
+    total, votes = np.zeros(shape), 0
+    for record in records:
+        for step in steps:
+            energy = store.energy(record, size.name, step)[:, :, rows, columns]
+            total += np.square(energy.astype(np.float64)).sum(0)
+            votes += len(energy)
+    return total / votes

@@ -1,0 +1,82 @@
+"""The benchmarks of attention run where there is no GPU too; their masks are what they say."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.mark.slow
+def test_the_check_runs(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "attention.py"), "--check", "--out", str(tmp_path)],
+        env={
+            **os.environ,
+            "CUDA_VISIBLE_DEVICES": "",
+            "CALIBATT_CACHE_DIR": str(tmp_path / "calibatt"),
+            "TRITON_CACHE_DIR": str(tmp_path / "triton"),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all right" in done.stdout
+    assert "sm_90-bfloat16-d128-n128-fixed" in done.stdout
+    record = json.loads((tmp_path / "attention.json").read_text())
+    assert [result["case"] for result in record["rows"]] == [
+        "tiny banded 0.40",
+        "tiny random 0.40",
+        "tiny mixed 0.30",
+    ]
+    for result in record["rows"]:
+        assert set(result["sustained"]) == set(result["burst"]) == {"math", "reference"}
+        assert result["notes"] == []
+    assert (tmp_path / "attention.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@pytest.mark.inductor
+@pytest.mark.parametrize(
+    ("order", "more"),
+    [("raster", set()), ("2x4xall", {"table 2x4xall once", "table 2x4xall around"})],
+)
+def test_the_check_of_layers_runs(order: str, more: set[str], tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "dit_layer.py"), "--check", "--out", str(tmp_path)]
+    command += ["--token-order", order, "--profile"]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = json.loads((tmp_path / "dit_layer.json").read_text())["rows"]
+    assert set(row["ms"]) == {"stock", "table", "none"} | more
+    assert done.stdout.count("profiled:\n") == len(row["ms"])
+    assert "x calibatt::attention" in done.stdout
+    assert row["left_out"] == {}
+
+
+@pytest.mark.parametrize("mask", ["banded", "ragged", "random", "mixed", "dense"])
+def test_masks_have_the_density_asked_for(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from attention_cases import Case, Size, make_pattern
+
+    size = Size("half", 16380, 780, heads=6)
+    pattern = make_pattern(Case(size, mask, 0.2))
+    expected = {"mixed": (1 + 2 * 0.2) / 3, "dense": 1.0}.get(mask, 0.2)
+    assert pattern.density == pytest.approx(expected, abs=0.01)
+    assert pattern.key_length % 128 != 0
+    # Few long runs of key blocks, or many short ones.
+    runs = len(pattern.intervals().starts) / (size.heads * pattern.query_blocks)
+    low, high = {"banded": (2, 10), "ragged": (4, 16), "random": (15, 25)}.get(mask, (1, 8))
+    assert low <= runs <= high
