@@ -16,6 +16,7 @@ from calibatt_compiler import logs, version
 
 if TYPE_CHECKING:
     from calibatt_compiler import errors
+    from calibatt_compiler.api import compile
     from calibatt_compiler.calibration import CalibrationConfig, calibrate, calibration, validate
     from calibatt_compiler.plan import Plan
     from calibatt_compiler.report.summary import summary
@@ -28,6 +29,7 @@ _HOMES = {
     "Plan": "calibatt_compiler.plan",
     "calibrate": "calibatt_compiler.calibration",
     "calibration": "calibatt_compiler.calibration",
+    "compile": "calibatt_compiler.api",
     "errors": "calibatt_compiler.errors",
     "summary": "calibatt_compiler.report.summary",
     "validate": "calibatt_compiler.calibration",
@@ -39,6 +41,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "calibration",
+    "compile",
     "errors",
     "summary",
     "validate",

@@ -145,8 +145,16 @@ def _check_model(plan: Plan, inputs: FrameInputs) -> None:
     own = models.is_class(type(module), expected.class_name)
     if not own and not models.config_of(module):  # a frame inside the model, after a graph break
         return
+    check_identity(plan, module)
+
+
+def check_identity(plan: Plan, module: torch.nn.Module) -> None:
+    """Raise `PlanMismatchError` if a plan was calibrated on another model."""
+    expected = plan.metadata.model
+    if expected is None:
+        return
     got = models.identify(module)
-    if not own:
+    if not models.is_class(type(module), expected.class_name):
         raise PlanMismatchError(
             "the plan was calibrated on a model of another class",
             expected=expected.class_name,

@@ -6,6 +6,10 @@ so that none is forgotten.
 
 from __future__ import annotations
 
+from calibatt_compiler.printable import printable_lines
+
+_INDENT = " " * 12
+
 
 class CalibattError(Exception):
     """Base of all errors of this package.
@@ -29,13 +33,10 @@ class CalibattError(Exception):
         self.expected = expected
         self.got = got
         self.remedy = remedy
-        lines = [problem]
-        if expected is not None:
-            lines.append(f"  expected: {expected}")
-        if got is not None:
-            lines.append(f"  got:      {got}")
-        if remedy is not None:
-            lines.append(f"  remedy:   {remedy}")
+        lines = [printable_lines(problem, indent=_INDENT)]
+        for label, said in (("expected", expected), ("got", got), ("remedy", remedy)):
+            if said is not None:
+                lines.append(f"  {label + ':':9} {printable_lines(said, indent=_INDENT)}")
         super().__init__("\n".join(lines))
 
 
@@ -69,3 +70,10 @@ class KernelError(CalibattError):
 
 class PipelineError(CalibattError):
     """A pipeline, a prompt file or another input of a command is not usable."""
+
+
+class FileError(CalibattError, OSError):
+    """A file or folder can't be read or written: the message names it.
+
+    It is an `OSError` too, and has its `errno` where the system gave one.
+    """

@@ -10,6 +10,8 @@ import difflib
 import logging
 import os
 
+from calibatt_compiler.printable import clean_record
+
 VARIABLE = "CALIBATT_LOGS"
 
 AREAS = {
@@ -19,10 +21,15 @@ AREAS = {
 }
 
 
+logging.getLogger("calibatt").addFilter(clean_record)
+
+
 def logger(area: str) -> logging.Logger:
     """Return the logger of one of `AREAS`."""
     assert area in AREAS
-    return logging.getLogger(f"calibatt.{area}")
+    found = logging.getLogger(f"calibatt.{area}")
+    found.addFilter(clean_record)  # those of a logger's parents are not asked
+    return found
 
 
 def start(areas: str | None = None) -> None:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
+from calibatt_compiler.arguments import described, is_one_of, known, require
 from calibatt_compiler.errors import OptionError
+from calibatt_compiler.logs import logger
 from calibatt_compiler.plan import Plan
+
+log = logger("kernels")
 
 Lowering = Literal["baked", "table", "reference"]
 Softmax = Literal["auto", "exact"]
@@ -62,15 +68,16 @@ class CompileOptions:
                 got=f"mode={mode!r}",
                 remedy='hand Inductor settings on with options={"inductor": {...}}',
             )
-        given = dict(options or {})
-        known = [option.name for option in fields(cls)]
+        require(options is None or isinstance(options, Mapping), "options", options, "a mapping")
+        given = dict(options) if options else {}
+        names = [option.name for option in fields(cls)]
         for key in given:
-            if key not in known:
-                close = difflib.get_close_matches(str(key), known, n=1)
+            if key not in names:
+                close = difflib.get_close_matches(str(key), names, n=1)
                 hint = f"did you mean {close[0]!r}? " if close else ""
                 raise OptionError(
                     f"unknown option {key!r}",
-                    expected=f"one of {', '.join(known)}",
+                    expected=f"one of {', '.join(names)}",
                     got=repr(key),
                     remedy=f'{hint}Inductor settings go into options={{"inductor": {{...}}}}',
                 )
@@ -110,17 +117,34 @@ class CompileOptions:
                 got=repr(inductor),
                 remedy="see torch._inductor.list_options() for the names",
             )
+        _check_inductor(inductor)
         return cls(**{**given, "plan": _load_plan(given.get("plan")), "inductor": dict(inductor)})
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
+    if not is_one_of(value, choices):
         raise OptionError(
             f"option {name!r} has an unknown value",
             expected=f"one of {', '.join(choices)}",
             got=repr(value),
             remedy="leave it out for the default",
         )
+
+
+def _check_inductor(settings: Mapping[str, Any]) -> None:
+    """Raise `OptionError` for settings that Inductor does not have, or of another type."""
+    if not settings:
+        return
+    from torch._inductor import config
+
+    names = config.get_config_copy()
+    known(settings, names, lambda name: f"Inductor has no setting {name!r}")
+    for name, value in settings.items():
+        kind = config.get_type(name)
+        # Types with parameters can't be asked whether a value is of them.
+        if get_origin(kind) is None and not isinstance(value, kind):
+            expected = getattr(kind, "__name__", str(kind))
+            require(False, f"inductor setting {name}", value, expected)
 
 
 _loaded: dict[Path, tuple[tuple[int, int], Plan]] = {}
@@ -134,7 +158,7 @@ def _load_plan(plan: object) -> Plan:
         raise OptionError(
             "the calibatt backend needs a plan",
             expected='options={"plan": path or Plan}',
-            got=repr(plan),
+            got=described(plan),
             remedy="calibrate the model once with `calibatt calibrate` or calibatt_compiler"
             ".calibrate, then pass the file",
         )
@@ -149,14 +173,36 @@ def _load_plan(plan: object) -> Plan:
 
 
 def cache_dir() -> Path:
-    """Where generated kernels are kept: `CALIBATT_CACHE_DIR`, or `calibatt` in the user's cache."""
-    if chosen := os.environ.get("CALIBATT_CACHE_DIR"):
-        return Path(chosen).expanduser()
+    """Where generated kernels are kept: `CALIBATT_CACHE_DIR`, or `calibatt` in the user's cache.
+
+    Where the user has no home, it is `fallback_dir`; that is said once.
+    """
+    chosen = os.environ.get("CALIBATT_CACHE_DIR")
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "calibatt"
+    try:
+        return Path(chosen).expanduser() if chosen else Path(base).expanduser() / "calibatt"
+    except RuntimeError as error:
+        _say_homeless(str(error))
+        return fallback_dir()
+
+
+def fallback_dir() -> Path:
+    """A folder for one user's kernels where temporary files lie."""
+    return Path(tempfile.gettempdir()) / f"calibatt-{os.geteuid()}"
+
+
+@functools.cache
+def _say_homeless(reason: str) -> None:
+    where = fallback_dir()
+    log.warning("kernel cache: %s; kernels are kept in %s (CALIBATT_CACHE_DIR)", reason, where)
 
 
 def debug_dir() -> Path | None:
     """Where graphs are dumped before and after each pass: `CALIBATT_DEBUG_DIR`, off by default."""
     chosen = os.environ.get("CALIBATT_DEBUG_DIR")
-    return Path(chosen).expanduser() if chosen else None
+    if not chosen:
+        return None
+    try:
+        return Path(chosen).expanduser()
+    except RuntimeError:
+        return Path(chosen)  # there is no home

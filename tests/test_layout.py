@@ -16,14 +16,15 @@ CODE_LOADERS = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 
 
 # Whom everybody may import, and who import only one another.
-LEAVES = {"errors", "files", "logs", "version"}
+LEAVES = {"arguments", "errors", "files", "logs", "printable", "version"}
 
 # Every other import between rooms that is allowed. A room is a folder, or a file of a folder that
 # has folders below it. An edge that is missing here is a question: does data still flow one way,
 # plan -> passes -> kernels -> Inductor? An edge that nobody needs any more is removed.
 EDGES: dict[str, str] = {
-    "": "calibration plan report",
+    "": "api calibration plan report",
     "__main__": "cli",
+    "api": "binders models options plan",
     "backend": (
         "binders calls capture dynamo models options passes.pipeline passes.rewrite report runtime"
     ),
@@ -54,6 +55,7 @@ EDGES: dict[str, str] = {
         "calibration.config calibration.observe calibration.order_search calibration.progress "
         "calibration.run calibration.store models plan"
     ),
+    "calibration.progress": "terminal",
     "calibration.run": (
         "calibration.config calibration.observe calibration.order_search calibration.select "
         "calibration.store models plan"
@@ -75,22 +77,29 @@ EDGES: dict[str, str] = {
     "calls": "dynamo models plan",
     "capture": "plan",
     "cli": "cli.app",
-    "cli.app": "cli.build cli.calibrate cli.compare cli.demo cli.env cli.inspect cli.tune",
-    "cli.build": (
-        "build cli.options cli.pipelines cli.progress kernels.baked kernels.portable options plan"
+    "cli.app": (
+        "cli.build cli.calibrate cli.compare cli.demo cli.env cli.inspect cli.tune terminal"
     ),
-    "cli.calibrate": "calibration cli.groups cli.options cli.ranks cli.tables evaluation report",
-    "cli.compare": "cli.groups cli.options cli.progress evaluation options plan",
+    "cli.build": (
+        "build cli.options cli.pipelines cli.progress kernels.baked kernels.portable plan terminal"
+    ),
+    "cli.calibrate": (
+        "calibration cli.groups cli.options cli.ranks cli.tables evaluation report terminal"
+    ),
+    "cli.compare": "cli.groups cli.options cli.progress evaluation options plan terminal",
     "cli.demo": (
         "calibration cli.compare cli.groups cli.options cli.pipelines cli.progress evaluation "
         "plan report"
     ),
-    "cli.env": "evaluation kernels.hopper options",
-    "cli.inspect": "cli.groups cli.options cli.tables cli.validation plan report",
+    "cli.env": "evaluation kernels.hopper options terminal",
+    "cli.inspect": "cli.groups cli.options cli.tables cli.validation plan report terminal",
     "cli.options": "cli.groups cli.pipelines evaluation plan",
     "cli.pipelines": "evaluation plan",
+    "cli.progress": "terminal",
     "cli.tables": "calibration.cost calibration.tuning calibration.validation",
-    "cli.tune": "calibration calibration.tuning cli.groups cli.options cli.progress cli.tables",
+    "cli.tune": (
+        "calibration calibration.tuning cli.groups cli.options cli.progress cli.tables terminal"
+    ),
     "cli.validation": "calibration calibration.validation cli.options plan",
     "debug": "options",
     "dynamo": "passes.graph plan",

@@ -38,7 +38,7 @@ LAYER_PARTS = {
 
 def pip_download(package: str, folder: Path, *options: str) -> None:
     """Download one pinned distribution, without its dependencies, into the folder."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", *options]
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", *options]
     subprocess.run([*command, package, "-d", str(folder)], check=True)
 
 

@@ -12,6 +12,7 @@ import os
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Self, TypeGuard, get_args
 
+from calibatt_compiler.arguments import is_one_of, require
 from calibatt_compiler.calibration.zone_target import (
     BUDGET,
     DENSITY,
@@ -87,12 +88,12 @@ class ObservationConfig:
         if self.block[0] % self.queries:
             raise _error("queries", f"a divisor of {self.block[0]}", self.queries)
         for name, choices in (("cfg", ("conditional", "both")), ("text", (None, "first", "last"))):
-            if getattr(self, name) not in choices:
+            if not is_one_of(getattr(self, name), choices):
                 raise _error(name, f"one of {choices}", getattr(self, name))
         if not (isinstance(self.component, str) and self.component.isidentifier()):
             raise _error("component", "the name of a pipeline's module", self.component)
         try:
-            if self.token_order != AUTO:
+            if not is_one_of(self.token_order, (AUTO,)):
                 TokenOrder.parse(self.token_order)
         except (PlanError, TypeError) as error:
             expected = "raster, a tile such as 2x8x8, strips such as 2x8xall, or auto"
@@ -184,7 +185,7 @@ class SelectionConfig:
 
     def _check_form(self) -> None:
         """Raise `OptionError` unless zones can be made as asked for, or are not asked for."""
-        if self.form not in get_args(Form):
+        if not is_one_of(self.form, get_args(Form)):
             raise _error("form", "masks or zones", self.form)
         for name, least in (("step_groups", 1), ("zone_numbers", 2)):
             value = getattr(self, name)
@@ -192,9 +193,10 @@ class SelectionConfig:
                 raise _error(name, f"an integer of at least {least}", value)
         defaults = {each.name: each.default for each in fields(SelectionConfig)}
         for name in _OF_ZONES if self.form == "masks" else defaults.keys() - {*_OF_ZONES, "form"}:
-            if getattr(self, name) != defaults[name]:
-                expected = f"{defaults[name]!r} with form={self.form!r}"
-                raise _error(name, expected, getattr(self, name))
+            value, default = getattr(self, name), defaults[name]
+            if value is not default and not (_number(value) and value == default):
+                expected = f"{default!r} with form={self.form!r}"
+                raise _error(name, expected, value)
         if self.form == "zones":
             self.zones()  # checks the ranges
 
@@ -285,7 +287,7 @@ class StorageConfig:
     restart: bool = False
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.keep_energies, bool) or self.keep_energies == "coarse"):
+        if not is_one_of(self.keep_energies, (True, False, "coarse")):
             raise _error("keep_energies", "True, False or 'coarse'", self.keep_energies)
         for name in ("keep_run", "restart"):
             _check_switch(name, getattr(self, name))
@@ -345,3 +347,16 @@ def _error(name: str, expected: str, got: object) -> OptionError:
         got=repr(got),
         remedy="leave it out for the default; the parts of CalibrationConfig describe each setting",
     )
+
+
+def checked_config(config: object) -> CalibrationConfig:
+    """Return settings, the defaults for None.
+
+    Raises:
+        OptionError: it is something else.
+    """
+    if config is None:
+        return CalibrationConfig()
+    require(isinstance(config, CalibrationConfig), "config", config, "a CalibrationConfig, or None")
+    assert isinstance(config, CalibrationConfig)
+    return config

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from calibatt_compiler.calibration.config import CalibrationConfig
+from calibatt_compiler.arguments import require_path
+from calibatt_compiler.calibration.config import CalibrationConfig, checked_config
 from calibatt_compiler.calibration.observe.pipelines import (
     ObservedPipeline,
     Prompt,
@@ -26,6 +27,7 @@ from calibatt_compiler.calibration.run import CalibrationRun, FirstStepDone, rec
 from calibatt_compiler.calibration.store import identity
 from calibatt_compiler.calibration.store.order_survey import OrderSurvey
 from calibatt_compiler.calibration.store.ranks import Ranks
+from calibatt_compiler.files import check_folder, check_output
 from calibatt_compiler.logs import logger
 from calibatt_compiler.models import cfg_mode, unwrap
 from calibatt_compiler.plan import Plan
@@ -68,11 +70,18 @@ def calibrate(
         CalibrationError: the pipeline can't be calibrated, or the run folder belongs to another
             run or process, or another rank failed.
         OptionError: prompts, seeds or arguments that can't be used.
+        FileError: plan or run folder can't be written.
     """
-    config = config or CalibrationConfig()
-    inputs = read_inputs(prompts, seeds, pipeline_arguments)
+    config = checked_config(config)
+    inputs = read_inputs(prompts, seeds, pipeline_arguments, pipe)
     arguments = identity.describe(pipeline_arguments)
+    if out is not None:
+        require_path("out", out)
     config = replace(config, run_folder=run_folder(config, out))
+    if out is not None:
+        check_output(out)
+    if config.run_folder is not None:
+        check_folder(config.run_folder)
     ranks = Ranks.current() if config.distributed else Ranks()
     names = [f"{index:05d}" for index in range(len(inputs))]
     job = _Job(ObservedPipeline.of(pipe, config), names, inputs, pipeline_arguments, ranks)

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from calibatt_compiler.terminal import PlainConsole, description
 
 _MEMORY = 6 * 3600.0
 """Seconds of the past that the time left is estimated from: one step may take minutes."""
@@ -33,9 +34,9 @@ class CalibrationProgress:
         *,
         what: str = "inputs",
     ) -> None:
-        console = Console(stderr=True)
+        console = PlainConsole(stderr=True)
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            description(),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),

@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 
-from calibatt_compiler.calibration.config import AUTO, CalibrationConfig, SelectionConfig
+from calibatt_compiler.arguments import require
+from calibatt_compiler.calibration.config import (
+    AUTO,
+    CalibrationConfig,
+    SelectionConfig,
+    checked_config,
+)
 from calibatt_compiler.calibration.observe.observation import Branch
 from calibatt_compiler.calibration.observe.observer import ObservedModel
 from calibatt_compiler.calibration.observe.recorder import AttentionRecorder
@@ -233,7 +239,8 @@ def calibration(
         CalibrationError: the run folder is in use or belongs to another calibration.
         OptionError: the token order is `auto`; `calibration.survey` chooses one beforehand.
     """
-    config = config or CalibrationConfig()
+    require(isinstance(module, torch.nn.Module), "module", module, "a torch.nn.Module")
+    config = checked_config(config)
     if config.token_order == AUTO:
         raise OptionError(
             "a bare module's token order can't be chosen on the way",

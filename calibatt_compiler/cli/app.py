@@ -5,16 +5,19 @@ Nothing heavy is imported before a command runs, so that `--help` is quick.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import errno
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperGroup
 
 from calibatt_compiler import logs
 from calibatt_compiler.cli import build, calibrate, compare, demo, env, inspect, tune
 from calibatt_compiler.errors import CalibattError, PlanMismatchError
+from calibatt_compiler.printable import printable
+from calibatt_compiler.terminal import PlainConsole
 from calibatt_compiler.version import VERSION
 
 FAILED, UNUSABLE, INTERRUPTED = 1, 2, 130
@@ -34,22 +37,46 @@ _EPILOG = (
 )
 
 
+@contextmanager
+def _printable_usage() -> Iterator[None]:
+    """Make printable what complaints about arguments quote: a shell gives names of any file."""
+    try:
+        yield
+    except Exception as error:
+        if hasattr(error, "format_message"):
+            for name, value in vars(error).items():
+                if isinstance(value, str):
+                    setattr(error, name, printable(value))
+        raise
+
+
 class _Commands(TyperGroup):
     """Turns failures of any command into a message and an exit code."""
 
+    def make_context(self, *arguments: Any, **settings: Any) -> Any:
+        with _printable_usage():
+            return super().make_context(*arguments, **settings)
+
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with _printable_usage():
+                return super().invoke(ctx)
         except CalibattError as error:
-            problem, *details = str(error).splitlines()
-            console = Console(stderr=True, highlight=False, soft_wrap=True)
-            console.print(f"[bold red]calibatt:[/bold red] {_plain(problem)}")
-            for line in details:
-                console.print(_plain(line))
+            console = PlainConsole(stderr=True, soft_wrap=True)
+            console.print("calibatt:", style="bold red", end=" ")
+            console.print(str(error))
             code = FAILED if isinstance(error, PlanMismatchError) else UNUSABLE
             raise typer.Exit(code) from error
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # whoever read the output has read enough
+                raise
+            named = "a file" if error.filename is None else error.filename
+            console = PlainConsole(stderr=True, soft_wrap=True)
+            console.print("calibatt:", style="bold red", end=" ")
+            console.print(f"{printable(named)}: {error.strerror or error}")
+            raise typer.Exit(UNUSABLE) from error
         except KeyboardInterrupt as error:
-            Console(stderr=True).print("calibatt: interrupted; no half-written file was left")
+            PlainConsole(stderr=True).print("calibatt: interrupted; no half-written file was left")
             raise typer.Exit(INTERRUPTED) from error
 
 
@@ -74,7 +101,7 @@ app.command("env")(env.env)
 
 def _version(asked: bool) -> None:
     if asked:
-        Console().print(f"calibatt {VERSION}", highlight=False)
+        PlainConsole().print(f"calibatt {VERSION}")
         raise typer.Exit
 
 
@@ -107,8 +134,3 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as leaving:
         return leaving.code if isinstance(leaving.code, int) else FAILED
     return 0
-
-
-def _plain(text: str) -> str:
-    """Escape what rich would take for markup."""
-    return text.replace("[", "\\[")

@@ -10,6 +10,7 @@ import typer
 
 from calibatt_compiler.cli import options
 from calibatt_compiler.errors import OptionError
+from calibatt_compiler.printable import printable
 
 OLDEST = 80
 
@@ -65,17 +66,18 @@ def build(
     Example: calibatt build wan-480p.calibatt --arch sm_90
     """
     import torch
-    from rich.console import Console
 
     from calibatt_compiler.build import PlanSpecs
     from calibatt_compiler.cli.pipelines import dtype_of
     from calibatt_compiler.cli.progress import TerminalProgress
+    from calibatt_compiler.kernels.baked.cache_folder import writable
     from calibatt_compiler.kernels.baked.compiler import KernelCompiler
-    from calibatt_compiler.options import cache_dir
     from calibatt_compiler.plan import Plan
+    from calibatt_compiler.terminal import PlainConsole
 
     loaded = Plan.load(plan)
     targets = _archs(arch)
+    place = next(writable())
     specs = PlanSpecs(
         loaded, targets, dtype_of(dtype, torch.device("cuda")), head_dim, hopper=not portable
     )
@@ -83,17 +85,17 @@ def build(
         progress.start(f"compiling kernels, {compiler.workers} at a time", len(specs))
         report = compiler.build(specs, lambda *_: progress.advance())
     cached = sum(source.cached for source in report.compiled)
-    console = Console(highlight=False, soft_wrap=True)
+    console = PlainConsole(soft_wrap=True)
     console.print(
-        f"{len(report.compiled)} of {len(specs)} kernels are ready in {cache_dir()} for "
+        f"{len(report.compiled)} of {len(specs)} kernels are ready in {printable(place)} for "
         + ", ".join(f"sm_{target}" for target in targets)
         + f"; {cached} were there before"
     )
     for reason, count in Counter(report.declined.values()).items():
-        console.print(f"{count} have none, the kernel with tables serves them: {reason}")
+        console.print(f"{count} have none, the kernel with tables serves them: {printable(reason)}")
     if report.failed:
         for digest, reason in report.failed.items():
-            console.print(f"pattern {digest[:12]}: {reason}", markup=False)
+            console.print(f"pattern {digest[:12]}: {reason}")
         raise typer.Exit(1)
 
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from calibatt_compiler.cli import options
 from calibatt_compiler.cli.groups import grouped
 from calibatt_compiler.cli.options import option
+from calibatt_compiler.files import check_folder, check_output
+from calibatt_compiler.printable import printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -40,10 +42,9 @@ def calibrate(
     Example: calibatt calibrate ./wan --prompts prompts.txt --height 480
     --width 832 --frames 81 --steps 50 --out wan-480p.calibatt
     """
-    from rich.console import Console
-
     from calibatt_compiler.calibration import CalibrationConfig
     from calibatt_compiler.cli import ranks
+    from calibatt_compiler.terminal import PlainConsole
 
     config = CalibrationConfig(
         **vars(selection),
@@ -51,6 +52,9 @@ def calibrate(
         **storage.of_config(),
         component=place.component,
     )
+    if not dry_run:
+        check_output(out, inputs=[inputs.prompts])
+        check_folder(f"{out}.calibration")
     cases = inputs.cases()
     own = ranks.own_device(place.place())
     with ranks.process_group() as rank:
@@ -61,10 +65,11 @@ def calibrate(
         said = _estimate if dry_run else _calibrate
         text = said(pipe, cases, out, config, arguments)
     if rank == 0:
-        console = Console(highlight=False, soft_wrap=True)
+        console = PlainConsole(soft_wrap=True)
         console.print(text)
         if not dry_run:
-            console.print(f"measure it: calibatt compare {model} {out} --prompts HELD_OUT.txt")
+            both = f"{printable(model)} {printable(out)}"
+            console.print(f"measure it: calibatt compare {both} --prompts HELD_OUT.txt")
 
 
 def _estimate(
@@ -86,8 +91,9 @@ def _calibrate(
     plan = calibrate(pipe, **options.texts_and_seeds(cases), out=out, config=config, **arguments)
     measured = orders_surveyed(plan)
     order = "" if measured is None else f"token order {plan.token_order}; {measured}\n"
+    name = printable(out)
     return (
-        f"{out}: {len(plan.sites)} sites, {plan.steps} steps, sparsity {1 - plan.density():.1%}\n"
+        f"{name}: {len(plan.sites)} sites, {plan.steps} steps, sparsity {1 - plan.density():.1%}\n"
         f"{order}"
-        f"see it:     calibatt inspect {out} --html plan.html"
+        f"see it:     calibatt inspect {name} --html plan.html"
     )

@@ -10,6 +10,8 @@ import typer
 from calibatt_compiler.cli import options
 from calibatt_compiler.cli.groups import ADVANCED, grouped
 from calibatt_compiler.cli.options import option
+from calibatt_compiler.files import check_folder
+from calibatt_compiler.printable import printable
 
 if TYPE_CHECKING:
     from calibatt_compiler.evaluation.comparison import Comparison, DenseKind
@@ -57,7 +59,7 @@ def compare(
     from calibatt_compiler.errors import OptionError
     from calibatt_compiler.evaluation.compare import compare as run_comparison
     from calibatt_compiler.evaluation.comparison import ComparisonConfig
-    from calibatt_compiler.evaluation.results import Results
+    from calibatt_compiler.evaluation.results import OUTPUTS, Results
     from calibatt_compiler.options import CompileOptions
     from calibatt_compiler.plan import Plan
 
@@ -68,6 +70,7 @@ def compare(
             got=repr(dense),
             remedy="leave it out for the default",
         )
+    check_folder(out, OUTPUTS, inputs=[*plan, inputs.prompts])
     plans = {path.stem: Plan.load(path) for path in plan}
     first = next(iter(plans.values()))
     checked = CompileOptions.parse({"plan": first, "lowering": lowering})
@@ -94,11 +97,10 @@ def compare(
 
 def show(comparison: Comparison, index: Path) -> None:
     """Print the figures of a comparison."""
-    from rich.console import Console
-
     from calibatt_compiler.evaluation.results import terminal
+    from calibatt_compiler.terminal import PlainConsole
 
-    console = Console()
+    console = PlainConsole()
     console.print(comparison.main.summary)
     console.print(terminal(comparison))
-    console.print(f"results: {index}", highlight=False, soft_wrap=True)
+    console.print(f"results: {printable(index)}", soft_wrap=True)

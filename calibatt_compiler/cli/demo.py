@@ -15,6 +15,7 @@ from calibatt_compiler.cli import options
 from calibatt_compiler.cli.groups import grouped
 from calibatt_compiler.errors import PipelineError
 from calibatt_compiler.evaluation.cases import Case
+from calibatt_compiler.files import check_folder
 
 if TYPE_CHECKING:
     from calibatt_compiler.plan import Plan
@@ -104,10 +105,11 @@ def demo(
     from calibatt_compiler.cli.progress import TerminalProgress
     from calibatt_compiler.evaluation.compare import compare as run_comparison
     from calibatt_compiler.evaluation.comparison import ComparisonConfig
-    from calibatt_compiler.evaluation.results import Results
+    from calibatt_compiler.evaluation.results import OUTPUTS, Results
     from calibatt_compiler.report.plan_page import write_page
 
     started = time.perf_counter()
+    check_folder(out, (*OUTPUTS, "plan.calibatt", "inspect.html"), inputs=[settings])
     chosen = read_settings(settings or find("demo.json"))
     if quick:
         chosen = chosen.quick()

@@ -7,7 +7,9 @@ import platform
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from calibatt_compiler.printable import printable
+from calibatt_compiler.terminal import PlainConsole
 
 
 def env(
@@ -18,9 +20,9 @@ def env(
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = PlainConsole(soft_wrap=True)
     for name, value in facts.items():
-        console.print(f"{name}: {value}")
+        console.print(f"{name}: {printable(value)}")
 
 
 def _facts() -> dict[str, str]:

@@ -9,6 +9,8 @@ from calibatt_compiler.cli import options
 from calibatt_compiler.cli.groups import grouped
 from calibatt_compiler.cli.options import option
 from calibatt_compiler.errors import OptionError
+from calibatt_compiler.files import check_output
+from calibatt_compiler.printable import printable
 
 _VALIDATION = "Validation"
 
@@ -66,13 +68,12 @@ def inspect(
 
     Example: calibatt inspect fox.calibatt --html fox.html
     """
-    from rich.console import Console
-
     from calibatt_compiler.cli import validation
     from calibatt_compiler.cli.tables import validation as validation_report
     from calibatt_compiler.plan import Plan
     from calibatt_compiler.report import inspect as report
     from calibatt_compiler.report.plan_page import write_page
+    from calibatt_compiler.terminal import PlainConsole
 
     if validate is None and raised is not None:
         raise OptionError(
@@ -81,21 +82,24 @@ def inspect(
             got="no --validate",
             remedy="add --validate MODEL --prompts HELD_OUT.txt",
         )
+    for path, others in ((html, (plan, inputs.prompts)), (raised, (plan, inputs.prompts, html))):
+        if path is not None:
+            check_output(path, inputs=others)
     loaded = Plan.load(plan)
     found = None
     if validate is not None:
         found = validation.measure(validate, loaded, inputs, sampling, place, margin=margin)
-    console = Console()
+    console = PlainConsole()
     if as_json:
         extra = {} if found is None else {"validation": found.to_dict()}
-        console.print_json(data={**report.to_dict(loaded), **extra})
+        console.print_json(data={**report.to_dict(loaded), **extra}, ensure_ascii=True)
     else:
         console.print(report.terminal(loaded))
         if found is not None:
             console.print("", validation_report.terminal(found))
-    said = Console(stderr=True, highlight=False, soft_wrap=True)
+    said = PlainConsole(stderr=True, soft_wrap=True)
     if html is not None:
         write_page(loaded, html, title=plan.name)
-        said.print(f"page written to {html}")
+        said.print(f"page written to {printable(html)}")
     if raised is not None and found is not None:
         said.print(validation.raise_flagged(plan, loaded, found, raised))

@@ -5,17 +5,18 @@ from __future__ import annotations
 import time
 from types import TracebackType
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
     SpinnerColumn,
     TaskID,
-    TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from calibatt_compiler.printable import printable
+from calibatt_compiler.terminal import PlainConsole, description
 
 
 class TerminalProgress:
@@ -28,11 +29,11 @@ class TerminalProgress:
     Implements `calibatt_compiler.evaluation.compare.Progress`; a context manager.
     """
 
-    def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True)
+    def __init__(self, console: PlainConsole | None = None) -> None:
+        self.console = console or PlainConsole(stderr=True)
         self._bars = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            description(),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -61,8 +62,9 @@ class TerminalProgress:
     def start(self, what: str, total: int | None) -> None:
         """Begin a stage; the one before is over."""
         self._finish()
+        what = printable(what)
         if not self.console.is_terminal:
-            self.console.print(what, highlight=False)
+            self.console.print(what)
         self._began = time.perf_counter()
         self._task = self._bars.add_task(what, total=total)
 
@@ -79,5 +81,5 @@ class TerminalProgress:
         seconds = time.perf_counter() - self._began
         self.seconds[task.description] = self.seconds.get(task.description, 0.0) + seconds
         if not self.console.is_terminal:
-            self.console.print(f"  took {seconds:.1f} s", highlight=False)
+            self.console.print(f"  took {seconds:.1f} s")
         self._task = None

@@ -11,6 +11,8 @@ import typer
 from calibatt_compiler.cli import options
 from calibatt_compiler.cli.groups import grouped
 from calibatt_compiler.cli.options import option
+from calibatt_compiler.files import check_folder
+from calibatt_compiler.printable import printable
 
 _SEARCH = "The search"
 
@@ -80,14 +82,14 @@ def tune(
 
     Example: calibatt tune ./wan --prompts prompts.txt --steps 50 --speed-up 1.3 --out search
     """
-    from rich.console import Console
-
     from calibatt_compiler.calibration import CalibrationConfig, TuningConfig, tuning_cost
     from calibatt_compiler.calibration import tune as run
     from calibatt_compiler.calibration.tuning.study import SearchSpace
+    from calibatt_compiler.calibration.tuning.tune import OUTPUTS
     from calibatt_compiler.cli.progress import TerminalProgress
     from calibatt_compiler.cli.tables import tuning as report
     from calibatt_compiler.errors import OptionError
+    from calibatt_compiler.terminal import PlainConsole
 
     if proxy and psnr is not None:
         raise OptionError(
@@ -96,6 +98,7 @@ def tune(
             got="--psnr",
             remedy="leave --proxy out",
         )
+    check_folder(out, OUTPUTS, inputs=[inputs.prompts])
     keys, scores = _numbers(pooled), _scores(gamma)
     config = CalibrationConfig(
         pooled=keys[0],
@@ -115,16 +118,17 @@ def tune(
     given = options.texts_and_seeds(inputs.cases())
     pipe = place.load(model)
     common = {**given, "out": out, "config": config, "tuning": tuning, **video.arguments(pipe)}
-    console = Console(highlight=False, soft_wrap=True)
+    console = PlainConsole(soft_wrap=True)
     console.print(report.cost_table(tuning_cost(pipe, **common)))
     if not yes and sys.stdin.isatty():
         typer.confirm("Start?", abort=True)
     with TerminalProgress() as progress:
         found = run(pipe, progress=progress, **common)
     console.print(report.front_table(found))
-    console.print(f"the front: {out / 'front.png'}, {out / 'tuning.json'}")
+    folder = printable(out)
+    console.print(f"the front: {folder}/front.png, {folder}/tuning.json")
     if found.chosen is not None:
-        console.print(f"the chosen plan: {out / 'plan.calibatt'}")
+        console.print(f"the chosen plan: {folder}/plan.calibatt")
     elif speed_up is not None or psnr is not None:
         console.print("no trial reached the goal")
         raise typer.Exit(1)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibatt_compiler.cli import options
+from calibatt_compiler.printable import printable
 
 if TYPE_CHECKING:
     from calibatt_compiler.calibration.validation.kept_mass import Validation
@@ -62,7 +63,7 @@ def raise_flagged(path: Path, plan: Plan, validation: Validation, out: Path) -> 
     from calibatt_compiler.calibration import plan_from_run
 
     if not validation.flagged:
-        return f"no site is flagged: {out} was not written"
+        return f"no site is flagged: {printable(out)} was not written"
     used = plan.metadata.thresholds
     before = {
         name.removeprefix("raised:"): value
@@ -83,6 +84,6 @@ def raise_flagged(path: Path, plan: Plan, validation: Validation, out: Path) -> 
     )
     new.save(out)
     return (
-        f"{out}: thresholds of {len(validation.flagged)} sites raised, density "
+        f"{printable(out)}: thresholds of {len(validation.flagged)} sites raised, density "
         f"{new.density():.3f} instead of {plan.density():.3f}"
     )

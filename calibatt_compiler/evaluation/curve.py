@@ -9,6 +9,7 @@ from pathlib import Path
 from calibatt_compiler.errors import PipelineError
 from calibatt_compiler.evaluation.comparison import Comparison
 from calibatt_compiler.files import replacing
+from calibatt_compiler.printable import printable
 
 GOAL_DB = 30
 _INK, _SOFT, _ACCENT, _SECOND = "#27272a", "#a1a1aa", "#4f46e5", "#d97706"
@@ -23,7 +24,7 @@ def write_curve(comparison: Comparison, path: str | os.PathLike[str]) -> Path:
 
     Raises:
         PipelineError: matplotlib is not installed.
-        OSError: the folder can't be written.
+        FileError: the file can't be written.
     """
     try:
         from matplotlib.figure import Figure
@@ -66,13 +67,14 @@ def write_curve(comparison: Comparison, path: str | os.PathLike[str]) -> Path:
         )
     for result in shown:
         left.annotate(
-            result.label,
+            printable(result.label),
             (result.sparsity, result.psnr),
             xytext=(0, 8),
             textcoords="offset points",
             ha="center",
             fontsize=8,
             color=_INK,
+            parse_math=False,
         )
     left.margins(x=0.1, y=0.18)
     right.margins(y=0.18)
@@ -81,7 +83,8 @@ def write_curve(comparison: Comparison, path: str | os.PathLike[str]) -> Path:
     left.set_ylabel("PSNR against dense, dB", color=_ACCENT)
     right.set_ylabel("speed-up of a denoising step", color=_SECOND)
     right.yaxis.set_major_formatter(lambda value, _: f"{value:.2f}x")
-    left.set_title(f"{comparison.device}", fontsize=9, color=_SOFT, loc="left")
+    device = printable(comparison.device)
+    left.set_title(device, fontsize=9, color=_SOFT, loc="left", parse_math=False)
     for axes in (left, right):
         axes.spines["top"].set_visible(False)
         axes.tick_params(colors=_INK, labelsize=9)

@@ -6,7 +6,6 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -18,9 +17,13 @@ from calibatt_compiler.evaluation.curve import write_curve
 from calibatt_compiler.evaluation.quality import Frames, Quality
 from calibatt_compiler.evaluation.video import contact_sheet, side_by_side, write_video
 from calibatt_compiler.files import replacing, write_text
+from calibatt_compiler.printable import escape, printable
 from calibatt_compiler.report import page
 from calibatt_compiler.report.pictures import rgb_png
 from calibatt_compiler.report.summary import Summary
+
+OUTPUTS = ("index.html", "compare.json", "summary.txt", "curve.png")
+"""Files that a comparison writes into its folder, beside videos."""
 
 
 class Results:
@@ -199,7 +202,7 @@ def terminal(comparison: Comparison) -> Table:
     for index, name in enumerate(HEADER):
         table.add_column(name, justify="right" if index else "left", overflow="fold")
     for result in comparison.plans:
-        table.add_row(*_row(comparison, result))
+        table.add_row(*map(printable, _row(comparison, result)))
     return table
 
 

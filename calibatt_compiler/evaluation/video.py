@@ -32,7 +32,7 @@ def write_video(path: str | os.PathLike[str], frames: Frames, fps: int) -> Path:
 
     Raises:
         PipelineError: PyAV is not installed.
-        OSError: the folder can't be written.
+        FileError: the file can't be written.
     """
     av = _av()
     target = Path(path)

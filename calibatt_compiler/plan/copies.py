@@ -94,7 +94,7 @@ class RowCopies:
         return f"{self.anchor_rows} rows of {grid} from {self.first} in {self.order}"
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=8)
 def _tables(copies: RowCopies, length: int) -> tuple[Positions, Positions]:
     if length < copies.first + copies.video:
         raise PlanError(
@@ -107,8 +107,9 @@ def _tables(copies: RowCopies, length: int) -> tuple[Positions, Positions]:
     tokens = np.arange(length) if of_position is None else of_position
     _, height, width = copies.grid
     anchors = copies.anchors
-    # Of two anchors at one distance argmin takes the first.
-    nearest = anchors[np.abs(np.arange(height)[:, None] - anchors).argmin(1)]
+    # An anchor serves the rows up to the middle between it and the next, that one included.
+    middles = (anchors[:-1] + anchors[1:]) // 2
+    nearest = anchors[np.searchsorted(middles, np.arange(height))]
     source = np.arange(length)
     video = source[copies.first : copies.first + copies.video].reshape(copies.grid)
     video += ((nearest - np.arange(height)) * width)[:, None]

@@ -16,6 +16,7 @@ Measured against lzma, zstandard and XOR with the row above in `benchmarks/RESUL
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterable, Iterator
 from typing import Literal, get_args
 
 import numpy as np
@@ -34,6 +35,9 @@ GAPS_BELOW, DEFLATE_ABOVE = 0.25, 0.01
 
 SMALL = 1 << 18
 """Bytes up to which every code is tried: there time does not matter."""
+
+PIECE = 1 << 16
+"""Bytes that are unpacked at a time."""
 
 _ONES = np.array([bin(value).count("1") for value in range(256)], np.uint8)
 
@@ -77,11 +81,12 @@ def decode(method: Method, code: Bytes, length: int, previous: Bytes | None) -> 
             raise ValueError(f"{len(code)} bytes instead of {length}")
         found = np.array(code)
     elif name == "deflate":
-        found = _inflate(code, length)
+        found = np.concatenate([np.empty(0, np.uint8), *_inflate(code, length)])
         if len(found) != length:
             raise ValueError(f"{len(found)} bytes instead of {length}")
     else:
-        found = _from_gaps(_inflate(code, 8 * length + 8 * length // GO_ON + 1), length)
+        most = 8 * length + 8 * length // GO_ON + 1
+        found = _from_gaps(_inflate(code, most), length)
     if relative:
         if previous is None or len(previous) != length:
             raise ValueError("there is no previous array of this size")
@@ -114,17 +119,27 @@ def _deflate(data: bytes, strategy: int) -> bytes:
     return packer.compress(data) + packer.flush()
 
 
-def _inflate(code: Bytes, longest: int) -> Bytes:
-    """Unpack at most `longest` bytes: a damaged code must not fill the memory."""
+def _inflate(code: Bytes, longest: int) -> Iterator[Bytes]:
+    """Unpack at most `longest` bytes, by pieces: a damaged code must not fill the memory."""
     unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
-    try:
-        # 0 would mean no limit.
-        data = unpacker.decompress(code.data, longest + 1)
-    except zlib.error as error:
-        raise ValueError(str(error)) from error
-    if len(data) > longest or not unpacker.eof or unpacker.unused_data:
+    length = 0
+    for at in range(0, len(code), PIECE):
+        waiting = code[at : at + PIECE].tobytes()
+        while waiting or at + PIECE >= len(code):
+            try:
+                data = unpacker.decompress(waiting, PIECE)
+            except zlib.error as error:
+                raise ValueError(str(error)) from error
+            length += len(data)
+            if length > longest or unpacker.unused_data:
+                raise ValueError("a compressed array does not end where it should")
+            if data:
+                yield np.frombuffer(data, np.uint8)
+            elif not unpacker.unconsumed_tail:
+                break
+            waiting = unpacker.unconsumed_tail
+    if not unpacker.eof:
         raise ValueError("a compressed array does not end where it should")
-    return np.frombuffer(data, np.uint8)
 
 
 def _gaps(data: Bytes) -> Bytes:
@@ -135,15 +150,28 @@ def _gaps(data: Bytes) -> Bytes:
     return gaps
 
 
-def _from_gaps(gaps: Bytes, length: int) -> Bytes:
-    ends = gaps != GO_ON
-    # A byte that ends a gap stands for its unset bits and the set one; one that goes on for itself.
-    where = np.cumsum(np.minimum(gaps, GO_ON - 1) + np.uint8(1), dtype=np.int64)[ends] - 1
-    if len(gaps) and (not ends[-1] or where[-1] >= 8 * length):
+def _from_gaps(pieces: Iterable[Bytes], length: int) -> Bytes:
+    found = np.zeros(length, np.uint8)
+    # Bits behind the last gap; whether that one has ended.
+    at, ended = 0, True
+    for gaps in pieces:
+        ends = gaps != GO_ON
+        # A byte that ends a gap stands for its unset bits and the set one; one that goes on for
+        # itself.
+        reach = at + np.cumsum(np.minimum(gaps, GO_ON - 1) + np.uint8(1), dtype=np.int64)
+        where = reach[ends] - 1
+        if reach[-1] > 8 * length:
+            raise ValueError("gaps past the end of an array")
+        if len(where):
+            first = int(where[0]) // 8
+            bits = np.zeros(int(where[-1]) + 1 - 8 * first, np.bool_)
+            bits[where - 8 * first] = True
+            packed = np.packbits(bits, bitorder="little")
+            found[first : first + len(packed)] |= packed
+        at, ended = int(reach[-1]), bool(ends[-1])
+    if not ended:
         raise ValueError("gaps past the end of an array")
-    bits = np.zeros(8 * length, np.bool_)
-    bits[where] = True
-    return np.packbits(bits, bitorder="little")
+    return found
 
 
 def _share(data: Bytes) -> float:

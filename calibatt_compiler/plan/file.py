@@ -23,23 +23,28 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from calibatt_compiler.errors import PlanFormatError
+from calibatt_compiler.errors import CalibattError, PlanError, PlanFormatError
 from calibatt_compiler.files import replacing
+from calibatt_compiler.plan import bounds
 from calibatt_compiler.plan.drawn import DrawnPatterns
 from calibatt_compiler.plan.schema import KNOWN_FEATURES, SCHEMA_VERSION, PlanMetadata, SiteRecord
 from calibatt_compiler.plan.stored import (
     KEPT_WEIGHTS,
-    MAX_BYTES,
     Entries,
     PatternSize,
     StoredPatterns,
     layout,
-    layout_bytes,
 )
 from calibatt_compiler.plan.stored_zones import StoredZones, ZoneSize
 from calibatt_compiler.plan.zone_checks import ARRAYS
 
 FORMAT = "calibatt-plan"
+HEADER_OF_SITE = 3_200
+"""Most bytes that a site's name and place take in a file's header, beside index and record."""
+
+CLIP = 200
+"""Characters of a file's own text that a message quotes."""
+
 ATTEMPTS = 100
 """How often a file is opened anew that is replaced while it is being opened."""
 
@@ -105,9 +110,31 @@ def write(
         path: the file to write or replace.
         metadata: everything but the patterns.
         sites: patterns by site name.
+
+    Raises:
+        PlanError: it would be more than `read` takes.
     """
+    if bounds.sizes_problem(_parts(metadata, sites)):
+        sites = {
+            name: site.written_out() if isinstance(site, StoredPatterns) else site
+            for name, site in sites.items()
+        }
     entry = {FORMAT: header(to_json(metadata), sites)}
-    with replacing(path) as temporary:
+    problem = bounds.sizes_problem(_parts(metadata, sites))
+    text = json.dumps(entry).encode()
+    if len(text) + HEADER_OF_SITE * len(sites) > bounds.HEADER_BYTES:
+        problem = f"its header would be longer than {bounds.HEADER_BYTES} bytes"
+    problem = problem or bounds.text_problem(text)
+    if problem is not None:
+        raise PlanError(
+            "the plan is too large for a file",
+            expected="at most 100 sites of 500 steps, patterns of at most "
+            f"{bounds.MAX_BYTES} blocks",
+            got=problem,
+            remedy="let steps share patterns (share_steps), or take larger blocks",
+        )
+    size = sum(site.code.nbytes for site in sites.values())
+    with replacing(path, size=size) as temporary:
         save_file({name: site.code for name, site in sites.items()}, temporary, metadata=entry)
 
 
@@ -130,12 +157,34 @@ def read(
     for _ in range(ATTEMPTS):
         before = _identity(path)
         try:
-            return _read(path)
+            return _read_any(path)
         except PlanFormatError:
             # safetensors opens the path twice, and another file may have come to stand there.
             if _identity(path) == before:
                 raise
     raise _damaged(path, "it is replaced all the time")
+
+
+def _parts(metadata: PlanMetadata, sites: Mapping[str, Stored]) -> Iterator[bounds.Part]:
+    return (_part(metadata, site, len(sites[site.name].code)) for site in metadata.sites)
+
+
+def _part(metadata: PlanMetadata, site: SiteRecord, codes: int) -> bounds.Part:
+    drawn = None if site.zones is None else max(_kept(site, share) for share in site.density)
+    return bounds.Part(site.name, _size(metadata, site), site.weighted, codes, drawn)
+
+
+def _read_any(path: Path) -> tuple[PlanMetadata, dict[str, StoredPatterns | DrawnPatterns]]:
+    """`_read`, whose every failure is that of the file, whatever the libraries raise."""
+    try:
+        problem = bounds.header_problem(path)
+        if problem is not None:
+            raise _damaged(path, problem)
+        return _read(path)
+    except CalibattError:
+        raise
+    except Exception as error:
+        raise _damaged(path, f"{type(error).__name__}: {str(error)[:CLIP]}") from error
 
 
 def _identity(path: Path) -> tuple[int, ...]:
@@ -154,12 +203,16 @@ def _read(path: Path) -> tuple[PlanMetadata, dict[str, StoredPatterns | DrawnPat
             raise PlanFormatError(
                 f"{path} is not a plan",
                 expected=f"a safetensors file with one entry of metadata, {FORMAT!r}",
-                got=f"metadata {sorted(entry)}",
+                got=f"metadata {[name[:CLIP] for name in sorted(entry)[:4]]}",
                 remedy="give the file that `calibatt calibrate` wrote",
             )
         # As torch tensors they are views of the mapped file; as numpy arrays they would be copies.
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     listing, record = _lines(path, entry[FORMAT])
+    for text in (listing, record):
+        # Once more: in the header, braces and brackets of these may have been written otherwise.
+        if (problem := bounds.text_problem(text.encode())) is not None:
+            raise _damaged(path, problem)
     metadata = _parse(path, record)
     stored = _parse_index(path, listing)
     codes = _codes(path, metadata, stored, tensors)
@@ -186,7 +239,7 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as opened:
             yield opened
     except (SafetensorError, OSError, RuntimeError, *_MALFORMED) as error:
-        raise _damaged(path, f"safetensors can't read it: {error}") from error
+        raise _damaged(path, f"safetensors can't read it: {str(error)[:CLIP]}") from error
 
 
 def _lines(path: Path, text: str) -> tuple[str, str]:
@@ -205,12 +258,14 @@ def _parse(path: Path, text: str) -> PlanMetadata:
         raw: Any = json.loads(text)
         version, requires = raw["schema_version"], frozenset(raw["requires"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _damaged(path, f"its JSON header does not parse: {error!r}") from error
+        raise _damaged(path, f"its JSON header does not parse: {repr(error)[:CLIP]}") from error
+    del raw  # which may be large, and is parsed once more
     # The schema comes before the fields: one of another version may have others.
     if version != SCHEMA_VERSION or not requires <= KNOWN_FEATURES:
-        unknown = sorted(map(str, requires - KNOWN_FEATURES))
+        unknown = sorted(str(name)[:CLIP] for name in requires - KNOWN_FEATURES)[:4]
         raise _other_schema(
-            path, f"schema_version {version!r}" + (f", features {unknown}" if unknown else "")
+            path,
+            f"schema_version {repr(version)[:CLIP]}" + (f", features {unknown}" if unknown else ""),
         )
     try:
         return PlanMetadata.model_validate_json(text)
@@ -246,6 +301,11 @@ def _codes(
             for name in sorted(names)
             if not _fits(metadata, sites[name], stored[name].patterns, tensors[name])
         ][:4]
+    if not wrong:
+        problem = bounds.sizes_problem(
+            _part(metadata, site, len(tensors[site.name])) for site in metadata.sites
+        )
+        wrong = [] if problem is None else [problem]
     if wrong:
         raise PlanFormatError(
             f"{path} holds tensors that don't fit its sites",
@@ -263,7 +323,6 @@ def _codes(
 
 def _fits(metadata: PlanMetadata, site: SiteRecord, entries: Entries, tensor: torch.Tensor) -> bool:
     """Whether a tensor may hold the codes of these entries, and they the patterns of a site."""
-    size = _size(metadata, site)
     length = sum(length for entry in entries for *_, length in entry)
     if len(entries) != site.patterns or tensor.dtype != torch.uint8:
         return False
@@ -271,7 +330,7 @@ def _fits(metadata: PlanMetadata, site: SiteRecord, entries: Entries, tensor: to
         return False
     if site.zones is not None:
         return all(tuple(name for name, *_ in entry) == tuple(ARRAYS) for entry in entries)
-    known = set(layout(size))
+    known = set(layout(_size(metadata, site)))
     weighted, mixed = False, []
     for entry in entries:
         names = [name for name, *_ in entry]
@@ -280,11 +339,7 @@ def _fits(metadata: PlanMetadata, site: SiteRecord, entries: Entries, tensor: to
             return False
         weighted |= KEPT_WEIGHTS in names
         mixed.append("repetitive" in names)
-    return (
-        weighted == site.weighted
-        and mixed == [count > 0 for count in _figures(site)[1]]
-        and layout_bytes(size) <= MAX_BYTES
-    )
+    return weighted == site.weighted and mixed == [count > 0 for count in _figures(site)[1]]
 
 
 def _size(metadata: PlanMetadata, site: SiteRecord) -> PatternSize:
@@ -334,9 +389,10 @@ def _damaged(path: Path, what: str) -> PlanFormatError:
 
 def describe(error: pydantic.ValidationError) -> str:
     """Return the first few problems of a validation, one clause each."""
+    # Names and values of the file may be of any length.
     clauses = [
-        f"{'.'.join(str(part) for part in item['loc']) or 'plan'}: {item['msg']}"
-        for item in error.errors(include_url=False)[:4]
+        f"{'.'.join(str(part) for part in item['loc'])[:CLIP] or 'plan'}: {item['msg'][:CLIP]}"
+        for item in error.errors(include_url=False, include_input=False, include_context=False)[:4]
     ]
     more = error.error_count() - len(clauses)
     return "; ".join(clauses) + (f"; and {more} more" if more > 0 else "")

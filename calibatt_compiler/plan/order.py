@@ -57,9 +57,9 @@ class TokenOrder:
         Raises:
             PlanError: none of these.
         """
-        if name == "raster":
+        if isinstance(name, str) and name == "raster":
             return cls()
-        match = _TILE.fullmatch(name)
+        match = _TILE.fullmatch(name) if isinstance(name, str) else None
         if match is None or match.groups().count(ALL) > 1:
             raise PlanError(
                 "no such order of tokens",

@@ -9,12 +9,14 @@ import hashlib
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from calibatt_compiler.arguments import is_integers, require
 from calibatt_compiler.errors import PlanError
 from calibatt_compiler.plan import weights as block_weights
 from calibatt_compiler.plan.copies import RowCopies, check_repetitive, check_rows
@@ -69,6 +71,13 @@ class BlockPattern:
 
     def __post_init__(self) -> None:
         check_sizes(self.heads, self.query_length, self.key_length, self.block_m, self.block_n)
+        kinds: dict[str, Any] = {"error": PlanError}
+        for name, kind in (("bits", np.ndarray), ("weights", np.ndarray), ("copies", RowCopies)):
+            value = getattr(self, name)
+            fits = isinstance(value, kind) or (value is None and name != "bits")
+            require(fits, name, value, kind.__name__, **kinds)
+        whole = isinstance(self.pooled, int) and not isinstance(self.pooled, bool)
+        require(whole, "pooled", self.pooled, "an integer", **kinds)
         shape = (self.heads, self.query_blocks, (self.key_blocks + 7) // 8)
         if self.bits.dtype != np.uint8 or self.bits.shape != shape:
             raise PlanError(
@@ -135,6 +144,10 @@ class BlockPattern:
             PlanError: not a boolean 3-D tensor, lengths that don't fit, an empty row, weights out
                 of range, or repetitive heads without copies.
         """
+        kinds: dict[str, Any] = {"error": PlanError}
+        require(isinstance(mask, Tensor), "mask", mask, "torch.Tensor of torch.bool", **kinds)
+        require(is_integers(block, 2), "block", block, "two integers", **kinds)
+        require(weight is None or isinstance(weight, Tensor), "weight", weight, "a tensor", **kinds)
         if mask.dtype != torch.bool or mask.dim() != 3:
             raise PlanError(
                 "a block mask must be a boolean tensor of three dimensions",
@@ -172,6 +185,7 @@ class BlockPattern:
         cls, heads: int, query_length: int, key_length: int, block: tuple[int, int] = (128, 128)
     ) -> BlockPattern:
         """Return the pattern that keeps every block."""
+        require(is_integers(block, 2), "block", block, "two integers", error=PlanError)
         check_sizes(heads, query_length, key_length, *block)
         rows, columns = math.ceil(query_length / block[0]), math.ceil(key_length / block[1])
         mask = torch.ones(heads, rows, columns, dtype=torch.bool)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import operator
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +18,7 @@ import pydantic
 import torch
 from torch import Tensor
 
+from calibatt_compiler.arguments import described, is_integers, require, require_path
 from calibatt_compiler.errors import PlanError
 from calibatt_compiler.plan import file
 from calibatt_compiler.plan.order import RASTER, TokenOrder
@@ -124,19 +127,20 @@ class Plan:
         Raises:
             PlanError: shapes, dtypes or lengths that don't fit, or a query block that keeps none.
         """
+        lengths = _check_types(masks, grid, block, lengths)
         sampler = _sampler(timesteps)
-        tokens = math.prod(grid)
+        steps, tokens = len(sampler.timesteps), math.prod(grid)
         sites = {}
         in_text = False
         for name, mask in masks.items():
-            if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[0] != len(timesteps):
+            if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[0] != steps:
                 raise PlanError(
                     f"the mask of site {name!r} has the wrong form",
-                    expected=f"bool (steps = {len(timesteps)}, heads, query_blocks, key_blocks)",
+                    expected=f"bool (steps = {steps}, heads, query_blocks, key_blocks)",
                     got=f"{mask.dtype} {tuple(mask.shape)}",
                     remedy="give one mask a timestep, in the order of `timesteps`",
                 )
-            query_length, key_length = (lengths or {}).get(name, (tokens, tokens))
+            query_length, key_length = lengths.get(name, (tokens, tokens))
             in_text |= max(query_length, key_length) > tokens
             try:
                 by_step = [
@@ -154,7 +158,7 @@ class Plan:
                     f"{tokens} tokens needs lengths={{{name!r}: (queries, keys)}}",
                 ) from error
             sites[name] = SitePatterns.share(by_step)
-        if unknown := set(lengths or {}) - set(masks):
+        if unknown := set(lengths) - set(masks):
             raise PlanError(
                 "lengths name sites that have no mask",
                 expected=sorted(masks),
@@ -249,6 +253,7 @@ class Plan:
             PlanFormatError: not a plan, cut short, changed, or of another schema.
             PlanError: sizes out of range. Patterns that are none raise when they are decoded.
         """
+        require_path("path", path, error=PlanError)
         metadata, stored = file.read(path)
         sites = {
             record.name: SitePatterns(stored[record.name], steps_of(record), record.head_dim)
@@ -260,8 +265,10 @@ class Plan:
         """Write the plan to `path`: whole or not at all.
 
         Raises:
-            OSError: the folder can't be written.
+            FileError: the file can't be written.
+            PlanError: it would be too large for a file.
         """
+        require_path("path", path, error=PlanError)
         stored = {name: site.stored for name, site in self._sites.items()}
         file.write(path, self._metadata, stored)
 
@@ -351,6 +358,10 @@ class Plan:
         rounds away.
         """
         values, order = self._sorted_steps
+        try:
+            timestep = float(timestep)
+        except (TypeError, ValueError, OverflowError, RuntimeError):
+            require(False, "timestep", timestep, "a number", error=PlanError)
         if not math.isfinite(timestep):
             return None
         margin = abs(timestep) * TIMESTEP_TOLERANCE
@@ -393,6 +404,7 @@ class Plan:
         return torch.from_numpy(self._site(site).at(self._step(step)).log_weights())
 
     def _site(self, name: str) -> SitePatterns:
+        require(isinstance(name, str), "site", name, "the name of a site", error=PlanError)
         if name not in self._sites:
             raise PlanError(
                 "the plan has no such site",
@@ -403,6 +415,9 @@ class Plan:
         return self._sites[name]
 
     def _step(self, step: int) -> int:
+        whole = hasattr(type(step), "__index__") and getattr(step, "ndim", 0) == 0
+        require(whole, "step", step, "an integer", error=PlanError)
+        step = operator.index(step)
         if not -self.steps <= step < self.steps:
             raise PlanError(
                 "the plan has no such step",
@@ -425,13 +440,47 @@ class Plan:
         )
 
 
+def _check_types(
+    masks: object, grid: object, block: object, lengths: object
+) -> dict[str, tuple[int, int]]:
+    """Raise `PlanError` unless the arguments of `from_masks` are of their types; return lengths."""
+    numbers: dict[str, Any] = {
+        "error": PlanError,
+        "remedy": "give a tuple, such as grid=(21, 45, 80)",
+    }
+    require(
+        isinstance(masks, Mapping) and all(isinstance(name, str) for name in masks),
+        "masks",
+        masks,
+        "a mapping from names of sites to masks",
+        error=PlanError,
+    )
+    assert isinstance(masks, Mapping)
+    for name, mask in masks.items():
+        require(
+            isinstance(mask, Tensor),
+            f"mask of site {name}",
+            mask,
+            "torch.Tensor of torch.bool (steps, heads, query_blocks, key_blocks)",
+            error=PlanError,
+            remedy="torch.from_numpy makes a tensor of a numpy array",
+        )
+    require(is_integers(grid, 3), "grid", grid, "three integers", **numbers)
+    require(is_integers(block, 2), "block", block, "two integers", **numbers)
+    given = {} if lengths is None else lengths
+    fits = isinstance(given, Mapping) and all(is_integers(pair, 2) for pair in given.values())
+    require(fits, "lengths", lengths, "for each site two integers", error=PlanError)
+    assert isinstance(given, Mapping)
+    return dict(given)
+
+
 def _sampler(timesteps: Sequence[float]) -> Sampler:
     try:
         return Sampler(timesteps=tuple(float(value) for value in timesteps))
-    except (pydantic.ValidationError, TypeError, ValueError) as error:
+    except (pydantic.ValidationError, TypeError, ValueError, OverflowError) as error:
         raise PlanError(
             "the timesteps make no sampler",
             expected="finite numbers, strictly falling or strictly rising",
-            got=list(timesteps)[:8],
+            got=described(timesteps),
             remedy="pass scheduler.timesteps.tolist() after scheduler.set_timesteps(...)",
         ) from error

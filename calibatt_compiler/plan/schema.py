@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -27,6 +27,7 @@ from calibatt_compiler.errors import PlanError
 from calibatt_compiler.plan.coordinates import OF_VIDEO
 from calibatt_compiler.plan.copies import RowCopies
 from calibatt_compiler.plan.order import TokenOrder
+from calibatt_compiler.plan.sizes import MAX_HEADS, MAX_LENGTH, MAX_ORDERED, MAX_SITES, MAX_STEPS
 from calibatt_compiler.plan.text import TextPosition
 from calibatt_compiler.plan.zone_draw import UNIT
 
@@ -44,9 +45,10 @@ KNOWN_FEATURES = frozenset(
 )
 """Values of `PlanMetadata.requires` that this version can serve."""
 
-Size = Annotated[int, Field(ge=1, le=1 << 24)]
+Size = Annotated[int, Field(ge=1, le=MAX_LENGTH)]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Density = Annotated[float, Field(gt=0, le=1)]
+Text = Annotated[str, Field(max_length=500)]
 _READ_ONLY = (AfterValidator(lambda given: MappingProxyType(dict(given))), PlainSerializer(dict))
 _NOTHING: Any = Field(default_factory=lambda: MappingProxyType({}))
 Figures = Annotated[Mapping[str, float], *_READ_ONLY]
@@ -59,6 +61,9 @@ def _known_order(name: str) -> str:
     except PlanError as error:
         raise ValueError(error.problem) from error
 
+
+T = TypeVar("T")
+_ByStep = Annotated[tuple[T, ...], Field(max_length=MAX_STEPS, fail_fast=True)]
 
 TextPolicy = Literal["none", "in_mask", "dense_first", "dense_last"]
 TEXT_POSITIONS: Mapping[str, TextPosition] = {"dense_first": "first", "dense_last": "last"}
@@ -84,9 +89,9 @@ class ModelIdentity(_Record):
             and of models without a configuration: all of it.
     """
 
-    class_name: str
-    config_digest: str
-    entries: tuple[str, ...] = ()
+    class_name: Text
+    config_digest: Text
+    entries: tuple[Text, ...] = ()
 
     @model_serializer(mode="wrap")
     def _written(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -106,9 +111,11 @@ class Sampler(_Record):
         sigmas: noise levels of the same steps, if known.
     """
 
-    name: str | None = None
-    timesteps: Annotated[tuple[float, ...], Field(min_length=1, max_length=10_000)]
-    sigmas: tuple[float, ...] | None = None
+    name: Text | None = None
+    timesteps: Annotated[
+        tuple[float, ...], Field(min_length=1, max_length=MAX_STEPS, fail_fast=True)
+    ]
+    sigmas: Annotated[tuple[float, ...], Field(max_length=MAX_STEPS, fail_fast=True)] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Sampler:
@@ -166,7 +173,7 @@ class CalibrationInputs(_Record):
     """What a plan was calibrated on: how many inputs, and a hash of prompts and seeds."""
 
     count: Annotated[int, Field(ge=0)]
-    digest: str
+    digest: Text
 
 
 class ZoneRecord(_Record):
@@ -201,7 +208,7 @@ class SiteRecord(_Record):
     """
 
     name: Annotated[str, Field(min_length=1, max_length=500)]
-    heads: Annotated[int, Field(ge=1, le=1 << 12)]
+    heads: Annotated[int, Field(ge=1, le=MAX_HEADS)]
     head_dim: Annotated[int, Field(ge=1, le=1 << 12)] | None = None
     query_length: Size
     key_length: Size
@@ -213,10 +220,10 @@ class SiteRecord(_Record):
     anchor_rows: Annotated[int, Field(ge=0, le=1 << 24)] = 0
     zones: ZoneRecord | None = None
     patterns: Annotated[int, Field(ge=1)]
-    digests: tuple[Digest, ...]
-    steps: tuple[int, ...]
-    density: tuple[Density, ...]
-    repetitive: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    digests: _ByStep[Digest]
+    steps: _ByStep[int]
+    density: _ByStep[Density]
+    repetitive: _ByStep[Annotated[int, Field(ge=0)]] = ()
 
     @model_validator(mode="after")
     def _check(self) -> SiteRecord:
@@ -291,19 +298,19 @@ class PlanMetadata(_Record):
     """
 
     schema_version: Literal[2] = SCHEMA_VERSION
-    producer: str
-    requires: tuple[str, ...] = ()
+    producer: Text
+    requires: Annotated[tuple[str, ...], Field(max_length=64, fail_fast=True)] = ()
     model: ModelIdentity | None = None
     grid: tuple[Size, Size, Size]
     token_order: Annotated[str, AfterValidator(_known_order)] = "raster"
     text_policy: TextPolicy = "none"
     cfg: CfgMode = "none"
     sampler: Sampler
-    thresholds: Figures = MappingProxyType({})
+    thresholds: Figures = _NOTHING
     inputs: CalibrationInputs = CalibrationInputs(count=0, digest="")
-    quality: Figures = MappingProxyType({})
+    quality: Figures = _NOTHING
     fixed_by: FixedBy | None = None
-    sites: tuple[SiteRecord, ...]
+    sites: Annotated[tuple[SiteRecord, ...], Field(max_length=MAX_SITES, fail_fast=True)]
 
     @model_validator(mode="after")
     def _check(self) -> PlanMetadata:
@@ -319,7 +326,11 @@ class PlanMetadata(_Record):
         shortest = min(min(site.query_length, site.key_length) for site in self.sites)
         if self.token_order != "raster" and shortest < math.prod(self.grid):
             raise ValueError(f"token_order is of {self.grid} tokens, a sequence has {shortest}")
+        if self.token_order != "raster" and math.prod(self.grid) > MAX_ORDERED:
+            raise ValueError(f"token_order is of at most {MAX_ORDERED} tokens, not {self.grid}")
         for site in self.sites:
+            if site.anchor_rows and site.query_length > MAX_ORDERED:
+                raise ValueError(f"site {site.name}: rows of over {MAX_ORDERED} tokens are copied")
             if len(site.steps) != len(self.sampler.timesteps):
                 raise ValueError(
                     f"site {site.name} has {len(site.steps)} steps, the sampler has "

@@ -7,6 +7,16 @@ from calibatt_compiler.errors import PlanError
 MAX_LENGTH = 1 << 24
 """Longest sequence a pattern may describe, in tokens: above it a size is taken for damage."""
 
+MAX_ORDERED = 1 << 21
+"""Likewise of a grid whose tokens are laid out anew, and of a sequence whose rows are copied: these
+take tables of all tokens. 720p videos of 81 frames have 75,600."""
+
+MAX_SITES = 1 << 12
+"""Most attention calls of a plan."""
+
+MAX_STEPS = 10_000
+"""Most diffusion steps of a plan."""
+
 MAX_HEADS = 1 << 12
 
 

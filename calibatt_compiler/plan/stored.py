@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, overload
 
 import numpy as np
@@ -20,9 +20,6 @@ from calibatt_compiler.plan.pattern import BlockPattern
 CACHED = 2
 """Decoded patterns that a site keeps: the last ones asked for. Steps come in order, and a pattern
 is decoded from the one before it."""
-
-MAX_BYTES = 1 << 28
-"""Most bytes of one array: above it a size is taken for damage. 720p videos take 1.7 MB."""
 
 KEPT_WEIGHTS = "kept_weights"
 """Weights are written of the kept blocks alone: one byte each, row by row."""
@@ -235,6 +232,22 @@ class StoredPatterns(Sequence[BlockPattern]):
             tuple(repetitive_heads(pattern) for pattern in patterns),
         )
 
+    def written_out(self) -> StoredPatterns:
+        """Return the same with the bits of the first pattern as they are, not compressed.
+
+        A file holds so much more than a few bytes where it stands for very large patterns: readers
+        refuse one that does not.
+        """
+        (name, method, length), *others = self.entries[0]
+        bits = encoding.as_bytes(self[0].bits)
+        if method == "raw":
+            return self
+        return replace(
+            self,
+            code=np.concatenate([bits, self.code[length:]]),
+            entries=(((name, "raw", len(bits)), *others), *self.entries[1:]),
+        )
+
     def _decode(self, index: int) -> BlockPattern:
         first = index
         while first not in self._cache and self._relative(first):
@@ -248,7 +261,7 @@ class StoredPatterns(Sequence[BlockPattern]):
             for at in range(first, index + 1):
                 arrays = self._arrays(at, arrays)
             return self._checked(index, arrays)
-        except (ValueError, KeyError, MemoryError) as error:
+        except (ValueError, LookupError, ArithmeticError, MemoryError) as error:
             raise self._wrong(index, "codes that can be decoded", error) from error
 
     def _relative(self, index: int) -> bool:

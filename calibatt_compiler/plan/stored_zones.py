@@ -20,6 +20,9 @@ from calibatt_compiler.plan.zones import ZonePattern
 MAX_RUNS = 1 << 24
 """Most runs of a pattern: above it a number is taken for damage."""
 
+FREE_RUNS, RUNS_A_BYTE = 1 << 20, 32
+"""Groups or runs that any codes may stand for; beyond, for each of their bytes."""
+
 
 @dataclass(frozen=True)
 class ZoneSize:
@@ -132,7 +135,7 @@ class StoredZones(Sequence[ZonePattern]):
                 arrays[name] = data.view(dtype).astype(ARRAYS[name])
                 at += length
             zones = self.common.make(arrays)
-        except (ValueError, KeyError, MemoryError, PlanError) as error:
+        except (ValueError, LookupError, ArithmeticError, MemoryError, PlanError) as error:
             raise self._wrong(index, "codes of zones", error) from error
         if zones.digest != self.digests[index]:
             raise self._wrong(index, f"digest {self.digests[index]}", zones.digest)
@@ -143,12 +146,19 @@ class StoredZones(Sequence[ZonePattern]):
         if name == "group_rows":
             return self.common.size.heads
         groups = self.common.groups(arrays["group_rows"])
+        if groups > self._most:
+            raise ValueError(f"{groups} groups of {len(self.code)} bytes")
         if name in ("diagonal", "leads", "counts"):
             return groups
         runs = int(arrays["counts"].sum(dtype=np.int64))
-        if not groups <= runs <= MAX_RUNS:
+        if not groups <= runs <= self._most:
             raise ValueError(f"{runs} runs in {groups} groups")
         return runs - groups if name == "cuts" else runs
+
+    @property
+    def _most(self) -> int:
+        """Most groups or runs that codes of this length are taken to stand for."""
+        return min(MAX_RUNS, max(FREE_RUNS, RUNS_A_BYTE * len(self.code)))
 
     def _wrong(self, index: int, expected: str, got: object) -> PlanFormatError:
         return PlanFormatError(

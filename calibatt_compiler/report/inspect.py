@@ -14,6 +14,7 @@ from rich.table import Table
 from calibatt_compiler.plan import BlockPattern, Plan, SitePatterns
 from calibatt_compiler.plan.order import DENSITY, ERROR, said
 from calibatt_compiler.plan.refine import MERGED, SHARED
+from calibatt_compiler.printable import printable
 
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -76,7 +77,7 @@ def orders_surveyed(plan: Plan) -> str | None:
         {name.removeprefix(kind): v for name, v in figures.items() if name.startswith(kind)}
         for kind in (DENSITY, ERROR)
     )
-    return said(density, error) if density else None
+    return printable(said(density, error)) if density else None
 
 
 def terminal(plan: Plan) -> RenderableType:
@@ -85,7 +86,7 @@ def terminal(plan: Plan) -> RenderableType:
     header.add_column(style="dim")
     header.add_column(overflow="fold")
     for label, value in facts(plan):
-        header.add_row(label, value)
+        header.add_row(label, printable(value))
     density = plan.density()
     header.add_row("density", f"{density:.3f} (sparsity {1 - density:.1%})")
     copying = any(site.repetitive_share for site in plan.sites.values())
@@ -110,7 +111,7 @@ def terminal(plan: Plan) -> RenderableType:
         steps = [site.density_at(step) for step in range(plan.steps)]
         heads = heads_density(site)
         sites.add_row(
-            name,
+            printable(name),
             str(site.heads),
             *((f"{site.repetitive_share:.0%}",) if copying else ()),
             *(() if plain else (_pair(site.query_length, site.key_length),)),

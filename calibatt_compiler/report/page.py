@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from html import escape
+
+from calibatt_compiler.printable import escape
 
 ACCENT = (79, 70, 229)
 

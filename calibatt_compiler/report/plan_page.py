@@ -6,7 +6,6 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from calibatt_compiler.files import write_text
 from calibatt_compiler.plan import BlockPattern, Plan
 from calibatt_compiler.plan.zone_draw import OCTAVES
 from calibatt_compiler.plan.zones import ZonePattern
+from calibatt_compiler.printable import escape, printable
 from calibatt_compiler.report import page
 from calibatt_compiler.report.inspect import facts, head_density, heads_density
 from calibatt_compiler.report.pictures import data_uri, mask_png
@@ -33,7 +33,7 @@ def write_page(plan: Plan, path: str | os.PathLike[str], *, title: str = "Plan")
     Large plans show the masks at some of their steps only, so that the page stays readable.
 
     Raises:
-        OSError: the folder can't be written.
+        FileError: the file can't be written.
     """
     names = list(plan.sites)
     by_step = [[plan.density(name, step) for step in range(plan.steps)] for name in names]
@@ -102,13 +102,17 @@ def _pictures(plan: Plan, steps: list[int]) -> dict[str, Any]:
                     "png": list(_head_pngs(pattern)),
                 }
             )
-        sites[name] = {"set": [wanted.index(site.steps[step]) for step in steps], "sets": sets}
+        shown: dict[str, Any] = {
+            "set": [wanted.index(site.steps[step]) for step in steps],
+            "sets": sets,
+        }
         if site.zones is not None:
             # The step group of each set, and for each group its heads' octaves.
-            shown = sorted({site.zones.groups[step] for step in wanted})
-            sites[name]["group"] = [shown.index(site.zones.groups[step]) for step in wanted]
-            zones = [site.zones.zones[group] for group in shown]
-            sites[name]["octaves"] = [list(_octave_pngs(each)) for each in zones]
+            groups = sorted({site.zones.groups[step] for step in wanted})
+            shown["group"] = [groups.index(site.zones.groups[step]) for step in wanted]
+            zones = [site.zones.zones[group] for group in groups]
+            shown["octaves"] = [list(_octave_pngs(each)) for each in zones]
+        sites[printable(name)] = shown
     return sites
 
 

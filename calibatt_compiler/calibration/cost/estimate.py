@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from calibatt_compiler.calibration.config import AUTO, CalibrationConfig
+from calibatt_compiler.calibration.config import AUTO, CalibrationConfig, checked_config
 from calibatt_compiler.calibration.cost import zones
 from calibatt_compiler.calibration.cost.first_step import FirstStepClock
 from calibatt_compiler.calibration.cost.order_search import (
@@ -134,8 +134,8 @@ def estimate(
         CalibrationError: the pipeline can't be calibrated.
         OptionError: prompts, seeds or arguments that can't be used.
     """
-    config = config or CalibrationConfig()
-    inputs = read_inputs(prompts, seeds, pipeline_arguments)
+    config = checked_config(config)
+    inputs = read_inputs(prompts, seeds, pipeline_arguments, pipe)
     arguments = identity.describe(pipeline_arguments)
     model = ObservedPipeline.of(pipe, config)
     surveyed = config.token_order == AUTO

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 
+from calibatt_compiler.arguments import described, known, require
 from calibatt_compiler.calibration.config import CalibrationConfig
 from calibatt_compiler.calibration.observe.observation import Branch, Schedule
 from calibatt_compiler.calibration.observe.observer import ObservedModel, Observer
@@ -22,18 +24,28 @@ Prompt = str | Mapping[str, Any]
 
 
 def read_inputs(
-    prompts: Sequence[Prompt], seeds: int | Sequence[int], arguments: Mapping[str, Any]
+    prompts: Sequence[Prompt],
+    seeds: int | Sequence[int],
+    arguments: Mapping[str, Any],
+    pipe: object = None,
 ) -> list[tuple[int, dict[str, Any]]]:
     """Return the seed of each input, and its arguments that are not those of all inputs.
+
+    Args:
+        prompts: as in `calibrate`.
+        seeds: as in `calibrate`.
+        arguments: of the pipeline, common to all inputs.
+        pipe: the pipeline, whose call must know each argument; None if it is not at hand.
 
     Raises:
         OptionError: prompts, seeds or arguments that can't be used.
     """
-    if isinstance(prompts, (str, Mapping)) or not prompts:
+    texts = isinstance(prompts, Sequence) and not isinstance(prompts, (str, bytes))
+    if not texts or not prompts or not all(isinstance(p, (str, Mapping)) for p in prompts):
         raise OptionError(
             "calibration needs prompts",
             expected="a list of at least one prompt",
-            got=repr(prompts),
+            got=described(prompts),
             remedy='pass prompts=["...", "..."]; the paper takes 16 to 64 of them',
         )
     taken = {"prompt", "generator", "callback_on_step_end"} & set(arguments)
@@ -45,7 +57,7 @@ def read_inputs(
             remedy="use prompts=... and seeds=...; arguments that differ between inputs go into "
             'prompts as mappings: {"prompt": ..., "image": ...}',
         )
-    if isinstance(seeds, bool) or not isinstance(seeds, (int, Sequence)):
+    if isinstance(seeds, (bool, str, bytes)) or not isinstance(seeds, (int, Sequence)):
         raise OptionError(
             "seeds are not usable",
             expected="an integer, or one for each prompt",
@@ -53,6 +65,8 @@ def read_inputs(
             remedy="pass seeds=0",
         )
     numbers = [seeds + i for i in range(len(prompts))] if isinstance(seeds, int) else list(seeds)
+    whole = all(isinstance(seed, int) and not isinstance(seed, bool) for seed in numbers)
+    require(whole, "seeds", seeds, "integers")
     if len(numbers) != len(prompts):
         raise OptionError(
             "seeds don't match the prompts",
@@ -61,7 +75,22 @@ def read_inputs(
             remedy="pass one seed for each prompt; repeat a prompt to use it with several seeds",
         )
     varying = [{"prompt": p} if isinstance(p, str) else dict(p) for p in prompts]
+    if pipe is not None:
+        _check_arguments(pipe, {*arguments, *(name for one in varying for name in one)})
     return list(zip(numbers, varying, strict=True))
+
+
+def _check_arguments(pipe: object, names: Iterable[str]) -> None:
+    """Raise `OptionError` for an argument that a pipeline does not take."""
+    try:
+        taken = inspect.signature(type(pipe).__call__).parameters
+    except (TypeError, ValueError):
+        return
+    if any(each.kind is each.VAR_KEYWORD for each in taken.values()):
+        return
+    all_names = [name for name in taken if name != "self"]
+    kind = type(pipe).__name__
+    known(sorted(map(str, names)), all_names, lambda name: f"{kind} does not take {name!r}")
 
 
 def component_of(pipe: Any, name: str) -> torch.nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from calibatt_compiler.files import naming
 
 
 class EnergyBuffer:
@@ -32,12 +35,8 @@ class EnergyBuffer:
             energy: (votes, heads, query_blocks, key_blocks).
             before: what this returned earlier, which is gone afterwards.
         """
-        self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / f"kept-{self._kept:06d}.npy"
-        self._kept += 1
         votes = len(energy) + (0 if before is None else len(before))
-        shape = (votes, *energy.shape[1:])
-        mapped = np.lib.format.open_memmap(path, mode="w+", dtype=energy.dtype, shape=shape)
+        mapped = self._mapped("kept", energy.dtype, (votes, *energy.shape[1:]))
         mapped[-len(energy) :] = energy
         if before is not None:
             assert isinstance(before, np.memmap)
@@ -47,16 +46,26 @@ class EnergyBuffer:
 
     def zeros(self, shape: tuple[int, ...]) -> npt.NDArray[np.int64]:
         """Return whole numbers to be summed up, on disk; 0 at first."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / f"sums-{self._kept:06d}.npy"
+        return self._mapped("sums", np.dtype(np.int64), shape)
+
+    def _mapped(self, kind: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
+        path = self._folder / f"{kind}-{self._kept:06d}.npy"
         self._kept += 1
-        return np.lib.format.open_memmap(path, mode="w+", dtype=np.int64, shape=shape)
+        with naming(path):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            mapped = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+            with path.open("r+b") as file:
+                # Taken now: a full disk would end the process when a mapped page is written.
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        return mapped
 
     def put(self, site: str, step: int, energy: npt.NDArray[np.float32]) -> None:
         """Write the energies of one call."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        with naming(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"{len(self._entries):06d}.npy"
-        np.save(path, energy, allow_pickle=False)
+        with naming(path):
+            np.save(path, energy, allow_pickle=False)
         self._entries.append((site, step, path))
 
     def drain(self) -> Iterator[tuple[str, int, npt.NDArray[np.float32]]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO
 
 from calibatt_compiler.errors import CalibrationError
+from calibatt_compiler.files import naming
 
 
 class FolderLock:
@@ -74,7 +75,8 @@ class FolderLock:
 
     def _acquire(self, kind: int) -> IO[str]:
         while True:
-            file = self._path.open("a+", encoding="utf-8")
+            with naming(self._path):
+                file = self._path.open("a+", encoding="utf-8")
             try:
                 fcntl.flock(file, kind | fcntl.LOCK_NB)
             except OSError as error:

@@ -22,6 +22,7 @@ from typing import IO, Any, TypeVar
 import torch.distributed as dist
 
 from calibatt_compiler.errors import CalibattError, CalibrationError
+from calibatt_compiler.files import naming
 
 T = TypeVar("T")
 
@@ -127,7 +128,8 @@ class Ranks:
         """
         self._folder = folder
         if self.size > 1:
-            self._file = self._path(self.rank).open("w+", encoding="utf-8")
+            with naming(self._path(self.rank)):
+                self._file = self._path(self.rank).open("w+", encoding="utf-8")
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:
             yield

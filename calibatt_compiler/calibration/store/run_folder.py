@@ -29,13 +29,14 @@ import pydantic
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from calibatt_compiler.arguments import require_path
 from calibatt_compiler.calibration.store.lock import FolderLock
 from calibatt_compiler.calibration.store.order_survey import FILE as ORDER_FILE
 from calibatt_compiler.calibration.store.records import InputRecord
 from calibatt_compiler.calibration.store.uint8_energies import decode
 from calibatt_compiler.calibration.store.zone_sums import FOLDER as SUMS
 from calibatt_compiler.errors import CalibrationError
-from calibatt_compiler.files import replacing, write_text
+from calibatt_compiler.files import naming, replacing, write_text
 from calibatt_compiler.logs import logger
 
 log = logger("calibration")
@@ -52,6 +53,7 @@ class RunStore:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
+        require_path("folder", folder)
         self.folder = Path(folder)
         self._lock = FolderLock(self.folder)
         self._records: dict[str, InputRecord] = {}
@@ -69,7 +71,8 @@ class RunStore:
         Raises:
             CalibrationError: another process works in it, or it belongs to another run.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with naming(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         self._lock.take()
         try:
             if restart:
@@ -174,7 +177,8 @@ class RunStore:
         text = record_text(record)
         # One entry: safetensors writes several in random order, and equal inputs make equal files.
         header = {FORMAT: f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}"}
-        with replacing(self._path(record.name)) as temporary:
+        size = sum(array.nbytes for array in tensors.values())
+        with replacing(self._path(record.name), size=size) as temporary:
             save_file(dict(tensors), temporary, metadata=header)
         self._records[record.name] = record
 

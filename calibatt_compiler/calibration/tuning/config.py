@@ -43,6 +43,10 @@ class TuningConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise _error(name, f"an integer of at least {least}", value)
+        if not isinstance(self.proxy, bool):
+            raise _error("proxy", "True or False", self.proxy)
+        if not isinstance(self.space, SearchSpace):
+            raise _error("space", "a SearchSpace", self.space)
         if self.proxy and self.space.pooled != (0,):
             raise _error("pooled", "0 with the proxy, which sees dropped mass only", self.space)
         if self.proxy and self.space.gamma != (None,):

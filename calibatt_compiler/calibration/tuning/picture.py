@@ -20,7 +20,7 @@ def write_front(tuning: Tuning, path: str | os.PathLike[str]) -> Path:
 
     Raises:
         PipelineError: matplotlib is not installed.
-        OSError: the folder can't be written.
+        FileError: the file can't be written.
     """
     try:
         from matplotlib.figure import Figure

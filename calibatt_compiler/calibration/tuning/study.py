@@ -11,6 +11,7 @@ from typing import Any
 from calibatt_compiler.calibration.config import SelectionConfig
 from calibatt_compiler.calibration.tuning.pareto import Point, SearchPoint
 from calibatt_compiler.errors import OptionError
+from calibatt_compiler.files import naming
 
 NAME = "calibatt-tune"
 JOURNAL = "study.journal"
@@ -235,11 +236,12 @@ def _quiet(optuna: Any) -> Iterator[None]:
 
 def _mend(path: Path) -> None:
     """Cut off what a killed process left of a line: the journal's reader refuses half a line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        return
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        with path.open("r+b") as file:
-            file.truncate(whole)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            return
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            with path.open("r+b") as file:
+                file.truncate(whole)

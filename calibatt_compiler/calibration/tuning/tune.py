@@ -32,12 +32,15 @@ from calibatt_compiler.calibration.tuning.trials import TIMING_STEPS, PlanEvalua
 from calibatt_compiler.calibration.validation.validate import validate_run
 from calibatt_compiler.errors import CalibrationError, OptionError
 from calibatt_compiler.evaluation.compare import Progress, Silent
-from calibatt_compiler.files import write_text
+from calibatt_compiler.files import check_folder, naming, write_text
 from calibatt_compiler.plan import Plan
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+
+OUTPUTS = ("plan.calibatt", "tuning.json", "front.png", "search.json", JOURNAL)
+"""Files that a search writes into its folder."""
 
 _OF_SELECTION = ("rho", "share_steps", "merge_budget", "sample_power")
 """Settings of a calibration that the stored energies don't depend on, but the trials do."""
@@ -141,12 +144,14 @@ def tune(
     Raises:
         CalibrationError: the pipeline can't be calibrated, or the folder is of another search.
         OptionError: arguments that can't be used, or Optuna is not installed.
+        FileError: the folder, or a file in it, can't be written.
     """
     tuning, progress = tuning or TuningConfig(), progress or Silent()
     folder = Path(out)
     config = _recording(config, folder)
     _check_form(config, tuning)
-    inputs = read_inputs(prompts, seeds, pipeline_arguments)
+    inputs = read_inputs(prompts, seeds, pipeline_arguments, pipe)
+    check_folder(folder, OUTPUTS)
     with _held(folder):
         _check(folder, config, tuning, inputs)
         progress.start("calibrating", None)
@@ -255,7 +260,8 @@ def _check_form(config: CalibrationConfig, tuning: TuningConfig) -> None:
 
 @contextmanager
 def _held(folder: Path) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
+    with naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     lock = FolderLock(folder)
     lock.take()
     try:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calibatt_compiler.calibration.config import CalibrationConfig
+from calibatt_compiler.calibration.config import CalibrationConfig, checked_config
 from calibatt_compiler.calibration.observe.observation import InputObservation
 from calibatt_compiler.calibration.observe.observer import EnergyObserver, ObservedModel
 from calibatt_compiler.calibration.observe.pipelines import (
@@ -76,9 +76,9 @@ def validate(
         OptionError: prompts, seeds, arguments or a margin that can't be used.
     """
     check_margin(margin)
-    config = config or CalibrationConfig()
+    config = checked_config(config)
     plan = plan if isinstance(plan, Plan) else Plan.load(plan)
-    inputs = read_inputs(prompts, seeds, pipeline_arguments)
+    inputs = read_inputs(prompts, seeds, pipeline_arguments, pipe)
     model = ObservedPipeline.of(pipe, config)
     _check_model(plan, model.module)
     kept = KeptMass(plan)

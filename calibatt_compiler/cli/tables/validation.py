@@ -7,6 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from calibatt_compiler.calibration.validation.kept_mass import SiteValidation, Validation
+from calibatt_compiler.printable import printable
 
 
 def terminal(validation: Validation) -> RenderableType:
@@ -31,7 +32,7 @@ def terminal(validation: Validation) -> RenderableType:
 def _row(site: SiteValidation, *, flagged: bool) -> list[str]:
     at = site.steps.index(site.worst_step)
     return [
-        site.site,
+        printable(site.site),
         f"{site.mean:.4f}",
         f"{site.kept[at]:.4f} ({site.worst_step})",
         f"{site.thresholds[at]:.4f}" if site.thresholds else "",

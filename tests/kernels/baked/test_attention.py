@@ -229,6 +229,7 @@ def test_an_unwritable_cache_leaves_the_table(
     blocked = tmp_path / "file"
     blocked.write_text("")
     monkeypatch.setenv("CALIBATT_CACHE_DIR", str(blocked))
+    monkeypatch.setattr("calibatt_compiler.kernels.baked.cache_folder.private_dir", lambda: blocked)
     kernel = make(limits=CoverLimits())
     assert kernel.kind == "triton-table"
     assert kernel.reason is not None

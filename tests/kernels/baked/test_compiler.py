@@ -241,6 +241,6 @@ def test_kill_9_while_entries_are_written_leaves_whole_ones_only(
     entries = list(folder.glob("[!.]*"))
     assert len(entries) >= 5
     for entry in entries:
-        record = json.loads((entry / "entry.json").read_text())
+        record = json.loads(json.loads((entry / "entry.json").read_text())["record"])
         assert len(record["source_sha256"]) == 64
         compile((entry / "kernel.py").read_text(), "kernel.py", "exec")
