@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch.fx import GraphModule
 
 from calibatt_compiler import models
@@ -21,6 +22,7 @@ from calibatt_compiler.passes.rewrite import Rewrite, SdpaCall, Skip
 from calibatt_compiler.report.summary import GraphReport, keep_report
 from calibatt_compiler.runtime.coordinates import PlanCoordinates, RecordingCoordinates
 from calibatt_compiler.runtime.graph import CompiledGraph
+from calibatt_compiler.runtime.ops import operators_digest
 
 log = logger("passes")
 Compiled = Callable[..., Any]
@@ -99,11 +101,19 @@ def recording_backend(recorder: Recorder, *, inductor: bool) -> Compiled:
 def _inductor(
     gm: GraphModule, example_inputs: Sequence[Any], settings: Mapping[str, Any]
 ) -> Compiled:
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
+    # Generated code relies on what our operators return; Inductor's caches know only their names.
+    shared: Any = torch.compiler.config
+    tag = f"{shared.cache_key_tag}calibatt-{operators_digest()}"
     # Random numbers as without a compiler: else a seed in the model would make another video.
     patches = {"fallback_random": True, **settings}
-    compiled: Compiled = compile_fx(gm, example_inputs, config_patches=patches)
+    # A backward pass is compiled when it is first needed: it takes the tag along.
+    inner = shared.patch(cache_key_tag=tag)(compile_fx_inner)
+    with shared.patch(cache_key_tag=tag):
+        compiled: Compiled = compile_fx(
+            gm, example_inputs, inner_compile=inner, config_patches=patches
+        )
     return compiled
 
 
