@@ -15,6 +15,7 @@ from torch import Tensor
 
 from calibatt_compiler.errors import PlanError, PlanFormatError
 from calibatt_compiler.kernels.reference.attention import masked_dense_attention
+from calibatt_compiler.kernels.request import KernelSettings
 from calibatt_compiler.plan import BlockPattern, Plan, share_steps
 from calibatt_compiler.plan.zones import ZonePattern
 from calibatt_compiler.runtime.site import SparseSite
@@ -205,7 +206,11 @@ def operands(length: int) -> list[Tensor]:
 
 def served(plan: Plan, name: str) -> SparseSite:
     return SparseSite(
-        plan, name, lowering="table", device=torch.device("cpu"), dtype=torch.float32, head_dim=32
+        plan,
+        name,
+        KernelSettings(
+            lowering="table", device=torch.device("cpu"), dtype=torch.float32, head_dim=32
+        ),
     )
 
 
