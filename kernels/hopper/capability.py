@@ -29,6 +29,7 @@ _NEEDED: dict[str, tuple[tuple[str, ...], ...]] = {
         ("convert_layout",),
         ("inline_asm_elementwise",),
         ("warp_specialize",),
+        ("barrier", "thread_barrier"),
         ("BlockedLayout",),
         ("DotOperandLayout",),
         ("NVMMADistributedLayout",),
