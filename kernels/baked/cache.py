@@ -14,7 +14,6 @@ import hashlib
 import json
 import linecache
 import os
-import shutil
 import tempfile
 from dataclasses import dataclass, replace
 from functools import cache
@@ -34,6 +33,7 @@ from calibatt_compiler.kernels.baked.cache_folder import (
     locked,
     places,
     private_dir,
+    remove,
     sweep,
     writable,
 )
@@ -212,13 +212,13 @@ def _put(
             existing = _load(pattern, digest, folder, target)
             if existing is not None:  # another process was faster
                 return existing
-            if folder.exists():
+            if os.path.lexists(folder):
                 folder.rename(aside)
             temporary.rename(folder)
         return _load(pattern, digest, folder, target)
     finally:
         for left in (temporary, aside):
-            shutil.rmtree(left, ignore_errors=True)
+            remove(left)
 
 
 def _load(pattern: BlockPattern, digest: str, folder: Path, target: Target) -> CacheEntry | None:

@@ -43,6 +43,8 @@ def distrust(path: Path) -> str | None:
         raise
     except OSError as error:
         return error.strerror or str(error)
+    if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+        return "it is neither a file nor a folder"
     if found.st_uid not in (os.geteuid(), 0):
         return f"it belongs to user {found.st_uid}"
     if found.st_mode & stat.S_IWOTH:
@@ -116,6 +118,15 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def remove(path: Path) -> None:
+    """Delete whatever stands at a path, if anything."""
+    with contextlib.suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
 
 
 def sweep(folder: Path) -> None:

@@ -244,7 +244,7 @@ def test_files_of_anything_are_mended(pattern: BlockPattern, name: str, content:
     assert cache.load_kernel(cache.get_entry(pattern)) is not None
 
 
-@pytest.mark.parametrize("kind", ["file", "link", "folder for a file"])
+@pytest.mark.parametrize("kind", ["file", "link", "pipe", "pipe for a file", "folder for a file"])
 def test_what_is_no_entry_is_replaced(
     pattern: BlockPattern, kind: str, folders: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -254,10 +254,18 @@ def test_what_is_no_entry_is_replaced(
         entry.folder.write_text("x")
     elif kind == "link":
         entry.folder.symlink_to(tmp_path / "nowhere")
+    elif kind == "pipe":
+        os.mkfifo(entry.folder)
+    elif kind == "pipe for a file":
+        entry.folder.mkdir()
+        os.mkfifo(entry.folder / cache.ENTRY)
+        (entry.folder / "kernel.py").write_text("x")
     else:
         (entry.folder / cache.ENTRY).mkdir(parents=True)
         (entry.folder / "kernel.py").write_text("x")
-    assert cache.load_kernel(cache.get_entry(pattern)) is not None
+    again = cache.get_entry(pattern)
+    assert cache.load_kernel(again) is not None
+    assert [path.name for path in folders[0].iterdir()] == [entry.digest]
 
 
 def test_declined_masks_stay_declined(random_pattern: Callable[..., BlockPattern]) -> None:
