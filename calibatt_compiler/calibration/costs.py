@@ -224,15 +224,16 @@ def measure_step(
             on_step=clock.on_step,
         )
         seed, varying = one
+        arguments = {**pipeline_arguments, **varying}
         with observing(pipe, module, config, probe):
             laps: list[tuple[float, ...]] = []
             for scored in (False, False) + (True, True) * (config.gamma is not None):
                 if device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats(device)
                 clock.ticks.clear()
-                probe.begin("00000", {}, samples_of(pipeline_arguments), scored=scored)
+                probe.begin("00000", {}, samples_of(arguments), scored=scored)
                 clock.tick()
-                clock.run(pipe, seed, {**pipeline_arguments, **varying})
+                clock.run(pipe, seed, arguments)
                 record = probe.whole()
                 laps.append(tuple(clock.ticks))
     steps = [end - first for _, first, end in laps]

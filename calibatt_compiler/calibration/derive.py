@@ -201,7 +201,6 @@ def derive_plan(
     has_text = any(size.query_length > video for size in first.sites)
     text: Literal["dense_first", "dense_last"]
     text = "dense_first" if first.text == "first" else "dense_last"
-    guided = any(record.guided for record in records)
     used = selection.thresholds or Thresholds(**first.thresholds)
     return Plan.create(
         sites,
@@ -210,7 +209,7 @@ def derive_plan(
         model=first.model,
         token_order=TokenOrder.parse(first.token_order),
         text_policy=text if has_text and first.text else "none",
-        cfg="none" if cfg in ("separate", "batched") and not guided else cfg,
+        cfg=_guidance(records, cfg),
         thresholds={
             "A": used.A,
             "C": used.C,
@@ -344,6 +343,16 @@ def _select_again(
         block=record.block,
         text=record.text,
     )
+
+
+def _guidance(records: Sequence[InputRecord], family: CfgMode) -> CfgMode:
+    """How guidance was run: as observed; what the family does only where records do not say."""
+    if any(record.batched for record in records):
+        return "batched"
+    guided = [record for record in records if record.guided]
+    if not guided:
+        return family if family == "embedded" else "none"
+    return family if all(record.batched is None for record in guided) else "separate"
 
 
 def inputs_digest(about: Sequence[object], arguments: object) -> str:

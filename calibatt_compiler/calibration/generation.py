@@ -98,9 +98,15 @@ def schedule_of(scheduler: Any) -> Schedule | None:
     return Schedule(timesteps=distinct, sigmas=levels, name=type(scheduler).__name__)
 
 
-def samples_of(arguments: Mapping[str, Any]) -> int:
-    """Return how many videos a call with these arguments makes."""
-    return int(arguments.get("num_videos_per_prompt") or 1)
+def samples_of(arguments: Mapping[str, Any]) -> int | None:
+    """Return how many videos a call with these arguments makes, if they say so for certain.
+
+    Only `latents` do: pipelines read prompts and `num_videos_per_prompt` each in its own way
+    (CogVideoX makes one video whatever the latter is). Noise that a pipeline draws by itself tells
+    its samples apart; see `Branch`.
+    """
+    latents = arguments.get("latents")
+    return len(latents) if isinstance(latents, torch.Tensor) and latents.dim() else None
 
 
 def generate(pipe: Any, seed: int, arguments: Mapping[str, Any]) -> Any:
@@ -148,8 +154,8 @@ def branch_of(context: str) -> Branch:
     The names in use are `cond`, `uncond`, `cond_uncond` (one batch of both) and, with guiders,
     `pred_cond`, `pred_uncond`; other `uncond_*` are perturbed branches, which are not observed.
     """
-    if context == "cond_uncond":
-        return "batched"
+    if context == "cond_uncond":  # entered with guidance off too
+        return "paired"
     return "unconditional" if "uncond" in context else "conditional"
 
 

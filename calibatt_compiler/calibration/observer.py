@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from calibatt_compiler.calibration.config import CalibrationConfig
 from calibatt_compiler.calibration.observation import Branch, InputObservation, Schedule
 from calibatt_compiler.calibration.records import InputRecord, SiteSize
+from calibatt_compiler.calibration.repeated_samples import CallSamples
 from calibatt_compiler.calibration.repetition import AttentionCall
 from calibatt_compiler.calibration.text import TextPosition
 from calibatt_compiler.capture import CaptureInfo
@@ -70,6 +71,11 @@ class Observer(ABC):
         finally:
             self.branch = previous
 
+    def on_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Look at a call of the model, before it runs: which samples does it hold?"""
+        if self._input is not None:
+            self._input.call = CallSamples.of(args, kwargs)
+
     def on_capture(self, capture: CaptureInfo) -> None:
         """Take note of the grid and of the sites that can't be sparse."""
         if capture.grid is not None and capture.grid not in self._grids:
@@ -124,7 +130,8 @@ class Observer(ABC):
         Args:
             name: of the input.
             about: JSON values that say what it is.
-            samples: videos in it, if known; a batch of twice as many is both branches.
+            samples: videos in it, if known for certain; a batch of twice as many is both
+                branches.
         """
         self._input = InputObservation(name, about, samples, self.reference)
 

@@ -159,7 +159,7 @@ class _Job:
 
     def observe(self, run: CalibrationRun) -> None:
         """Observe this rank's inputs; the first rank then waits for the others."""
-        ranks, samples = self._ranks, samples_of(self._arguments)
+        ranks = self._ranks
         stored = [name for name in self._inputs if name in run.begun_with]
         mine = ranks.share([name for name in self._inputs if name not in run.begun_with])
         shown = self._config.progress if ranks.rank == 0 else False
@@ -173,7 +173,8 @@ class _Job:
         ):
             if ranks.rank:
                 self._only_first = True
-                run.learn_sizes(lambda: self._generate(next(iter(self._inputs))), samples)
+                first = next(iter(self._inputs))
+                run.learn_sizes(lambda: self._generate(first), samples_of(self._own(first)))
                 self._only_first = False
             # Stored ones are entered too: that checks that they are the same inputs.
             for name in sorted([*stored, *mine]):
@@ -181,6 +182,7 @@ class _Job:
                 about = {"seed": seed, **varying}
                 # By index, so that it does not matter which rank observes an input.
                 scored = int(name) < self._config.similarity_inputs
+                samples = samples_of(self._own(name))
                 with run.input(name, about=about, samples=samples, scored=scored):
                     if name in mine:
                         self._generate(name)
@@ -190,8 +192,11 @@ class _Job:
                 ranks.wait_for(ranks.others, self._progress.waiting)
 
     def _generate(self, name: str) -> None:
-        seed, varying = self._inputs[name]
-        generate(self._pipe, seed, {**self._arguments, **varying})
+        generate(self._pipe, self._inputs[name][0], self._own(name))
+
+    def _own(self, name: str) -> dict[str, Any]:
+        """All arguments of an input."""
+        return {**self._arguments, **self._inputs[name][1]}
 
 
 def _shared_plan(

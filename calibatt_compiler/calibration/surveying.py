@@ -123,7 +123,7 @@ def survey_pipeline(
         torch.no_grad(),
     ):
         for seed, varying in inputs:
-            observer.begin("survey", {}, samples_of(arguments))
+            observer.begin("survey", {}, samples_of({**arguments, **varying}))
             generate(pipe, seed, {**arguments, **varying})
             observer.finish()
             progress.finished()
