@@ -17,6 +17,7 @@ from calibatt_compiler.errors import CalibattError, PlanMismatchError
 from calibatt_compiler.options import CompileOptions
 from calibatt_compiler.passes.pipeline import run_passes
 from calibatt_compiler.passes.rewrite import Rewrite, SdpaCall, Skip
+from calibatt_compiler.pinned import PinnedOptions
 from calibatt_compiler.report.summary import GraphReport, keep_report
 from calibatt_compiler.runtime.graph import CompiledGraph
 
@@ -46,7 +47,8 @@ def calibatt(
         frame: raised from here, Dynamo would wrap it in an error of another class.
     """
     try:
-        checked = CompileOptions.parse(options, mode)
+        pinned = PinnedOptions.of(options, mode)
+        checked = pinned.options
         inputs = frame_inputs(gm)
         binder = PlanBinder(checked, inputs)
         rewrite = run_passes(gm, inputs, binder)
@@ -54,7 +56,7 @@ def calibatt(
     except CalibattError as error:
         return _raising(error)
     compiled = CompiledGraph(_inductor(gm, example_inputs, checked.inductor), rewrite.entries())
-    report = GraphReport(compiled, binder, options, rewrite.order_in_words())
+    report = GraphReport(compiled, binder, pinned, rewrite.order_in_words())
     keep_report(inputs.module, report)
     return compiled
 

@@ -140,20 +140,36 @@ def _identity(path: Path) -> tuple[int, ...]:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
+def record_digest(path: Path) -> str:
+    """Return the digest of the plan in a file; of the file only the header is read.
+
+    Raises:
+        PlanFormatError: not a plan, or its header is damaged.
+    """
+    with _opened(path) as opened:
+        _, record = _lines(path, _entry(path, opened))
+    return digest(record)
+
+
+def _entry(path: Path, opened: Any) -> str:
+    entry: dict[str, str] = opened.metadata() or {}
+    if set(entry) != {FORMAT}:
+        raise PlanFormatError(
+            f"{path} is not a plan",
+            expected=f"a safetensors file with one entry of metadata, {FORMAT!r}",
+            got=f"metadata {sorted(entry)}",
+            remedy="give the file that `calibatt calibrate` wrote",
+        )
+    return entry[FORMAT]
+
+
 def _read(path: Path) -> tuple[PlanMetadata, dict[str, StoredPatterns]]:
     # The header is judged before any tensor is read: weights of a model may be given by mistake.
     with _opened(path) as opened:
-        entry: dict[str, str] = opened.metadata() or {}
-        if set(entry) != {FORMAT}:
-            raise PlanFormatError(
-                f"{path} is not a plan",
-                expected=f"a safetensors file with one entry of metadata, {FORMAT!r}",
-                got=f"metadata {sorted(entry)}",
-                remedy="give the file that `calibatt calibrate` wrote",
-            )
+        entry = _entry(path, opened)
         # As torch tensors they are views of the mapped file; as numpy arrays they would be copies.
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    listing, record = _lines(path, entry[FORMAT])
+    listing, record = _lines(path, entry)
     metadata = _parse(path, record)
     stored = _parse_index(path, listing)
     codes = _codes(path, metadata, stored, tensors)
