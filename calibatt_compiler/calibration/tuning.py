@@ -19,7 +19,7 @@ from calibatt_compiler.calibration.lock import FolderLock
 from calibatt_compiler.calibration.pipeline import calibrate
 from calibatt_compiler.calibration.points import Knobs, Point, Tuning, choose, cost_of
 from calibatt_compiler.calibration.serving import PlanServer, served
-from calibatt_compiler.calibration.study import JOURNAL, Study
+from calibatt_compiler.calibration.study import JOURNAL, Study, finished
 from calibatt_compiler.calibration.trials import TIMING_STEPS, Bench
 from calibatt_compiler.calibration.tuning_config import TuningConfig
 from calibatt_compiler.calibration.validation import validate_run
@@ -81,6 +81,8 @@ def tuning_cost(
 ) -> TuningCost:
     """Tell what `tune` with the same arguments will cost. Runs two steps of the first input.
 
+    Changes nothing in `out`, where a search may be under way.
+
     Raises:
         CalibrationError: the pipeline can't be calibrated.
         OptionError: arguments that can't be used.
@@ -91,10 +93,7 @@ def tuning_cost(
     _check_form(config, tuning)
     scored = _scored(config, tuning)
     recording = estimate(pipe, prompts, seeds, config=scored, **pipeline_arguments)
-    journal = folder / "study.journal"
-    done = 0
-    if journal.exists():
-        done = len(Study(journal, tuning.space, Knobs(1, 1, 1, 1), tuning.seed).points())
+    done = finished(folder / JOURNAL)
     return TuningCost(recording, max(0, tuning.trials - done), 0 if tuning.proxy else tuning.videos)
 
 
