@@ -13,11 +13,19 @@ from calibatt_compiler.calibration.config import CalibrationConfig
 from calibatt_compiler.calibration.observation import Branch, Schedule
 from calibatt_compiler.calibration.observed import observed
 from calibatt_compiler.calibration.observer import Observer
-from calibatt_compiler.errors import CalibrationError, OptionError
+from calibatt_compiler.errors import CalibattError, CalibrationError, OptionError, PipelineError
 
 log = logging.getLogger("calibatt")
 
 Prompt = str | Mapping[str, Any]
+
+
+class FirstStepDone(Exception):  # noqa: N818 - no error: it ends an input early
+    """Ends an input after its first step."""
+
+
+_TAKEN = ("generator", "callback_on_step_end")
+"""Arguments of a pipeline that a calibration sets itself."""
 
 
 def read_inputs(
@@ -35,7 +43,8 @@ def read_inputs(
             got=repr(prompts),
             remedy='pass prompts=["...", "..."]; the paper takes 16 to 64 of them',
         )
-    taken = {"prompt", "generator", "callback_on_step_end"} & set(arguments)
+    own = [name for p in prompts if isinstance(p, Mapping) for name in p if name in _TAKEN]
+    taken = ({"prompt", *_TAKEN} & set(arguments)) | set(own)
     if taken:
         raise OptionError(
             f"calibration sets {', '.join(sorted(taken))} itself",
@@ -110,9 +119,32 @@ def samples_of(arguments: Mapping[str, Any]) -> int | None:
 
 
 def generate(pipe: Any, seed: int, arguments: Mapping[str, Any]) -> Any:
-    """Run the pipeline on one input, to latents unless the arguments say otherwise."""
+    """Run the pipeline on one input, to latents unless the arguments say otherwise.
+
+    Raises:
+        PipelineError: the pipeline refuses its arguments, or fails.
+    """
     generator = torch.Generator("cpu").manual_seed(seed)
-    return pipe(**{"output_type": "latent", **arguments}, generator=generator)
+    with failures_named(pipe):
+        return pipe(**{"output_type": "latent", **arguments, "generator": generator})
+
+
+@contextmanager
+def failures_named(pipe: object) -> Iterator[None]:
+    """Turn what a pipeline raises into an error of ours, with its cause; ours go through."""
+    try:
+        yield
+    except (CalibattError, FirstStepDone):
+        raise
+    except Exception as error:
+        text = str(error).strip() or "no message"
+        raise PipelineError(
+            f"{type(pipe).__name__} failed",
+            expected="a pipeline that makes a video of these prompts and arguments",
+            got=f"{type(error).__name__}: {text}",
+            remedy="run the pipeline by itself with the same arguments; what was finished before "
+            "is kept",
+        ) from error
 
 
 @contextmanager

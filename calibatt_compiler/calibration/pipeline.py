@@ -15,6 +15,7 @@ import torch
 from calibatt_compiler.calibration import identity
 from calibatt_compiler.calibration.config import CalibrationConfig
 from calibatt_compiler.calibration.generation import (
+    FirstStepDone,
     Prompt,
     branches,
     component_of,
@@ -28,7 +29,7 @@ from calibatt_compiler.calibration.generation import (
 from calibatt_compiler.calibration.orders import INPUTS, OrderSurvey
 from calibatt_compiler.calibration.progress import CalibrationProgress
 from calibatt_compiler.calibration.ranks import Ranks
-from calibatt_compiler.calibration.run import CalibrationRun, FirstStepDone, recording
+from calibatt_compiler.calibration.run import CalibrationRun, recording
 from calibatt_compiler.calibration.surveying import Surveyor, describe, survey_pipeline
 from calibatt_compiler.plan import Plan
 
@@ -165,7 +166,7 @@ class _Job:
         shown = self._config.progress if ranks.rank == 0 else False
 
         def count() -> int:
-            return sum(run.has(name) for name in self._inputs)
+            return sum(run.written(name) for name in self._inputs)
 
         with (
             CalibrationProgress(len(self._inputs), len(stored), shown, count) as self._progress,

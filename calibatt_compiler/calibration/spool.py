@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from calibatt_compiler.calibration.own_files import remove_spool
 
 
 class Spool:
@@ -63,4 +64,4 @@ class Spool:
     def clear(self) -> None:
         """Forget and delete everything, what a killed process left included."""
         self._entries = []
-        shutil.rmtree(self._folder, ignore_errors=True)
+        remove_spool(self._folder)

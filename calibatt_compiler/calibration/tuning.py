@@ -19,6 +19,7 @@ from calibatt_compiler.calibration.lock import FolderLock
 from calibatt_compiler.calibration.pipeline import calibrate
 from calibatt_compiler.calibration.points import Knobs, Point, Tuning, choose, cost_of
 from calibatt_compiler.calibration.serving import PlanServer, served
+from calibatt_compiler.calibration.store import RunStore
 from calibatt_compiler.calibration.study import JOURNAL, Study, finished
 from calibatt_compiler.calibration.trials import TIMING_STEPS, Bench
 from calibatt_compiler.calibration.tuning_config import TuningConfig
@@ -272,7 +273,8 @@ def _check(
     about |= {name: getattr(config, name) for name in _OF_SELECTION}
     about |= {"inputs": [identity.describe({"seed": seed, **varying}) for seed, varying in inputs]}
     text = json.dumps(about, indent=2, sort_keys=True) + "\n"
-    if not path.exists():
+    begun = finished(folder / JOURNAL) or RunStore(folder / "recording").names()
+    if not begun or not path.exists():  # without anything finished it is nobody's
         write_text(path, text)
         return
     found = path.read_text(encoding="utf-8")
