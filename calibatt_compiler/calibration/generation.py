@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 
@@ -68,8 +68,24 @@ def read_inputs(
             got=f"{len(numbers)} seeds",
             remedy="pass one seed for each prompt; repeat a prompt to use it with several seeds",
         )
+    numbers = [_seed(number) for number in numbers]
     varying = [{"prompt": p} if isinstance(p, str) else dict(p) for p in prompts]
     return list(zip(numbers, varying, strict=True))
+
+
+def _seed(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        number = None
+    else:
+        number = value.__index__()
+    if number is None or not -(2**63) <= number < 2**64:
+        raise OptionError(
+            "a seed is not usable",
+            expected="an integer of 64 bits",
+            got=repr(value),
+            remedy="pass seeds=0, or a list of integers",
+        )
+    return number
 
 
 def component_of(pipe: Any, name: str) -> torch.nn.Module:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -14,10 +15,11 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from calibatt_compiler.cli import build, calibrate, compare, demo, inspect, tune
+from calibatt_compiler.cli.interruption import exit_code, signals_interrupt
 from calibatt_compiler.errors import CalibattError, PlanMismatchError
 from calibatt_compiler.version import VERSION
 
-FAILED, UNUSABLE, INTERRUPTED = 1, 2, 130
+FAILED, UNUSABLE = 1, 2
 
 _HELP = (
     "Make video diffusion transformers faster by leaving out attention that does not matter.\n\n"
@@ -29,7 +31,8 @@ _HELP = (
 )
 _EPILOG = (
     "Exit codes: 0 done; 1 failed, or the plan does not fit the model, or the quality asked for "
-    "was not reached; 2 wrong arguments or unusable files; 130 interrupted with Ctrl-C. A command "
+    "was not reached; 2 wrong arguments or unusable files; 130 interrupted with Ctrl-C, "
+    "143 by SIGTERM, 129 by SIGHUP. A command "
     "that ends early leaves no half-written file."
 )
 
@@ -39,7 +42,8 @@ class _Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with signals_interrupt():
+                return super().invoke(ctx)
         except CalibattError as error:
             problem, *details = str(error).splitlines()
             console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -49,8 +53,12 @@ class _Commands(TyperGroup):
             code = FAILED if isinstance(error, PlanMismatchError) else UNUSABLE
             raise typer.Exit(code) from error
         except KeyboardInterrupt as error:
-            Console(stderr=True).print("calibatt: interrupted; no half-written file was left")
-            raise typer.Exit(INTERRUPTED) from error
+            with suppress(OSError):  # after SIGHUP the terminal is gone
+                console = Console(stderr=True, highlight=False, soft_wrap=True)
+                console.print("calibatt: interrupted; no half-written file was left")
+                for note in getattr(error, "__notes__", ()):
+                    console.print(_plain(note))
+            raise typer.Exit(exit_code(error)) from error
 
 
 app = typer.Typer(
@@ -102,8 +110,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         app(args=None if arguments is None else list(arguments), prog_name="calibatt")
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    except KeyboardInterrupt as error:
+        return exit_code(error)
     except SystemExit as leaving:
         return leaving.code if isinstance(leaving.code, int) else FAILED
     return 0

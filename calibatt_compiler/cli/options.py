@@ -26,7 +26,7 @@ Prompts = Annotated[
     typer.Option(
         "--prompts",
         help="File of prompts: text with one a line, or JSON: a list of texts or of "
-        '{"prompt": ..., "seed": ...}.',
+        '{"prompt": ..., "seed": ...}; .jsonl has one of them a line.',
         show_default=False,
     ),
 ]

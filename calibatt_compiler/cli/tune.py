@@ -114,8 +114,10 @@ def tune(
 
     from calibatt_compiler.calibration import CalibrationConfig, TuningConfig, tuning_cost
     from calibatt_compiler.calibration import tune as run
-    from calibatt_compiler.calibration.study import SearchSpace
+    from calibatt_compiler.calibration.store import RunStore
+    from calibatt_compiler.calibration.study import JOURNAL, SearchSpace, finished
     from calibatt_compiler.cli import pipelines
+    from calibatt_compiler.cli.interruption import said_if_interrupted
     from calibatt_compiler.cli.progress import TerminalProgress
     from calibatt_compiler.errors import OptionError
     from calibatt_compiler.report import tuning as report
@@ -163,7 +165,15 @@ def tune(
     console.print(report.cost_table(tuning_cost(pipe, texts, seeds, **common)))
     if not yes and sys.stdin.isatty():
         typer.confirm("Start?", abort=True)
-    with TerminalProgress() as progress:
+
+    def kept() -> str:
+        inputs = len(RunStore(out / "recording").names())
+        return (
+            f"{inputs} of {len(cases)} recorded inputs and {finished(out / JOURNAL)} of {trials} "
+            f"trials are kept in {out}; the same command goes on"
+        )
+
+    with said_if_interrupted(kept), TerminalProgress() as progress:
         found = run(pipe, texts, seeds, progress=progress, **common)
     console.print(report.front_table(found))
     console.print(f"the front: {out / 'front.png'}, {out / 'tuning.json'}")

@@ -70,6 +70,11 @@ class BlockPattern:
     def __post_init__(self) -> None:
         check_sizes(self.heads, self.query_length, self.key_length, self.block_m, self.block_n)
         shape = (self.heads, self.query_blocks, (self.key_blocks + 7) // 8)
+        for name in ("bits", "weights", "repetitive"):
+            # Kernels read these by their address.
+            array = getattr(self, name)
+            if isinstance(array, np.ndarray) and not array.flags.c_contiguous:
+                object.__setattr__(self, name, np.ascontiguousarray(array))
         if self.bits.dtype != np.uint8 or self.bits.shape != shape:
             raise PlanError(
                 "the bits of a pattern have the wrong shape",
