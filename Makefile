@@ -19,12 +19,13 @@ PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARG
 PINS := pyproject.toml constraints.txt
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test test-fast lint format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    set up, then run the main job: calibrate, compile and compare the small video model"
 	@echo "make test    set up, then check the code and run all tests"
+	@echo "make test-fast  the same without what compiles or takes long"
 	@echo "make lint    ruff and mypy only"
 	@echo "make format  let ruff rewrite the files"
 	@echo "make clean   remove the environment, caches and results"
@@ -34,7 +35,10 @@ demo: $(VENV)/.demo
 
 # Neighbouring tests share fixtures: stealing keeps them on one worker until the other is idle.
 test: lint
-	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=worksteal $(TESTS)
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=worksteal --durations=20 $(TESTS)
+
+test-fast: lint
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=worksteal -m 'not slow and not inductor' $(TESTS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

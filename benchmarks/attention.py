@@ -193,8 +193,8 @@ def picture(results: Sequence[Result], device: str, path: Path) -> None:
 
 def compile_only() -> None:
     """Compile the Hopper kernel without a GPU."""
-    from calibatt_compiler.kernels.hopper_launch import hopper_config
-    from calibatt_compiler.kernels.hopper_offline import compile_hopper
+    from calibatt_compiler.kernels.hopper.launch import hopper_config
+    from calibatt_compiler.kernels.hopper.offline import compile_hopper
 
     pattern = BlockPattern.dense(1, 300, 300)
     config = hopper_config(pattern, dtype=torch.bfloat16, head_dim=128)

@@ -140,15 +140,15 @@ def _where(operands: Operands) -> dict[str, Any]:
 
 def table(pattern: BlockPattern, operands: Operands) -> Contestant:
     """Ours, portable, by tables."""
-    from calibatt_compiler.kernels.triton_table import TableAttention
+    from calibatt_compiler.kernels.portable.attention import TableAttention
 
     return _ours(pattern, operands, TableAttention(pattern, **_where(operands)))
 
 
 def _baked(hopper: bool) -> Callable[[BlockPattern, Operands], Contestant]:
     def make(pattern: BlockPattern, operands: Operands) -> Contestant:
-        from calibatt_compiler.kernels.baked import BakedAttention
-        from calibatt_compiler.kernels.cover import CoverLimits
+        from calibatt_compiler.kernels.baked.attention import BakedAttention
+        from calibatt_compiler.kernels.baked.cover import CoverLimits
 
         limits = CoverLimits(widening=math.inf)
         kernel = BakedAttention(pattern, **_where(operands), limits=limits, hopper=hopper)
@@ -161,7 +161,7 @@ def _baked(hopper: bool) -> Callable[[BlockPattern, Operands], Contestant]:
 
 def _hopper(softmax: str) -> Callable[[BlockPattern, Operands], Contestant]:
     def make(pattern: BlockPattern, operands: Operands) -> Contestant:
-        from calibatt_compiler.kernels.hopper import HopperAttention
+        from calibatt_compiler.kernels.hopper.attention import HopperAttention
 
         kernel = HopperAttention(pattern, **_where(operands), softmax=softmax)  # type: ignore[arg-type]
         return _ours(pattern, operands, kernel)
@@ -189,7 +189,7 @@ def _weighted(make: Callable[[BlockPattern, Operands], Contestant]) -> Any:
 
 def reference(pattern: BlockPattern, operands: Operands) -> Contestant:
     """The definition."""
-    from calibatt_compiler.kernels.reference import ReferenceAttention
+    from calibatt_compiler.kernels.reference.attention import ReferenceAttention
 
     return _ours(pattern, operands, ReferenceAttention(pattern))
 

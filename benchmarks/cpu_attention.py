@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
+from calibatt_compiler.kernels.cpu.attention import NativeCpuAttention
 from calibatt_compiler.kernels.energy import attention_with_energy, block_energy
-from calibatt_compiler.kernels.native_cpu import NativeCpuAttention
 from calibatt_compiler.plan.pattern import BlockPattern
 
 

@@ -43,7 +43,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import calibatt_compiler
 from calibatt_compiler.files import write_text
 from calibatt_compiler.passes import pipeline
-from calibatt_compiler.passes.permute_tokens import permute_tokens
+from calibatt_compiler.passes.token_order.permute import permute_tokens
 from calibatt_compiler.plan import Plan, Sampler, SitePatterns
 from calibatt_compiler.plan.order import RASTER, TokenOrder
 

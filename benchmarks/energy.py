@@ -161,7 +161,7 @@ def save(results: Sequence[Result], device: str, out: Path | None) -> None:
 
 def compile_only() -> None:
     """Compile the kernels for a Hopper GPU without one."""
-    from calibatt_compiler.kernels.energy_offline import compile_energy
+    from calibatt_compiler.kernels.portable.energy_offline import compile_energy
 
     for kernel in ("one pass", "fused"):
         made = compile_energy(kernel, arch=90, dtype=torch.bfloat16, head_dim=128)  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from attention_kernels import Operands, fa3_function
 from torch import Tensor
 
 from calibatt_compiler.kernels.energy import attention_with_energy, block_energy
-from calibatt_compiler.kernels.tiles import TileSettings, architecture, energy_settings
+from calibatt_compiler.kernels.portable.tiles import TileSettings, architecture, energy_settings
 from calibatt_compiler.plan.pattern import BlockPattern
 
 
@@ -79,7 +79,7 @@ def _lse(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scale = 1 / math.sqrt(q.shape[-1])
     if not q.is_cuda:
         return torch.logsumexp(q @ k.mT * scale, -1)
-    from calibatt_compiler.kernels.dense_lse import dense_attention_and_lse
+    from calibatt_compiler.kernels.common.dense import dense_attention_and_lse
 
     lse = dense_attention_and_lse(q, k, v, scale)[1]
     if lse is None:
@@ -102,8 +102,8 @@ def fa3_and_pass(operands: Operands, size: Size) -> Measured:
 
 def _swept(with_output: bool, **changes: int) -> Maker:
     def make(operands: Operands, size: Size) -> Measured:
-        from calibatt_compiler.kernels.triton_energy import triton_energy
-        from calibatt_compiler.kernels.triton_fused_energy import triton_attention_and_energy
+        from calibatt_compiler.kernels.portable.energy_fused import triton_attention_and_energy
+        from calibatt_compiler.kernels.portable.energy_scores import triton_energy
 
         q, k, v = operands
         own = energy_settings(
@@ -130,7 +130,7 @@ def _swept(with_output: bool, **changes: int) -> Maker:
 
 def hopper(operands: Operands, size: Size) -> Measured:
     """The Hopper kernel, output and energies."""
-    from calibatt_compiler.kernels.hopper_energy import hopper_attention_and_energy
+    from calibatt_compiler.kernels.hopper.energy import hopper_attention_and_energy
 
     scale = 1 / math.sqrt(size.head_dim)
     return Measured(lambda: hopper_attention_and_energy(*operands, size.block, scale))
@@ -138,7 +138,7 @@ def hopper(operands: Operands, size: Size) -> Measured:
 
 def fused(operands: Operands, size: Size) -> Measured:
     """The portable kernel, output and energies."""
-    from calibatt_compiler.kernels.triton_fused_energy import triton_attention_and_energy
+    from calibatt_compiler.kernels.portable.energy_fused import triton_attention_and_energy
 
     scale = 1 / math.sqrt(size.head_dim)
     return Measured(lambda: triton_attention_and_energy(*operands, size.block, scale))

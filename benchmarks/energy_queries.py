@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-from calibatt_compiler.calibration.selection import covering_mask
+from calibatt_compiler.calibration.select.selection import covering_mask
 from calibatt_compiler.kernels.energy import block_energy
 
 SHARES = (2, 4, 8, 16)

@@ -37,11 +37,11 @@ import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
-from calibatt_compiler.kernels.baked import BakedAttention  # noqa: E402
-from calibatt_compiler.kernels.cover import CoverLimits  # noqa: E402
-from calibatt_compiler.kernels.tiles import TileSettings  # noqa: E402
-from calibatt_compiler.kernels.triton_energy import triton_energy  # noqa: E402
-from calibatt_compiler.kernels.triton_table import TableAttention  # noqa: E402
+from calibatt_compiler.kernels.baked.attention import BakedAttention  # noqa: E402
+from calibatt_compiler.kernels.baked.cover import CoverLimits  # noqa: E402
+from calibatt_compiler.kernels.portable.attention import TableAttention  # noqa: E402
+from calibatt_compiler.kernels.portable.energy_scores import triton_energy  # noqa: E402
+from calibatt_compiler.kernels.portable.tiles import TileSettings  # noqa: E402
 from calibatt_compiler.plan.pattern import BlockPattern  # noqa: E402
 
 DEVICE = torch.device("cuda", torch.cuda.current_device()) if GPU else torch.device("cpu")

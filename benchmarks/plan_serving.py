@@ -7,7 +7,7 @@
 
 Every site's attention is called as a model calls it, step by step and pass by pass, on one set of
 random operands; nothing else of the model is, so tables have less time to come than they will have.
-`served` holds what the budget allows (`calibatt_compiler.runtime.kernels.table_budget`): a thread
+`served` holds what the budget allows (`runtime.kernel_cache.table_budget`): a thread
 makes the tables of what comes and copies them beneath the compute. `resident` has the tables of all
 steps before the first call that counts. They take turns and one is gone before the other comes:
 tables of equal patterns are shared by all that lives in a process. The figure of a step is the time
@@ -36,11 +36,11 @@ from plan_size import SMALL
 from synthetic_masks import Video, site_masks
 from torch import Tensor
 
-from calibatt_compiler.calibration.sampling import sample
+from calibatt_compiler.calibration.select.sampling import sample
 from calibatt_compiler.plan import BlockPattern, Plan, Sampler, SitePatterns
-from calibatt_compiler.runtime.kernels import KernelStore, table_budget
-from calibatt_compiler.runtime.lanes import lane_of
-from calibatt_compiler.runtime.sites import SparseSite
+from calibatt_compiler.runtime.device_queue import lane_of
+from calibatt_compiler.runtime.kernel_cache import KernelStore, table_budget
+from calibatt_compiler.runtime.site import SparseSite
 
 AIM_MB = 256
 

@@ -26,7 +26,7 @@ from plan_serving import make_plan, medians, parse, report, timesteps_of, two_vi
 from synthetic_masks import Video
 
 from calibatt_compiler.plan import Plan
-from calibatt_compiler.runtime.kernels import Counts, KernelStore, table_budget
+from calibatt_compiler.runtime.kernel_cache import Counts, KernelStore, table_budget
 
 LAYERS_OF_14B = 40
 TIMES = ("served", "resident", "stock")

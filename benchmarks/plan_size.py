@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from synthetic_masks import RAGGED, Video, site_masks
 
-from calibatt_compiler.kernels.hopper_schedule import key_runs, make_schedule
-from calibatt_compiler.kernels.index_tables import IndexTables
+from calibatt_compiler.kernels.hopper.schedule import key_runs, make_schedule
+from calibatt_compiler.kernels.portable.index_tables import IndexTables
 from calibatt_compiler.plan import BlockPattern, Plan, Sampler, SitePatterns
 
 SMALL = Video(grid=(4, 9, 16), block=16, heads=4)

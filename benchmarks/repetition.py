@@ -24,14 +24,19 @@ import torch
 from torch import Tensor
 
 from calibatt_compiler.calibration import CalibrationConfig
-from calibatt_compiler.calibration.generation import branches, generate, quiet, schedule_of
-from calibatt_compiler.calibration.observation import InputObservation
-from calibatt_compiler.calibration.observed import observed
-from calibatt_compiler.calibration.observer import Observer
-from calibatt_compiler.calibration.records import SiteSize
-from calibatt_compiler.calibration.repetition import GROWTH, AttentionCall, copies_of, measure
-from calibatt_compiler.calibration.selection import select
-from calibatt_compiler.kernels.row_similarity import FRAMES, row_similarity
+from calibatt_compiler.calibration.observe.attach import observed
+from calibatt_compiler.calibration.observe.observation import InputObservation
+from calibatt_compiler.calibration.observe.observer import Observer
+from calibatt_compiler.calibration.observe.pipelines import branches, generate, quiet, schedule_of
+from calibatt_compiler.calibration.select.repetition_scores import (
+    GROWTH,
+    AttentionCall,
+    copies_of,
+    measure,
+)
+from calibatt_compiler.calibration.select.selection import select
+from calibatt_compiler.calibration.store.records import SiteSize
+from calibatt_compiler.kernels.common.row_similarity import FRAMES, row_similarity
 from calibatt_compiler.plan.copies import RowCopies
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "tiny_wan"

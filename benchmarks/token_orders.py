@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calibatt_compiler.calibration.orders import candidates
-from calibatt_compiler.calibration.selection import covering_mask
+from calibatt_compiler.calibration.order_search.candidates import candidates
+from calibatt_compiler.calibration.select.selection import covering_mask
 from calibatt_compiler.plan.order import TokenOrder
 
 REACHES = ((1, 4, 4), (3, 3, 3), (8, 1.5, 1.5), (0.5, 6, 6), (2, 2, 8))
@@ -74,9 +74,9 @@ def synthetic(args: argparse.Namespace) -> None:
 def model(args: argparse.Namespace) -> None:
     """Print what the survey finds."""
     from calibatt_compiler.calibration import CalibrationConfig
-    from calibatt_compiler.calibration.generation import quiet
+    from calibatt_compiler.calibration.observe.pipelines import quiet
+    from calibatt_compiler.calibration.order_search.search import survey_pipeline
     from calibatt_compiler.calibration.progress import CalibrationProgress
-    from calibatt_compiler.calibration.surveying import survey_pipeline
     from calibatt_compiler.cli.pipelines import device_of, dtype_of, load_pipeline
 
     device = device_of("auto")

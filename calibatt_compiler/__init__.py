@@ -12,7 +12,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from calibatt_compiler import version
+from calibatt_compiler import logs, version
 
 if TYPE_CHECKING:
     from calibatt_compiler import errors
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from calibatt_compiler.report.summary import summary
 
 __version__ = version.VERSION
+logs.start()
 
 _HOMES = {
     "CalibrationConfig": "calibatt_compiler.calibration",

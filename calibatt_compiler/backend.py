@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,6 +13,7 @@ from calibatt_compiler.binders import PlanBinder, RecordingBinder
 from calibatt_compiler.capture import CaptureInfo, Recorder
 from calibatt_compiler.dynamo import FrameInputs, frame_inputs
 from calibatt_compiler.errors import CalibattError, PlanMismatchError
+from calibatt_compiler.logs import logger
 from calibatt_compiler.options import CompileOptions
 from calibatt_compiler.passes.pipeline import run_passes
 from calibatt_compiler.passes.rewrite import Rewrite, SdpaCall, Skip
@@ -21,7 +21,7 @@ from calibatt_compiler.pinned import PinnedOptions
 from calibatt_compiler.report.summary import GraphReport, keep_report
 from calibatt_compiler.runtime.graph import CompiledGraph
 
-log = logging.getLogger("calibatt")
+log = logger("passes")
 Compiled = Callable[..., Any]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from calibatt_compiler import models
-from calibatt_compiler.capture import Recorder, SiteInfo
+from calibatt_compiler.capture import Recorder, Site, SiteInfo
 from calibatt_compiler.dynamo import FrameInputs
 from calibatt_compiler.errors import KernelError, PlanMismatchError
 from calibatt_compiler.options import CompileOptions
@@ -17,10 +17,9 @@ from calibatt_compiler.passes.graph import example
 from calibatt_compiler.passes.rewrite import Layout, SdpaCall, Skip
 from calibatt_compiler.plan import Plan, SitePatterns
 from calibatt_compiler.plan.text import other_text
-from calibatt_compiler.runtime.kernels import KernelStore, table_budget
-from calibatt_compiler.runtime.lanes import lane_of
-from calibatt_compiler.runtime.serving import Site
-from calibatt_compiler.runtime.sites import RecordingSite, SparseSite
+from calibatt_compiler.runtime.device_queue import lane_of
+from calibatt_compiler.runtime.kernel_cache import KernelStore, table_budget
+from calibatt_compiler.runtime.site import RecordingSite, SparseSite
 
 
 class PlanBinder:

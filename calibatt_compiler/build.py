@@ -8,11 +8,11 @@ import torch
 
 from calibatt_compiler.errors import PlanError
 from calibatt_compiler.kernels.attention import softmax_for
-from calibatt_compiler.kernels.cache import Target
-from calibatt_compiler.kernels.compiler import BuildReport, KernelSpec, shared_compiler
-from calibatt_compiler.kernels.cover import WIDENED
-from calibatt_compiler.kernels.hopper_capability import operand_reason
-from calibatt_compiler.kernels.tiles import HOPPER
+from calibatt_compiler.kernels.baked.cache import Target
+from calibatt_compiler.kernels.baked.compiler import BuildReport, KernelSpec, shared_compiler
+from calibatt_compiler.kernels.baked.cover import WIDENED
+from calibatt_compiler.kernels.hopper.capability import operand_reason
+from calibatt_compiler.kernels.portable.tiles import HOPPER
 from calibatt_compiler.plan import BlockPattern, Plan, SitePatterns
 
 

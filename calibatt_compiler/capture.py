@@ -1,4 +1,4 @@
-"""What the backend learns of a model when Dynamo hands it a graph: plain values, no graph."""
+"""What the backend learns of a model from its graph, and what then serves or watches its calls."""
 
 from __future__ import annotations
 
@@ -69,4 +69,23 @@ class Recorder(Protocol):
         Returns:
             (batch, heads, query_length, head_dim), laid out as (batch, query_length, heads,
             head_dim) contiguous.
+        """
+
+
+class Site(Protocol):
+    """What serves one attention call of a compiled graph."""
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        timestep: float,
+        scale: float,
+        *,
+        ordered: bool = False,
+    ) -> Tensor:
+        """Attention over (batch, heads, length, head_dim) operands at a timestep.
+
+        With `ordered`, operands and output are in the plan's token order instead of the model's.
         """

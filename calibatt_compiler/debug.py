@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import logging
 
 from torch.fx import GraphModule
 
 from calibatt_compiler.files import write_text
+from calibatt_compiler.logs import logger
 from calibatt_compiler.options import debug_dir
 
-log = logging.getLogger("calibatt")
+log = logger("passes")
 _numbers = itertools.count()
 
 

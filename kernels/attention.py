@@ -12,101 +12,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from calibatt_compiler.errors import KernelError
-from calibatt_compiler.kernels.operands import token_major
-from calibatt_compiler.kernels.tiles import HOPPER, architecture
+from calibatt_compiler.kernels.cpu.attention import NativeCpuAttention
+from calibatt_compiler.kernels.hopper.capability import hopper_serves
+from calibatt_compiler.kernels.hopper.fallback import WithFallback
+from calibatt_compiler.kernels.portable.tiles import HOPPER, architecture
+from calibatt_compiler.kernels.protocol import AttentionKernel
+from calibatt_compiler.kernels.reference.attention import ReferenceAttention
 from calibatt_compiler.options import Lowering, Softmax
 from calibatt_compiler.plan.pattern import BlockPattern
 
 if TYPE_CHECKING:
-    from calibatt_compiler.kernels.baked import BakedAttention
-    from calibatt_compiler.kernels.triton_table import TableAttention
+    from calibatt_compiler.kernels.baked.attention import BakedAttention
+    from calibatt_compiler.kernels.portable.attention import TableAttention
 
 CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class AttentionKernel(Protocol):
-    """Block-sparse attention by one pattern.
-
-    Attributes:
-        kind: what serves right now, such as "reference", "native-cpu", "triton-table",
-            "triton-baked", "hopper-table" or "hopper-baked".
-        density: blocks really computed / all blocks; above the pattern's own density where a
-            superset covers the pattern.
-        reason: why another kernel than the one asked for serves, and will go on to; else None.
-        table_bytes: what its index tables take on the operands' device.
-    """
-
-    @property
-    def kind(self) -> str:
-        """What serves right now."""
-
-    @property
-    def density(self) -> float:
-        """Blocks really computed / all blocks."""
-
-    @property
-    def reason(self) -> str | None:
-        """Why another kernel than the one asked for serves."""
-
-    @property
-    def table_bytes(self) -> int:
-        """Bytes of index tables on the operands' device."""
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
-        """Return the attention output.
-
-        Args:
-            q: (B, H, Sq, D), any strides.
-            k: (B, H, Sk, D).
-            v: (B, H, Sk, D).
-            scale: factor on the scores; default 1 / sqrt(D).
-
-        Returns:
-            (B, H, Sq, D), always laid out as contiguous (B, Sq, H, D).
-
-        Raises:
-            KernelError: the operands don't fit the pattern or one another.
-        """
-
-
-@runtime_checkable
-class ReorderingKernel(Protocol):
-    """A kernel that reads tokens in another order than the pattern's without a copy."""
-
-    def reordered(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        query_tokens: Tensor,
-        key_tokens: Tensor,
-        *,
-        scale: float | None = None,
-    ) -> Tensor:
-        """Return the attention output in the order of the operands.
-
-        Args:
-            q: (B, H, Sq, D), any strides.
-            k: (B, H, Sk, D).
-            v: (B, H, Sk, D).
-            query_tokens: int32 (Sq), contiguous, on the operands' device: the query that stands
-                at each position of the pattern.
-            key_tokens: int32 (Sk), likewise for keys and values.
-            scale: factor on the scores; default 1 / sqrt(D).
-
-        Returns:
-            (B, H, Sq, D), laid out as contiguous (B, Sq, H, D).
-
-        Raises:
-            KernelError: the operands don't fit the pattern or one another.
-        """
 
 
 def make_attention(
@@ -142,12 +66,8 @@ def make_attention(
             remedy="cast the model",
         )
     if lowering == "reference":
-        from calibatt_compiler.kernels.reference import ReferenceAttention
-
         return ReferenceAttention(pattern)
     if device.type == "cpu":
-        from calibatt_compiler.kernels.native_cpu import NativeCpuAttention
-
         return NativeCpuAttention(pattern, dtype=dtype, head_dim=head_dim)
     if device.type == "cuda":
         softmax = softmax_for(pattern, softmax)
@@ -184,10 +104,10 @@ def _cuda_kernel(
         "softmax": softmax,
     }
     if lowering == "table":
-        from calibatt_compiler.kernels.triton_table import TableAttention
+        from calibatt_compiler.kernels.portable.attention import TableAttention
 
         return TableAttention(pattern, **where)
-    from calibatt_compiler.kernels.baked import BakedAttention
+    from calibatt_compiler.kernels.baked.attention import BakedAttention
 
     return BakedAttention(pattern, **where)
 
@@ -201,23 +121,19 @@ def _hopper_kernel(
     softmax: Softmax,
 ) -> AttentionKernel:
     """The Hopper kernel, or a portable one that says why."""
-    from calibatt_compiler.kernels.hopper_capability import hopper_serves
-
     where: dict[str, Any] = {"device": device, "dtype": dtype, "head_dim": head_dim}
     reason = hopper_serves(device, dtype, head_dim, pattern)
     if reason is not None:
         portable = _cuda_kernel(pattern, lowering, **where, softmax=softmax)
         portable.reason = portable.reason or f"no Hopper kernel: {reason}"
         return portable
-    from calibatt_compiler.kernels.hopper_fallback import WithFallback
-
     kernel: AttentionKernel
     if lowering == "table":
-        from calibatt_compiler.kernels.hopper import HopperAttention
+        from calibatt_compiler.kernels.hopper.attention import HopperAttention
 
         kernel = HopperAttention(pattern, **where, softmax=softmax)
     else:
-        from calibatt_compiler.kernels.baked import BakedAttention
+        from calibatt_compiler.kernels.baked.attention import BakedAttention
 
         kernel = BakedAttention(pattern, **where, hopper=True, softmax=softmax)
     return WithFallback(kernel, lambda: _cuda_kernel(pattern, lowering, **where, softmax=softmax))
@@ -241,18 +157,3 @@ def triton_serves(device: torch.device, dtype: torch.dtype) -> bool:
         and torch.cuda.get_device_capability(device) >= (8, 0)
         and dtype in CUDA_DTYPES
     )
-
-
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """Stock SDPA in the layout that block-sparse kernels return.
-
-    Args:
-        q: (B, H, Sq, D).
-        k: (B, H, Sk, D).
-        v: (B, H, Sk, D).
-        scale: factor on the scores; default 1 / sqrt(D).
-
-    Returns:
-        (B, H, Sq, D), laid out as contiguous (B, Sq, H, D).
-    """
-    return token_major(F.scaled_dot_product_attention(q, k, v, scale=scale))

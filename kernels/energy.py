@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from calibatt_compiler.errors import KernelError
-from calibatt_compiler.kernels.attention import dense_attention, triton_serves
-from calibatt_compiler.kernels.tiles import HOPPER, MAX_HEAD_DIM, architecture
+from calibatt_compiler.kernels.attention import triton_serves
+from calibatt_compiler.kernels.common.dense import dense_attention, dense_attention_and_lse
+from calibatt_compiler.kernels.cpu.attention import native_energy
+from calibatt_compiler.kernels.portable.tiles import HOPPER, MAX_HEAD_DIM, architecture
 
 
 def block_energy(
@@ -56,11 +58,9 @@ def block_energy(
         q, block = q[:, :, ::every], (block[0] // every, block[1])
         lse = None if lse is None else lse[:, :, ::every]
     if q.device.type == "cpu":
-        from calibatt_compiler.kernels.native_cpu import native_energy
-
         return native_energy(q, k, None, block, factor, lse)[1]
     if triton_serves(q.device, q.dtype) and q.shape[-1] <= MAX_HEAD_DIM:
-        from calibatt_compiler.kernels.triton_energy import triton_energy
+        from calibatt_compiler.kernels.portable.energy_scores import triton_energy
 
         return triton_energy(q, k, block, factor, lse)
     return _chunked_energy(q, k, block, factor, lse)
@@ -108,8 +108,6 @@ def attention_with_energy(
     factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     every = _stride(queries, block)
     if q.device.type == "cpu" and every == 1:
-        from calibatt_compiler.kernels.native_cpu import native_energy
-
         out, energy = native_energy(q, k, v, block, factor, None)
         assert out is not None
         return out, energy
@@ -117,7 +115,7 @@ def attention_with_energy(
     if not (triton_serves(q.device, q.dtype) and q.shape[-1] <= MAX_HEAD_DIM):
         out = dense_attention(q, k, v, factor)
     elif fuses(q.dtype, q.shape[-1]) if fused is None and every == 1 else fused:
-        from calibatt_compiler.kernels.triton_fused_energy import triton_attention_and_energy
+        from calibatt_compiler.kernels.portable.energy_fused import triton_attention_and_energy
 
         if every > 1 or not fuses(q.dtype, q.shape[-1]):
             raise KernelError(
@@ -129,8 +127,6 @@ def attention_with_energy(
         both = _hopper(q, k, v, block, factor)
         return both or triton_attention_and_energy(q, k, v, block, factor)
     else:
-        from calibatt_compiler.kernels.dense_lse import dense_attention_and_lse
-
         out, known = dense_attention_and_lse(q, k, v, factor)
     return out, block_energy(q, k, block=block, scale=factor, lse=known, queries=queries)
 
@@ -141,7 +137,7 @@ def _hopper(
     """Output and energies by the Hopper kernel, or None where it does not serve."""
     if architecture(q.device) != HOPPER:
         return None
-    from calibatt_compiler.kernels.hopper_energy import try_hopper
+    from calibatt_compiler.kernels.hopper.energy import try_hopper
 
     return try_hopper(q, k, v, block, scale)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from calibatt_compiler.capture import Site
 from calibatt_compiler.passes.rewrite import Lowered, Rewrite, Skip
-from calibatt_compiler.runtime.serving import Site
 
 
 def bind_sites(rewrite: Rewrite) -> Rewrite:

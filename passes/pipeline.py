@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 from torch.fx import GraphModule
@@ -9,13 +10,15 @@ from torch.fx import GraphModule
 import calibatt_compiler.runtime.ops  # noqa: F401  (registers the operators that passes insert)
 from calibatt_compiler.debug import dump_graph
 from calibatt_compiler.dynamo import FrameInputs
+from calibatt_compiler.logs import logger
 from calibatt_compiler.passes.bind_sites import bind_sites
 from calibatt_compiler.passes.find_sites import find_sites
 from calibatt_compiler.passes.find_timestep import find_timestep
 from calibatt_compiler.passes.lower_attention import lower_attention
-from calibatt_compiler.passes.permute_tokens import permute_tokens
 from calibatt_compiler.passes.rewrite import Binder, Rewrite
+from calibatt_compiler.passes.token_order.permute import permute_tokens
 
+log = logger("passes")
 Pass = Callable[[Rewrite], Rewrite]
 
 PASSES: tuple[Pass, ...] = (
@@ -32,6 +35,9 @@ def run_passes(gm: GraphModule, inputs: FrameInputs, binder: Binder) -> Rewrite:
     dump_graph(gm, "captured")
     rewrite = Rewrite(gm, inputs, binder)
     for each in PASSES:
+        began = time.perf_counter()
         rewrite = each(rewrite)
+        spent = 1e3 * (time.perf_counter() - began)
+        log.debug("%s: %.1f ms; %s", each.__name__, spent, rewrite.in_words())
         dump_graph(gm, each.__name__)
     return rewrite

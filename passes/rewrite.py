@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch.fx import GraphModule, Node
 
-from calibatt_compiler.capture import SiteInfo
+from calibatt_compiler.capture import Site, SiteInfo
 from calibatt_compiler.dynamo import FrameInputs
 from calibatt_compiler.passes.graph import sdpa_operands
 from calibatt_compiler.plan.order import TokenOrder
-from calibatt_compiler.runtime.serving import Site
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,16 @@ class Rewrite:
         if isinstance(self.order, Permuted):
             return f"{name}: permuted once a forward pass"
         return f"{name}: permuted around each site, as {self.order.reason}"
+
+    def in_words(self) -> str:
+        """Return what is known so far, with counts, for the log."""
+        bound = sum(isinstance(decision, Lowered) for decision in self.decisions)
+        reasons = Counter(d.reason for d in self.decisions if isinstance(d, Skip))
+        words = [f"{len(self.calls)} attention calls"]
+        words += [f"{bound} bound"] if self.decisions else []
+        words += [f"{count} skipped: {reason}" for reason, count in reasons.items()]
+        words += ["no timestep" if self.timestep is None else f"timestep {self.timestep.name}"]
+        return ", ".join(words + ([order] if (order := self.order_in_words()) else []))
 
     def entries(self) -> dict[str, Site | str]:
         """Return, by name of the call, what serves it, or why nothing of ours does."""

@@ -11,7 +11,12 @@ import torch
 
 from calibatt_compiler.build import PlanSpecs
 from calibatt_compiler.errors import PlanError
-from calibatt_compiler.kernels.compiler import AHEAD, CompiledSource, KernelCompiler, KernelSpec
+from calibatt_compiler.kernels.baked.compiler import (
+    AHEAD,
+    CompiledSource,
+    KernelCompiler,
+    KernelSpec,
+)
 from calibatt_compiler.plan import BlockPattern, Plan, RowCopies, Sampler, SitePatterns
 
 GRID = (1, 16, 12)
@@ -119,7 +124,7 @@ def test_specs_are_asked_for_as_they_are_compiled(monkeypatch: pytest.MonkeyPatc
         assert total == 40
         done = now
 
-    monkeypatch.setattr("calibatt_compiler.kernels.compiler._Worker", FakeWorker)
+    monkeypatch.setattr("calibatt_compiler.kernels.baked.compiler._Worker", FakeWorker)
     with KernelCompiler(workers=1) as pool:
         report = pool.build(Counted(plan_of(), [90], torch.bfloat16), progress)
     assert done == 40

@@ -16,8 +16,8 @@ import torch
 
 from calibatt_compiler.cli.app import run
 from calibatt_compiler.errors import OptionError, PipelineError
+from calibatt_compiler.evaluation.compare import Comparer
 from calibatt_compiler.plan import Plan
-from calibatt_compiler.report.compare import Comparer
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = ("demo", "calibrate", "inspect", "compare", "build")

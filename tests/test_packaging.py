@@ -82,7 +82,7 @@ def test_wheel_runs_from_elsewhere(checkout: Path, tmp_path: Path):
         wheel.extractall(site)
     code = (
         f"import sys; sys.path.insert(0, {str(site)!r})\n"
-        "import calibatt_compiler, calibatt_compiler.kernels.reference\n"
+        "import calibatt_compiler, calibatt_compiler.kernels.reference.attention\n"
         "import calibatt_compiler.passes.graph as graph\n"
         "print(graph.__file__)"
     )

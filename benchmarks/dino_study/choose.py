@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calibatt_compiler.calibration.selection import agreement, covering_mask
+from calibatt_compiler.calibration.select.selection import agreement, covering_mask
 
 
 def _bisect(density: float, masks: Callable[[float], Tensor], steps: int = 14) -> Tensor:

@@ -17,7 +17,7 @@ from dino_study.record import record_frames
 from dino_study.vit import Dino
 from torch import Tensor
 
-from calibatt_compiler.calibration.selection import best_share, covering_mask
+from calibatt_compiler.calibration.select.selection import best_share, covering_mask
 from calibatt_compiler.files import write_text
 
 MAIN_TILE = "8x8"

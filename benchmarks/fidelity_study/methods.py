@@ -13,6 +13,7 @@ from calibatt_compiler.plan import Plan
 
 OURS, ORDERED, REPEATED = "ours", "ordered", "repeated"
 SAMPLED, POOLED = "sampled", "pooled"
+ZONES, FEW_ZONES = "zones", "few-zones"
 ORACLE, ROUTER, RANDOM = "oracle", "router", "random"
 
 TITLES = {
@@ -21,6 +22,8 @@ TITLES = {
     REPEATED: "calibrated, with repetitive heads (ours)",
     SAMPLED: "calibrated, weighted sample (ours)",
     POOLED: "calibrated, 4 pooled keys a dropped block (ours)",
+    ZONES: "octave zones (ours)",
+    FEW_ZONES: "octave zones, {few} numbers a head (ours)",
     ORACLE: "per-input oracle (online)",
     ROUTER: "pooled top-k, SpargeAttn's selector (online)",
     "tiles": "sliding tiles (STA)",
@@ -33,6 +36,9 @@ TITLES = {
 PEERS = ("tiles", "radial", "heads", ROUTER, RANDOM)
 """Those that know nothing of our plan but how much it keeps."""
 
+FEW = 64
+"""Numbers a head where these are to be few: of 40 heads, what a generated kernel can hold."""
+
 GAMMA = 0.87
 """Similarity from which on a head may be repetitive: that of the paper."""
 
@@ -41,6 +47,8 @@ FORMS = {
     REPEATED: Form(gamma=GAMMA),
     SAMPLED: Form(sample_power=1.0),
     POOLED: Form(pooled=4),
+    ZONES: Form(zones=True),
+    FEW_ZONES: Form(zones=True, numbers=FEW),
 }
 """Plans of ours that come from one recording in raster order."""
 

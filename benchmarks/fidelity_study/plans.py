@@ -13,8 +13,11 @@ import torch
 from fidelity_study.serve import computed_density, entry
 
 from calibatt_compiler.calibration import Thresholds, plan_from_run
-from calibatt_compiler.calibration.records import InputRecord
-from calibatt_compiler.calibration.store import RunStore
+from calibatt_compiler.calibration.select.zone_fit import BUDGET
+from calibatt_compiler.calibration.select.zone_plans import ZoneSelection, derive_zone_plan
+from calibatt_compiler.calibration.select.zone_price import ZoneTarget
+from calibatt_compiler.calibration.store.records import InputRecord
+from calibatt_compiler.calibration.store.run_folder import RunStore
 from calibatt_compiler.plan import Plan
 
 NEAR = 0.005
@@ -37,11 +40,15 @@ class Form:
         pooled: keys that each dropped block is pooled to; their cost is part of the density.
         sample_power: as in `CalibrationConfig`.
         gamma: likewise; what repetitive heads spare is given to the others.
+        zones: octave zones instead of masks.
+        numbers: that zones may have a head; None: as calibration does.
     """
 
     pooled: int = 0
     sample_power: float | None = None
     gamma: float | None = None
+    zones: bool = False
+    numbers: int | None = None
 
 
 class Recording:
@@ -105,6 +112,8 @@ class Recording:
         Raises:
             NoPlanError: the thresholds of the first steps, or the pooled keys, alone take more.
         """
+        if form.zones:
+            return self._zones(density, form.numbers)
         wanted, nearest = density, math.inf
         for _ in range(1 if form.gamma is None else TRIES):
             plan = self._made(wanted, form)
@@ -116,6 +125,19 @@ class Recording:
         raise NoPlanError(
             f"no plan of density {density:g}, the nearest has {nearest:.3f}: a lower --C or a "
             "higher --k (thresholds of early steps) would leave more to late ones"
+        )
+
+    def _zones(self, density: float, numbers: int | None) -> Plan:
+        """Make the plan of zones of a density."""
+        identity, heads = self._store.identity(), self._record.sites[0].heads
+        return derive_zone_plan(
+            self._store,
+            self._names,
+            ZoneSelection(
+                ZoneTarget(density=density), numbers=BUDGET if numbers is None else numbers * heads
+            ),
+            cfg=identity["cfg"],
+            arguments=identity["arguments"],
         )
 
     def _made(self, density: float, form: Form) -> Plan:

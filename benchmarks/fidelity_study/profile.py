@@ -16,7 +16,7 @@ import torch
 from fidelity_study.patterns import Budget, Choices, Family, nearest
 from torch import Tensor
 
-from calibatt_compiler.kernels.attention import dense_attention
+from calibatt_compiler.kernels.common.dense import dense_attention
 from calibatt_compiler.plan import Plan
 
 QUERIES = 64

@@ -14,8 +14,8 @@ import torch
 from fidelity_study.methods import ORACLE, OURS, RANDOM, ROUTER
 from fidelity_study.study import Study
 
+from calibatt_compiler.evaluation.comparison import device_name, versions
 from calibatt_compiler.files import replacing, write_text
-from calibatt_compiler.report.comparison import device_name, versions
 
 METRICS = {
     "psnr": ("PSNR, dB", ".2f"),

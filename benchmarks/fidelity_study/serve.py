@@ -18,11 +18,12 @@ from fidelity_study.patterns import Budget
 from torch import Tensor
 
 from calibatt_compiler.capture import CaptureInfo
-from calibatt_compiler.kernels.attention import dense_attention, make_attention
+from calibatt_compiler.kernels.attention import make_attention
+from calibatt_compiler.kernels.common.dense import dense_attention
 from calibatt_compiler.kernels.energy import block_energy
 from calibatt_compiler.options import Lowering
 from calibatt_compiler.plan import BlockPattern, Plan
-from calibatt_compiler.runtime.sites import DENSE_FULL, SparseSite
+from calibatt_compiler.runtime.site import DENSE_FULL, SparseSite
 
 LOWERING: Lowering = "table"
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fidelity_study.methods import ORDERED, PEERS, TITLES
+from fidelity_study.methods import FEW, ORDERED, PEERS, TITLES
 
-from calibatt_compiler.report.cases import Case
+from calibatt_compiler.evaluation.cases import Case
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Setting:
 
     def title(self, method: str) -> str:
         """Return what a method is called in tables."""
-        title = TITLES[method].format(order=self.token_order)
+        title = TITLES[method].format(order=self.token_order, few=FEW)
         return f"{title}, steps alike" if self.even and method in PEERS else title
 
     def key(self, method: str, density: float, case: Case) -> str:

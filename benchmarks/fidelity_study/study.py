@@ -21,14 +21,14 @@ from fidelity_study.profile import Profile
 from fidelity_study.serve import Dense, Method, Switch
 from fidelity_study.setting import Setting, name_of
 
-from calibatt_compiler.calibration.generation import generate
-from calibatt_compiler.calibration.observed import observed
+from calibatt_compiler.calibration.observe.attach import observed
+from calibatt_compiler.calibration.observe.pipelines import generate
 from calibatt_compiler.calibration.pipeline import about_pipeline
+from calibatt_compiler.evaluation.cases import Case
+from calibatt_compiler.evaluation.compare import to_bytes
+from calibatt_compiler.evaluation.quality import measure
 from calibatt_compiler.files import replacing, write_text
 from calibatt_compiler.plan import Plan
-from calibatt_compiler.report.cases import Case
-from calibatt_compiler.report.compare import to_bytes
-from calibatt_compiler.report.quality import measure
 
 Result = Mapping[str, float | None]
 

@@ -20,19 +20,19 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from calibatt_compiler.calibration.config import CalibrationConfig
-from calibatt_compiler.calibration.schedule import Thresholds
+from calibatt_compiler.plan.thresholds import Thresholds
 
 if TYPE_CHECKING:
-    from calibatt_compiler.calibration.costs import estimate
-    from calibatt_compiler.calibration.derive import plan_from_run
+    from calibatt_compiler.calibration.cost.estimate import estimate
+    from calibatt_compiler.calibration.order_search.search import survey
     from calibatt_compiler.calibration.pipeline import calibrate
-    from calibatt_compiler.calibration.points import Tuning
     from calibatt_compiler.calibration.run import CalibrationRun, calibration
-    from calibatt_compiler.calibration.study import SearchSpace
-    from calibatt_compiler.calibration.surveying import survey
-    from calibatt_compiler.calibration.tuning import tune, tuning_cost
-    from calibatt_compiler.calibration.tuning_config import TuningConfig
-    from calibatt_compiler.calibration.validation import validate, validate_run
+    from calibatt_compiler.calibration.select.derive import plan_from_run
+    from calibatt_compiler.calibration.tuning.config import TuningConfig
+    from calibatt_compiler.calibration.tuning.pareto import Tuning
+    from calibatt_compiler.calibration.tuning.study import SearchSpace
+    from calibatt_compiler.calibration.tuning.tune import tune, tuning_cost
+    from calibatt_compiler.calibration.validation.validate import validate, validate_run
 
 __all__ = [
     "CalibrationConfig",
@@ -54,18 +54,18 @@ __all__ = [
 
 _HOMES = {
     "CalibrationRun": "run",
-    "SearchSpace": "study",
-    "Tuning": "points",
-    "TuningConfig": "tuning_config",
+    "SearchSpace": "tuning.study",
+    "Tuning": "tuning.pareto",
+    "TuningConfig": "tuning.config",
     "calibrate": "pipeline",
     "calibration": "run",
-    "estimate": "costs",
-    "plan_from_run": "derive",
-    "survey": "surveying",
-    "tune": "tuning",
-    "tuning_cost": "tuning",
-    "validate": "validation",
-    "validate_run": "validation",
+    "estimate": "cost.estimate",
+    "plan_from_run": "select.derive",
+    "survey": "order_search.search",
+    "tune": "tuning.tune",
+    "tuning_cost": "tuning.tune",
+    "validate": "validation.validate",
+    "validate_run": "validation.validate",
 }
 
 

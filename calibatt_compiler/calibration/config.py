@@ -7,11 +7,13 @@ import os
 from dataclasses import dataclass
 from typing import Literal, TypeGuard
 
-from calibatt_compiler.calibration.orders import AUTO
-from calibatt_compiler.calibration.schedule import Thresholds, default_thresholds
 from calibatt_compiler.errors import OptionError, PlanError
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.refine import SHARE_STEPS, Refiner
+from calibatt_compiler.plan.thresholds import Thresholds, default_thresholds
+
+AUTO = "auto"
+"""Value of `CalibrationConfig.token_order` that asks for a survey."""
 
 LEAST_GAMMA = 0.5
 """Heads of less similarity are not scored any further."""
@@ -57,7 +59,7 @@ class CalibrationConfig:
             as the model has them; frames x height x width of a tile, such as `2x8x8`; the
             cross-section of ropes along one axis, such as `2x8xall` (see `TokenOrder`); or `auto`:
             `calibrate` runs its first two inputs once more, measures such orders on them, and takes
-            the sparsest that pays (see `calibration.orders.choose`), else `raster`. For a bare
+            the sparsest that pays (`order_search.candidates.choose`), else `raster`. For a bare
             module `calibration.survey` does that.
         cfg: which branch of classifier-free guidance is observed: `conditional` or `both`. The
             plan serves both in any case.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,9 +11,8 @@ from typing import Any
 
 import torch
 
-from calibatt_compiler.calibration import identity
 from calibatt_compiler.calibration.config import CalibrationConfig
-from calibatt_compiler.calibration.generation import (
+from calibatt_compiler.calibration.observe.pipelines import (
     FirstStepDone,
     Prompt,
     branches,
@@ -26,14 +24,18 @@ from calibatt_compiler.calibration.generation import (
     samples_of,
     schedule_of,
 )
-from calibatt_compiler.calibration.orders import INPUTS, OrderSurvey
+from calibatt_compiler.calibration.order_search.candidates import INPUTS
+from calibatt_compiler.calibration.order_search.search import Surveyor, describe, survey_pipeline
 from calibatt_compiler.calibration.progress import CalibrationProgress
-from calibatt_compiler.calibration.ranks import Ranks
 from calibatt_compiler.calibration.run import CalibrationRun, recording
-from calibatt_compiler.calibration.surveying import Surveyor, describe, survey_pipeline
+from calibatt_compiler.calibration.store import identity
+from calibatt_compiler.calibration.store.order_survey import OrderSurvey
+from calibatt_compiler.calibration.store.ranks import Ranks
+from calibatt_compiler.logs import logger
+from calibatt_compiler.models import cfg_mode, unwrap
 from calibatt_compiler.plan import Plan
 
-log = logging.getLogger("calibatt")
+log = logger("calibration")
 
 
 def calibrate(
@@ -80,8 +82,6 @@ def calibrate(
     ranks = Ranks.current() if config.distributed else Ranks()
     names = [f"{index:05d}" for index in range(len(inputs))]
     job = _Job(pipe, module, config, names, inputs, pipeline_arguments, ranks)
-    from calibatt_compiler.models import cfg_mode
-
     with (
         quiet(pipe),
         in_place(pipe, config.component, module),
@@ -226,8 +226,6 @@ def run_folder(config: CalibrationConfig, out: str | os.PathLike[str] | None) ->
 
 def about_pipeline(pipe: Any) -> dict[str, Any]:
     """Return what a run depends on beside model and settings: weights, scheduler."""
-    from calibatt_compiler.models import unwrap
-
     components: Mapping[str, Any] = getattr(pipe, "components", {})
     modules = {
         name: identity.weights_fingerprint(unwrap(component))

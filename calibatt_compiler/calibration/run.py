@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -10,24 +9,26 @@ from typing import Any
 
 import torch
 
-from calibatt_compiler.calibration import identity
-from calibatt_compiler.calibration.config import CalibrationConfig
-from calibatt_compiler.calibration.derive import derive_plan, select_by
-from calibatt_compiler.calibration.generation import FirstStepDone
-from calibatt_compiler.calibration.observation import Branch, Schedule
-from calibatt_compiler.calibration.observed import observed
-from calibatt_compiler.calibration.opening import opened
-from calibatt_compiler.calibration.orders import AUTO
-from calibatt_compiler.calibration.ranks import Ranks
-from calibatt_compiler.calibration.recorder import AttentionRecorder
-from calibatt_compiler.calibration.spool import Spool
-from calibatt_compiler.calibration.store import RunStore
-from calibatt_compiler.calibration.surveying import Surveyor, settled
+from calibatt_compiler import models
+from calibatt_compiler.calibration.config import AUTO, CalibrationConfig
+from calibatt_compiler.calibration.observe.attach import observed
+from calibatt_compiler.calibration.observe.observation import Branch, Schedule
+from calibatt_compiler.calibration.observe.pipelines import FirstStepDone
+from calibatt_compiler.calibration.observe.recorder import AttentionRecorder
+from calibatt_compiler.calibration.order_search.search import Surveyor, settled
+from calibatt_compiler.calibration.select.derive import derive_plan, select_by
+from calibatt_compiler.calibration.store import identity
+from calibatt_compiler.calibration.store.energies import Spool
+from calibatt_compiler.calibration.store.opening import opened
+from calibatt_compiler.calibration.store.ranks import Ranks
+from calibatt_compiler.calibration.store.run_folder import RunStore
 from calibatt_compiler.errors import CalibrationError, OptionError
+from calibatt_compiler.logs import logger
+from calibatt_compiler.models import unwrap
 from calibatt_compiler.plan import Plan
 from calibatt_compiler.plan.schema import CfgMode
 
-log = logging.getLogger("calibatt")
+log = logger("calibration")
 
 
 class CalibrationRun:
@@ -266,8 +267,6 @@ def calibration(
             remedy="choose it before: config = replace(config, token_order="
             "calibatt_compiler.calibration.survey(module, run_first_input, config).chosen)",
         )
-    from calibatt_compiler.models import unwrap
-
     module = unwrap(module)
     about = {"kind": "module", "weights": identity.weights_fingerprint(module)}
     with recording(module, config, about) as run:
@@ -302,8 +301,6 @@ def recording(
         task: JSON values that all ranks must have in common beside what the run depends on.
         surveyor: measures token orders if one is to be chosen.
     """
-    from calibatt_compiler import models
-
     ranks = ranks or Ranks()
 
     model = models.identify(module)

@@ -5,7 +5,6 @@ Nothing heavy is imported before a command runs, so that `--help` is quick.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Annotated, Any
@@ -14,7 +13,8 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from calibatt_compiler.cli import build, calibrate, compare, demo, inspect, tune
+from calibatt_compiler import logs
+from calibatt_compiler.cli import build, calibrate, compare, demo, env, inspect, tune
 from calibatt_compiler.cli.interruption import exit_code, signals_interrupt
 from calibatt_compiler.errors import CalibattError, PlanMismatchError
 from calibatt_compiler.version import VERSION
@@ -77,6 +77,7 @@ app.command("inspect")(inspect.inspect)
 app.command("compare")(compare.compare)
 app.command("tune")(tune.tune)
 app.command("build")(build.build)
+app.command("env")(env.env)
 
 
 def _version(asked: bool) -> None:
@@ -95,8 +96,7 @@ def _common(
     ] = False,
 ) -> None:
     if verbose:
-        logging.basicConfig(format="%(name)s: %(message)s")
-        logging.getLogger("calibatt").setLevel(logging.DEBUG)
+        logs.start("all")
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

@@ -70,7 +70,7 @@ def build(
     from calibatt_compiler.build import PlanSpecs
     from calibatt_compiler.cli.pipelines import dtype_of
     from calibatt_compiler.cli.progress import TerminalProgress
-    from calibatt_compiler.kernels.compiler import KernelCompiler
+    from calibatt_compiler.kernels.baked.compiler import KernelCompiler
     from calibatt_compiler.options import cache_dir
     from calibatt_compiler.plan import Plan
 

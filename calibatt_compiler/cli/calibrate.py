@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from calibatt_compiler.calibration import CalibrationConfig
-    from calibatt_compiler.report.cases import Case
+    from calibatt_compiler.evaluation.cases import Case
 
 _HOW = options.HOW_SPARSE
 
@@ -243,7 +243,7 @@ def _estimate(
     pipe: Any, cases: list[Case], out: Path, config: CalibrationConfig, arguments: dict[str, Any]
 ) -> RenderableType:
     from calibatt_compiler.calibration import estimate
-    from calibatt_compiler.report import costs
+    from calibatt_compiler.cli.tables import costs
 
     texts, seeds = [case.prompt for case in cases], [case.seed for case in cases]
     return costs.terminal(estimate(pipe, texts, seeds, out=out, config=config, **arguments))
@@ -254,7 +254,7 @@ def _calibrate(
 ) -> RenderableType:
     from calibatt_compiler.calibration import calibrate
     from calibatt_compiler.calibration.pipeline import run_folder
-    from calibatt_compiler.calibration.store import RunStore
+    from calibatt_compiler.calibration.store.run_folder import RunStore
     from calibatt_compiler.cli.interruption import said_if_interrupted
     from calibatt_compiler.report.inspect import orders_surveyed
 

@@ -11,7 +11,7 @@ import typer
 from calibatt_compiler.cli import options
 
 if TYPE_CHECKING:
-    from calibatt_compiler.report.comparison import Comparison, DenseKind
+    from calibatt_compiler.evaluation.comparison import Comparison, DenseKind
 
 
 def compare(
@@ -69,11 +69,11 @@ def compare(
     from calibatt_compiler.cli.interruption import said_if_interrupted
     from calibatt_compiler.cli.progress import TerminalProgress
     from calibatt_compiler.errors import OptionError
+    from calibatt_compiler.evaluation.compare import compare as run_comparison
+    from calibatt_compiler.evaluation.comparison import ComparisonConfig
+    from calibatt_compiler.evaluation.results import Results
     from calibatt_compiler.options import CompileOptions
     from calibatt_compiler.plan import Plan
-    from calibatt_compiler.report.compare import compare as run_comparison
-    from calibatt_compiler.report.comparison import ComparisonConfig
-    from calibatt_compiler.report.results import Results
 
     if dense not in ("inductor", "eager"):
         raise OptionError(
@@ -125,7 +125,7 @@ def labels(files: Sequence[Path]) -> dict[str, Path]:
 
     A file that is given twice, and one that would be taken for the dense model, has a number.
     """
-    from calibatt_compiler.report.comparison import DENSE
+    from calibatt_compiler.evaluation.comparison import DENSE
 
     whole = [path.resolve().with_suffix("").parts for path in files]
     found: dict[str, Path] = {}
@@ -147,7 +147,7 @@ def show(comparison: Comparison, index: Path) -> None:
     """Print the figures of a comparison."""
     from rich.console import Console
 
-    from calibatt_compiler.report.results import terminal
+    from calibatt_compiler.evaluation.results import terminal
 
     console = Console()
     console.print(comparison.main.summary)

@@ -13,7 +13,7 @@ import typer
 
 from calibatt_compiler.cli import options
 from calibatt_compiler.errors import PipelineError
-from calibatt_compiler.report.cases import Case
+from calibatt_compiler.evaluation.cases import Case
 
 if TYPE_CHECKING:
     from calibatt_compiler.plan import Plan
@@ -101,10 +101,10 @@ def demo(
     from calibatt_compiler.cli import pipelines
     from calibatt_compiler.cli.compare import show
     from calibatt_compiler.cli.progress import TerminalProgress
-    from calibatt_compiler.report.compare import compare as run_comparison
-    from calibatt_compiler.report.comparison import ComparisonConfig
+    from calibatt_compiler.evaluation.compare import compare as run_comparison
+    from calibatt_compiler.evaluation.comparison import ComparisonConfig
+    from calibatt_compiler.evaluation.results import Results
     from calibatt_compiler.report.plan_page import write_page
-    from calibatt_compiler.report.results import Results
 
     started = time.perf_counter()
     chosen = read_settings(settings or find("demo.json"))

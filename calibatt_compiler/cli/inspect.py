@@ -76,9 +76,9 @@ def inspect(
     from rich.console import Console
 
     from calibatt_compiler.cli import pipelines, validation
+    from calibatt_compiler.cli.tables import validation as validation_report
     from calibatt_compiler.plan import Plan
     from calibatt_compiler.report import inspect as report
-    from calibatt_compiler.report import validation as validation_report
     from calibatt_compiler.report.plan_page import write_page
 
     if validate is None and raised is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibatt_compiler.errors import OptionError, PipelineError
-from calibatt_compiler.report.cases import Case
+from calibatt_compiler.evaluation.cases import Case
 
 if TYPE_CHECKING:
     import torch

@@ -25,7 +25,7 @@ class TerminalProgress:
         console: where it is shown.
         seconds: how long each stage took, by what it did.
 
-    Implements `calibatt_compiler.report.compare.Progress`; a context manager.
+    Implements `calibatt_compiler.evaluation.compare.Progress`; a context manager.
     """
 
     def __init__(self, console: Console | None = None) -> None:

@@ -114,13 +114,13 @@ def tune(
 
     from calibatt_compiler.calibration import CalibrationConfig, TuningConfig, tuning_cost
     from calibatt_compiler.calibration import tune as run
-    from calibatt_compiler.calibration.store import RunStore
-    from calibatt_compiler.calibration.study import JOURNAL, SearchSpace, finished
+    from calibatt_compiler.calibration.store.run_folder import RunStore
+    from calibatt_compiler.calibration.tuning.study import JOURNAL, SearchSpace, finished
     from calibatt_compiler.cli import pipelines
     from calibatt_compiler.cli.interruption import said_if_interrupted
     from calibatt_compiler.cli.progress import TerminalProgress
+    from calibatt_compiler.cli.tables import tuning as report
     from calibatt_compiler.errors import OptionError
-    from calibatt_compiler.report import tuning as report
 
     if proxy and psnr is not None:
         raise OptionError(

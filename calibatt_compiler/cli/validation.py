@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibatt_compiler.report.cases import Case
+from calibatt_compiler.evaluation.cases import Case
 
 if TYPE_CHECKING:
-    from calibatt_compiler.calibration.kept import Validation
+    from calibatt_compiler.calibration.validation.kept_mass import Validation
     from calibatt_compiler.plan import Plan
 
 
@@ -39,7 +39,7 @@ def measure(
         dtype: text of `--dtype`.
     """
     from calibatt_compiler.calibration import CalibrationConfig, validate, validate_run
-    from calibatt_compiler.calibration.kept import check_margin
+    from calibatt_compiler.calibration.validation.kept_mass import check_margin
     from calibatt_compiler.cli import pipelines
 
     check_margin(margin)

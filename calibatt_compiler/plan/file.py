@@ -25,6 +25,7 @@ from safetensors.numpy import save_file
 
 from calibatt_compiler.errors import PlanFormatError
 from calibatt_compiler.files import replacing
+from calibatt_compiler.plan.drawn import DrawnPatterns
 from calibatt_compiler.plan.schema import KNOWN_FEATURES, SCHEMA_VERSION, PlanMetadata, SiteRecord
 from calibatt_compiler.plan.stored import (
     KEPT_WEIGHTS,
@@ -35,6 +36,8 @@ from calibatt_compiler.plan.stored import (
     layout,
     layout_bytes,
 )
+from calibatt_compiler.plan.stored_zones import StoredZones, ZoneSize
+from calibatt_compiler.plan.zone_checks import ARRAYS
 
 FORMAT = "calibatt-plan"
 ATTEMPTS = 100
@@ -42,6 +45,7 @@ ATTEMPTS = 100
 
 _MALFORMED = (ValueError, TypeError, KeyError, AttributeError)
 Codes = npt.NDArray[np.uint8]
+Stored = StoredPatterns | StoredZones
 
 
 class StoredSite(pydantic.BaseModel):
@@ -71,7 +75,7 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def header(record: str, sites: Mapping[str, StoredPatterns]) -> str:
+def header(record: str, sites: Mapping[str, Stored]) -> str:
     """Return the entry of metadata of a plan file.
 
     Args:
@@ -93,7 +97,7 @@ def index(parts: Mapping[str, tuple[str, Entries]]) -> str:
 
 
 def write(
-    path: str | os.PathLike[str], metadata: PlanMetadata, sites: Mapping[str, StoredPatterns]
+    path: str | os.PathLike[str], metadata: PlanMetadata, sites: Mapping[str, Stored]
 ) -> None:
     """Write a plan file atomically.
 
@@ -107,7 +111,9 @@ def write(
         save_file({name: site.code for name, site in sites.items()}, temporary, metadata=entry)
 
 
-def read(path: str | os.PathLike[str]) -> tuple[PlanMetadata, dict[str, StoredPatterns]]:
+def read(
+    path: str | os.PathLike[str],
+) -> tuple[PlanMetadata, dict[str, StoredPatterns | DrawnPatterns]]:
     """Open a plan file; the inverse of `write`. The patterns are views of the mapped file.
 
     Raises:
@@ -163,7 +169,7 @@ def _entry(path: Path, opened: Any) -> str:
     return entry[FORMAT]
 
 
-def _read(path: Path) -> tuple[PlanMetadata, dict[str, StoredPatterns]]:
+def _read(path: Path) -> tuple[PlanMetadata, dict[str, StoredPatterns | DrawnPatterns]]:
     # The header is judged before any tensor is read: weights of a model may be given by mistake.
     with _opened(path) as opened:
         entry = _entry(path, opened)
@@ -174,16 +180,20 @@ def _read(path: Path) -> tuple[PlanMetadata, dict[str, StoredPatterns]]:
     stored = _parse_index(path, listing)
     codes = _codes(path, metadata, stored, tensors)
     return metadata, {
-        site.name: StoredPatterns(
-            _size(metadata, site),
-            codes[site.name],
-            stored[site.name].patterns,
-            site.digests,
-            *_figures(site),
-            f"site {site.name!r} in {path}",
-        )
+        site.name: _patterns(path, metadata, site, codes[site.name], stored[site.name].patterns)
         for site in metadata.sites
     }
+
+
+def _patterns(
+    path: Path, metadata: PlanMetadata, site: SiteRecord, code: Codes, entries: Entries
+) -> StoredPatterns | DrawnPatterns:
+    source, size = f"site {site.name!r} in {path}", _size(metadata, site)
+    if site.zones is None:
+        return StoredPatterns(size, code, entries, site.digests, *_figures(site), source)
+    common = ZoneSize(size, *metadata.zone_text(site), site.zones.seed, site.zones.formula)
+    zones = StoredZones(common, code, entries, site.digests, source)
+    return DrawnPatterns(zones, site.steps, tuple(_kept(site, share) for share in site.density))
 
 
 @contextmanager
@@ -270,6 +280,13 @@ def _codes(
 def _fits(metadata: PlanMetadata, site: SiteRecord, entries: Entries, tensor: torch.Tensor) -> bool:
     """Whether a tensor may hold the codes of these entries, and they the patterns of a site."""
     size = _size(metadata, site)
+    length = sum(length for entry in entries for *_, length in entry)
+    if len(entries) != site.patterns or tensor.dtype != torch.uint8:
+        return False
+    if tuple(tensor.shape) != (length,):
+        return False
+    if site.zones is not None:
+        return all(tuple(name for name, *_ in entry) == tuple(ARRAYS) for entry in entries)
     known = set(layout(size))
     weighted, mixed = False, []
     for entry in entries:
@@ -279,13 +296,9 @@ def _fits(metadata: PlanMetadata, site: SiteRecord, entries: Entries, tensor: to
             return False
         weighted |= KEPT_WEIGHTS in names
         mixed.append("repetitive" in names)
-    length = sum(length for entry in entries for *_, length in entry)
     return (
-        len(entries) == site.patterns
-        and weighted == site.weighted
+        weighted == site.weighted
         and mixed == [count > 0 for count in _figures(site)[1]]
-        and tensor.dtype == torch.uint8
-        and tuple(tensor.shape) == (length,)
         and layout_bytes(size) <= MAX_BYTES
     )
 
@@ -306,10 +319,15 @@ def _figures(site: SiteRecord) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Kept blocks and repetitive heads of each pattern, from those of the steps that use it."""
     of_step = zip(site.density, site.repetitive or [0] * len(site.steps), strict=True)
     by_pattern = dict(zip(site.steps, of_step, strict=True))
-    rows, columns = -(-site.query_length // site.block_m), -(-site.key_length // site.block_n)
     figures = [by_pattern[index] for index in range(site.patterns)]
-    kept = tuple(round(density * site.heads * rows * columns) for density, _ in figures)
+    kept = tuple(_kept(site, density) for density, _ in figures)
     return kept, tuple(repetitive for _, repetitive in figures)
+
+
+def _kept(site: SiteRecord, density: float) -> int:
+    """Kept blocks of a density."""
+    rows, columns = -(-site.query_length // site.block_m), -(-site.key_length // site.block_n)
+    return round(density * site.heads * rows * columns)
 
 
 def _other_schema(path: Path, got: str) -> PlanFormatError:

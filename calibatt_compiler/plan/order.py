@@ -10,6 +10,7 @@ blocks that are compact wherever they are cut.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,9 @@ from calibatt_compiler.errors import PlanError
 
 ALL = "all"
 """Stands for the size of a tile along which a rope runs."""
+
+DENSITY, ERROR = "order_density:", "order_error:"
+"""Begin the names of a survey's figures in a plan's `quality`; the order's name follows."""
 
 Tile = tuple[int | None, int | None, int | None]
 
@@ -118,3 +122,9 @@ def _ropes(grid: tuple[int, int, int], tile: Tile) -> npt.NDArray[np.int64]:
     rope = part[earlier] * count[later] + walked
     way = np.where(rope % 2, -places[along], places[along])
     return np.lexsort((way, rope))
+
+
+def said(density: Mapping[str, float], error: Mapping[str, float]) -> str:
+    """Write what was measured of each order in a line."""
+    each = [f"{name} {density[name]:.1%} ({error[name]:.3f})" for name in density]
+    return "blocks kept (output error at raster's density): " + ", ".join(each)

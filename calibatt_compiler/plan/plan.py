@@ -19,17 +19,17 @@ from calibatt_compiler.plan import file
 from calibatt_compiler.plan.order import RASTER, TokenOrder
 from calibatt_compiler.plan.pattern import BlockPattern
 from calibatt_compiler.plan.schema import (
+    TEXT_POSITIONS,
     CalibrationInputs,
     CfgMode,
     ModelIdentity,
     PlanMetadata,
     Sampler,
-    SiteRecord,
     TextPolicy,
     features,
 )
 from calibatt_compiler.plan.site import SitePatterns
-from calibatt_compiler.plan.stored import StoredPatterns
+from calibatt_compiler.plan.site_records import check_sites, record_of, steps_of
 from calibatt_compiler.plan.text import TextPosition
 from calibatt_compiler.version import PRODUCER
 
@@ -70,7 +70,7 @@ class Plan:
             PlanError: sizes, steps or names that don't fit together.
         """
         try:
-            records = tuple(_record(name, site) for name, site in sites.items())
+            records = tuple(record_of(name, site) for name, site in sites.items())
             metadata = PlanMetadata(
                 producer=PRODUCER,
                 requires=tuple(sorted(features(str(token_order), records))),
@@ -91,7 +91,7 @@ class Plan:
                 got=file.describe(error),
                 remedy="check grid, timesteps and the number of steps of each site",
             ) from error
-        _check_copies(metadata, sites)
+        check_sites(metadata, sites)
         return cls(metadata, sites)
 
     @classmethod
@@ -170,7 +170,7 @@ class Plan:
             PlanError: steps or names that don't fit together.
         """
         try:
-            records = tuple(_record(name, site) for name, site in sites.items())
+            records = tuple(record_of(name, site) for name, site in sites.items())
             metadata = PlanMetadata.model_validate(
                 {
                     **self._metadata.model_dump(),
@@ -187,7 +187,7 @@ class Plan:
                 got=file.describe(error),
                 remedy="give each site one pattern a step of the plan",
             ) from error
-        _check_copies(metadata, sites)
+        check_sites(metadata, sites)
         return Plan(metadata, sites)
 
     @classmethod
@@ -203,7 +203,7 @@ class Plan:
         """
         metadata, stored = file.read(path)
         sites = {
-            record.name: SitePatterns(stored[record.name], record.steps, record.head_dim)
+            record.name: SitePatterns(stored[record.name], steps_of(record), record.head_dim)
             for record in metadata.sites
         }
         return cls(metadata, sites)
@@ -214,7 +214,7 @@ class Plan:
         Raises:
             OSError: the folder can't be written.
         """
-        stored = {name: StoredPatterns.pack(site.patterns) for name, site in self._sites.items()}
+        stored = {name: site.stored for name, site in self._sites.items()}
         file.write(path, self._metadata, stored)
 
     @cached_property
@@ -254,8 +254,7 @@ class Plan:
     @property
     def text_position(self) -> TextPosition | None:
         """Where text stands whose blocks are all kept; None if there is none or it is not so."""
-        positions: Mapping[str, TextPosition] = {"dense_first": "first", "dense_last": "last"}
-        return positions.get(self._metadata.text_policy)
+        return TEXT_POSITIONS.get(self._metadata.text_policy)
 
     @property
     def steps(self) -> int:
@@ -337,43 +336,6 @@ class Plan:
             f"Plan({len(self._sites)} sites, {self.steps} steps, grid {self.grid}, "
             f"density {self.density():.3f}, digest {self.digest[:12]})"
         )
-
-
-def _record(name: str, site: SitePatterns) -> SiteRecord:
-    size = site.size
-    repetitive = tuple(site.repetitive_at(step) for step in range(len(site.steps)))
-    anchor_rows = size.copies.anchor_rows if size.copies is not None and any(repetitive) else 0
-    return SiteRecord(
-        name=name,
-        heads=size.heads,
-        head_dim=site.head_dim,
-        query_length=size.query_length,
-        key_length=size.key_length,
-        block_m=size.block_m,
-        block_n=size.block_n,
-        pooled=size.pooled,
-        weighted=site.weighted,
-        head_forms="mixed" if anchor_rows else "blocks",
-        anchor_rows=anchor_rows,
-        patterns=len(site.patterns),
-        digests=site.digests,
-        steps=site.steps,
-        density=tuple(site.density_at(step) for step in range(len(site.steps))),
-        repetitive=repetitive if anchor_rows else (),
-    )
-
-
-def _check_copies(metadata: PlanMetadata, sites: Mapping[str, SitePatterns]) -> None:
-    """Raise `PlanError` if repetitive heads copy other rows than those of the plan's video."""
-    for record in metadata.sites:
-        expected, got = metadata.copies(record), sites[record.name].size.copies
-        if expected is not None and got != expected:
-            raise PlanError(
-                f"the repetitive heads of site {record.name!r} copy the rows of another video",
-                expected=expected,
-                got=got,
-                remedy="make their RowCopies from grid, text and token order of the plan",
-            )
 
 
 def _sampler(timesteps: Sequence[float]) -> Sampler:

@@ -26,9 +26,11 @@ from pydantic import (
 from calibatt_compiler.errors import PlanError
 from calibatt_compiler.plan.copies import RowCopies
 from calibatt_compiler.plan.order import TokenOrder
+from calibatt_compiler.plan.text import TextPosition
+from calibatt_compiler.plan.zone_draw import UNIT
 
 SCHEMA_VERSION: Literal[2] = 2
-KNOWN_FEATURES = frozenset({"kept_weights", "pooled_keys", "repetition", "token_order"})
+KNOWN_FEATURES = frozenset({"kept_weights", "pooled_keys", "repetition", "token_order", "zones"})
 """Values of `PlanMetadata.requires` that this version can serve."""
 
 Size = Annotated[int, Field(ge=1, le=1 << 24)]
@@ -50,6 +52,9 @@ def _known_order(name: str) -> str:
 
 
 TextPolicy = Literal["none", "in_mask", "dense_first", "dense_last"]
+TEXT_POSITIONS: Mapping[str, TextPosition] = {"dense_first": "first", "dense_last": "last"}
+"""Where text stands whose blocks are all kept, by text policy."""
+
 CfgMode = Literal["none", "separate", "batched", "embedded"]
 
 
@@ -103,6 +108,13 @@ class CalibrationInputs(_Record):
     digest: str
 
 
+class ZoneRecord(_Record):
+    """How the zones of a site are drawn; as in `ZonePattern`."""
+
+    formula: Literal[1] = 1
+    seed: Annotated[int, Field(ge=0, lt=UNIT)] = 0
+
+
 class SiteRecord(_Record):
     """One attention call of the model.
 
@@ -120,8 +132,9 @@ class SiteRecord(_Record):
             repetitive.
         anchor_rows: rows of a frame that repetitive heads compute; 0 if there is none.
         repetitive: for each step, how many heads are repetitive; empty if there is none.
-        patterns: how many distinct patterns are stored.
-        digests: `BlockPattern.digest` of each.
+        zones: how zones are drawn; None of masks.
+        patterns: how many distinct patterns are stored, masks or zones.
+        digests: `BlockPattern.digest` or `ZonePattern.digest` of each.
         steps: for each step, the index of its pattern.
         density: for each step, kept blocks / all blocks.
     """
@@ -137,6 +150,7 @@ class SiteRecord(_Record):
     weighted: bool = False
     head_forms: Literal["blocks", "mixed"] = "blocks"
     anchor_rows: Annotated[int, Field(ge=0, le=1 << 24)] = 0
+    zones: ZoneRecord | None = None
     patterns: Annotated[int, Field(ge=1)]
     digests: tuple[Digest, ...]
     steps: tuple[int, ...]
@@ -155,7 +169,10 @@ class SiteRecord(_Record):
             raise ValueError("the file format keeps this name for itself")
         if len(self.density) != len(self.steps):
             raise ValueError("density must have one entry a step")
-        if len(set(zip(self.steps, self.density, strict=True))) != self.patterns:
+        if self.zones is not None:
+            if self.weighted or self.pooled or self.head_forms != "blocks":
+                raise ValueError("zones have no weights of their own, pooled keys or copied rows")
+        elif len(set(zip(self.steps, self.density, strict=True))) != self.patterns:
             raise ValueError("steps of one pattern must have one density")
         if self.head_forms == "mixed":
             self._check_mixed()
@@ -173,14 +190,16 @@ class SiteRecord(_Record):
 
     @model_serializer(mode="wrap")
     def _written(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what is said of repetitive heads where there is none.
+        """Leave out what is said of repetitive heads and of zones where there are none.
 
-        So plans without them keep the digests that they had before there were such heads.
+        So plans without them keep the digests that they had before there were such.
         """
         record: dict[str, Any] = serialize(self)
         if self.head_forms == "blocks":
             record.pop("anchor_rows", None)
             record.pop("repetitive", None)
+        if self.zones is None:
+            record.pop("zones", None)
         return record
 
 
@@ -266,6 +285,14 @@ class PlanMetadata(_Record):
         first = text if self.text_policy == "dense_first" else 0
         return RowCopies(self.grid, site.anchor_rows, first, TokenOrder.parse(self.token_order))
 
+    def zone_text(self, site: SiteRecord) -> tuple[int, TextPosition | None]:
+        """Return `video` and `text` of a site's zones: video tokens, and where text stands."""
+        position = TEXT_POSITIONS.get(self.text_policy)
+        video = math.prod(self.grid)
+        if position is None or max(site.query_length, site.key_length) <= video:
+            return 0, None
+        return video, position
+
 
 def features(token_order: str, sites: Iterable[SiteRecord]) -> frozenset[str]:
     """Return what a reader of a plan must know, of `KNOWN_FEATURES`."""
@@ -275,5 +302,6 @@ def features(token_order: str, sites: Iterable[SiteRecord]) -> frozenset[str]:
         "repetition": any(site.head_forms == "mixed" for site in sites),
         "token_order": token_order != "raster",
         "kept_weights": any(site.weighted for site in sites),
+        "zones": any(site.zones is not None for site in sites),
     }
     return frozenset(name for name, is_used in used.items() if is_used)

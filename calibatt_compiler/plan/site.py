@@ -7,8 +7,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from calibatt_compiler.errors import PlanError
+from calibatt_compiler.plan.drawn import DrawnPatterns
 from calibatt_compiler.plan.pattern import BlockPattern
 from calibatt_compiler.plan.stored import PatternSize, StoredPatterns, repetitive_heads
+from calibatt_compiler.plan.stored_zones import StoredZones
+from calibatt_compiler.plan.zones import ZonePattern
 
 
 @dataclass(frozen=True)
@@ -16,8 +19,8 @@ class SitePatterns:
     """The patterns of one site.
 
     Attributes:
-        patterns: the distinct ones, all of one size: a tuple, or a sequence that decodes each when
-            it is asked for. The properties here never decode one.
+        patterns: the distinct ones, all of one size: a tuple, or a sequence that decodes or draws
+            each when it is asked for. The properties here never do. Of zones there is one a step.
         steps: for each diffusion step, the index of its pattern.
         head_dim: channels a head, if known.
 
@@ -26,14 +29,14 @@ class SitePatterns:
             without a step.
     """
 
-    patterns: tuple[BlockPattern, ...] | StoredPatterns
+    patterns: tuple[BlockPattern, ...] | StoredPatterns | DrawnPatterns
     steps: tuple[int, ...]
     head_dim: int | None = None
 
     def __post_init__(self) -> None:
-        stored = isinstance(self.patterns, StoredPatterns)
-        sizes = set() if stored else {PatternSize.of(pattern) for pattern in self.patterns}
-        if len(sizes) != 1 and not stored:
+        eager = isinstance(self.patterns, tuple)
+        sizes = {PatternSize.of(pattern) for pattern in self.patterns} if eager else set()
+        if len(sizes) != 1 and eager:
             raise PlanError(
                 "the patterns of a site must be of one size",
                 expected="one (heads, query_length, key_length, block_m, block_n, pooled, copies)",
@@ -55,37 +58,37 @@ class SitePatterns:
     @cached_property
     def size(self) -> PatternSize:
         """Heads, lengths and blocks."""
-        if isinstance(self.patterns, StoredPatterns):
-            return self.patterns.size
-        return PatternSize.of(self.patterns[0])
+        if isinstance(self.patterns, tuple):
+            return PatternSize.of(self.patterns[0])
+        return self.patterns.size
 
     @property
     def digests(self) -> tuple[str, ...]:
-        """Digest of each pattern."""
-        if isinstance(self.patterns, StoredPatterns):
-            return self.patterns.digests
-        return tuple(pattern.digest for pattern in self.patterns)
+        """Digest of each pattern; of zones, those of each step group."""
+        if isinstance(self.patterns, tuple):
+            return tuple(pattern.digest for pattern in self.patterns)
+        return self.patterns.digests
 
     @property
     def weighted(self) -> bool:
         """Whether a pattern has weights."""
-        if isinstance(self.patterns, StoredPatterns):
-            return self.patterns.weighted
-        return any(pattern.weights is not None for pattern in self.patterns)
+        if isinstance(self.patterns, tuple):
+            return any(pattern.weights is not None for pattern in self.patterns)
+        return self.patterns.weighted
 
     def kept_at(self, step: int) -> int:
         """Kept blocks at a diffusion step."""
         index = self.steps[step]
-        if isinstance(self.patterns, StoredPatterns):
-            return self.patterns.kept[index]
-        return self.patterns[index].kept
+        if isinstance(self.patterns, tuple):
+            return self.patterns[index].kept
+        return self.patterns.kept[index]
 
     def repetitive_at(self, step: int) -> int:
         """Repetitive heads at a diffusion step."""
         index = self.steps[step]
-        if isinstance(self.patterns, StoredPatterns):
-            return self.patterns.repetitive[index]
-        return repetitive_heads(self.patterns[index])
+        if isinstance(self.patterns, tuple):
+            return repetitive_heads(self.patterns[index])
+        return self.patterns.repetitive[index]
 
     @property
     def repetitive_share(self) -> float:
@@ -114,7 +117,41 @@ class SitePatterns:
 
     def packed(self) -> SitePatterns:
         """Return the same patterns in encoded form, which takes about a tenth of the memory."""
+        if isinstance(self.patterns, DrawnPatterns):
+            return replace(self, patterns=self.patterns.packed())
         return replace(self, patterns=StoredPatterns.pack(self.patterns))
+
+    @property
+    def stored(self) -> StoredPatterns | StoredZones:
+        """What a plan file holds of the site."""
+        if isinstance(self.patterns, DrawnPatterns):
+            return StoredZones.pack(self.patterns.zones)
+        return StoredPatterns.pack(self.patterns)
+
+    @property
+    def zones(self) -> DrawnPatterns | None:
+        """Its zones; None if it is stored as masks."""
+        return self.patterns if isinstance(self.patterns, DrawnPatterns) else None
+
+    @classmethod
+    def of_zones(
+        cls,
+        zones: Sequence[ZonePattern],
+        groups: Sequence[int],
+        head_dim: int | None = None,
+    ) -> SitePatterns:
+        """Make a site of zones.
+
+        Args:
+            zones: of each step group.
+            groups: for each diffusion step, the index of its zones.
+            head_dim: channels a head, if known.
+
+        Raises:
+            PlanError: zones of different sizes, a step without zones, or zones without a step.
+        """
+        drawn = DrawnPatterns(tuple(zones), tuple(groups))
+        return cls(drawn, tuple(range(len(drawn))), head_dim)
 
     @classmethod
     def share(cls, by_step: Sequence[BlockPattern], head_dim: int | None = None) -> SitePatterns:

@@ -1,4 +1,4 @@
-"""A pattern of joint attention at another text length: the video's blocks stay, text is dense."""
+"""Text tokens in the same sequence as the video's: their blocks are dense, at any text length."""
 
 from __future__ import annotations
 
@@ -14,6 +14,29 @@ from calibatt_compiler.errors import PlanError
 from calibatt_compiler.plan.pattern import BlockPattern
 
 TextPosition = Literal["first", "last"]
+
+
+def text_blocks(
+    length: int, video: int, block: int, position: TextPosition | None
+) -> Tensor | None:
+    """Tell which blocks of a sequence hold a text token.
+
+    Args:
+        length: tokens of the sequence.
+        video: tokens of it that are video.
+        block: tokens a block.
+        position: where the text stands.
+
+    Returns:
+        bool (blocks,), or None if the sequence holds no text.
+    """
+    text = length - video
+    if text <= 0 or position is None:
+        return None
+    starts = torch.arange(0, length, block)
+    if position == "first":
+        return starts < text
+    return (starts + block).clamp_max(length) > video
 
 
 def fit_mask(
@@ -47,7 +70,7 @@ def fit_mask(
     if lengths == to:
         return mask
     sides = [
-        [part.to(mask.device) for part in _sources(old, new, video, size, position)]
+        [part.to(mask.device) for part in block_sources(old, new, video, size, position)]
         for old, new, size in zip(lengths, to, block, strict=True)
     ]
     (row, next_row, text_rows), (column, next_column, text_columns) = sides
@@ -56,10 +79,13 @@ def fit_mask(
     return fitted | text_rows[:, None] | text_columns
 
 
-def _sources(
+def block_sources(
     old: int, new: int, video: int, block: int, position: TextPosition
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """For each new block: first and last old block with its tokens, and whether it holds text."""
+    """For each new block: first and last old block with its tokens, and whether it holds text.
+
+    Of blocks that hold text the old ones are 0.
+    """
     shift = old - new if position == "first" else 0
     starts = torch.arange(0, new, block)
     ends = (starts + block).clamp_max(new)

@@ -1,1 +1,1 @@
-"""What a person looks at: summaries, pictures, pages, measures of quality."""
+"""What the backend tells of a plan and of a compiled model: summaries, tables, pages."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from calibatt_compiler.calibration.schedule import Thresholds
 from calibatt_compiler.plan import Plan
+from calibatt_compiler.plan.thresholds import Thresholds
 from calibatt_compiler.runtime.monitor import KeptMassMonitor
 
 MARGIN = 0.05

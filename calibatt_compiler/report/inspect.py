@@ -11,8 +11,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from calibatt_compiler.calibration.orders import DENSITY, ERROR, said
 from calibatt_compiler.plan import BlockPattern, Plan, SitePatterns
+from calibatt_compiler.plan.order import DENSITY, ERROR, said
 from calibatt_compiler.plan.refine import MERGED, SHARED
 
 _BARS = "▁▂▃▄▅▆▇█"

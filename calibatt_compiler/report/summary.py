@@ -16,7 +16,7 @@ from calibatt_compiler.errors import CaptureError
 from calibatt_compiler.pinned import PinnedOptions
 from calibatt_compiler.report.drift import Drift
 from calibatt_compiler.runtime.graph import CompiledGraph
-from calibatt_compiler.runtime.sites import SparseSite
+from calibatt_compiler.runtime.site import SparseSite
 
 if TYPE_CHECKING:
     from rich.console import Group

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from calibatt_compiler.runtime.serving import Site, serving
+from calibatt_compiler.capture import Site
+from calibatt_compiler.runtime.invocation import serving
 
 
 class CompiledGraph:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from calibatt_compiler.plan.pattern import BlockPattern
-from calibatt_compiler.runtime.order import Rearrangement
+from calibatt_compiler.runtime.token_order import Rearrangement
 
 QUERIES = 16
 """Queries of a block that are looked at: their scores are `QUERIES / Sq` of dense attention's."""

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from calibatt_compiler.plan.order import TokenOrder
-from calibatt_compiler.runtime.order import laid_out
-from calibatt_compiler.runtime.serving import lookup
+from calibatt_compiler.runtime.invocation import lookup
 from calibatt_compiler.runtime.timestep import read, send
+from calibatt_compiler.runtime.token_order import laid_out
 
 
 @torch.library.custom_op("calibatt::host_timestep", mutates_args=())

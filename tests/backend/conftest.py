@@ -10,6 +10,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
 
 from calibatt_compiler.plan import BlockPattern, Plan
@@ -103,19 +104,8 @@ def random_masks(names: tuple[str, ...], heads: int, tokens: int) -> dict[str, t
 
 
 def _wan() -> Case:
-    from diffusers import WanTransformer3DModel
-
     grid = (3, 7, 9)
-    model = WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=4,
-        text_dim=16,
-        freq_dim=16,
-        ffn_dim=32,
-        num_layers=2,
-    )
+    model = tiny_models.wan()
     sites = ("blocks.0.attn1", "blocks.1.attn1")
     inputs = {
         "hidden_states": torch.randn(2, 4, 3, 14, 18),
@@ -126,18 +116,8 @@ def _wan() -> Case:
 
 
 def _ltx() -> Case:
-    from diffusers import LTXVideoTransformer3DModel
-
     grid = (3, 5, 7)
-    model = LTXVideoTransformer3DModel(
-        in_channels=8,
-        out_channels=8,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        cross_attention_dim=32,
-        num_layers=2,
-        caption_channels=16,
-    )
+    model = tiny_models.ltx()
     sites = ("transformer_blocks.0.attn1", "transformer_blocks.1.attn1")
     inputs = {
         "hidden_states": torch.randn(2, 105, 8),
@@ -152,22 +132,8 @@ def _ltx() -> Case:
 
 
 def _cogvideox() -> Case:
-    from diffusers import CogVideoXTransformer3DModel
-
     grid, text = (3, 5, 7), 6
-    model = CogVideoXTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=4,
-        time_embed_dim=8,
-        text_embed_dim=16,
-        num_layers=2,
-        sample_width=14,
-        sample_height=10,
-        sample_frames=9,
-        max_text_seq_length=text,
-    )
+    model = tiny_models.cogvideox(max_text_seq_length=text)
     sites = ("transformer_blocks.0.attn1", "transformer_blocks.1.attn1")
     tokens = 105 + text
     masks = random_masks(sites, 2, tokens)

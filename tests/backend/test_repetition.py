@@ -13,9 +13,9 @@ import torch
 from rich.console import Console
 
 import calibatt_compiler
-from calibatt_compiler.calibration.text import text_blocks
 from calibatt_compiler.plan import BlockPattern, Plan, RowCopies, SitePatterns
 from calibatt_compiler.plan.order import TokenOrder
+from calibatt_compiler.plan.text import text_blocks
 
 FLAGS = ((False, True), (True, True), (False, False))
 """By step, which heads are repetitive at the first site; at the second the other way round."""

@@ -9,17 +9,17 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
 
 import calibatt_compiler
 from calibatt_compiler import Plan
 from calibatt_compiler.calibration import CalibrationConfig, validate_run
-from calibatt_compiler.calibration.store import RunStore
-from calibatt_compiler.calibration.text import text_blocks
+from calibatt_compiler.calibration.store.run_folder import RunStore
 from calibatt_compiler.errors import CalibrationError
 from calibatt_compiler.plan import BlockPattern, RowCopies, Sampler, SitePatterns
 from calibatt_compiler.plan.order import RASTER, TokenOrder
-from calibatt_compiler.plan.text import fit_pattern
+from calibatt_compiler.plan.text import fit_pattern, text_blocks
 
 GRID, VIDEO, TEXT = (3, 5, 7), 105, 6
 SITES = ("transformer_blocks.0.attn1", "transformer_blocks.1.attn1")
@@ -27,23 +27,9 @@ BLOCK = (16, 16)
 
 
 def cogvideox() -> torch.nn.Module:
-    from diffusers import CogVideoXTransformer3DModel
-
-    model = CogVideoXTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=4,
-        time_embed_dim=8,
-        text_embed_dim=16,
-        num_layers=2,
-        sample_width=14,
-        sample_height=10,
-        sample_frames=9,
-        max_text_seq_length=TEXT,
-        use_rotary_positional_embeddings=True,
+    return lively(
+        tiny_models.cogvideox(max_text_seq_length=TEXT, use_rotary_positional_embeddings=True)
     )
-    return lively(model)
 
 
 def mochi() -> torch.nn.Module:

@@ -8,12 +8,13 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import tiny_models
 import torch
 
 import calibatt_compiler
 from calibatt_compiler import backend
 from calibatt_compiler.passes import pipeline
-from calibatt_compiler.passes.permute_tokens import permute_tokens
+from calibatt_compiler.passes.token_order.permute import permute_tokens
 from calibatt_compiler.plan import Plan
 from calibatt_compiler.plan.order import TokenOrder
 
@@ -244,16 +245,7 @@ def families() -> dict[str, tuple[Any, dict[str, Any], tuple[str, ...], int]]:
     """Builders and inputs of Wan's relatives: name, arguments, sites, values permuted at entry."""
     import diffusers
 
-    sizes = {
-        "num_attention_heads": 2,
-        "attention_head_dim": 16,
-        "in_channels": 4,
-        "out_channels": 4,
-        "text_dim": 16,
-        "freq_dim": 16,
-        "ffn_dim": 32,
-        "num_layers": 2,
-    }
+    sizes = tiny_models.WAN
     video = torch.randn(2, 4, 3, 14, 18)
     common = {"hidden_states": video, "encoder_hidden_states": torch.randn(2, 6, 16)}
     scalar = {"timestep": torch.full((2,), 900.0)}
@@ -262,17 +254,14 @@ def families() -> dict[str, tuple[Any, dict[str, Any], tuple[str, ...], int]]:
     blocks = ("blocks.0.attn1", "blocks.1.attn1")
     vace = (*blocks, "vace_blocks.0.attn1", "vace_blocks.1.attn1")
 
-    def wan(**more: Any) -> Any:
-        return diffusers.WanTransformer3DModel(**sizes, **more)
-
     return {
         "image to video": (
-            lambda: wan(image_dim=16, added_kv_proj_dim=32),
+            lambda: tiny_models.wan(image_dim=16, added_kv_proj_dim=32),
             common | scalar | image,
             blocks,
             3,
         ),
-        "a timestep a token": (wan, common | per_token, blocks, 4),
+        "a timestep a token": (tiny_models.wan, common | per_token, blocks, 4),
         "SkyReels": (
             lambda: diffusers.SkyReelsV2Transformer3DModel(**sizes),
             common | {"timestep": torch.full((2,), 900)},

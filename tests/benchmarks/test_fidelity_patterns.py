@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calibatt_compiler.calibration.selection import covering_mask
+from calibatt_compiler.calibration.select.selection import covering_mask
 from calibatt_compiler.plan import Plan
 from calibatt_compiler.plan.order import TokenOrder
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from calibatt_compiler.calibration.selection import covering_mask
+from calibatt_compiler.calibration.select.selection import covering_mask
+from calibatt_compiler.evaluation.cases import Case
 from calibatt_compiler.kernels.energy import block_energy
-from calibatt_compiler.kernels.reference import masked_dense_attention
+from calibatt_compiler.kernels.reference.attention import masked_dense_attention
 from calibatt_compiler.plan import BlockPattern, Plan
-from calibatt_compiler.report.cases import Case
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 GRID = (4, 4, 8)
@@ -73,7 +73,7 @@ def test_a_plan_gives_the_video_that_the_backend_gives(
 ):
     from fidelity_study.serve import Dense, Planned, Switch
 
-    from calibatt_compiler.calibration.observed import observed
+    from calibatt_compiler.calibration.observe.attach import observed
 
     torch._dynamo.reset()
     pipe, model = tiny_wan_pipeline, tiny_wan_pipeline.transformer

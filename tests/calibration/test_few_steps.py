@@ -10,7 +10,7 @@ import torch
 
 import calibatt_compiler
 from calibatt_compiler.calibration import CalibrationConfig, Thresholds, calibrate
-from calibatt_compiler.calibration.schedule import default_thresholds
+from calibatt_compiler.plan.thresholds import default_thresholds
 
 
 @pytest.mark.parametrize(

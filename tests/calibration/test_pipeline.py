@@ -18,8 +18,8 @@ import torch
 
 from calibatt_compiler import Plan
 from calibatt_compiler.calibration import CalibrationConfig, calibrate
-from calibatt_compiler.calibration.generation import branch_of
-from calibatt_compiler.calibration.store import RunStore
+from calibatt_compiler.calibration.observe.pipelines import branch_of
+from calibatt_compiler.calibration.store.run_folder import RunStore
 from calibatt_compiler.errors import CalibrationError, OptionError
 
 CONFIG = CalibrationConfig(block=(32, 32))
@@ -131,7 +131,7 @@ def test_a_pipeline_without_branch_names_counts_first_calls(
 
     named = plan()
     monkeypatch.setattr(
-        "calibatt_compiler.calibration.generation.branch_of", lambda name: "unknown"
+        "calibatt_compiler.calibration.observe.pipelines.branch_of", lambda name: "unknown"
     )
     unnamed = plan()
     for site in named.sites:

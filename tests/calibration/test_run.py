@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import calibatt_compiler
 from calibatt_compiler.calibration import CalibrationConfig, plan_from_run
-from calibatt_compiler.calibration.store import RunStore
+from calibatt_compiler.calibration.store.run_folder import RunStore
 from calibatt_compiler.errors import CalibrationError, OptionError
 from calibatt_compiler.plan import Plan, merge_intervals, share_steps
 from calibatt_compiler.plan.order import RASTER, TokenOrder

@@ -7,7 +7,7 @@
 import triton
 import triton.language as tl
 
-from calibatt_compiler.kernels.triton_body import (
+from calibatt_compiler.kernels.portable.primitives import (
     attend_tile,
     flag_overflow,
     head_rows,

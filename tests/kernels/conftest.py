@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from calibatt_compiler.kernels.reference import masked_dense_attention
+from calibatt_compiler.kernels.reference.attention import masked_dense_attention
 from calibatt_compiler.plan.copies import RowCopies
 from calibatt_compiler.plan.pattern import BlockPattern
 
@@ -199,7 +199,7 @@ def flash_attention() -> Callable[..., tuple[Tensor, Tensor]]:
 @pytest.fixture(scope="session")
 def interpreter() -> Any:
     """The module that interprets Gluon kernels."""
-    path = Path(__file__).with_name("gluon_interpreter.py")
+    path = Path(__file__).parents[1] / "support" / "gluon_interpreter.py"
     spec = importlib.util.spec_from_file_location("gluon_interpreter", path)
     assert spec is not None
     assert spec.loader is not None
@@ -211,14 +211,14 @@ def interpreter() -> Any:
 @pytest.fixture
 def launches(interpreter: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Let the Hopper kernel serve a CPU; gives the stand-in that counts its launches."""
-    from calibatt_compiler.kernels import hopper
+    from calibatt_compiler.kernels.hopper import attention as hopper
 
     kernel = interpreter.Interpreted(hopper.hopper_attention)
     monkeypatch.setattr(hopper, "hopper_attention", kernel)
     monkeypatch.setattr(hopper, "hopper_counts", interpreter.Interpreted(hopper.hopper_counts))
     monkeypatch.setattr(hopper, "hopper_serves", lambda *_: None)
     monkeypatch.setattr(
-        "calibatt_compiler.kernels.hopper_launch.descriptor", interpreter.Descriptor
+        "calibatt_compiler.kernels.hopper.launch.descriptor", interpreter.Descriptor
     )
     return kernel
 
@@ -226,7 +226,7 @@ def launches(interpreter: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.fixture
 def make() -> Callable[..., Any]:
     """Make a Hopper kernel of few programs on the CPU: `make(pattern, dtype, head_dim, ...)`."""
-    from calibatt_compiler.kernels.hopper import HopperAttention
+    from calibatt_compiler.kernels.hopper.attention import HopperAttention
 
     def kernel(pattern: BlockPattern, dtype: torch.dtype, head_dim: int, **more: Any) -> Any:
         where = {"device": torch.device("cpu"), "dtype": dtype, "head_dim": head_dim}

@@ -5,7 +5,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from calibatt_compiler.errors import KernelError
-from calibatt_compiler.kernels.attention import FIXED_FROM, dense_attention, make_attention
+from calibatt_compiler.kernels.attention import FIXED_FROM, make_attention
+from calibatt_compiler.kernels.common.dense import dense_attention
 from calibatt_compiler.plan.pattern import BlockPattern
 
 CPU = torch.device("cpu")
@@ -61,7 +62,7 @@ def test_the_softmax_option_reaches_the_portable_kernels(monkeypatch, lowering, 
         def __init__(self, pattern, *, device, dtype, head_dim, softmax):
             asked.append(softmax)
 
-    for name in ("triton_table.TableAttention", "baked.BakedAttention"):
+    for name in ("portable.attention.TableAttention", "baked.attention.BakedAttention"):
         monkeypatch.setattr(f"calibatt_compiler.kernels.{name}", Kernel)
     monkeypatch.setattr("calibatt_compiler.kernels.attention.triton_serves", lambda *_: True)
     for length in (FIXED_FROM, FIXED_FROM - 1):

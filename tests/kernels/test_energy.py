@@ -5,10 +5,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from calibatt_compiler.errors import KernelError
-from calibatt_compiler.kernels import dense_lse
 from calibatt_compiler.kernels import energy as energy_module
+from calibatt_compiler.kernels.common import dense as dense_lse
 from calibatt_compiler.kernels.energy import attention_with_energy, block_energy
-from calibatt_compiler.kernels.energy_reference import reference_energy
+from calibatt_compiler.kernels.reference.energy import reference_energy
 
 SIZES = [
     # query_length, key_length, block
@@ -162,8 +162,8 @@ def test_a_share_of_no_stride_is_refused(operands, queries):
 def gpu_calls(monkeypatch):
     """Take the way of a GPU with tensors that have no data; what is called is written down."""
     calls = []
-    triton_energy = pytest.importorskip("calibatt_compiler.kernels.triton_energy")
-    fused = pytest.importorskip("calibatt_compiler.kernels.triton_fused_energy")
+    triton_energy = pytest.importorskip("calibatt_compiler.kernels.portable.energy_scores")
+    fused = pytest.importorskip("calibatt_compiler.kernels.portable.energy_fused")
     monkeypatch.setattr(energy_module, "triton_serves", lambda device, dtype: True)
 
     def scores_only(q, k, block, scale, lse):
@@ -180,7 +180,7 @@ def gpu_calls(monkeypatch):
 
     monkeypatch.setattr(triton_energy, "triton_energy", scores_only)
     monkeypatch.setattr(fused, "triton_attention_and_energy", one_kernel)
-    monkeypatch.setattr(dense_lse, "dense_attention_and_lse", dense)
+    monkeypatch.setattr(energy_module, "dense_attention_and_lse", dense)
     return calls
 
 

@@ -11,8 +11,8 @@ from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.report.drift import MARGIN, Drift
 from calibatt_compiler.runtime import monitor
 from calibatt_compiler.runtime.monitor import KeptMassMonitor, kept_mass
-from calibatt_compiler.runtime.order import rearrangement
-from calibatt_compiler.runtime.sites import SparseSite
+from calibatt_compiler.runtime.site import SparseSite
+from calibatt_compiler.runtime.token_order import rearrangement
 
 GRID = (2, 5, 8)
 HEADS = 3

@@ -1,0 +1,1 @@
+"""What a calibration will cost in time, memory and disk, said beforehand."""

@@ -1,0 +1,1 @@
+"""Observation: a model compiled so that its attention is seen, and what is taken of each call."""

@@ -1,0 +1,70 @@
+"""A module compiled so that it shows its attention."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from calibatt_compiler.backend import recording_backend
+from calibatt_compiler.capture import Recorder
+
+DYNAMO = {
+    "recompile_limit": 64,
+    "fail_on_recompile_limit_hit": True,
+    # Mochi picks the valid text tokens by nonzero, which would break the graph.
+    "capture_dynamic_output_shape_ops": True,
+}
+
+
+@runtime_checkable
+class SeesCalls(Protocol):
+    """An observer that looks at the model's arguments too."""
+
+    def on_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Look at a call of the module, before it runs."""
+
+
+@contextmanager
+def observed(module: torch.nn.Module, observer: Recorder, inductor: bool | None) -> Iterator[None]:
+    """Compile a module so that it shows its attention to an observer; undo it at the end.
+
+    Args:
+        module: what is observed.
+        observer: told of each captured graph, then of each call; if it `SeesCalls`, of those of
+            the module itself too.
+        inductor: compile what is around attention; None: on a GPU yes, else no.
+    """
+    if inductor is None:
+        inductor = any(p.device.type == "cuda" for p in module.parameters())
+    # Graphs of a recording must neither use up nor invalidate those of the user's own compile.
+    isolated = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    extra: dict[str, Any] = {"isolate_recompiles": True} if isolated else {}
+    previous = module.__dict__.get("_compiled_call_impl")
+    # Static shapes: with dynamic ones the code that serves an input would depend on the inputs
+    # before it, and a resumed run could differ from an undisturbed one in the last bit.
+    backend = recording_backend(observer, inductor=inductor)
+    module.compile(backend=backend, dynamic=False, **extra)
+    compiled = module._compiled_call_impl
+    if isinstance(observer, SeesCalls) and compiled is not None:
+        module._compiled_call_impl = _shown_to(observer, compiled)
+    try:
+        with torch._dynamo.config.patch(DYNAMO):
+            yield
+    finally:
+        if previous is None:
+            module.__dict__.pop("_compiled_call_impl", None)
+        else:
+            module._compiled_call_impl = previous
+
+
+def _shown_to(observer: SeesCalls, compiled: Callable[..., Any]) -> Callable[..., Any]:
+    # Around the compiled call, where Dynamo does not look.
+    def call(*args: Any, **kwargs: Any) -> Any:
+        observer.on_call(args, kwargs)
+        return compiled(*args, **kwargs)
+
+    return call

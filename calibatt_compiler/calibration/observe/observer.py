@@ -1,0 +1,261 @@
+"""Observes the attention of a model: which calls count, at which step, and their energies."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calibatt_compiler.calibration.config import CalibrationConfig
+from calibatt_compiler.calibration.observe.observation import Branch, InputObservation, Schedule
+from calibatt_compiler.calibration.observe.repeated_samples import CallSamples
+from calibatt_compiler.calibration.select.repetition_scores import AttentionCall
+from calibatt_compiler.calibration.store.records import InputRecord, SiteSize
+from calibatt_compiler.capture import CaptureInfo
+from calibatt_compiler.errors import CalibrationError
+from calibatt_compiler.kernels.common.dense import dense_attention
+from calibatt_compiler.kernels.energy import attention_with_energy
+from calibatt_compiler.plan.order import TokenOrder
+from calibatt_compiler.plan.text import TextPosition, other_text
+from calibatt_compiler.runtime.token_order import Rearrangement, rearrangement
+
+
+class Observer(ABC):
+    """Implements `calibatt_compiler.capture.Recorder`; what becomes of the energies is its child's.
+
+    Attributes:
+        branch: which branch of guidance the model calls are now.
+        reference: record of a finished input, which later ones must fit.
+
+    Args:
+        config: settings of the calibration.
+        text: where the module's text tokens stand in joint attention.
+        schedule: asked at the first call of each input for the sampler's steps.
+        on_step: told, at each new step, its index and T if known.
+    """
+
+    def __init__(
+        self,
+        config: CalibrationConfig,
+        text: TextPosition | None,
+        *,
+        schedule: Callable[[], Schedule | None] = lambda: None,
+        on_step: Callable[[int, int | None], None] = lambda step, steps: None,
+    ) -> None:
+        self.branch: Branch = "any"
+        self.reference: InputRecord | None = None
+        self._config = config
+        self._text = config.text or text
+        self._schedule = schedule
+        self._on_step = on_step
+        self._grids: list[tuple[int, int, int]] = []
+        self._skips: dict[str, str] = {}
+        self._sites: dict[str, SiteSize] = {}
+        self._input: InputObservation | None = None
+
+    @property
+    def joint(self) -> bool:
+        """Whether text and video share a sequence, whose length then is that of the text too."""
+        return self._text is not None
+
+    @contextmanager
+    def calls_are(self, branch: Branch) -> Iterator[None]:
+        """Take the calls within this context for calls of a branch of guidance."""
+        previous, self.branch = self.branch, branch
+        try:
+            yield
+        finally:
+            self.branch = previous
+
+    def on_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Look at a call of the model, before it runs: which samples does it hold?"""
+        if self._input is not None:
+            self._input.call = CallSamples.of(args, kwargs)
+
+    def on_capture(self, capture: CaptureInfo) -> None:
+        """Take note of the grid and of the sites that can't be sparse."""
+        if capture.grid is not None and capture.grid not in self._grids:
+            self._grids.append(capture.grid)
+        for site in capture.sites:
+            if site.skip is not None:
+                self._skips[site.name] = site.skip
+
+    def attend(
+        self, site: str, q: Tensor, k: Tensor, v: Tensor, timestep: float, scale: float
+    ) -> Tensor:
+        """Compute dense attention and, where the call counts, observe its energies.
+
+        Shapes as in `calibatt_compiler.capture.Recorder`.
+
+        Raises:
+            CalibrationError: sizes or timesteps that don't fit the run, or attention that is not
+                finite.
+        """
+        call = self._counted(site, q, k, timestep)
+        block = self._block(site)
+        if call is None or block is None:
+            return dense_attention(q, k, v, scale)
+        run, size, step, counted = call
+        orders = [self._rearrangement(x) for x in (q, k)]
+        observed = [
+            x[counted] if order is None else order.apply(x[counted])
+            for x, order in zip((q, k, v), (orders[0], orders[1], orders[1]), strict=True)
+        ]
+        out, energy = attention_with_energy(
+            *observed, block=block, scale=scale, queries=1 / self._config.queries
+        )
+        if orders[0] is not None:
+            out = orders[0].undo(out)
+        seen = AttentionCall(q[counted], k[counted], v[counted], out, scale, (orders[0], orders[1]))
+        if counted.start:
+            rest = slice(0, counted.start)
+            other = dense_attention(q[rest], k[rest], v[rest], scale)
+            out = torch.cat([other.transpose(1, 2), out.transpose(1, 2)]).transpose(1, 2)
+        if not bool(energy.isfinite().all()):
+            raise not_finite(site, step)
+        run.votes[site, step] += energy.shape[0]
+        self._observe(run, size, step, energy, seen)
+        return out
+
+    def begin(self, name: str, about: Mapping[str, Any], samples: int | None) -> None:
+        """Start an input.
+
+        Args:
+            name: of the input.
+            about: JSON values that say what it is.
+            samples: videos in it, if known for certain; a batch of twice as many is both
+                branches.
+        """
+        self._input = InputObservation(name, about, samples, self.reference)
+
+    def abandon(self) -> None:
+        """Forget the input in progress, if there is one."""
+        self._input = None
+
+    def _counted(
+        self, site: str, q: Tensor, k: Tensor, timestep: float
+    ) -> tuple[InputObservation, SiteSize, int, slice] | None:
+        """Return input, size, step and samples that a call counts for; None if it does not.
+
+        Raises:
+            CalibrationError: sizes or timesteps that don't fit the run.
+        """
+        run = self._input
+        size = None if run is None or self._block(site) is None else self._size(run, site, q, k)
+        if run is None or size is None:
+            return None
+        step = self._step(run, site, timestep)
+        counted = run.counted(self.branch, site, step, q.shape[0])
+        if self._config.cfg == "both":
+            counted = slice(0, None)
+        if counted is None:
+            return None
+        if run.sizes.setdefault(site, size) != size:
+            raise _another_size(run, run.sizes[site], size)
+        return run, size, step, counted
+
+    @abstractmethod
+    def _observe(
+        self, run: InputObservation, size: SiteSize, step: int, energy: Tensor, call: AttentionCall
+    ) -> None:
+        """Take note of a call; energies are float32 (votes, heads, query_blocks, key_blocks)."""
+
+    def _block(self, site: str) -> tuple[int, int] | None:
+        """Tokens a query block and a key block of a site; None if it is not observed."""
+        return self._config.block
+
+    def _order(self) -> TokenOrder:
+        """How tokens are laid out before they are cut into blocks."""
+        return TokenOrder.parse(self._config.token_order)
+
+    def _rearrangement(self, x: Tensor) -> Rearrangement | None:
+        length = x.shape[2]
+        return rearrangement(
+            self._order(),
+            self._grid(length),
+            length,
+            text_first=self._text == "first",
+            device=x.device,
+        )
+
+    def _step(self, run: InputObservation, site: str, timestep: float) -> int:
+        step = run.find_step(site, timestep)
+        if step is None:
+            if not run.timesteps:
+                run.schedule = self._schedule()
+            step = run.add_step(timestep, by_schedule=self._config.num_steps is None)
+            self._on_step(step, self._steps(run))
+        return step
+
+    def _steps(self, run: InputObservation) -> int | None:
+        """T of the threshold formula, if it is known before the input ends."""
+        if self._config.num_steps is not None:
+            return self._config.num_steps
+        if run.schedule is not None:
+            return len(run.schedule.timesteps)
+        return self.reference.schedule_steps if self.reference else None
+
+    def _grid(self, length: int) -> tuple[int, int, int]:
+        """The latent grid; of an unknown model family, one frame of one row of all tokens."""
+        if self._config.grid is not None:
+            return self._config.grid
+        return self._grids[0] if self._grids else (1, 1, length)
+
+    def _size(self, run: InputObservation, site: str, q: Tensor, k: Tensor) -> SiteSize | None:
+        """Check the sizes of a call against the run; None if it attends from less than a video."""
+        if len(self._grids) > 1 and self._config.grid is None:
+            raise _another_size(run, self._grids[0], self._grids[-1])
+        size = SiteSize(
+            name=site,
+            heads=q.shape[1],
+            head_dim=q.shape[3],
+            query_length=q.shape[2],
+            key_length=k.shape[2],
+        )
+        if math.prod(self._grid(size.query_length)) > size.query_length:
+            self._skips.setdefault(site, "fewer queries than video tokens")
+            return None
+        if not self._sites and self.reference is not None:
+            self._sites.update({known.name: known for known in self.reference.sites})
+        known = self._sites.setdefault(site, size)
+        if not self._alike(known, size):
+            raise _another_size(run, known, size)
+        return size
+
+    def _alike(self, known: SiteSize, size: SiteSize) -> bool:
+        """Whether two sizes of a site are equal but for the length of the text."""
+        lengths = (size.query_length, size.key_length)
+        planned = (known.query_length, known.key_length)
+        if lengths == planned:
+            return size == known
+        same = {"query_length": planned[0], "key_length": planned[1]}
+        video = math.prod(self._grid(size.query_length))
+        return (
+            self._text is not None
+            and size.model_copy(update=same) == known
+            and other_text(planned, lengths, video)
+        )
+
+
+def not_finite(site: str, step: int) -> CalibrationError:
+    """Return what to raise for attention that is not finite."""
+    return CalibrationError(
+        f"attention at site {site}, step {step} is not finite",
+        expected="finite attention weights",
+        got="NaN or infinity",
+        remedy="check that the model makes sound videos in this dtype without calibatt",
+    )
+
+
+def _another_size(run: InputObservation, expected: object, got: object) -> CalibrationError:
+    return CalibrationError(
+        f"input {run.name} has another size than the inputs before it",
+        expected=expected,
+        got=got,
+        remedy="a plan serves one size of video: calibrate each size on its own",
+    )

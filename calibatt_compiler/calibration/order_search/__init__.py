@@ -1,0 +1,1 @@
+"""The search for a token order in which fewer blocks are needed."""

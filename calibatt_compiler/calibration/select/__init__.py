@@ -1,0 +1,1 @@
+"""Selection: from recorded energies and masks to the patterns of a plan."""

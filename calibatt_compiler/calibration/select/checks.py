@@ -1,0 +1,81 @@
+"""Whether finished inputs make one plan."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+
+from calibatt_compiler.calibration.store.records import InputRecord
+from calibatt_compiler.errors import CalibrationError, OptionError
+from calibatt_compiler.plan import Sampler
+from calibatt_compiler.plan.schema import TextPolicy
+
+
+def check_raised(record: InputRecord, raised: Mapping[str, float]) -> None:
+    """Raise `OptionError` unless amounts are shares of mass, for sites of this input."""
+    names = {size.name for size in record.sites}
+    wrong = {
+        name: value for name, value in raised.items() if not (name in names and 0 <= value <= 1)
+    }
+    if wrong:
+        raise OptionError(
+            "thresholds can't be raised so",
+            expected=f"amounts in [0, 1] for sites such as {min(names)!r}",
+            got=wrong,
+            remedy="pass Validation.raised() of a plan of this run",
+        )
+
+
+def check_alike(first: InputRecord, other: InputRecord) -> None:
+    """Raise `CalibrationError` unless model, sizes and steps of two inputs are the same."""
+    names = ("model", "grid", "text", "block", "token_order", "timesteps", "positions")
+    for name in (*names, "schedule_steps"):
+        expected, got = getattr(first, name), getattr(other, name)
+        if expected != got:
+            raise _unlike(first, other, f"{name} {expected}", f"{name} {got}")
+    sizes = {size.name: size for size in first.sites}, {size.name: size for size in other.sites}
+    for name in sorted(sizes[0].keys() | sizes[1].keys()):
+        if sizes[0].get(name) != sizes[1].get(name):
+            raise _unlike(first, other, sizes[0].get(name), sizes[1].get(name))
+
+
+def _unlike(first: InputRecord, other: InputRecord, expected: object, got: object) -> Exception:
+    return CalibrationError(
+        f"inputs {first.name} and {other.name} don't make one plan",
+        expected=expected,
+        got=got,
+        remedy="run all inputs with one size of video, sampler and number of steps; restart the "
+        "run after a change",
+    )
+
+
+def sampler_of(record: InputRecord) -> Sampler:
+    """Return the sampler of an input.
+
+    Raises:
+        CalibrationError: its timesteps go forwards and backwards.
+    """
+    pairs = list(zip(record.timesteps, record.timesteps[1:], strict=False))
+    if not (all(a > b for a, b in pairs) or all(a < b for a, b in pairs)):
+        raise CalibrationError(
+            "the timesteps of the inputs neither fall nor rise throughout",
+            expected="a sampler that goes from noise to video, or back",
+            got=record.timesteps[:8],
+            remedy="call the module in the order of its sampler, one input a `run.input()`",
+        )
+    return Sampler(name=record.scheduler, timesteps=record.timesteps, sigmas=record.sigmas)
+
+
+def text_policy_of(record: InputRecord) -> TextPolicy:
+    """Return the text policy of the plan of an input."""
+    if record.text is None or not any(s.query_length > record.video for s in record.sites):
+        return "none"
+    return "dense_first" if record.text == "first" else "dense_last"
+
+
+def inputs_digest(about: Sequence[object], arguments: object) -> str:
+    """SHA-256 (hex) over what each input was and what all have in common, as JSON values."""
+    content = {"inputs": list(about), "arguments": arguments}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,203 @@
+"""One price for the whole plan: what a kept block is worth, so that the plan is as wanted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from calibatt_compiler.calibration.select.zone_fit import (
+    BUDGET,
+    GROUP_ROWS,
+    NUMBER_PRICE,
+    SiteFit,
+    SiteZones,
+)
+from calibatt_compiler.errors import OptionError
+
+TOLERANCE = 0.003
+"""How far the plan may be from what was wanted, relative to it."""
+
+TRIES = 24
+
+MEMORY = 1 << 30
+"""Bytes of sums that are held from one price to the next; what does not fit is read again."""
+
+Squares = npt.NDArray[np.floating]
+
+
+@dataclass(frozen=True)
+class ZoneTarget:
+    """What a plan of zones is to be; exactly one of `density`, `speed_up` and `error`.
+
+    Attributes:
+        density: expected kept blocks / all blocks, in (0, 1].
+        speed_up: predicted dense time / time of a step, at least 1. What is not attention takes
+            the same time, attention as much less as the plan keeps fewer blocks.
+        error: predicted root of the mean relative variance of a row's output, above 0.
+        attention_share: share of a dense step's time that its sites take, in (0, 1]; needed for
+            `speed_up`.
+
+    Raises:
+        OptionError: not exactly one, a value out of range, or a speed-up that no density gives.
+    """
+
+    density: float | None = None
+    speed_up: float | None = None
+    error: float | None = None
+    attention_share: float | None = None
+
+    def __post_init__(self) -> None:
+        names = ("density", "speed_up", "error")
+        given = [name for name in names if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise _out_of_range("what a plan is to be", "density, speed_up or error", given)
+        if self.density is not None and not 0 < self.density <= 1:
+            raise _out_of_range("density", "a share of all blocks in (0, 1]", self.density)
+        if self.error is not None and not (self.error > 0 and math.isfinite(self.error)):
+            raise _out_of_range("error", "a relative error above 0", self.error)
+        if self.speed_up is not None:
+            share = self.attention_share
+            if share is None or not 0 < share <= 1:
+                raise _out_of_range("attention_share", "a share of the time in (0, 1]", share)
+            if not 1 <= self.speed_up < (math.inf if share == 1 else 1 / (1 - share)):
+                most = "without end" if share == 1 else f"below {1 / (1 - share):.3g}"
+                raise _out_of_range("speed_up", f"1 or more and {most}", self.speed_up)
+
+    @property
+    def wanted_density(self) -> float | None:
+        """Density that is wanted; None if an error is."""
+        if self.speed_up is None:
+            return self.density
+        assert self.attention_share is not None
+        return 1 - (1 - 1 / self.speed_up) / self.attention_share
+
+
+@dataclass(frozen=True)
+class ZoneSource:
+    """Where the squares of one site and step group come from.
+
+    Attributes:
+        squares: returns float (heads, rows, columns), mean squared energies without text.
+        steps: how many steps use them.
+        rows: query blocks over all heads, those with text included.
+        blocks: all blocks, those with text included.
+        text_blocks: blocks with text, which are kept in any case.
+    """
+
+    squares: Callable[[], Squares]
+    steps: int
+    rows: int
+    blocks: int
+    text_blocks: int = 0
+
+
+@dataclass(frozen=True)
+class Priced:
+    """A plan at one price.
+
+    Attributes:
+        price: variance that a kept block is worth.
+        density: expected.
+        error: root of the mean relative variance of a row's output.
+    """
+
+    price: float
+    density: float
+    error: float
+
+
+@dataclass
+class ZonePricing:
+    """Fits all sites and step groups of a plan at one price.
+
+    Args:
+        sources: of all sites and step groups, in order.
+        budget: numbers a site may have at a step group.
+        number: as in `SiteFit`.
+        group_rows: as in `SiteFit`.
+    """
+
+    sources: Sequence[ZoneSource]
+    budget: int = BUDGET
+    number: float = NUMBER_PRICE
+    group_rows: tuple[int, ...] = GROUP_ROWS
+    _held: dict[int, SiteFit] = field(default_factory=dict, init=False, repr=False)
+    _rises: dict[int, int] = field(default_factory=dict, init=False, repr=False)
+
+    def search(self, target: ZoneTarget) -> Priced:
+        """Find the price at which the plan is as wanted, or as near as it can be.
+
+        Density falls and error rises with the price, so the price is bracketed, and the bracket
+        cut where a power law through its ends says.
+        """
+        wanted = target.error if target.error is not None else target.wanted_density
+        assert wanted is not None
+
+        def miss(at: Priced) -> float:
+            """Log of found / wanted, rising with the price."""
+            if target.error is None:
+                return math.log(wanted / at.density)
+            return math.log(max(at.error, 1e-300) / wanted)
+
+        low, high = self._bracket(miss)
+        for _ in range(TRIES):
+            nearest = min((low, high), key=lambda at: abs(miss(at)))
+            if abs(miss(nearest)) <= TOLERANCE or high.price / low.price < 1 + 1e-6:
+                return nearest
+            share = miss(low) / (miss(low) - miss(high))
+            # Away from the ends, so that the bracket shrinks from both sides.
+            share = min(max(share, 0.1), 0.9)
+            price = math.exp((1 - share) * math.log(low.price) + share * math.log(high.price))
+            found = self.at(price)
+            low, high = (found, high) if miss(found) < 0 else (low, found)
+        return min((low, high), key=lambda at: abs(miss(at)))
+
+    def _bracket(self, miss: Callable[[Priced], float]) -> tuple[Priced, Priced]:
+        """Prices on both sides of the wanted one; both the same if it lies outside of all."""
+        found = self.at(1e-5)
+        grow = 16.0 if miss(found) < 0 else 1 / 16
+        for _ in range(TRIES):
+            other = self.at(found.price * grow)
+            if (miss(other) < 0) != (miss(found) < 0):
+                return (found, other) if grow > 1 else (other, found)
+            found = other
+        return found, found
+
+    def at(self, price: float) -> Priced:
+        """Return what the plan is at a price."""
+        kept = blocks = variance = rows = 0.0
+        for source, zones in zip(self.sources, self.fits(price), strict=True):
+            kept += source.steps * (zones.kept + source.text_blocks)
+            blocks += source.steps * source.blocks
+            variance += source.steps * zones.variance
+            rows += source.steps * source.rows
+        return Priced(price, kept / blocks, math.sqrt(variance / rows))
+
+    def fits(self, price: float) -> Iterator[SiteZones]:
+        """Fit all sites and step groups, one after the other."""
+        for index in range(len(self.sources)):
+            fit = self._fit(index)
+            # What a number costs starts from what it cost last: prices come near one another.
+            yield fit.at(price, self._rises.get(index, 0))
+            self._rises[index] = fit.rise
+
+    def _fit(self, index: int) -> SiteFit:
+        if index in self._held:
+            return self._held[index]
+        fit = SiteFit(self.sources[index].squares(), self.budget, self.number, self.group_rows)
+        if sum(held.bytes for held in self._held.values()) + fit.bytes <= MEMORY:
+            self._held[index] = fit
+        return fit
+
+
+def _out_of_range(name: str, expected: object, got: object) -> OptionError:
+    return OptionError(
+        f"{name} of a plan of zones is out of range",
+        expected=expected,
+        got=got,
+        remedy="ask for one density, speed-up or error that can be had",
+    )

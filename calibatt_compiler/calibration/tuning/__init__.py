@@ -1,0 +1,1 @@
+"""The search for thresholds that reach a speed-up or a fidelity."""

@@ -1,0 +1,115 @@
+"""One compiled model that serves any plan: for a search that tries many."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from calibatt_compiler.backend import recording_backend
+from calibatt_compiler.calibration.observe.attach import DYNAMO
+from calibatt_compiler.capture import CaptureInfo
+from calibatt_compiler.kernels.common.dense import dense_attention
+from calibatt_compiler.models import unwrap
+from calibatt_compiler.plan import Plan
+from calibatt_compiler.runtime.device_queue import lane_of
+from calibatt_compiler.runtime.kernel_cache import TABLE_BUDGET, KernelStore
+from calibatt_compiler.runtime.site import SparseSite
+
+BUDGET = 4 * TABLE_BUDGET
+"""Bytes of tables to hold of one plan: when steps are timed, a few far apart come again and again,
+and making their tables anew would be timed too."""
+
+
+class PlanServer:
+    """Serves a plan that can be exchanged; implements `calibatt_compiler.capture.Recorder`.
+
+    The model is compiled as for a recording: every attention call asks here what to compute. So
+    neither Dynamo nor Inductor sees which plan it is, and one compilation serves all. Kernels read
+    the plan from tables; the generated ones of the lowering `baked` would be compiled anew.
+    """
+
+    def __init__(self) -> None:
+        self._plan: Plan | None = None
+        self._sites: dict[tuple[str, str, torch.device, torch.dtype], SparseSite] = {}
+        self._stores: dict[tuple[str, torch.device], KernelStore] = {}
+
+    def use(self, plan: Plan | None) -> None:
+        """Serve another plan from now on; None: all attention dense, by the stock kernel."""
+        self._plan = plan
+
+    def forget(self) -> None:
+        """Free the tables of all plans that were served."""
+        self._sites.clear()
+        self._stores.clear()
+
+    def on_capture(self, capture: CaptureInfo) -> None:
+        """Nothing to note: each call is looked at when it comes."""
+
+    def attend(
+        self, site: str, q: Tensor, k: Tensor, v: Tensor, timestep: float, scale: float
+    ) -> Tensor:
+        """Attention by the plan, dense where it has no such site or the lengths are others.
+
+        Shapes as in `calibatt_compiler.capture.Recorder`.
+        """
+        plan = self._plan
+        if plan is None or not _fits(plan, site, q, k):
+            return dense_attention(q, k, v, scale)
+        key = (plan.digest, site, q.device, q.dtype)
+        if key not in self._sites:
+            self._sites[key] = SparseSite(
+                plan,
+                site,
+                lowering="table",
+                device=q.device,
+                dtype=q.dtype,
+                head_dim=q.shape[3],
+                kernels=self._store(plan, q.device),
+            )
+        return self._sites[key].attend(q, k, v, timestep, scale)
+
+    def _store(self, plan: Plan, device: torch.device) -> KernelStore:
+        """Sites are added as the first forward pass calls them: in the order of the graph."""
+        key = (plan.digest, device)
+        if key not in self._stores:
+            self._stores[key] = KernelStore(lane_of(device), budget=BUDGET)
+        return self._stores[key]
+
+
+def _fits(plan: Plan, site: str, q: Tensor, k: Tensor) -> bool:
+    planned = plan.sites.get(site)
+    if planned is None or planned.heads != q.shape[1]:
+        return False
+    lengths = (planned.query_length, planned.key_length)
+    return plan.text_position is not None or lengths == (q.shape[2], k.shape[2])
+
+
+@contextmanager
+def served(pipe: Any, component: str, server: PlanServer, *, inductor: bool) -> Iterator[nn.Module]:
+    """Let a pipeline call its transformer compiled for a server; put it back at the end.
+
+    Args:
+        pipe: the pipeline.
+        component: which module of it.
+        server: asked at every attention call.
+        inductor: compile what is around attention.
+
+    Yields:
+        The compiled module.
+    """
+    held = getattr(pipe, component)
+    isolated = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    extra: dict[str, Any] = {"isolate_recompiles": True} if isolated else {}
+    backend = recording_backend(server, inductor=inductor)
+    compiled = cast(nn.Module, torch.compile(unwrap(held), backend=backend, dynamic=False, **extra))
+    setattr(pipe, component, compiled)
+    try:
+        with torch._dynamo.config.patch(DYNAMO), torch.no_grad():
+            yield compiled
+    finally:
+        setattr(pipe, component, held)

@@ -1,0 +1,1 @@
+"""Validation: how much attention a plan keeps on inputs it has not seen."""

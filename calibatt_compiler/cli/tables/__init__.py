@@ -1,0 +1,1 @@
+"""Tables for the terminal: what calibration, search and validation say."""

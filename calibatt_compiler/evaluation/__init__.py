@@ -1,0 +1,1 @@
+"""Runs pipelines and measures: quality, time, and dense beside sparse."""

@@ -1,0 +1,96 @@
+"""Tokens brought into a plan's order around a site, and back."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from calibatt_compiler.kernels.protocol import AttentionKernel, ReorderingKernel
+from calibatt_compiler.plan.order import TokenOrder
+
+
+class Rearrangement:
+    """Lays the tokens of queries, keys and values out in another order.
+
+    Attributes:
+        tokens: int32 (length), the model's index of the token at each position.
+        positions: int32 (length), the position of each of the model's tokens.
+    """
+
+    def __init__(self, tokens: np.ndarray[tuple[int], np.dtype[np.int64]], device: torch.device):
+        self.tokens = torch.from_numpy(tokens.astype(np.int32)).to(device)
+        self.positions = torch.from_numpy(np.argsort(tokens).astype(np.int32)).to(device)
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Return x (B, H, S, D) in this order, laid out as contiguous (B, S, H, D)."""
+        return x.transpose(1, 2).index_select(1, self.tokens).transpose(1, 2)
+
+    def undo(self, x: Tensor) -> Tensor:
+        """Return x (B, H, S, D) in the model's order, laid out as contiguous (B, S, H, D)."""
+        return x.transpose(1, 2).index_select(1, self.positions).transpose(1, 2)
+
+
+def rearrangement(
+    order: TokenOrder,
+    grid: tuple[int, int, int],
+    length: int,
+    *,
+    text_first: bool,
+    device: torch.device,
+) -> Rearrangement | None:
+    """Return how to lay out sequences of a length, or None if they are as they should be.
+
+    Args:
+        order: of the grid's tokens.
+        grid: tokens (frames, height, width).
+        length: tokens of a sequence, text included; text stays where it is.
+        text_first: whether text stands before the video.
+        device: of the operands.
+    """
+    return laid_out(order, grid, length, length - math.prod(grid) if text_first else 0, device)
+
+
+@functools.lru_cache(maxsize=64)
+def laid_out(
+    order: TokenOrder,
+    grid: tuple[int, int, int],
+    length: int,
+    first: int,
+    device: torch.device,
+) -> Rearrangement | None:
+    """As `rearrangement`, for a video that begins at place `first` of a sequence."""
+    tokens = order.tokens(grid, length=length, first=first)
+    return None if tokens is None else Rearrangement(tokens, device)
+
+
+def attend_in_order(
+    kernel: AttentionKernel,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    orders: tuple[Rearrangement | None, Rearrangement | None],
+) -> Tensor:
+    """Call a kernel on tokens in its pattern's order; the output is in the model's.
+
+    Args:
+        kernel: one that can reads the operands in their order, others are given copies.
+        q: (B, H, Sq, D) in the model's order.
+        k: (B, H, Sk, D).
+        v: (B, H, Sk, D).
+        scale: factor on the scores.
+        orders: of the queries, and of the keys and values.
+    """
+    of_queries, of_keys = orders
+    if of_queries is None and of_keys is None:
+        return kernel(q, k, v, scale=scale)
+    if isinstance(kernel, ReorderingKernel) and of_queries is not None and of_keys is not None:
+        return kernel.reordered(q, k, v, of_queries.tokens, of_keys.tokens, scale=scale)
+    q = q if of_queries is None else of_queries.apply(q)
+    k, v = (x if of_keys is None else of_keys.apply(x) for x in (k, v))
+    out = kernel(q, k, v, scale=scale)
+    return out if of_queries is None else of_queries.undo(out)

@@ -1,0 +1,46 @@
+"""The Hopper kernel with its key blocks as literals of generated source."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from calibatt_compiler.kernels.baked.cache import CacheEntry, load_kernel
+from calibatt_compiler.kernels.hopper.attention import HopperAttention
+from calibatt_compiler.kernels.hopper.launch import HopperConfig
+
+
+class HopperLiterals(HopperAttention):
+    """The same with key blocks as literals in generated source; gives the same bits.
+
+    Where its fixed reference overflows, the tables repair: a repair is rare, and a launch that ends
+    at once need not be compiled for each pattern.
+
+    Args:
+        entry: of the kernel cache, with target "hopper".
+        table: the kernel of the same pattern that served until this one was compiled.
+        where: device, dtype, head_dim and further arguments of `HopperAttention`.
+
+    Attributes:
+        kind: "hopper-baked".
+        launched: a call has been served.
+    """
+
+    kind = "hopper-baked"
+
+    def __init__(self, entry: CacheEntry, table: HopperAttention, **where: Any) -> None:
+        self._literals = load_kernel(entry)
+        self._intervals = entry.covering.cover.max_intervals
+        self._table = table
+        self.launched = False
+        super().__init__(table.pattern, **where)
+
+    def _indices(self) -> dict[str, Any]:
+        return {"LITERALS": self._literals, "RUNS": self._intervals}
+
+    def _launch(self, config: HopperConfig, given: dict[str, object]) -> None:
+        super()._launch(config, given)
+        self.launched = True
+
+    def repair(self, config: HopperConfig, given: dict[str, object]) -> None:
+        """As the table kernel does."""
+        self._table.repair(config, given)

@@ -1,0 +1,171 @@
+"""A process that compiles: reads jobs as JSON lines, answers each with one JSON line.
+
+`python -m calibatt_compiler.kernels.baked.worker`, started by `KernelCompiler`. It never launches
+a kernel and needs no GPU. It ends when its input does, so it never outlives its parent.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+
+from calibatt_compiler.kernels.baked.cache import (
+    CacheEntry,
+    get_entry,
+    is_compiled,
+    load_kernel,
+    record_compiled,
+    variant_name,
+)
+from calibatt_compiler.kernels.baked.cover import CoverError, CoverLimits
+from calibatt_compiler.kernels.hopper.launch import hopper_config
+from calibatt_compiler.kernels.hopper.offline import compile_hopper
+from calibatt_compiler.kernels.portable.launch import launch_config
+from calibatt_compiler.kernels.portable.offline import (
+    baked_arguments,
+    compile_offline,
+    table_arguments,
+)
+from calibatt_compiler.plan.copies import RowCopies
+from calibatt_compiler.plan.order import TokenOrder
+from calibatt_compiler.plan.pattern import BlockPattern
+
+
+def encode_pattern(pattern: BlockPattern) -> dict[str, Any]:
+    """A pattern as JSON values."""
+    bits = base64.b64encode(zlib.compress(pattern.bits.tobytes(), 1)).decode()
+    copies = None
+    if pattern.copies is not None and pattern.repetitive is not None:
+        order = str(pattern.copies.order)
+        copies = {
+            "heads": np.flatnonzero(pattern.repetitive).tolist(),
+            **asdict(pattern.copies),
+            "order": order,
+        }
+    return {
+        "heads": pattern.heads,
+        "query_length": pattern.query_length,
+        "key_length": pattern.key_length,
+        "block_m": pattern.block_m,
+        "block_n": pattern.block_n,
+        "bits": bits,
+        "copies": copies,
+    }
+
+
+def decode_pattern(data: dict[str, Any]) -> BlockPattern:
+    """Inverse of `encode_pattern`."""
+    sizes = {name: value for name, value in data.items() if name not in ("bits", "copies")}
+    rows = -(-sizes["query_length"] // sizes["block_m"])
+    bits = np.frombuffer(zlib.decompress(base64.b64decode(data["bits"])), np.uint8)
+    pattern = {**sizes, "bits": bits.reshape(sizes["heads"], rows, -1)}
+    if data["copies"] is None:
+        return BlockPattern(**pattern)
+    copies = dict(data["copies"])
+    repetitive = np.isin(np.arange(sizes["heads"]), copies.pop("heads"))
+    order = TokenOrder.parse(copies.pop("order"))
+    rows_copied = RowCopies(tuple(copies.pop("grid")), order=order, **copies)
+    return BlockPattern(**pattern, copies=rows_copied, repetitive=repetitive)
+
+
+def compile_job(job: dict[str, Any]) -> dict[str, Any]:
+    """Generate and compile one kernel; a kernel that is compiled already costs a look-up."""
+    pattern = decode_pattern(job["pattern"])
+    start = time.perf_counter()
+    entry = get_entry(pattern, CoverLimits(**job["limits"]), job["target"])
+    variants = _hopper_variants if job["target"] == "hopper" else _portable_variants
+    cached, names = True, []
+    for variant, compile_variant in variants(entry, pattern, job):
+        names.append(variant)
+        if not is_compiled(entry, variant):
+            cached = False
+            record_compiled(entry, variant, compile_variant(), time.perf_counter() - start)
+    return {
+        "digest": entry.digest,
+        "variant": " ".join(names),
+        "source_path": str(entry.source_path),
+        "added_density": entry.covering.added_density,
+        "seconds": time.perf_counter() - start,
+        "cached": cached,
+    }
+
+
+Variants = Iterator[tuple[str, Callable[[], Any]]]
+
+
+def _portable_variants(entry: CacheEntry, pattern: BlockPattern, job: dict[str, Any]) -> Variants:
+    """The kernel of a portable entry and, with a fixed reference, the one that repairs."""
+    dtype, head_dim, copies = getattr(torch, job["dtype"]), job["head_dim"], pattern.repetitive
+    where: dict[str, Any] = {"arch": job["arch"], "dtype": dtype}
+    config = launch_config(pattern, **where, head_dim=head_dim, softmax=job["softmax"])
+
+    def compile_kernel() -> Any:
+        extra = baked_arguments(config, copies=copies is not None)
+        return compile_offline(load_kernel(entry), **where, config=config, extra=extra)
+
+    def compile_repair() -> Any:
+        from calibatt_compiler.kernels.portable.attention import table_attention
+
+        repair, wide = config.repair(), pattern.key_blocks >= 2**15
+        entries = torch.int32 if wide else torch.int16
+        extra = table_arguments(dtype, repair, entries, copies=copies is not None)
+        return compile_offline(table_attention, **where, config=repair, extra=extra)
+
+    yield variant_name(config, **where), compile_kernel
+    if config.softmax == "fixed":
+        yield variant_name(config.repair(), **where), compile_repair
+
+
+def _hopper_variants(entry: CacheEntry, pattern: BlockPattern, job: dict[str, Any]) -> Variants:
+    """The kernels of a Hopper entry: with a fixed reference, also the one that repairs."""
+    config = hopper_config(
+        pattern,
+        dtype=getattr(torch, job["dtype"]),
+        head_dim=job["head_dim"],
+        softmax=job["softmax"],
+    )
+    runs = entry.covering.cover.max_intervals
+    yield (
+        config.variant_name(repair=False),
+        lambda: compile_hopper(config, literals=load_kernel(entry), runs=runs),
+    )
+    if config.fixed:
+        # By the tables, the same for every pattern: in Triton's cache after the first.
+        yield config.variant_name(repair=True), lambda: compile_hopper(config, repair=True)
+
+
+def main() -> None:
+    """Serve jobs until end of input."""
+    # Ctrl-C goes to the whole group; the parent decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Whatever a library prints must not land among the answers.
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        try:
+            answer = {"ok": True, **compile_job(json.loads(line))}
+        except CoverError as error:
+            answer = {"ok": False, "declined": True, "reason": error.problem}
+        except Exception as error:
+            # One broken kernel must not stop the others; the table kernel serves its site.
+            trace = traceback.format_exc()
+            reason = f"{type(error).__name__}: {error}"
+            answer = {"ok": False, "declined": False, "reason": reason, "trace": trace}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

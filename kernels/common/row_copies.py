@@ -1,0 +1,133 @@
+"""Tables of a pattern's copied rows, as kernels read them."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakValueDictionary
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from calibatt_compiler.kernels.common.uploads import to_device
+from calibatt_compiler.plan.copies import RowCopies
+from calibatt_compiler.plan.pattern import BlockPattern
+
+
+@dataclass(frozen=True, eq=False)
+class CopyTables:
+    """What a repetitive head computes and where it stores it.
+
+    Attributes:
+        computed: int32 (n,), the positions that are computed, increasing.
+        targets: int32 (slots, n), the positions that take the output of each of them, itself
+            among them, increasing; -1 where there are fewer than `slots`. Read-only, contiguous.
+    """
+
+    computed: npt.NDArray[np.int32]
+    targets: npt.NDArray[np.int32]
+
+
+def copy_tables(pattern: BlockPattern) -> CopyTables | None:
+    """Return the tables of a pattern, None if no head is repetitive."""
+    if pattern.repetitive is None:
+        return None
+    assert pattern.copies is not None
+    return _tables(pattern.copies, pattern.query_length)
+
+
+@functools.lru_cache(maxsize=32)
+def _tables(copies: RowCopies, length: int) -> CopyTables:
+    computed, sources = copies.computed(length), copies.sources(length)
+    order = np.argsort(sources, kind="stable")
+    source = sources[order]
+    counts = np.bincount(source)
+    slot = np.arange(length) - (np.cumsum(counts) - counts)[source]
+    targets = np.full((counts.max(), len(computed)), -1, np.int32)
+    targets[slot, source] = order
+    targets.setflags(write=False)
+    return CopyTables(computed, targets)
+
+
+@dataclass(frozen=True, eq=False)
+class _Shared:
+    """The tables of `CopyTables` on a device, for all heads and patterns that copy alike."""
+
+    computed: Tensor
+    targets: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceCopies:
+    """A pattern's copied rows on a device.
+
+    Attributes:
+        repetitive: uint8 (heads,), which heads are repetitive.
+        shared: what these compute and copy.
+    """
+
+    repetitive: Tensor
+    shared: _Shared
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tables take on the device, shared or not."""
+        return self.repetitive.nbytes + self.shared.computed.nbytes + self.shared.targets.nbytes
+
+    def arguments(self) -> dict[str, Any]:
+        """The tables and their sizes as arguments of a kernel, by name."""
+        slots, rows = self.shared.targets.shape
+        return {
+            "repetitive_ptr": self.repetitive,
+            "computed_ptr": self.shared.computed,
+            "targets_ptr": self.shared.targets,
+            "computed_rows": rows,
+            "slots": slots,
+        }
+
+    @classmethod
+    def upload(
+        cls, pattern: BlockPattern, device: torch.device, *, whole: int = 1
+    ) -> DeviceCopies | None:
+        """Return the tables of a pattern on a device, None if no head is repetitive.
+
+        They are filled up to a multiple of `whole` rows: by the last row, which no token takes from
+        there.
+
+        To a GPU the flags are copied from pinned memory on the current stream, and not waited for;
+        shared tables are, but they are copied once.
+        """
+        tables = copy_tables(pattern)
+        if tables is None or pattern.repetitive is None:
+            return None
+        key = (pattern.copies, pattern.query_length, whole, str(device))
+        # Another thread may launch on another stream as soon as it finds them.
+        with _lock:
+            shared = _shared.get(key)
+            if shared is None:
+                more = -len(tables.computed) % whole
+                computed = np.pad(tables.computed, (0, more), mode="edge")
+                targets = np.pad(tables.targets, ((0, 0), (0, more)), constant_values=-1)
+                both = (torch.from_numpy(table).to(device) for table in (computed, targets))
+                shared = _Shared(*both)
+                _shared[key] = shared
+        return cls(to_device(pattern.repetitive.view(np.uint8), device), shared)
+
+
+NO_COPIES: dict[str, Any] = {
+    "repetitive_ptr": None,
+    "computed_ptr": None,
+    "targets_ptr": None,
+    "computed_rows": 0,
+    "slots": 0,
+}
+"""Arguments of a kernel for patterns without repetitive heads."""
+
+_shared: WeakValueDictionary[tuple[RowCopies | None, int, int, str], _Shared] = (
+    WeakValueDictionary()
+)
+_lock = threading.Lock()

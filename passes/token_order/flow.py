@@ -1,0 +1,223 @@
+"""Follows a permutation of the video's tokens through a graph, from where it enters to its end.
+
+The argument is one of two runs (`token_axis`): if each operator does what its rule says, all values
+of the permuted run are those of the other, permuted as their `Tokens` tell. An operator without a
+rule, or that its rule refuses, is an *exit*: it is given its operands in the model's own order, and
+so returns what it always did. So the result is right for any choice of where the permutation
+enters; where it must enter beside the video itself, the rules say (`Meeting`).
+
+Operators that write into a tensor are covered, as a permutation maps the places of a tensor one to
+one, those of its views too. But what is permuted at an entry or for an exit is a copy: into the
+memory of such a value nothing may be written afterwards. (Views are told by the memory of the fake
+tensors that Dynamo leaves with its nodes.)
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Graph, Node
+
+from calibatt_compiler.passes.graph import example
+from calibatt_compiler.passes.token_order.axis import (
+    Call,
+    Meeting,
+    Obstacle,
+    State,
+    Tokens,
+    holds,
+    outputs,
+    product,
+    same,
+    shape,
+)
+from calibatt_compiler.passes.token_order.rules import RULES, transfer
+
+WRITING = {
+    operator.setitem, operator.iadd, operator.isub, operator.imul, operator.imatmul,
+    operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow, operator.iand,
+    operator.ior, operator.ixor, operator.ilshift, operator.irshift,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Where a permutation goes.
+
+    Attributes:
+        entries: values that are permuted, and how; all that follows from them is in `states`.
+        states: of every node.
+        exits: nodes that are given tokens in the model's order, and why.
+        barred: of nodes that depend on an exit, the exit.
+    """
+
+    entries: Mapping[Node, Tokens]
+    states: Mapping[Node, State]
+    exits: Mapping[Node, Obstacle]
+    barred: Mapping[Node, Obstacle]
+
+    def undone(self) -> dict[Node, Tokens]:
+        """Return the values that must be brought back into the model's order for exits."""
+        found: dict[Node, Tokens] = {}
+        for node in self.exits:
+            for source in node.all_input_nodes:
+                state = self.states[source]
+                if isinstance(state, Tokens) and source not in self.entries:
+                    found[source] = state
+        return found
+
+
+def settle(graph: Graph, entry: Node, tokens: Tokens, video: int) -> Flow | Obstacle:
+    """Permute one value and whatever its tokens meet; return where all that goes.
+
+    Args:
+        graph: with fake tensors in its nodes' meta.
+        entry: the value that the video's tokens are first seen in.
+        tokens: which of its dimensions they are.
+        video: their number.
+    """
+    entries = {entry: tokens}
+    while isinstance(found := follow(graph, entries, video), Meeting):
+        value, tokens = origin(found, video)
+        if value in entries:
+            return Obstacle(value, "would have to be permuted in two ways")
+        entries[value] = tokens
+    return found if isinstance(found, Obstacle) else _written_nowhere(graph, found)
+
+
+def follow(graph: Graph, entries: Mapping[Node, Tokens], video: int) -> Flow | Meeting | Obstacle:
+    """Apply the rules from node to node, up to the first value that must be permuted as well."""
+    used: dict[Node, Tokens] = {}
+    states: dict[Node, State] = {}
+    exits: dict[Node, Obstacle] = {}
+    barred: dict[Node, Obstacle] = {}
+    for node in graph.nodes:
+        outcome = transfer(Call(node, video, states))
+        if isinstance(outcome, Meeting):
+            return barred.get(outcome.value, outcome)
+        if not isinstance(outcome, Obstacle) and not _plausible(node, outcome, video):
+            outcome = Obstacle(node, "returns something else than its rule says")
+        if isinstance(outcome, Obstacle):
+            several = any(isinstance(states[source], tuple) for source in node.all_input_nodes)
+            if several or (node.op != "output" and written(node)):
+                return outcome
+            exits[node], outcome = outcome, None
+        if node in entries and outcome is None:
+            outcome = used[node] = entries[node]
+        elif node in entries and not entries[node].agrees(outcome):
+            return Obstacle(node, "would have to be permuted in two ways")
+        states[node] = outcome
+        bars = (barred[source] for source in node.all_input_nodes if source in barred)
+        if (bar := exits.get(node) or next(bars, None)) is not None:
+            barred[node] = bar
+    return Flow(used, states, exits, barred)
+
+
+def _plausible(node: Node, state: State, video: int) -> bool:
+    """Whether outputs have the dimensions that a rule named."""
+    tensors = outputs(node)
+    parts = state if isinstance(state, tuple) else (state,)
+    return len(parts) <= len(tensors) and all(
+        part is None
+        or (isinstance(part, Tokens) and isinstance(x, torch.Tensor) and holds(x, part, video))
+        for part, x in zip(parts, tensors, strict=False)
+    )
+
+
+def origin(met: Meeting, video: int) -> tuple[Node, Tokens]:
+    """Return the value farthest back whose permutation arrives as the one that is asked for.
+
+    All layers then read from one permuted table, instead of each permuting its own slice of it.
+    """
+    value, tokens = met.value, met.tokens
+    while (found := next(_steps_back(value, tokens, video), None)) is not None:
+        value, tokens = found
+    return value, tokens
+
+
+def _steps_back(value: Node, tokens: Tokens, video: int) -> Iterator[tuple[Node, Tokens]]:
+    """Walk operands which alone, permuted, make `value` permuted by `tokens`."""
+    length = shape(value)[tokens.dim]
+    for source in value.all_input_nodes:
+        through = () if example(source) is not None else (source,)
+        for base in source.all_input_nodes if through else (source,):
+            if example(base) is None:
+                continue
+            for dim, size in enumerate(shape(base)):
+                if not same(size, length):
+                    continue
+                before = Tokens(dim, tokens.first)
+                states: dict[Node, State] = {base: before}
+                for node in (*through, value):
+                    outcome = transfer(Call(node, video, states))
+                    if isinstance(outcome, (Meeting, Obstacle)):
+                        break
+                    states[node] = outcome
+                if tokens.agrees(states.get(value)):
+                    yield base, before
+
+
+def written(node: Node) -> list[Node]:
+    """Return the tensors that a node writes into, or may write into as far as is known."""
+    if node.op not in ("call_function", "call_method"):
+        return []
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if isinstance(out := node.kwargs.get("out"), Node):
+        return [out]
+    tensors = [source for source in node.all_input_nodes if example(source) is not None]
+    inplace = bool(node.kwargs.get("inplace")) or (name == "dropout" and node.args[3:] == (True,))
+    if inplace or node.target in WRITING or (name.endswith("_") and not name.endswith("__")):
+        return tensors[:1]
+    schema = getattr(node.target, "_schema", None)
+    if node.target in RULES or not getattr(schema, "is_mutable", True):
+        return []
+    # Of an operator that nothing is known of, a result in the operand's memory tells, or none.
+    memories = {memory(source) for source in tensors}
+    alike = any(isinstance(x, torch.Tensor) and _storage(x) in memories for x in outputs(node))
+    return tensors if alike or schema is not None or outputs(node) == (None,) else []
+
+
+def memory(node: Node) -> int:
+    """Return what tells apart the memory of tensors that are no views of one another."""
+    # At inference, dropout returns its operand, which its fake tensor does not show.
+    while getattr(node.target, "__name__", node.target) == "dropout":
+        node = node.all_input_nodes[0]
+    value = example(node)
+    return 0 if value is None else _storage(value)
+
+
+def _storage(value: torch.Tensor) -> int:
+    return int(value.untyped_storage()._cdata)
+
+
+def _written_nowhere(graph: Graph, flow: Flow) -> Flow | Obstacle:
+    """Return the flow, or the node that writes into a value of which permuting makes a copy.
+
+    Copies are contiguous. If a value is not, `contiguous` or `reshape` may behind its copy return a
+    view where they copied before, or the reverse; so nothing at all may be written then.
+    """
+    copies = {*flow.entries, *flow.undone()}
+    copied: set[int] = set()
+    relaid = False
+    for node in graph.nodes:
+        targets = written(node)
+        if targets and (relaid or any(memory(target) in copied for target in targets)):
+            return Obstacle(node, "may write into a value that was permuted before")
+        if node in copies:
+            copied.add(memory(node))
+            relaid = relaid or not _contiguous(node)
+    return flow
+
+
+def _contiguous(node: Node) -> bool:
+    """Whether a tensor is known to be contiguous; asks for no guard."""
+    value = example(node)
+    assert value is not None
+    strides = [product(shape(node)[dim + 1 :]) for dim in range(value.dim())]
+    return all(
+        same(size, 1) or same(stride, expected)
+        for size, stride, expected in zip(value.shape, value.stride(), strides, strict=True)
+    )

@@ -1,0 +1,159 @@
+"""Compile the portable kernels for GPUs that need not be here; for test_triton_offline.py.
+
+A process of its own: it puts a stand-in driver in Triton's place. Prints one JSON line a kernel.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from triton import knobs
+
+from calibatt_compiler.kernels.baked import cache
+from calibatt_compiler.kernels.baked.compiler import KernelCompiler, KernelSpec
+from calibatt_compiler.kernels.baked.cover import EXACT
+from calibatt_compiler.kernels.common.operands import empty_output
+from calibatt_compiler.kernels.common.row_copies import NO_COPIES, DeviceCopies, copy_tables
+from calibatt_compiler.kernels.portable.attention import table_attention
+from calibatt_compiler.kernels.portable.index_tables import IndexTables
+from calibatt_compiler.kernels.portable.launch import (
+    LaunchConfig,
+    call_arguments,
+    key_sources,
+    launch_config,
+)
+from calibatt_compiler.kernels.portable.offline import compile_offline, table_arguments
+from calibatt_compiler.plan.copies import RowCopies
+from calibatt_compiler.plan.pattern import BlockPattern
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        dump = subprocess.run(
+            [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    pairs = (word.split(":") for word in dump.split() if word.count(":") == 1)
+    return {name: int(value) for name, value in pairs if value.isdigit()}
+
+
+def describe(kernel: Any) -> dict[str, Any]:
+    ptx = kernel.asm["ptx"]
+    usage = resources(kernel.asm["cubin"])
+    return {
+        "registers": usage["REG"],
+        "stack": usage["STACK"],
+        "local": usage["LOCAL"],
+        "shared": kernel.metadata.shared,
+        "wgmma": ptx.count("wgmma.mma_async"),
+        "tcgen05": ptx.count("tcgen05.mma"),
+        "mma": ptx.count("mma.sync"),
+        "tma": ptx.count("cp.async.bulk.tensor"),
+        "cp_async": ptx.count("cp.async.cg"),
+    }
+
+
+def cached_files() -> int:
+    return sum(1 for path in Path(os.environ["TRITON_CACHE_DIR"]).rglob("*") if path.is_file())
+
+
+def main() -> None:
+    row = torch.arange(12)
+    mask = (row[:, None] - row[None]).abs()[None] <= torch.tensor([1, 2])[:, None, None]
+    mask[:, :, 0] = True
+    length = 12 * 128 - 37
+    made = BlockPattern.from_mask(mask, query_length=length, key_length=length)
+    archs = [int(arch) for arch in os.environ["CALIBATT_TEST_ARCHS"].split(",")]
+    bf16 = torch.bfloat16
+
+    copies = RowCopies((2, 30, 24), 5, first=50)
+    mixed = replace_heads(made, np.array([True, False]), copies)
+    specs = [KernelSpec(pattern, bf16, 128, arch) for arch in archs for pattern in (made, mixed)]
+    with KernelCompiler(workers=2) as compiler:
+        report = compiler.build(specs)
+    assert not report.failed, report.failed
+    for arch in archs:
+        for head_dim in (64, 128):
+            where: dict[str, Any] = {"arch": arch, "dtype": bf16}
+            config = launch_config(made, **where, head_dim=head_dim)
+            exact = launch_config(made, **where, head_dim=head_dim, softmax="exact")
+            pooling = launch_config(replace(made, pooled=4), **where, head_dim=head_dim)
+            forms: list[tuple[str, LaunchConfig, dict[str, Any]]] = [
+                ("table", config, {}),
+                ("repair", config.repair(), {}),
+                ("exact", exact, {}),
+                ("weighted", pooling, {"weighted": True, "pooled": 4}),
+                ("copies", config, {"copies": True}),
+            ]
+            for kind, form, arguments in forms:
+                extra = table_arguments(bf16, form, **arguments)
+                kernel = compile_offline(table_attention, **where, config=form, extra=extra)
+                facts = {"kind": kind, "arch": arch, "head_dim": head_dim, **describe(kernel)}
+                print(json.dumps(facts))
+        for pattern in (made, mixed):
+            print(json.dumps(baked(pattern, arch, config)))
+
+
+def replace_heads(
+    pattern: BlockPattern, repetitive: npt.NDArray[np.bool_], copies: RowCopies
+) -> BlockPattern:
+    """The pattern with some heads repetitive."""
+    return BlockPattern.from_mask(
+        pattern.mask(),
+        query_length=pattern.query_length,
+        key_length=pattern.key_length,
+        repetitive=repetitive,
+        copies=copies,
+    )
+
+
+def baked(pattern: BlockPattern, arch: int, config: LaunchConfig) -> dict[str, Any]:
+    """The launch path with real operands: everything must come out of Triton's cache."""
+    entry = cache.get_entry(pattern, EXACT)
+    for each in (config, config.repair()):
+        assert cache.is_compiled(entry, cache.variant_name(each, arch=arch, dtype=torch.bfloat16))
+    shape = (2, pattern.query_length, 2, 128)
+    q, k, v = (torch.zeros(shape, dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
+    out = empty_output(q)
+    q, arguments = call_arguments(q, k, v, out, None, config)
+    if (tables := copy_tables(pattern)) is not None:
+        arguments["computed_ptr"] = torch.from_numpy(tables.computed.copy())
+        arguments["targets_ptr"] = torch.from_numpy(tables.targets.copy())
+    before = cached_files()
+    flag = torch.zeros(1, dtype=torch.int32)
+    keys = key_sources(k, v, config)
+    kernel = cache.load_kernel(entry).warmup(
+        q, *keys, out, flag, grid=(1, 1), **arguments, **config.constexprs, **config.options
+    )
+    # And the table kernel's launch that repairs.
+    indices, repair = IndexTables.upload(pattern, flag.device), config.repair()
+    table = DeviceCopies.upload(pattern, flag.device)
+    for name in ("computed_ptr", "targets_ptr"):
+        arguments.pop(name, None)
+    table_attention.warmup(
+        q, *keys, out, flag, flag, *indices.tensors, k, v, grid=(1, 1),
+        **(NO_COPIES if table is None else table.arguments()), **arguments,
+        heads=2, query_blocks=pattern.query_blocks, length_q=pattern.query_length,
+        length_k=pattern.key_length, parts=0, POOLED=0, WEIGHTED=False, COPIES=table is not None,
+        REPAIR=True, **repair.constexprs, **repair.options,
+    )  # fmt: skip
+    kind = "baked" if tables is None else "baked copies"
+    facts = {"kind": kind, "arch": arch, "head_dim": 128, **describe(kernel)}
+    return {**facts, "new_files": cached_files() - before}
+
+
+if __name__ == "__main__":
+    main()
