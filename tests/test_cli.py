@@ -290,6 +290,7 @@ def test_an_interrupted_calibration_leaves_whole_files_and_says_how_to_go_on(
     # A job started in the background inherits an ignored SIGINT: restore what a terminal gives.
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL); "
         "from calibatt_compiler.cli import main; main()"
     )
     arguments = ["calibrate", tiny_wan_folder, "--out", tmp_path / "p.calibatt", "--block", "32"]
@@ -317,8 +318,13 @@ def test_an_interrupted_calibration_leaves_whole_files_and_says_how_to_go_on(
     assert {path.name for path in folder.iterdir()} == {"run.json", "input-00000.safetensors"}
 
 
-def test_signals_that_end_a_command_end_it_once():
+def test_signals_end_a_command_once_and_are_not_lost(monkeypatch: pytest.MonkeyPatch):
     from calibatt_compiler.cli import interruption
+
+    tidied: list[bool] = []
+    lost: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", lost.append)
+    monkeypatch.setattr(interruption, "_AGAIN", 0.2)
 
     def command() -> None:
         with interruption.signals_interrupt(), interruption.said_if_interrupted(lambda: "kept"):
@@ -327,14 +333,31 @@ def test_signals_that_end_a_command_end_it_once():
                 signal.raise_signal(signal.SIGTERM)
             finally:
                 signal.raise_signal(signal.SIGTERM)
+                time.sleep(0.5)
+                tidied.append(True)
+
+    class Last:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    def losing() -> None:
+        with interruption.signals_interrupt():
+            Last()
+            for _ in range(100):
+                time.sleep(0.05)
+            pytest.fail("the signal was lost")
 
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
         with pytest.raises(KeyboardInterrupt) as caught:
             command()
+        with pytest.raises(KeyboardInterrupt) as again:
+            losing()
     finally:
         signal.signal(signal.SIGHUP, before)
-    assert interruption.exit_code(caught.value) == 143
+    assert tidied == [True]
+    assert len(lost) == 1
+    assert [interruption.exit_code(each.value) for each in (caught, again)] == [143, 143]
     assert caught.value.__notes__ == ["kept"]
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert interruption.exit_code(KeyboardInterrupt()) == 130

@@ -111,7 +111,7 @@ class Comparer:
                 output_type="np",
                 **self._config.arguments,
             )
-        except CalibattError:
+        except (CalibattError, _FirstStepDone):
             raise
         except Exception as error:
             raise PipelineError(
