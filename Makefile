@@ -4,6 +4,7 @@
 #   VENV      where the environment goes
 #   PIP_ARGS  more arguments for pip, such as another index for a build of torch that fits the GPU
 #   TESTS     what `make test` runs, with any options of pytest
+#   MINUTES   how long each file of tests/campaigns runs
 #   WORKERS   how many tests run at a time
 #   DEMO_ARGS options of `calibatt demo`
 
@@ -12,6 +13,7 @@ VENV ?= .venv
 PIP_ARGS ?=
 TESTS ?= tests
 WORKERS ?= 2
+MINUTES ?= 5
 DEMO_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -19,15 +21,17 @@ PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARG
 PINS := pyproject.toml constraints.txt
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
-.PHONY: help demo test test-fast lint format clean
+.PHONY: help demo test test-fast campaign lint format results clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    set up, then run the main job: calibrate, compile and compare the small video model"
 	@echo "make test    set up, then check the code and run all tests"
 	@echo "make test-fast  the same without what compiles or takes long"
+	@echo "make campaign  run the random tests of tests/campaigns, MINUTES each"
 	@echo "make lint    ruff and mypy only"
 	@echo "make format  let ruff rewrite the files"
+	@echo "make results write benchmarks/RESULTS.md from the records"
 	@echo "make clean   remove the environment, caches and results"
 
 demo: $(VENV)/.demo
@@ -40,6 +44,12 @@ test: lint
 test-fast: lint
 	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=worksteal -m 'not slow and not inductor' $(TESTS)
 
+# All of them run, and it fails if one does.
+campaign: $(VENV)/.dev
+	@failed=; for file in tests/campaigns/*.py; do \
+	  echo "$$file"; OMP_NUM_THREADS=1 $(BIN)/python $$file --minutes $(MINUTES) || failed="$$failed $$file"; \
+	done; test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -48,6 +58,9 @@ lint: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+results: $(VENV)/.dev
+	$(BIN)/python benchmarks/results.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis calibatt-demo

@@ -32,8 +32,8 @@ os.environ.setdefault("CALIBATT_CACHE_DIR", _folder.name)
 
 from attention_cases import MASKS, SIZES, Case, make_operands, make_pattern  # noqa: E402
 from attention_kernels import ALL, DENSE, Contestant, Operands  # noqa: E402
-from attention_record import write_record  # noqa: E402
 from attention_timing import beat, relative_error, sustained_and_burst  # noqa: E402
+from record import write_record  # noqa: E402
 
 from calibatt_compiler.plan.pattern import BlockPattern  # noqa: E402
 
@@ -134,7 +134,7 @@ def measure(
             result.efficiency[name] = part * result.sustained[base] / result.sustained[name]
             result.burst_efficiency[name] = part * result.burst[base] / result.burst[name]
     for name, contestant in found.items():
-        repairs = getattr(contestant.kernel, "repairs", 0)
+        repairs = contestant.kernel.repairs if contestant.kernel is not None else 0
         if repairs:
             result.notes.append(f"{name}: {repairs} calls repaired")
     return result

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attention_record import write_record
 from dit_layer import SCALES, make_model
+from record import write_record
 
 import calibatt_compiler
 from calibatt_compiler.calibration import CalibrationConfig

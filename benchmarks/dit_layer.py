@@ -18,7 +18,6 @@ same masks in that order: tokens permuted `once` a forward pass, through all lay
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import sys
@@ -26,7 +25,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -37,11 +36,11 @@ from attention_kernels import fa3_function
 from attention_timing import beat, calls
 from diffusers import WanTransformer3DModel
 from layer_profile import profile_call
+from record import write_record
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import calibatt_compiler
-from calibatt_compiler.files import write_text
 from calibatt_compiler.passes import pipeline
 from calibatt_compiler.passes.token_order.permute import permute_tokens
 from calibatt_compiler.plan import Plan, Sampler, SitePatterns
@@ -388,15 +387,9 @@ def main() -> int:
         report(rows[-1])
         if options.out is not None:
             device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-            content = {
-                "device": device,
-                "torch": torch.__version__,
-                "mask": options.mask,
-                "token_order": str(options.token_order),
-                "rows": [asdict(row) for row in rows],
-            }
-            options.out.mkdir(parents=True, exist_ok=True)
-            write_text(options.out / "dit_layer.json", json.dumps(content, indent=2) + "\n")
+            order = str(options.token_order)
+            path = options.out / "dit_layer.json"
+            write_record(path, device, rows, mask=options.mask, token_order=order)
     return 0
 
 

@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 from attention_cases import SIZES, Size, make_operands
 from attention_kernels import Contestant, Operands
-from attention_record import write_record
 from attention_timing import beat, calls_a_block, relative_error, sustained
 from energy_kernels import ALL, DENSE, SWEEP, Measured
+from record import write_record
 from torch import Tensor
 
 AIM = 0.45

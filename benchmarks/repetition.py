@@ -16,7 +16,6 @@ import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,10 +23,9 @@ import torch
 from torch import Tensor
 
 from calibatt_compiler.calibration import CalibrationConfig
-from calibatt_compiler.calibration.observe.attach import observed
 from calibatt_compiler.calibration.observe.observation import InputObservation
-from calibatt_compiler.calibration.observe.observer import Observer
-from calibatt_compiler.calibration.observe.pipelines import branches, generate, quiet, schedule_of
+from calibatt_compiler.calibration.observe.observer import EnergyObserver, ObservedModel
+from calibatt_compiler.calibration.observe.pipelines import ObservedPipeline, generate
 from calibatt_compiler.calibration.select.repetition_scores import (
     GROWTH,
     AttentionCall,
@@ -66,11 +64,11 @@ class Figures:
     seconds: float = 0.0
 
 
-class ScoreObserver(Observer):
+class ScoreObserver(EnergyObserver):
     """Scores each call under several masks."""
 
-    def __init__(self, config: CalibrationConfig, **kwargs: Any) -> None:
-        super().__init__(config, None, **kwargs)
+    def __init__(self, model: ObservedModel) -> None:
+        super().__init__(model)
         self.figures = Figures()
 
     def _observe(
@@ -117,23 +115,18 @@ class ScoreObserver(Observer):
         return measure(call, mask, kept, copies, self._config.block)[:, 0], mask
 
 
-def observe(model: Path, config: CalibrationConfig, steps: int) -> tuple[Figures, float]:
+def observe(folder: Path, config: CalibrationConfig, steps: int) -> tuple[Figures, float]:
     """Generate the first calibration video of the demo; return its figures and the seconds."""
     from calibatt_compiler.cli import pipelines
 
     settings = json.loads((EXAMPLE / "demo.json").read_text(encoding="utf-8"))
     case = settings.pop("calibration")[0]
     settings.pop("held_out")
-    pipe = pipelines.load_pipeline(str(model), torch.device("cpu"), torch.float32)
-    observer = ScoreObserver(config, schedule=lambda: schedule_of(pipe.scheduler))
+    pipe = pipelines.load_pipeline(str(folder), torch.device("cpu"), torch.float32)
+    model = ObservedPipeline.of(pipe, config)
+    observer = ScoreObserver(model)
     arguments = {**settings, "num_inference_steps": steps, "prompt": case["prompt"]}
-    module = pipe.transformer
-    with (
-        quiet(pipe),
-        observed(module, observer, inductor=False),
-        branches(module, observer.calls_are),
-        torch.no_grad(),
-    ):
+    with model.shown_to(observer):
         observer.begin("00000", {}, 1)
         started = time.perf_counter()
         generate(pipe, case["seed"], arguments)
@@ -184,7 +177,13 @@ def main() -> None:
     parser.add_argument("--A", type=float, default=0.9)
     options = parser.parse_args()
     config = CalibrationConfig(
-        block=(32, 32), A=options.A, C=0.999, k=8.0, gamma=0.5, anchor_rows=options.anchor_rows
+        block=(32, 32),
+        A=options.A,
+        C=0.999,
+        k=8.0,
+        gamma=0.5,
+        anchor_rows=options.anchor_rows,
+        inductor=False,
     )
     figures, seconds = observe(options.model, config, options.steps)
     show(figures)

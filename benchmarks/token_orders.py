@@ -74,7 +74,7 @@ def synthetic(args: argparse.Namespace) -> None:
 def model(args: argparse.Namespace) -> None:
     """Print what the survey finds."""
     from calibatt_compiler.calibration import CalibrationConfig
-    from calibatt_compiler.calibration.observe.pipelines import quiet
+    from calibatt_compiler.calibration.observe.pipelines import ObservedPipeline
     from calibatt_compiler.calibration.order_search.search import survey_pipeline
     from calibatt_compiler.calibration.progress import CalibrationProgress
     from calibatt_compiler.cli.pipelines import device_of, dtype_of, load_pipeline
@@ -88,10 +88,8 @@ def model(args: argparse.Namespace) -> None:
     size = (args.block, args.block)
     config = CalibrationConfig(block=size, pooled=args.pooled, A=args.threshold, C=0.99, k=16.0)
     inputs = [(case["seed"], {"prompt": case["prompt"]}) for case in cases]
-    with quiet(pipe), CalibrationProgress(len(inputs), 0, False) as bar:
-        found = survey_pipeline(
-            pipe, pipe.transformer, config, inputs, settings, bar, lambda step, steps: None
-        )
+    with CalibrationProgress(len(inputs), 0, False) as bar:
+        found = survey_pipeline(ObservedPipeline.of(pipe, config), inputs, settings, bar)
     print(f"blocks of {args.block}, {args.pooled} pooled keys, steps {found.steps} of {args.steps}")
     for name, share in found.density.items():
         print(f"{name:>10} density {share:.3f} error {found.error[name]:.3f}")

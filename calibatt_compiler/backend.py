@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 
 from calibatt_compiler import models
 from calibatt_compiler.binders import PlanBinder, RecordingBinder
+from calibatt_compiler.calls import fixed_by, read_grid, transformer_of
 from calibatt_compiler.capture import CaptureInfo, Recorder
 from calibatt_compiler.dynamo import FrameInputs, frame_inputs
 from calibatt_compiler.errors import CalibattError, PlanMismatchError
@@ -19,6 +20,7 @@ from calibatt_compiler.passes.pipeline import run_passes
 from calibatt_compiler.passes.rewrite import Rewrite, SdpaCall, Skip
 from calibatt_compiler.pinned import PinnedOptions
 from calibatt_compiler.report.summary import GraphReport, keep_report
+from calibatt_compiler.runtime.coordinates import PlanCoordinates, RecordingCoordinates
 from calibatt_compiler.runtime.graph import CompiledGraph
 
 log = logger("passes")
@@ -55,9 +57,14 @@ def calibatt(
         _check(rewrite, binder, checked)
     except CalibattError as error:
         return _raising(error)
-    compiled = CompiledGraph(_inductor(gm, example_inputs, checked.inductor), rewrite.entries())
+    compiled = CompiledGraph(
+        _inductor(gm, example_inputs, checked.inductor),
+        rewrite.entries(),
+        PlanCoordinates(checked.plan),
+    )
     report = GraphReport(compiled, binder, pinned, rewrite.order_in_words())
-    keep_report(inputs.module, report)
+    # Of a function around a model, the model is asked for its summary.
+    keep_report(transformer_of(inputs) if inputs.module is None else inputs.module, report)
     return compiled
 
 
@@ -73,11 +80,20 @@ def recording_backend(recorder: Recorder, *, inductor: bool) -> Compiled:
         inputs = frame_inputs(gm)
         try:
             rewrite = run_passes(gm, inputs, RecordingBinder(recorder))
-            recorder.on_capture(_capture(rewrite))
+            capture = _capture(rewrite)
+            recorder.on_capture(capture)
         except CalibattError as error:
             return _raising(error)
         compiled = _inductor(gm, example_inputs, {}) if inductor else gm.forward
-        return CompiledGraph(compiled, rewrite.entries())
+        graph = CompiledGraph(
+            compiled, rewrite.entries(), RecordingCoordinates(recorder.on_coordinates)
+        )
+
+        def run(*args: Any) -> Any:
+            recorder.on_call(capture)
+            return graph(*args)
+
+        return run
 
     return record
 
@@ -87,7 +103,9 @@ def _inductor(
 ) -> Compiled:
     from torch._inductor.compile_fx import compile_fx
 
-    compiled: Compiled = compile_fx(gm, example_inputs, config_patches=dict(settings))
+    # Random numbers as without a compiler: else a seed in the model would make another video.
+    patches = {"fallback_random": True, **settings}
+    compiled: Compiled = compile_fx(gm, example_inputs, config_patches=patches)
     return compiled
 
 
@@ -99,10 +117,12 @@ def _raising(error: CalibattError) -> Compiled:
 
 
 def _capture(rewrite: Rewrite) -> CaptureInfo:
-    module = rewrite.inputs.module
+    module = transformer_of(rewrite.inputs)
     return CaptureInfo(
         model=None if module is None else models.identify(module),
         grid=_grid(rewrite.inputs),
+        known=module is not None and models.family_of(type(module)) is not None,
+        fixed_by=fixed_by(rewrite.inputs),
         sites=tuple(
             replace(call.info, skip=decision.reason) if isinstance(decision, Skip) else call.info
             for call, decision in zip(rewrite.calls, rewrite.decisions, strict=True)
@@ -111,9 +131,7 @@ def _capture(rewrite: Rewrite) -> CaptureInfo:
 
 
 def _grid(inputs: FrameInputs) -> tuple[int, int, int] | None:
-    if inputs.module is None:
-        return None
-    grid = models.latent_grid(inputs.module, inputs.values)
+    grid = read_grid(inputs)
     return None if grid is None else (int(grid[0]), int(grid[1]), int(grid[2]))
 
 
@@ -139,6 +157,17 @@ def _check(rewrite: Rewrite, binder: PlanBinder, options: CompileOptions) -> Non
     lengths = {site.query_length for site in plan.sites.values()}
     alike = [c.info.name for c in rewrite.calls if c.info.skip is None and _same(c, lengths)]
     if alike and not names & set(plan.sites):
+        model = plan.metadata.model
+        module = None if model is None else transformer_of(rewrite.inputs, model.class_name)
+        own = model is not None and module is not None and models.is_model(model, module)
+        if own and options.on_mismatch == "dense":
+            log.warning(
+                "none of the plan's sites, such as %r, is in this model, whose attention calls are "
+                "named such as %r: all run dense; compile the transformer itself",
+                next(iter(plan.sites)),
+                alike[0],
+            )
+            return
         raise PlanMismatchError(
             "none of the plan's sites is in this model",
             expected=f"sites such as {next(iter(plan.sites))!r}",

@@ -18,11 +18,16 @@ from calibatt_compiler.passes.graph import (
     module_name,
     sdpa_operands,
     subgraphs,
+    transformed,
 )
 from calibatt_compiler.passes.rewrite import Rewrite, SdpaCall
+from calibatt_compiler.passes.writes import memory, written
 
 THREADABLE = ("tag_activation_checkpoint", "wrap")
 """Higher-order operators whose operands map one to one to the inputs of their subgraph."""
+
+
+TRANSFORMED = "inside vmap, grad or another transform of torch.func"
 
 
 def find_sites(rewrite: Rewrite) -> Rewrite:
@@ -48,14 +53,16 @@ def _walk(
 
 
 def _dependents(source: Node | None) -> frozenset[Node]:
-    """Return all nodes of a graph that depend on `source`; none without one."""
+    """Return all nodes of a graph that depend on `source`, through memory too; none without one."""
     if source is None:
         return frozenset()
-    reached = {source}
+    reached: set[Node] = {source}
+    filled: set[int] = set()
     for node in source.graph.nodes:
-        if any(argument in reached for argument in node.all_input_nodes):
+        if any(each in reached or memory(each) in filled for each in node.all_input_nodes):
             reached.add(node)
-    return frozenset(reached)
+            filled.update({memory(target) for target in written(node)} - {0})
+    return frozenset(reached) | {node for node in source.graph.nodes if memory(node) in filled}
 
 
 def _describe(
@@ -70,6 +77,8 @@ def _describe(
     name = f"{base}:{seen[base]}" if seen[base] else base
     seen[base] += 1
     query, key, value = (example(operands[part]) for part in OPERANDS[:3])
+    if transformed(node):
+        return SdpaCall(node, gm, path, SiteInfo(name, 0, 0, 0, 0, skip=TRANSFORMED))
     if query is None or key is None or value is None or query.dim() != 4:
         info = SiteInfo(name, 0, 0, 0, 0, skip="operands are not (batch, heads, length, head_dim)")
         return SdpaCall(node, gm, path, info)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -58,14 +59,47 @@ def module_name(node: Node) -> str:
     if not stack:
         return ""
     path = str(next(reversed(list(stack.values())))[0])
-    path = re.sub(r"^L\['\w+'\]", "", path)
+    path = re.sub(r"^[LG]\['\w+'\]", "", path)
     path = re.sub(r"(\.__dict__)?(\.|\[')_modules('\])?", "", path)
     path = re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", path)
     return path.strip(".")
 
 
-def finish(gm: GraphModule) -> None:
-    """Drop dead nodes, check the graph and compile it again: the end of each changing pass."""
-    gm.graph.eliminate_dead_code()
+def transformed(node: Node) -> bool:
+    """Whether a value lives within vmap, grad or another transform of torch.func.
+
+    Its fake tensor then belongs to a level of the transform that is over: nothing can be asked of
+    it but its sizes.
+    """
+    value = node.meta.get("example_value")
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    return any(
+        isinstance(each, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(each)
+        for each in values
+    )
+
+
+def finish(gm: GraphModule, made: Sequence[Node] = ()) -> None:
+    """Check a graph and compile it again: the end of each changing pass.
+
+    A graph of Dynamo has effects: what nobody reads may write into a tensor, draw random numbers or
+    enter a context. So nothing is erased but nodes that the pass made itself.
+
+    Args:
+        gm: the graph.
+        made: pure nodes that the pass made, in order; those that nobody reads are erased.
+    """
+    drop_unread(made)
     gm.graph.lint()
     gm.recompile()
+
+
+def drop_unread(made: Sequence[Node]) -> list[Node]:
+    """Erase those of one's own pure nodes, given in order, that nobody reads; return the others."""
+    kept = []
+    for node in reversed(made):
+        if node.users:
+            kept.append(node)
+        else:
+            node.graph.erase_node(node)
+    return kept[::-1]

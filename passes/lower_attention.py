@@ -2,45 +2,97 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+from itertools import permutations
 from typing import cast
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true as known
 
-from calibatt_compiler.passes.graph import finish, subgraphs
+from calibatt_compiler.passes.graph import OPERANDS, drop_unread, example, finish, subgraphs
 from calibatt_compiler.passes.rewrite import Lowered, Permuted, Rewrite, SdpaCall
+
+TOKEN_MAJOR = (0, 2, 1, 3)
+"""Order of the dimensions (batch, heads, length, head_dim) in which our output lies in memory."""
 
 
 def lower_attention(rewrite: Rewrite) -> Rewrite:
-    """Rewrite each bound call; subgraphs are handed the timestep as a further operand."""
+    """Rewrite each bound call; subgraphs are handed the timestep as a further operand.
+
+    A graph in which nothing is bound is left as it was captured.
+    """
     threaded: dict[Node, Node] = {}
-    changed: set[GraphModule] = set()
+    changed: dict[GraphModule, None] = {}
     for call, decision in zip(rewrite.calls, rewrite.decisions, strict=True):
         if isinstance(decision, Lowered):
             assert rewrite.timestep is not None
             timestep = rewrite.timestep
+            changed[rewrite.gm] = None
             for higher_order in call.path:
                 if higher_order not in threaded:
                     threaded[higher_order] = _thread(higher_order, timestep)
+                    changed[cast("GraphModule", threaded[higher_order].graph.owning_module)] = None
                 timestep = threaded[higher_order]
             _replace(call, timestep, ordered=isinstance(rewrite.order, Permuted))
-            changed.add(call.gm)
-    for gm in changed - {rewrite.gm}:
+    for gm in changed:
         finish(gm)
-    finish(rewrite.gm)
+    if rewrite.timestep is not None and not drop_unread([rewrite.timestep]):
+        return replace(rewrite, timestep=None)
     return rewrite
 
 
 def _replace(call: SdpaCall, timestep: Node, *, ordered: bool) -> None:
-    operands = [cast("Node", call.operands[name]) for name in ("query", "key", "value")]
-    with call.gm.graph.inserting_before(call.node):
-        lowered = call.gm.graph.call_function(
+    graph = call.gm.graph
+    meta = {key: value for key, value in call.node.meta.items() if key != "example_value"}
+    with graph.inserting_before(call.node):
+        operands = [_cast(call, cast("Node", call.operands[name])) for name in OPERANDS[:3]]
+        lowered = graph.call_function(
             torch.ops.calibatt.attention.default,
             (*operands, timestep, call.info.name, call.scale, ordered),
         )
+        lowered.meta = dict(meta)
+        lowered = _laid_out(lowered, call.node)
     lowered.meta = dict(call.node.meta)
     call.node.replace_all_uses_with(lowered)
-    call.gm.graph.erase_node(call.node)
+    graph.erase_node(call.node)
+
+
+def _cast(call: SdpaCall, operand: Node) -> Node:
+    """Cast an operand as autocast does for the stock operator; ours it does not know."""
+    value = example(operand)
+    if value is None or value.dtype == call.dtype:
+        return operand
+    made = operand.graph.call_method("to", (operand, call.dtype))
+    made.meta["example_value"] = value.to(call.dtype)
+    return made
+
+
+def _laid_out(lowered: Node, stock: Node) -> Node:
+    """Lay the output out as the stock operator does: a `view` behind it may rely on that.
+
+    Inductor makes no copy of it but where it is read.
+    """
+    value = example(stock)
+    order = None if value is None else _order_in_memory(value)
+    if order is None or order == TOKEN_MAJOR:
+        return lowered
+    graph = lowered.graph
+    dense = graph.call_method("contiguous", (graph.call_method("permute", (lowered, order)),))
+    return graph.call_method("permute", (dense, tuple(order.index(dim) for dim in range(4))))
+
+
+def _order_in_memory(value: torch.Tensor) -> tuple[int, ...] | None:
+    """Return the dimensions of a dense tensor from the outermost on; None if it is not dense."""
+    for order in (TOKEN_MAJOR, *permutations(range(4))):
+        sizes = tuple(value.shape[dim] for dim in order)
+        if all(
+            known(size == 1) or known(value.stride(dim) == math.prod(sizes[place + 1 :]))
+            for place, (dim, size) in enumerate(zip(order, sizes, strict=True))
+        ):
+            return order
+    return None
 
 
 def _thread(higher_order: Node, value: Node) -> Node:

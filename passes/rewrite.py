@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch.fx import GraphModule, Node
 
 from calibatt_compiler.capture import Site, SiteInfo
 from calibatt_compiler.dynamo import FrameInputs
-from calibatt_compiler.passes.graph import sdpa_operands
+from calibatt_compiler.passes.graph import example, sdpa_operands
 from calibatt_compiler.plan.order import TokenOrder
 
 
@@ -36,6 +37,13 @@ class SdpaCall:
     def operands(self) -> Mapping[str, object]:
         """Arguments of the node as they are now: an operand may itself have been replaced."""
         return sdpa_operands(self.node)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype that the call computes in: under autocast another one than its operands have."""
+        value = example(self.node)
+        assert value is not None, "it is known of what is served"
+        return value.dtype
 
     @property
     def scale(self) -> float:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import typer
 
-from calibatt_compiler.calibration import CalibrationConfig, plan_from_run, validate_run
+from calibatt_compiler.calibration import (
+    CalibrationConfig,
+    SelectionConfig,
+    plan_from_run,
+    validate_run,
+)
+from calibatt_compiler.cli import options
 from calibatt_compiler.cli.app import run
 from calibatt_compiler.plan import Plan
 
@@ -178,8 +184,22 @@ def _declined(*_: object, abort: bool) -> None:
     raise typer.Abort
 
 
-def test_the_command_shares_steps_as_the_library_does() -> None:
-    from calibatt_compiler.cli.calibrate import calibrate
+def test_options_have_the_defaults_of_the_library() -> None:
+    given = {**vars(options.Selection()), **options.Observation().of_config()}
+    given |= {**options.Storage().of_config(), "component": options.Place().component}
+    assert CalibrationConfig(**given) == CalibrationConfig()
+    known = {each.name for each in fields(SelectionConfig)}
+    assert known - vars(options.Selection()).keys() == {"step_groups", "zone_numbers"}
 
-    default = inspect.signature(calibrate).parameters["share_steps"].default
-    assert default == CalibrationConfig().share_steps
+
+def test_what_most_people_need_fits_a_screen(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run(["calibrate", "--help"]) == 0
+    common, advanced = capsys.readouterr().out.split("Advanced")
+    assert len(common.splitlines()) <= 50
+    assert "--A" in common
+    assert "--sample-power" in common
+    assert "--merge-budget" in advanced
+    assert "--dtype" in advanced

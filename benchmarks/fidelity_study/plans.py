@@ -12,10 +12,7 @@ import numpy.typing as npt
 import torch
 from fidelity_study.serve import computed_density, entry
 
-from calibatt_compiler.calibration import Thresholds, plan_from_run
-from calibatt_compiler.calibration.select.zone_fit import BUDGET
-from calibatt_compiler.calibration.select.zone_plans import ZoneSelection, derive_zone_plan
-from calibatt_compiler.calibration.select.zone_price import ZoneTarget
+from calibatt_compiler.calibration import Thresholds, plan_from_run, zone_plan_from_run
 from calibatt_compiler.calibration.store.records import InputRecord
 from calibatt_compiler.calibration.store.run_folder import RunStore
 from calibatt_compiler.plan import Plan
@@ -129,16 +126,8 @@ class Recording:
 
     def _zones(self, density: float, numbers: int | None) -> Plan:
         """Make the plan of zones of a density."""
-        identity, heads = self._store.identity(), self._record.sites[0].heads
-        return derive_zone_plan(
-            self._store,
-            self._names,
-            ZoneSelection(
-                ZoneTarget(density=density), numbers=BUDGET if numbers is None else numbers * heads
-            ),
-            cfg=identity["cfg"],
-            arguments=identity["arguments"],
-        )
+        budget = {} if numbers is None else {"numbers": numbers * self._record.sites[0].heads}
+        return zone_plan_from_run(self._folder, density=density, **budget)
 
     def _made(self, density: float, form: Form) -> Plan:
         """Make the plan of the threshold at which the agreed blocks have a density."""

@@ -19,7 +19,13 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from calibatt_compiler.calibration.config import CalibrationConfig
+from calibatt_compiler.calibration.config import (
+    CalibrationConfig,
+    ObservationConfig,
+    RunConfig,
+    SelectionConfig,
+    StorageConfig,
+)
 from calibatt_compiler.plan.thresholds import Thresholds
 
 if TYPE_CHECKING:
@@ -28,6 +34,7 @@ if TYPE_CHECKING:
     from calibatt_compiler.calibration.pipeline import calibrate
     from calibatt_compiler.calibration.run import CalibrationRun, calibration
     from calibatt_compiler.calibration.select.derive import plan_from_run
+    from calibatt_compiler.calibration.select.zone_plans import zone_plan_from_run
     from calibatt_compiler.calibration.tuning.config import TuningConfig
     from calibatt_compiler.calibration.tuning.pareto import Tuning
     from calibatt_compiler.calibration.tuning.study import SearchSpace
@@ -37,7 +44,11 @@ if TYPE_CHECKING:
 __all__ = [
     "CalibrationConfig",
     "CalibrationRun",
+    "ObservationConfig",
+    "RunConfig",
     "SearchSpace",
+    "SelectionConfig",
+    "StorageConfig",
     "Thresholds",
     "Tuning",
     "TuningConfig",
@@ -50,6 +61,7 @@ __all__ = [
     "tuning_cost",
     "validate",
     "validate_run",
+    "zone_plan_from_run",
 ]
 
 _HOMES = {
@@ -66,6 +78,7 @@ _HOMES = {
     "tuning_cost": "tuning.tune",
     "validate": "validation.validate",
     "validate_run": "validation.validate",
+    "zone_plan_from_run": "select.zone_plans",
 }
 
 

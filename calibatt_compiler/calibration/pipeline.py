@@ -14,15 +14,11 @@ import torch
 from calibatt_compiler.calibration.config import CalibrationConfig
 from calibatt_compiler.calibration.observe.pipelines import (
     FirstStepDone,
+    ObservedPipeline,
     Prompt,
-    branches,
-    component_of,
     generate,
-    in_place,
-    quiet,
     read_inputs,
     samples_of,
-    schedule_of,
 )
 from calibatt_compiler.calibration.order_search.candidates import INPUTS
 from calibatt_compiler.calibration.order_search.search import Surveyor, describe, survey_pipeline
@@ -78,29 +74,21 @@ def calibrate(
     inputs = read_inputs(prompts, seeds, pipeline_arguments)
     arguments = identity.describe(pipeline_arguments)
     config = replace(config, run_folder=run_folder(config, out))
-    module = component_of(pipe, config.component)
     ranks = Ranks.current() if config.distributed else Ranks()
     names = [f"{index:05d}" for index in range(len(inputs))]
-    job = _Job(pipe, module, config, names, inputs, pipeline_arguments, ranks)
-    with (
-        quiet(pipe),
-        in_place(pipe, config.component, module),
-        recording(
-            module,
-            config,
-            about_pipeline(pipe),
-            cfg=cfg_mode(pipe),
-            arguments=arguments,
-            schedule=lambda: schedule_of(pipe.scheduler),
-            on_step=job.on_step,
-            ranks=ranks,
-            surveyor=job.surveyor(),
-            task={
-                "inputs": [identity.describe({"seed": seed, **v}) for seed, v in inputs],
-                "out": None if out is None else os.path.abspath(out),
-            },
-        ) as run,
-    ):
+    job = _Job(ObservedPipeline.of(pipe, config), names, inputs, pipeline_arguments, ranks)
+    with recording(
+        job.model,
+        about_pipeline(pipe),
+        cfg=cfg_mode(pipe),
+        arguments=arguments,
+        ranks=ranks,
+        surveyor=job.surveyor(),
+        task={
+            "inputs": [identity.describe({"seed": seed, **v}) for seed, v in inputs],
+            "out": None if out is None else os.path.abspath(out),
+        },
+    ) as run:
         job.observe(run)
         plan = _shared_plan(run, ranks, names, out)
         if ranks.rank == 0 and out is not None and not config.keep_run:
@@ -110,21 +98,22 @@ def calibrate(
 
 
 class _Job:
-    """Runs this rank's share of the inputs."""
+    """Runs this rank's share of the inputs.
+
+    Attributes:
+        model: what is observed; its steps are shown, and the other ranks looked after.
+    """
 
     def __init__(
         self,
-        pipe: Any,
-        module: torch.nn.Module,
-        config: CalibrationConfig,
+        model: ObservedPipeline,
         names: Sequence[str],
         inputs: Sequence[tuple[int, Mapping[str, Any]]],
         arguments: Mapping[str, Any],
         ranks: Ranks,
     ) -> None:
-        self._pipe = pipe
-        self._module = module
-        self._config = config
+        self.model = replace(model, on_step=self.on_step)
+        self._config = model.config
         self._inputs = dict(zip(names, inputs, strict=True))
         self._arguments = arguments
         self._ranks = ranks
@@ -146,15 +135,7 @@ class _Job:
         def measure() -> OrderSurvey:
             shown = self._config.progress
             with CalibrationProgress(len(first), 0, shown, what="survey") as self._progress:
-                return survey_pipeline(
-                    self._pipe,
-                    self._module,
-                    self._config,
-                    first,
-                    self._arguments,
-                    self._progress,
-                    self.on_step,
-                )
+                return survey_pipeline(self.model, first, self._arguments, self._progress)
 
         return Surveyor(describe(first), measure)
 
@@ -168,10 +149,8 @@ class _Job:
         def count() -> int:
             return sum(run.written(name) for name in self._inputs)
 
-        with (
-            CalibrationProgress(len(self._inputs), len(stored), shown, count) as self._progress,
-            branches(self._module, run.branch),
-        ):
+        total = len(self._inputs)
+        with CalibrationProgress(total, len(stored), shown, count) as self._progress:
             if ranks.rank:
                 self._only_first = True
                 first = next(iter(self._inputs))
@@ -193,7 +172,7 @@ class _Job:
                 ranks.wait_for(ranks.others, self._progress.waiting)
 
     def _generate(self, name: str) -> None:
-        generate(self._pipe, self._inputs[name][0], self._own(name))
+        generate(self.model.pipe, self._inputs[name][0], self._own(name))
 
     def _own(self, name: str) -> dict[str, Any]:
         """All arguments of an input."""

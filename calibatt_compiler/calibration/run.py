@@ -9,19 +9,21 @@ from typing import Any
 
 import torch
 
-from calibatt_compiler import models
-from calibatt_compiler.calibration.config import AUTO, CalibrationConfig
-from calibatt_compiler.calibration.observe.attach import observed
-from calibatt_compiler.calibration.observe.observation import Branch, Schedule
+from calibatt_compiler.calibration.config import AUTO, CalibrationConfig, SelectionConfig
+from calibatt_compiler.calibration.observe.observation import Branch
+from calibatt_compiler.calibration.observe.observer import ObservedModel
 from calibatt_compiler.calibration.observe.pipelines import FirstStepDone
 from calibatt_compiler.calibration.observe.recorder import AttentionRecorder
+from calibatt_compiler.calibration.observe.zone_recorder import ZoneRecorder
 from calibatt_compiler.calibration.order_search.search import Surveyor, settled
-from calibatt_compiler.calibration.select.derive import derive_plan, select_by
+from calibatt_compiler.calibration.select.derive import derive_plan
+from calibatt_compiler.calibration.select.zone_plans import derive_zone_plan
 from calibatt_compiler.calibration.store import identity
-from calibatt_compiler.calibration.store.energies import Spool
+from calibatt_compiler.calibration.store.energies import EnergyBuffer
 from calibatt_compiler.calibration.store.opening import opened
 from calibatt_compiler.calibration.store.ranks import Ranks
 from calibatt_compiler.calibration.store.run_folder import RunStore
+from calibatt_compiler.calibration.store.zone_sums import ZoneSums
 from calibatt_compiler.errors import CalibrationError, OptionError
 from calibatt_compiler.logs import logger
 from calibatt_compiler.models import unwrap
@@ -196,45 +198,30 @@ class CalibrationRun:
     def plan(
         self,
         *,
-        rho: float | None = None,
-        A: float | None = None,
-        C: float | None = None,
-        k: float | None = None,
-        gamma: float | None = None,
         raised: Mapping[str, float] | None = None,
         names: tuple[str, ...] | None = None,
+        **settings: Any,
     ) -> Plan:
         """Make the plan from the stored inputs; may be called several times.
 
-        Steps are shared and intervals merged as the settings say; the functions of
-        `calibatt_compiler.plan` do it to a finished plan.
+        A run for zones takes the settings of zones alone, and nothing is raised.
 
         Args:
-            rho: agreement other than the configured one.
-            A: other threshold than was recorded with, as in `CalibrationConfig`; this and the
-                next two need `keep_energies=True`.
-            C: likewise.
-            k: likewise.
-            gamma: other than configured, for a run that recorded repetition.
             raised: by site, what is added to its threshold, as in `plan_from_run`.
             names: the inputs that count; default all.
+            **settings: of `SelectionConfig`, by name, in the place of the configured ones. Other
+                `A`, `C` and `k` need `keep_energies`, `gamma` a run that recorded repetition.
 
         Raises:
             CalibrationError: nothing stored, or energies were not kept.
             OptionError: a value out of range.
         """
         names = self.finished if names is None else names
-        rho = self.config.rho if rho is None else rho
-        selection = replace(
-            select_by(self._store, names, rho=rho, A=A, C=C, k=k),
-            share_steps=self.config.share_steps,
-            merge_budget=self.config.merge_budget,
-            pooled=self.config.pooled,
-            sample_power=self.config.sample_power,
-            gamma=self.config.gamma if gamma is None else gamma,
-            raised=raised or {},
-        )
-        return derive_plan(self._store, names, selection, cfg=self._cfg, arguments=self._arguments)
+        selection = SelectionConfig.of(self.config, **settings)
+        about: dict[str, Any] = {"cfg": self._cfg, "arguments": self._arguments}
+        if selection.form == "zones" and not raised:
+            return derive_zone_plan(self._store, names, selection.zones(), **about)
+        return derive_plan(self._store, names, selection, raised=raised, **about)
 
 
 @contextmanager
@@ -267,59 +254,52 @@ def calibration(
             remedy="choose it before: config = replace(config, token_order="
             "calibatt_compiler.calibration.survey(module, run_first_input, config).chosen)",
         )
-    module = unwrap(module)
-    about = {"kind": "module", "weights": identity.weights_fingerprint(module)}
-    with recording(module, config, about) as run:
+    model = ObservedModel(module=unwrap(module), config=config)
+    about = {"kind": "module", "weights": identity.weights_fingerprint(model.module)}
+    with recording(model, about) as run:
         yield run
 
 
 @contextmanager
 def recording(
-    module: torch.nn.Module,
-    config: CalibrationConfig,
+    model: ObservedModel,
     about: Mapping[str, Any],
     *,
     cfg: CfgMode = "none",
     arguments: object = None,
-    schedule: Callable[[], Schedule | None] = lambda: None,
-    on_step: Callable[[int, int | None], None] = lambda step, steps: None,
     ranks: Ranks | None = None,
     task: object = None,
     surveyor: Surveyor | None = None,
 ) -> Iterator[CalibrationRun]:
-    """Open the run folder, compile `module` in recording mode, undo both at the end.
+    """Open the run folder, compile the module in recording mode, undo both at the end.
 
     Args:
-        module: what is observed.
-        config: settings.
+        model: what is observed.
         about: JSON values that the run depends on beside model and settings.
         cfg: how the sampler runs guidance.
         arguments: JSON values common to all inputs.
-        schedule: asked at the first call of each input for the sampler's steps.
-        on_step: told of each new step.
         ranks: that calibrate together; None: this process alone.
         task: JSON values that all ranks must have in common beside what the run depends on.
         surveyor: measures token orders if one is to be chosen.
     """
     ranks = ranks or Ranks()
-
-    model = models.identify(module)
-    whole = identity.of_run(module, config, about, cfg, arguments)
+    config = model.config
+    whole = identity.of_run(model.module, config, about, cfg, arguments)
     with opened(config, whole, ranks, task) as (store, finished):
         if config.token_order == AUTO:
             assert surveyor is not None
             survey = settled(store.folder, surveyor, ranks, finished)
             config = replace(config, token_order=survey.chosen)
-        recorder = AttentionRecorder(
-            config,
-            model,
-            models.text_position(model.class_name),
-            # Ranks that spool side by side must not meet.
-            Spool(store.folder / (f"spool-{ranks.rank}" if ranks.rank else "spool")),
-            schedule=schedule,
-            on_step=on_step,
+            model = replace(model, config=config)
+        # Ranks that buffer side by side must not meet.
+        waiting = store.folder / (f"spool-{ranks.rank}" if ranks.rank else "spool")
+        buffer = EnergyBuffer(waiting)
+        recorder = (
+            ZoneRecorder(model, buffer, ZoneSums(store.folder, ranks.rank))
+            if config.form == "zones"
+            else AttentionRecorder(model, buffer)
         )
         if finished:
             recorder.reference = store.record(finished[0])
-        with observed(module, recorder, config.inductor):
+        with model.shown_to(recorder):
             yield CalibrationRun(config, store, recorder, finished, cfg=cfg, arguments=arguments)

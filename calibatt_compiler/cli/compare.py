@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from calibatt_compiler.cli import options
+from calibatt_compiler.cli.groups import ADVANCED, grouped
+from calibatt_compiler.cli.options import option
 
 if TYPE_CHECKING:
     from calibatt_compiler.evaluation.comparison import Comparison, DenseKind
 
 
+@grouped
 def compare(
     model: options.Model,
     plan: Annotated[
@@ -24,36 +27,22 @@ def compare(
             show_default=False,
         ),
     ],
-    prompts: options.Prompts = None,
-    prompt: options.Prompt = None,
-    seed: options.Seed = 1000,
+    video: options.Video,
+    place: options.Place,
+    inputs: options.Inputs = options.HELD_OUT,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the results.")] = Path(
         "calibatt-comparison"
     ),
-    height: options.Height = None,
-    width: options.Width = None,
-    frames: options.Frames = None,
-    steps: options.Steps = None,
-    guidance: options.Guidance = None,
-    negative_prompt: options.NegativePrompt = None,
-    settings: options.Settings = None,
     dense: Annotated[
         str,
-        typer.Option(help="What to measure against: inductor (stock torch.compile) or eager."),
+        option(None, "What to measure against: inductor (stock torch.compile) or eager."),
     ] = "inductor",
-    rounds: Annotated[int, typer.Option(min=5, help="How often each denoising step is timed.")] = 5,
-    fps: Annotated[int, typer.Option(min=1, help="Frames a second of the videos.")] = 16,
+    rounds: Annotated[int, option(ADVANCED, "How often each denoising step is timed.", min=5)] = 5,
+    fps: Annotated[int, option(ADVANCED, "Frames a second of the videos.", min=1)] = 16,
     min_psnr: Annotated[
         float | None,
-        typer.Option(
-            "--min-psnr",
-            help="Fail (exit code 1) if the mean PSNR of the first plan is below this, in dB.",
-            show_default=False,
-        ),
+        option(None, "Fail (exit code 1) if the mean PSNR of the first plan is below this, in dB."),
     ] = None,
-    component: options.Component = "transformer",
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
     lowering: options.Lowering = "baked",
 ) -> None:
     """Generate videos with and without a plan, from the same prompts and seeds, and compare them.
@@ -65,7 +54,6 @@ def compare(
 
     Example: calibatt compare ./wan wan-480p.calibatt --prompts held-out.txt --guidance 5
     """
-    from calibatt_compiler.cli import pipelines
     from calibatt_compiler.cli.interruption import said_if_interrupted
     from calibatt_compiler.cli.progress import TerminalProgress
     from calibatt_compiler.errors import OptionError
@@ -85,21 +73,11 @@ def compare(
     plans = {label: Plan.load(path) for label, path in labels(plan).items()}
     first = next(iter(plans.values()))
     checked = CompileOptions.parse({"plan": first, "lowering": lowering})
-    cases = pipelines.read_cases(prompts, prompt, seed)
-    place = pipelines.device_of(device)
-    pipe = pipelines.load_pipeline(model, place, pipelines.dtype_of(dtype, place))
-    named = {
-        "height": height,
-        "width": width,
-        "num_frames": frames,
-        "num_inference_steps": steps,
-        "guidance_scale": guidance,
-        "negative_prompt": negative_prompt,
-    }
-    arguments = pipelines.arguments_for_plan(pipe, first, named, settings)
+    cases = inputs.cases()
+    pipe = place.load(model)
     config = ComparisonConfig(
-        arguments=arguments,
-        component=component,
+        arguments=video.arguments_for(pipe, first),
+        component=place.component,
         dense=cast("DenseKind", dense),
         lowering=checked.lowering,
         rounds=rounds,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from calibatt_compiler.cli import options
+from calibatt_compiler.cli.groups import grouped
 from calibatt_compiler.errors import PipelineError
 from calibatt_compiler.evaluation.cases import Case
 
@@ -62,7 +63,9 @@ class DemoSettings:
         )
 
 
+@grouped
 def demo(
+    where: options.Device,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the results.")] = Path(
         "calibatt-demo"
     ),
@@ -80,8 +83,6 @@ def demo(
             show_default=False,
         ),
     ] = None,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
     quick: Annotated[
         bool,
         typer.Option(
@@ -110,12 +111,10 @@ def demo(
     chosen = read_settings(settings or find("demo.json"))
     if quick:
         chosen = chosen.quick()
-    place = pipelines.device_of(device)
+    place = where.place()
     if place.type == "cpu":
         chosen = chosen.for_cpu()
-    pipe = pipelines.load_pipeline(
-        str(model or find("model")), place, pipelines.dtype_of(dtype, place)
-    )
+    pipe = where.load(str(model or find("model")), place)
     arguments = pipelines.pipeline_arguments(pipe, chosen.arguments, None)
     progress = TerminalProgress()
     progress.start(f"calibrating on {len(chosen.calibration)} prompts", len(chosen.calibration))
@@ -157,28 +156,15 @@ def calibrate_plans(
     from calibatt_compiler.calibration import CalibrationConfig, calibrate, plan_from_run
 
     config = CalibrationConfig(
-        block=(BLOCK, BLOCK),
-        A=A,
-        C=A,
-        rho=RHO,
-        sample_power=POWER,
-        keep_energies=True,
-        share_steps=None,
+        block=(BLOCK, BLOCK), A=A, C=A, rho=RHO, sample_power=POWER, keep_energies=True
     )
-    main = calibrate(
-        pipe,
-        prompts=[case.prompt for case in cases],
-        seeds=[case.seed for case in cases],
-        out=out,
-        config=config,
-        **arguments,
-    )
+    given = {**options.texts_and_seeds(cases), **arguments}
+    main = calibrate(pipe, out=out, config=config, **given)
     run = f"{out}.calibration"
-    fixed: dict[str, Any] = {"rho": RHO, "share_steps": None}
-    others = {f"A={a:g}": plan_from_run(run, A=a, C=a, sample_power=POWER, **fixed) for a in CURVE}
+    others = {f"A={a:g}": plan_from_run(run, config, A=a, C=a) for a in CURVE}
     # Of as many blocks as the sample.
-    highest = {f"A={A:g}, highest blocks": plan_from_run(run, **fixed)}
-    return {f"A={A:g}": main, **others, **highest}
+    highest = plan_from_run(run, config, sample_power=None, share_steps=None)
+    return {f"A={A:g}": main, **others, f"A={A:g}, highest blocks": highest}
 
 
 def find(name: str) -> Path:

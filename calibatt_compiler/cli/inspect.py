@@ -5,65 +5,58 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from calibatt_compiler.cli import options
+from calibatt_compiler.cli.groups import grouped
+from calibatt_compiler.cli.options import option
 from calibatt_compiler.errors import OptionError
 
 _VALIDATION = "Validation"
 
 
+@grouped
 def inspect(
     plan: options.PlanFile,
+    sampling: options.Sampling,
+    place: options.Place,
+    inputs: options.Inputs = options.HELD_OUT,
     html: Annotated[
         Path | None,
-        typer.Option(
-            "--html",
-            help="Also write a page with heat maps and a picture of each head's mask: one file, "
-            "to be opened in any browser.",
-            show_default=False,
+        option(
+            None,
+            "Also write a page with heat maps and a picture of each head's mask: one file, to be "
+            "opened in any browser.",
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    as_json: Annotated[
+        bool, option(None, "Print JSON instead of a table.", None, "--json")
+    ] = False,
     validate: Annotated[
         str | None,
-        typer.Option(
-            "--validate",
-            metavar="SOURCE",
-            help="Measure what the plan keeps on held-out inputs. SOURCE: the model, to be run on "
+        option(
+            _VALIDATION,
+            "Measure what the plan keeps on held-out inputs. SOURCE: the model, to be run on "
             "--prompts that the plan was not made from, or the folder that a calibration on such "
             "inputs left with --keep-energies.",
-            rich_help_panel=_VALIDATION,
-            show_default=False,
+            "SOURCE",
         ),
     ] = None,
     margin: Annotated[
         float,
-        typer.Option(
-            help="Flag a site that at some step keeps less than its threshold by more than this.",
-            rich_help_panel=_VALIDATION,
+        option(
+            _VALIDATION,
+            "Flag a site that at some step keeps less than its threshold by more than this.",
         ),
     ] = 0.02,
     raised: Annotated[
         Path | None,
-        typer.Option(
+        option(
+            _VALIDATION,
+            "Select the flagged sites again with their thresholds raised by what they lack, and "
+            "write that plan. Needs PLAN.calibration with energies (--keep-energies).",
+            "OUT",
             "--raise",
-            metavar="OUT",
-            help="Select the flagged sites again with their thresholds raised by what they lack, "
-            "and write that plan. Needs PLAN.calibration with energies (--keep-energies).",
-            rich_help_panel=_VALIDATION,
-            show_default=False,
         ),
     ] = None,
-    prompts: options.Prompts = None,
-    prompt: options.Prompt = None,
-    seed: options.Seed = 1000,
-    guidance: options.Guidance = None,
-    negative_prompt: options.NegativePrompt = None,
-    settings: options.Settings = None,
-    component: options.Component = "transformer",
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
 ) -> None:
     """Show what is in a plan: what it was made for, and how much each layer computes.
 
@@ -75,7 +68,7 @@ def inspect(
     """
     from rich.console import Console
 
-    from calibatt_compiler.cli import pipelines, validation
+    from calibatt_compiler.cli import validation
     from calibatt_compiler.cli.tables import validation as validation_report
     from calibatt_compiler.plan import Plan
     from calibatt_compiler.report import inspect as report
@@ -91,17 +84,7 @@ def inspect(
     loaded = Plan.load(plan)
     found = None
     if validate is not None:
-        found = validation.measure(
-            validate,
-            loaded,
-            lambda: pipelines.read_cases(prompts, prompt, seed),
-            {"guidance_scale": guidance, "negative_prompt": negative_prompt},
-            settings,
-            margin=margin,
-            component=component,
-            device=device,
-            dtype=dtype,
-        )
+        found = validation.measure(validate, loaded, inputs, sampling, place, margin=margin)
     console = Console()
     if as_json:
         extra = {} if found is None else {"validation": found.to_dict()}

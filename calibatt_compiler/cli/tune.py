@@ -9,97 +9,67 @@ from typing import Annotated
 import typer
 
 from calibatt_compiler.cli import options
+from calibatt_compiler.cli.groups import grouped
+from calibatt_compiler.cli.options import option
 
 _SEARCH = "The search"
 
 
+@grouped
 def tune(
     model: options.Model,
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder of the search.", show_default=False)
-    ],
-    prompts: options.Prompts = None,
-    prompt: options.Prompt = None,
-    seed: options.Seed = 0,
-    height: options.Height = None,
-    width: options.Width = None,
-    frames: options.Frames = None,
-    steps: options.Steps = None,
-    guidance: options.Guidance = None,
-    negative_prompt: options.NegativePrompt = None,
-    settings: options.Settings = None,
+    out: Annotated[Path, option(None, "Folder of the search.", "FOLDER", "--out", "-o")],
+    inputs: options.Inputs,
+    video: options.Video,
+    observation: options.Observation,
+    place: options.Place,
     speed_up: Annotated[
         float | None,
-        typer.Option(
-            "--speed-up",
-            help="Choose the most faithful plan that makes a step at least this much faster than "
-            "dense, such as 1.3.",
-            rich_help_panel=_SEARCH,
-            show_default=False,
+        option(
+            _SEARCH,
+            "Choose the most faithful plan that makes a step at least this much faster than dense, "
+            "such as 1.3.",
         ),
     ] = None,
     psnr: Annotated[
         float | None,
-        typer.Option(
-            "--psnr",
-            help="Choose the fastest plan of at least this PSNR in dB, such as 30.",
-            rich_help_panel=_SEARCH,
-            show_default=False,
-        ),
+        option(_SEARCH, "Choose the fastest plan of at least this PSNR in dB, such as 30."),
     ] = None,
     trials: Annotated[
         int,
-        typer.Option(
-            min=1,
-            help="How many plans to try, those of an interrupted search included.",
-            rich_help_panel=_SEARCH,
-        ),
+        option(_SEARCH, "How many plans to try, those of an interrupted search included.", min=1),
     ] = 40,
     videos: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            help="Videos that each trial generates, of the first prompts.",
-            rich_help_panel=_SEARCH,
-        ),
+        int, option(_SEARCH, "Videos that each trial generates, of the first prompts.", min=1)
     ] = 1,
     proxy: Annotated[
         bool,
-        typer.Option(
+        option(
+            _SEARCH,
+            "Generate no videos: go by the share of attention mass that a plan keeps.",
+            None,
             "--proxy",
-            help="Generate no videos: go by the share of attention mass that a plan keeps.",
-            rich_help_panel=_SEARCH,
         ),
     ] = False,
     pooled: Annotated[
         str,
-        typer.Option(
-            metavar="KEYS,...",
-            help="Numbers of mean keys for each dropped block to choose from, such as 0,1,4.",
-            rich_help_panel=_SEARCH,
+        option(
+            _SEARCH,
+            "Numbers of mean keys for each dropped block to choose from, such as 0,1,4.",
+            "KEYS,...",
         ),
     ] = "0",
     gamma: Annotated[
         str,
-        typer.Option(
-            metavar="SCORE,...",
-            help="Scores for repetitive heads to choose from, as of calibatt calibrate, and off "
-            "for none, such as off,0.8,0.87.",
-            rich_help_panel=_SEARCH,
+        option(
+            _SEARCH,
+            "Scores for repetitive heads to choose from, as of calibatt calibrate, and off for "
+            "none, such as off,0.8,0.87.",
+            "SCORE,...",
         ),
     ] = "off",
-    anchor_rows: options.AnchorRows = 5,
-    search_seed: Annotated[
-        int, typer.Option("--search-seed", min=0, help="Seed.", rich_help_panel=_SEARCH)
-    ] = 0,
-    block: Annotated[int, typer.Option(help="Tokens a block, for queries and keys.")] = 128,
-    token_order: Annotated[
-        str, typer.Option(metavar="ORDER", help="As of calibatt calibrate.")
-    ] = "raster",
-    component: options.Component = "transformer",
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before it starts.")] = False,
+    search_seed: Annotated[int, option(_SEARCH, "Seed.", min=0)] = 0,
+    yes: Annotated[bool, option(None, "Do not ask before it starts.", None, "--yes", "-y")] = False,
 ) -> None:
     """Search the thresholds A, C, k and rho: fidelity against predicted time.
 
@@ -116,7 +86,6 @@ def tune(
     from calibatt_compiler.calibration import tune as run
     from calibatt_compiler.calibration.store.run_folder import RunStore
     from calibatt_compiler.calibration.tuning.study import JOURNAL, SearchSpace, finished
-    from calibatt_compiler.cli import pipelines
     from calibatt_compiler.cli.interruption import said_if_interrupted
     from calibatt_compiler.cli.progress import TerminalProgress
     from calibatt_compiler.cli.tables import tuning as report
@@ -133,10 +102,8 @@ def tune(
     config = CalibrationConfig(
         pooled=keys[0],
         gamma=scores[0],
-        anchor_rows=anchor_rows,
-        block=(block, block),
-        token_order=token_order,
-        component=component,
+        **observation.of_config(),
+        component=place.component,
     )
     tuning = TuningConfig(
         trials=trials,
@@ -147,34 +114,23 @@ def tune(
         speed_up=speed_up,
         fidelity=psnr,
     )
-    cases = pipelines.read_cases(prompts, prompt, seed)
-    place = pipelines.device_of(device)
-    pipe = pipelines.load_pipeline(model, place, pipelines.dtype_of(dtype, place))
-    named = {
-        "height": height,
-        "width": width,
-        "num_frames": frames,
-        "num_inference_steps": steps,
-        "guidance_scale": guidance,
-        "negative_prompt": negative_prompt,
-    }
-    arguments = pipelines.pipeline_arguments(pipe, named, settings)
-    texts, seeds = [case.prompt for case in cases], [case.seed for case in cases]
-    common = {"out": out, "config": config, "tuning": tuning, **arguments}
+    given = options.texts_and_seeds(inputs.cases())
+    pipe = place.load(model)
+    common = {**given, "out": out, "config": config, "tuning": tuning, **video.arguments(pipe)}
     console = Console(highlight=False, soft_wrap=True)
-    console.print(report.cost_table(tuning_cost(pipe, texts, seeds, **common)))
+    console.print(report.cost_table(tuning_cost(pipe, **common)))
     if not yes and sys.stdin.isatty():
         typer.confirm("Start?", abort=True)
 
     def kept() -> str:
-        inputs = len(RunStore(out / "recording").names())
+        recorded = len(RunStore(out / "recording").names())
         return (
-            f"{inputs} of {len(cases)} recorded inputs and {finished(out / JOURNAL)} of {trials} "
-            f"trials are kept in {out}; the same command goes on"
+            f"{recorded} of {len(given['prompts'])} recorded inputs and {finished(out / JOURNAL)} "
+            f"of {trials} trials are kept in {out}; the same command goes on"
         )
 
     with said_if_interrupted(kept), TerminalProgress() as progress:
-        found = run(pipe, texts, seeds, progress=progress, **common)
+        found = run(pipe, progress=progress, **common)
     console.print(report.front_table(found))
     console.print(f"the front: {out / 'front.png'}, {out / 'tuning.json'}")
     if found.chosen is not None:

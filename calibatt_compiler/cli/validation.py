@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibatt_compiler.evaluation.cases import Case
+from calibatt_compiler.cli import options
 
 if TYPE_CHECKING:
     from calibatt_compiler.calibration.validation.kept_mass import Validation
@@ -16,48 +15,33 @@ if TYPE_CHECKING:
 def measure(
     source: str,
     plan: Plan,
-    cases: Callable[[], Sequence[Case]],
-    named: Mapping[str, Any],
-    settings: Sequence[str] | None,
+    inputs: options.Inputs,
+    sampling: options.Sampling,
+    place: options.Place,
     *,
     margin: float,
-    component: str,
-    device: str,
-    dtype: str,
 ) -> Validation:
     """Validate a plan on what a run folder holds, or by running the model.
 
     Args:
         source: a run folder, or the folder or name of a model.
         plan: the plan.
-        cases: gives prompts and seeds; asked only if the model is run.
-        named: arguments of the pipeline by name, None where not given.
-        settings: texts of `--set`.
+        inputs: prompts and seeds; read only if the model is run, as the next two.
+        sampling: arguments of the pipeline.
+        place: where the model runs.
         margin: as in `calibatt_compiler.validate`.
-        component: of the pipeline.
-        device: text of `--device`.
-        dtype: text of `--dtype`.
     """
     from calibatt_compiler.calibration import CalibrationConfig, validate, validate_run
     from calibatt_compiler.calibration.validation.kept_mass import check_margin
-    from calibatt_compiler.cli import pipelines
 
     check_margin(margin)
     if (Path(source) / "run.json").is_file():
         return validate_run(source, plan, margin=margin)
-    chosen = cases()
-    place = pipelines.device_of(device)
-    pipe = pipelines.load_pipeline(source, place, pipelines.dtype_of(dtype, place))
-    arguments = pipelines.arguments_for_plan(pipe, plan, named, settings)
-    return validate(
-        pipe,
-        plan,
-        prompts=[case.prompt for case in chosen],
-        seeds=[case.seed for case in chosen],
-        margin=margin,
-        config=CalibrationConfig(component=component),
-        **arguments,
-    )
+    given = options.texts_and_seeds(inputs.cases())
+    pipe = place.load(source)
+    config = CalibrationConfig(component=place.component)
+    arguments = sampling.arguments_for(pipe, plan)
+    return validate(pipe, plan, **given, margin=margin, config=config, **arguments)
 
 
 def raise_flagged(path: Path, plan: Plan, validation: Validation, out: Path) -> str:
@@ -88,18 +72,14 @@ def raise_flagged(path: Path, plan: Plan, validation: Validation, out: Path) -> 
     amounts = validation.raised()
     for name, value in before.items():
         amounts[name] = min(1.0, amounts.get(name, 0.0) + value)
+    names = ("A", "C", "k", "share_steps", "merge_budget", "sample_power", "gamma")
+    settings: dict[str, Any] = {name: used.get(name) for name in names}
     new = plan_from_run(
         f"{path}.calibration",
-        rho=used.get("rho", 0.5),
-        A=used.get("A"),
-        C=used.get("C"),
-        k=used.get("k"),
-        share_steps=used.get("share_steps"),
-        merge_budget=used.get("merge_budget"),
-        pooled=plan.metadata.sites[0].pooled,
-        sample_power=used.get("sample_power"),
-        gamma=used.get("gamma"),
         raised=amounts,
+        rho=used.get("rho", 0.5),
+        pooled=plan.metadata.sites[0].pooled,
+        **settings,
     )
     new.save(out)
     return (

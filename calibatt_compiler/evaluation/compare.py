@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from calibatt_compiler.build import PlanSpecs, arch_of, build_for_device
+from calibatt_compiler.build import PlanSpecs, build_for_device
 from calibatt_compiler.errors import CalibattError, PipelineError
 from calibatt_compiler.evaluation.cases import Case
 from calibatt_compiler.evaluation.comparison import (
@@ -25,6 +25,7 @@ from calibatt_compiler.evaluation.comparison import (
 )
 from calibatt_compiler.evaluation.quality import Frames, Quality, measure
 from calibatt_compiler.evaluation.timing import DenoisingStep, spread, time_steps, watching
+from calibatt_compiler.kernels.portable.tiles import architecture
 from calibatt_compiler.plan import Plan
 from calibatt_compiler.report.summary import summary
 
@@ -233,7 +234,7 @@ def _build(
     plans: Mapping[str, Plan], device: torch.device, dtype: torch.dtype, progress: Progress
 ) -> None:
     """Compile the plans' kernels first: a model would otherwise be timed on its stand-in kernel."""
-    wanted = [PlanSpecs(plan, [arch_of(device)], dtype) for plan in plans.values()]
+    wanted = [PlanSpecs(plan, [architecture(device)], dtype) for plan in plans.values()]
     progress.start("compiling kernels", sum(map(len, wanted)))
     for specs in wanted:
         build_for_device(specs, lambda *_: progress.advance())

@@ -44,7 +44,7 @@ class TokenOrder:
     walked backwards, each of its cross-sections in raster order.
 
     Attributes:
-        tile: frames, height and width of a tile, in tokens; None in place of one: ropes along that
+        tile: frames, height and width of a tile, in tokens; None in place of one: strips along that
             axis, of about this cross-section. None: raster order.
     """
 
@@ -52,7 +52,7 @@ class TokenOrder:
 
     @classmethod
     def parse(cls, name: str) -> TokenOrder:
-        """Read what `str` gives: `raster`, a tile such as `2x8x8`, ropes such as `2x8xall`.
+        """Read what `str` gives: `raster`, a tile such as `2x8x8`, strips such as `2x8xall`.
 
         Raises:
             PlanError: none of these.
@@ -64,7 +64,7 @@ class TokenOrder:
             raise PlanError(
                 "no such order of tokens",
                 expected="raster, or frames x height x width of a tile, such as 2x8x8, or of "
-                "ropes along one axis, such as 2x8xall",
+                "strips along one axis, such as 2x8xall",
                 got=repr(name),
                 remedy="name one of these",
             )
@@ -89,7 +89,7 @@ class TokenOrder:
         """
         if self.tile is None:
             return None
-        order = _ropes(grid, self.tile) if None in self.tile else _tiles(grid, self.tile)
+        order = _strips(grid, self.tile) if None in self.tile else _tiles(grid, self.tile)
         if (order == np.arange(order.size)).all():
             return None
         tokens = np.arange(order.size if length is None else length)
@@ -101,7 +101,7 @@ RASTER = TokenOrder()
 
 
 def parts(tokens: int, size: int) -> int:
-    """Into how many nearly equal parts ropes of about this size divide an axis."""
+    """Into how many nearly equal parts strips of about this size divide an axis."""
     return max(1, (2 * tokens + size) // (2 * size))
 
 
@@ -112,7 +112,7 @@ def _tiles(grid: tuple[int, int, int], tile: Tile) -> npt.NDArray[np.int64]:
     return np.lexsort(of_tile[::-1])
 
 
-def _ropes(grid: tuple[int, int, int], tile: Tile) -> npt.NDArray[np.int64]:
+def _strips(grid: tuple[int, int, int], tile: Tile) -> npt.NDArray[np.int64]:
     places = np.indices(grid).reshape(3, -1)
     along = tile.index(None)
     earlier, later = (axis for axis in range(3) if axis != along)

@@ -207,6 +207,19 @@ class BlockPattern:
         return self.kept / (self.heads * self.query_blocks * self.key_blocks)
 
     @property
+    def weighted(self) -> bool:
+        """Whether a block has a weight."""
+        return self.weights is not None
+
+    @property
+    def full(self) -> bool:
+        """Whether it is dense attention: every block kept, none weighted, no row copied.
+
+        Copied rows may save no block: what is computed is what the plan says, not its blocks.
+        """
+        return self.density == 1.0 and self.weights is None and self.repetitive is None
+
+    @property
     def computed_density(self) -> float:
         """Density with the work that pooled keys are: each row attends those of every block."""
         return self.density + self.pooled / self.block_n * float(self.computed_rows().mean())

@@ -14,7 +14,7 @@ from calibatt_compiler.plan.stored import Entries, PatternSize
 from calibatt_compiler.plan.text import TextPosition
 from calibatt_compiler.plan.zone_checks import ARRAYS
 from calibatt_compiler.plan.zone_draw import FORMULA
-from calibatt_compiler.plan.zone_rows import video_blocks
+from calibatt_compiler.plan.zone_form import video_blocks
 from calibatt_compiler.plan.zones import ZonePattern
 
 MAX_RUNS = 1 << 24

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from calibatt_compiler.errors import PlanError
 from calibatt_compiler.plan.sizes import MAX_LENGTH
 from calibatt_compiler.plan.zone_draw import FORMULA, OCTAVES, UNIT
-
-if TYPE_CHECKING:
-    from calibatt_compiler.plan.zones import ZonePattern
-
+from calibatt_compiler.plan.zone_form import ZoneForm
 
 ARRAYS = {
     "group_rows": np.int32,
@@ -25,7 +20,7 @@ ARRAYS = {
 """Arrays of a pattern and their dtypes, in the order in which a plan file holds them."""
 
 
-def check(zones: ZonePattern) -> None:
+def check(zones: ZoneForm) -> None:
     """Raise `PlanError` unless numbers, arrays and leads are as `ZonePattern` says.
 
     The arrays are made read-only.
@@ -35,7 +30,7 @@ def check(zones: ZonePattern) -> None:
     _check_leads(zones)
 
 
-def _check_numbers(zones: ZonePattern) -> None:
+def _check_numbers(zones: ZoneForm) -> None:
     if zones.formula != FORMULA:
         raise PlanError(
             "zones are drawn by a formula that this version does not know",
@@ -54,7 +49,7 @@ def _check_numbers(zones: ZonePattern) -> None:
         raise wrong("the video of a pattern", f"1 to {min(lengths)} tokens", zones.video)
 
 
-def _check_arrays(zones: ZonePattern) -> None:
+def _check_arrays(zones: ZoneForm) -> None:
     for name, dtype in ARRAYS.items():
         array = getattr(zones, name)
         if array.dtype != dtype or array.ndim != 1:
@@ -91,7 +86,7 @@ def _check_arrays(zones: ZonePattern) -> None:
         raise wrong("cuts of a group of zones", "key blocks in rising order", "others")
 
 
-def _check_leads(zones: ZonePattern) -> None:
+def _check_leads(zones: ZoneForm) -> None:
     """Each row keeps its lead, so none is empty."""
     if not len(zones.leads):
         return

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
 from calibatt_compiler.plan.intervals import expand, sums_before
 from calibatt_compiler.plan.sizes import MAX_LENGTH
-from calibatt_compiler.plan.text import TextPosition
 from calibatt_compiler.plan.zone_draw import BITS, Ints
-
-if TYPE_CHECKING:
-    from calibatt_compiler.plan.zones import ZonePattern
+from calibatt_compiler.plan.zone_form import ZoneForm
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ class RowRuns:
         return np.diff(sums_before(each)[self.offsets])
 
 
-def row_runs(zones: ZonePattern) -> RowRuns:
+def row_runs(zones: ZoneForm) -> RowRuns:
     """Return the runs that each row crosses, those of text included."""
     (top, bottom), (left, right) = zones.rows, zones.columns
     rows, every = zones.query_blocks, np.arange(zones.heads * zones.query_blocks)
@@ -75,16 +72,6 @@ def row_runs(zones: ZonePattern) -> RowRuns:
     parts += [_Runs.same(others, 0, left)] if left else []
     parts += [_Runs.same(others, right, zones.key_blocks)] if right < zones.key_blocks else []
     return _Runs.joined(parts).by_row(len(every))
-
-
-def video_blocks(length: int, video: int, block: int, text: TextPosition | None) -> tuple[int, int]:
-    """Return the first block of a sequence that holds no text token, and one past the last."""
-    blocks = -(-length // block)
-    if text is None or length <= video:
-        return 0, blocks
-    if text == "first":
-        return min(-(-(length - video) // block), blocks), blocks
-    return 0, video // block
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,14 @@ from calibatt_compiler.plan.pattern import BlockPattern
 from calibatt_compiler.plan.sizes import check_sizes
 from calibatt_compiler.plan.text import TextPosition, block_sources
 from calibatt_compiler.plan.zone_checks import ARRAYS, check, wrong
-from calibatt_compiler.plan.zone_draw import BITS, FORMULA, OCTAVES, UNIT, DrawnRuns, Ints
-from calibatt_compiler.plan.zone_rows import RowRuns, row_runs, video_blocks
+from calibatt_compiler.plan.zone_draw import BITS, OCTAVES, UNIT, DrawnRuns, Ints
+from calibatt_compiler.plan.zone_form import ZoneForm, video_blocks
+from calibatt_compiler.plan.zone_groups import exact_groups
+from calibatt_compiler.plan.zone_rows import RowRuns, row_runs
 
 
 @dataclass(frozen=True, eq=False)
-class ZonePattern:
+class ZonePattern(ZoneForm):
     """Zones of one attention call, for the steps of one group.
 
     Blocks without a text token are numbered from the first one on, as queries and as keys. Row r of
@@ -63,73 +65,9 @@ class ZonePattern:
             octave 0 or that some row of its group does not have.
     """
 
-    heads: int
-    query_length: int
-    key_length: int
-    block_m: int
-    block_n: int
-    group_rows: Ints
-    diagonal: npt.NDArray[np.uint8]
-    leads: Ints
-    counts: Ints
-    cuts: Ints
-    octaves: npt.NDArray[np.uint8]
-    video: int = 0
-    text: TextPosition | None = None
-    seed: int = 0
-    formula: int = FORMULA
-
     def __post_init__(self) -> None:
         check_sizes(self.heads, self.query_length, self.key_length, self.block_m, self.block_n)
         check(self)
-
-    def octave_at(self, where: Ints) -> npt.NDArray[np.uint8]:
-        """Octave of each group at a key block, stated as its runs are; uint8 (groups,)."""
-        groups = np.arange(len(self.counts))
-        cut_group = np.repeat(groups, self.counts - 1)
-        behind = np.bincount(cut_group[self.cuts <= where[cut_group]], minlength=len(groups))
-        found: npt.NDArray[np.uint8] = self.octaves[self.run_offsets[:-1] + behind]
-        return found
-
-    @property
-    def query_blocks(self) -> int:
-        """Number of query blocks, the ragged last one included."""
-        return -(-self.query_length // self.block_m)
-
-    @property
-    def key_blocks(self) -> int:
-        """Number of key blocks, the ragged last one included."""
-        return -(-self.key_length // self.block_n)
-
-    @property
-    def rows(self) -> tuple[int, int]:
-        """First query block without text, and one past the last."""
-        return video_blocks(self.query_length, self.video, self.block_m, self.text)
-
-    @property
-    def columns(self) -> tuple[int, int]:
-        """First key block without text, and one past the last."""
-        return video_blocks(self.key_length, self.video, self.block_n, self.text)
-
-    @property
-    def head_groups(self) -> npt.NDArray[np.int64]:
-        """Groups of each head, int64 (heads,)."""
-        if self.columns[0] == self.columns[1]:
-            return np.zeros(self.heads, np.int64)
-        return -(-(self.rows[1] - self.rows[0]) // self.group_rows.astype(np.int64))
-
-    @cached_property
-    def run_offsets(self) -> npt.NDArray[np.int64]:
-        """Which runs each group owns, int64 (groups + 1,)."""
-        return sums_before(self.counts)
-
-    @property
-    def group_edges(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """First row of each group and one past its last, rows without text counted from 0."""
-        groups = self.head_groups
-        size = np.repeat(self.group_rows.astype(np.int64), groups)
-        first = expand(np.zeros_like(groups), groups) * size
-        return first, np.minimum(first + size, self.rows[1] - self.rows[0])
 
     @property
     def numbers(self) -> npt.NDArray[np.int64]:
@@ -185,6 +123,16 @@ class ZonePattern:
         runs = self.row_runs()
         found = np.repeat(runs.octaves.astype(np.int8), runs.ends - runs.begins)
         return found.reshape(self.heads, self.query_blocks, self.key_blocks)
+
+    def octave_shares(self) -> npt.NDArray[np.float64]:
+        """Share of each head's blocks that has each octave, float64 (heads, 8)."""
+        runs = self.row_runs()
+        row = np.repeat(np.arange(len(runs.offsets) - 1), np.diff(runs.offsets))
+        at = row // self.query_blocks * OCTAVES + runs.octaves
+        blocks = np.bincount(at, runs.ends - runs.begins, self.heads * OCTAVES)
+        shares = blocks.reshape(self.heads, OCTAVES) / (self.query_blocks * self.key_blocks)
+        found: npt.NDArray[np.float64] = shares
+        return found
 
     @cached_property
     def _units(self) -> npt.NDArray[np.int64]:
@@ -301,8 +249,6 @@ class ZonePattern:
         Raises:
             PlanError: another form, an octave out of range, or a row without octave 0.
         """
-        from calibatt_compiler.plan.zone_groups import exact_groups
-
         if octaves.dim() != 3 or octaves.is_floating_point() or octaves.dtype == torch.bool:
             raise wrong(
                 "an octave map",

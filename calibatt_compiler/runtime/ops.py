@@ -2,20 +2,23 @@
 
 `calibatt::host_timestep` brings the timestep to the host once a forward pass;
 `calibatt::token_order` says in which order a plan has a video's tokens; `calibatt::attention`
-serves one site. All are opaque to Inductor and pure in their result.
+serves one site, `calibatt::attention_backward` its gradients. All are opaque to Inductor and pure
+in their result.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from calibatt_compiler.errors import KernelError
 from calibatt_compiler.plan.order import TokenOrder
-from calibatt_compiler.runtime.invocation import lookup
+from calibatt_compiler.runtime.invocation import current, lookup, sign
 from calibatt_compiler.runtime.timestep import read, send
-from calibatt_compiler.runtime.token_order import laid_out
+from calibatt_compiler.runtime.token_order import Rearrangements
 
 
 @torch.library.custom_op("calibatt::host_timestep", mutates_args=())
@@ -26,14 +29,49 @@ def host_timestep(timestep: Tensor) -> Tensor:
         timestep: any shape, any dtype, one entry a sample on the first dimension.
 
     Returns:
-        Float64 scalar on the CPU.
+        Float64 (2) on the CPU: the timestep, and which graph is running (`runtime.invocation`).
     """
-    return send(timestep)
+    return sign(send(timestep))
 
 
 @host_timestep.register_fake
 def _(timestep: Tensor) -> Tensor:
-    return torch.empty((), dtype=torch.float64, device="cpu")
+    return torch.empty(2, dtype=torch.float64, device="cpu")
+
+
+host_timestep.register_autograd(lambda ctx, gradient: None)
+
+
+@torch.library.custom_op("calibatt::host_timestep_of", mutates_args=())
+def host_timestep_of(timestep: Tensor, coordinates: Sequence[Tensor], names: str) -> Tensor:
+    """Return what `host_timestep` does, after a look at where the tokens of the call stand.
+
+    Args:
+        timestep: as in `host_timestep`.
+        coordinates: of the tokens; see `runtime.coordinates`.
+        names: of the arguments that they are, with commas between them.
+
+    Returns:
+        As `host_timestep`.
+    """
+    invocation = current()
+    reader = None if invocation is None else invocation.coordinates
+    found = [] if reader is None else map(reader.read, names.split(","), coordinates)
+    return sign(send(timestep, [fits for fits in found if fits is not None]))
+
+
+@host_timestep_of.register_fake
+def _(timestep: Tensor, coordinates: Sequence[Tensor], names: str) -> Tensor:
+    return torch.empty(2, dtype=torch.float64, device="cpu")
+
+
+def _keep_count(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.count = len(inputs[1])
+
+
+host_timestep_of.register_autograd(
+    lambda ctx, gradient: (None, [None] * ctx.count, None), setup_context=_keep_count
+)
 
 
 @torch.library.custom_op("calibatt::token_order", mutates_args=())
@@ -54,7 +92,10 @@ def token_order(
         int32 (length): the token for each place.
     """
     frames, height, width = grid
-    found = laid_out(TokenOrder.parse(order), (frames, height, width), length, first, like.device)
+    invocation = current()
+    kept = Rearrangements() if invocation is None else invocation.rearrangements
+    parsed = TokenOrder.parse(order)
+    found = kept.laid_out(parsed, (frames, height, width), length, first, like.device)
     assert found is not None, "the pass permutes only what has another order"
     # A copy: the memory of an operator's result may be used again.
     return (found.positions if inverse else found.tokens).clone()
@@ -95,7 +136,7 @@ def attention(
     Raises:
         KernelError: no such site, or operands that its kernel can't take.
     """
-    return lookup(site).attend(q, k, v, read(timestep), scale, ordered=ordered)
+    return lookup(site, timestep).attend(q, k, v, read(timestep), scale, ordered=ordered)
 
 
 @attention.register_fake
@@ -108,5 +149,79 @@ def _(
     scale: float,
     ordered: bool = False,
 ) -> Tensor:
-    batch, heads, length, head_dim = q.shape
-    return q.new_empty(batch, length, heads, head_dim).transpose(1, 2)
+    return _token_major_like(q)
+
+
+@torch.library.custom_op("calibatt::attention_backward", mutates_args=())
+def attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    timestep: Tensor,
+    site: str,
+    scale: float,
+    ordered: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `attention`, by the pattern that served the call.
+
+    Args:
+        grad: gradient of the output, (batch, heads, query_length, head_dim), any strides.
+        q: as in `attention`, like all that follow.
+        k: likewise.
+        v: likewise.
+        timestep: likewise.
+        site: likewise.
+        scale: likewise.
+        ordered: likewise.
+
+    Returns:
+        Gradients of q, k and v, laid out as the output of `attention`.
+
+    Raises:
+        KernelError: the model is gone, or its site has no gradients.
+    """
+    found = lookup(site, timestep)
+    return found.gradients(grad, q, k, v, read(timestep), scale, ordered=ordered)
+
+
+@attention_backward.register_fake
+def _(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    timestep: Tensor,
+    site: str,
+    scale: float,
+    ordered: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _token_major_like(q), _token_major_like(k), _token_major_like(v)
+
+
+def _token_major_like(x: Tensor) -> Tensor:
+    batch, heads, length, head_dim = x.shape
+    return x.new_empty(batch, length, heads, head_dim).transpose(1, 2)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, k, v, timestep, *ctx.rest = inputs
+    ctx.save_for_backward(q, k, v, timestep)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    found = torch.ops.calibatt.attention_backward(grad, *ctx.saved_tensors, *ctx.rest)
+    return (*found, None, *[None] * len(ctx.rest))
+
+
+def _no_second(ctx: Any, *grads: Tensor) -> None:
+    raise KernelError(
+        "attention served by a plan can't be differentiated twice",
+        expected="gradients of the first order",
+        got="a backward pass through a backward pass (create_graph=True)",
+        remedy="run the model that is not compiled, or without create_graph=True",
+    )
+
+
+attention.register_autograd(_backward, setup_context=_save)
+attention_backward.register_autograd(_no_second)

@@ -18,7 +18,7 @@ import tempfile
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -37,14 +37,12 @@ from calibatt_compiler.kernels.baked.cover import (
 )
 from calibatt_compiler.kernels.baked.cover_template import Cover
 from calibatt_compiler.kernels.portable.launch import LaunchConfig
+from calibatt_compiler.kernels.request import Target
 from calibatt_compiler.logs import logger
 from calibatt_compiler.options import cache_dir
 from calibatt_compiler.plan.pattern import BlockPattern
 
 log = logger("kernels")
-
-Target = Literal["portable", "hopper"]
-"""Whose source is generated: a whole kernel in Triton, or the key blocks of the Hopper kernel."""
 
 _GENERATOR = (
     "common/row_copies.py",

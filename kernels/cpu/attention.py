@@ -55,6 +55,7 @@ class NativeCpuAttention:
 
     kind = "native-cpu"
     reason = None
+    repairs = 0
 
     def __init__(self, pattern: BlockPattern, *, dtype: torch.dtype, head_dim: int) -> None:
         self.pattern = pattern
@@ -62,7 +63,7 @@ class NativeCpuAttention:
         self._specialisation = (dtype, head_dim)
         self.density = pattern.computed_density
         runs = pattern.intervals()
-        order = _dearest_first(pattern)
+        order = _longest_first(pattern)
         self._tables = (order, runs.offsets, runs.starts, runs.ends, runs.log_weights)
         copies = copy_tables(pattern)
         self._copies: tuple[npt.NDArray[Any] | None, ...] = (None, None, None)
@@ -225,7 +226,7 @@ def library(dtype: torch.dtype, head_dim: int) -> Any:
         ) from error
 
 
-def _dearest_first(pattern: BlockPattern) -> npt.NDArray[np.int32]:
+def _longest_first(pattern: BlockPattern) -> npt.NDArray[np.int32]:
     """Rows of blocks by falling work, so that no core is left with a long one at the end."""
     kept = pattern.numpy_mask().sum(-1)
     copies = copy_tables(pattern)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from calibatt_compiler.kernels.common.row_copies import DeviceCopies
 from calibatt_compiler.kernels.common.uploads import Uploaded
-from calibatt_compiler.kernels.portable.launch import Softmax, fixed_reference, positive_scale
+from calibatt_compiler.kernels.portable.launch import fixed_reference, positive_scale
+from calibatt_compiler.kernels.request import Softmax
 from calibatt_compiler.plan.pattern import BlockPattern
 
 ALIGNMENT = 16

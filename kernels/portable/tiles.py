@@ -150,6 +150,17 @@ def _family(arch: int) -> str:
     return "small"
 
 
+def check_head_dim(head_dim: int) -> None:
+    """Raise `KernelError` unless the portable kernels take a head dim."""
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise KernelError(
+            "no kernel for this head dimension",
+            expected=f"1 to {MAX_HEAD_DIM}",
+            got=head_dim,
+            remedy="leave this site out of the plan, so that it runs dense",
+        )
+
+
 def _limits(
     half: dict[str, tuple[tuple[int, TileSettings], ...]],
     single: tuple[tuple[int, TileSettings], ...],
@@ -158,13 +169,7 @@ def _limits(
     head_dim: int,
 ) -> TileSettings:
     """The table's row for a head dim, which it checks."""
-    if not 1 <= head_dim <= MAX_HEAD_DIM:
-        raise KernelError(
-            "no kernel for this head dimension",
-            expected=f"1 to {MAX_HEAD_DIM}",
-            got=head_dim,
-            remedy="leave this site out of the plan, so that it runs dense",
-        )
+    check_head_dim(head_dim)
     table = half[_family(arch)] if dtype.itemsize == 2 else single
     return next(settings for largest, settings in table if head_dim <= largest)
 

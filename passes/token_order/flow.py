@@ -15,6 +15,7 @@ tensors that Dynamo leaves with its nodes.)
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -35,12 +36,7 @@ from calibatt_compiler.passes.token_order.axis import (
     shape,
 )
 from calibatt_compiler.passes.token_order.rules import RULES, transfer
-
-WRITING = {
-    operator.setitem, operator.iadd, operator.isub, operator.imul, operator.imatmul,
-    operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow, operator.iand,
-    operator.ior, operator.ixor, operator.ilshift, operator.irshift,
-}  # fmt: skip
+from calibatt_compiler.passes.writes import memory, written
 
 
 @dataclass(frozen=True)
@@ -100,11 +96,16 @@ def follow(graph: Graph, entries: Mapping[Node, Tokens], video: int) -> Flow | M
             return barred.get(outcome.value, outcome)
         if not isinstance(outcome, Obstacle) and not _plausible(node, outcome, video):
             outcome = Obstacle(node, "returns something else than its rule says")
+        targets = written(node, RULES)
         if isinstance(outcome, Obstacle):
             several = any(isinstance(states[source], tuple) for source in node.all_input_nodes)
-            if several or (node.op != "output" and written(node)):
+            if several or targets:
                 return outcome
             exits[node], outcome = outcome, None
+        elif node.target is not operator.setitem and not all(
+            _alike(outcome, states[target]) for target in targets
+        ):
+            return Obstacle(node, "writes tokens to the places of others")
         if node in entries and outcome is None:
             outcome = used[node] = entries[node]
         elif node in entries and not entries[node].agrees(outcome):
@@ -125,6 +126,10 @@ def _plausible(node: Node, state: State, video: int) -> bool:
         or (isinstance(part, Tokens) and isinstance(x, torch.Tensor) and holds(x, part, video))
         for part, x in zip(parts, tensors, strict=False)
     )
+
+
+def _alike(one: State, other: State) -> bool:
+    return one is other is None or (isinstance(one, Tokens) and one.agrees(other))
 
 
 def origin(met: Meeting, video: int) -> tuple[Node, Tokens]:
@@ -160,56 +165,34 @@ def _steps_back(value: Node, tokens: Tokens, video: int) -> Iterator[tuple[Node,
                     yield base, before
 
 
-def written(node: Node) -> list[Node]:
-    """Return the tensors that a node writes into, or may write into as far as is known."""
-    if node.op not in ("call_function", "call_method"):
-        return []
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if isinstance(out := node.kwargs.get("out"), Node):
-        return [out]
-    tensors = [source for source in node.all_input_nodes if example(source) is not None]
-    inplace = bool(node.kwargs.get("inplace")) or (name == "dropout" and node.args[3:] == (True,))
-    if inplace or node.target in WRITING or (name.endswith("_") and not name.endswith("__")):
-        return tensors[:1]
-    schema = getattr(node.target, "_schema", None)
-    if node.target in RULES or not getattr(schema, "is_mutable", True):
-        return []
-    # Of an operator that nothing is known of, a result in the operand's memory tells, or none.
-    memories = {memory(source) for source in tensors}
-    alike = any(isinstance(x, torch.Tensor) and _storage(x) in memories for x in outputs(node))
-    return tensors if alike or schema is not None or outputs(node) == (None,) else []
-
-
-def memory(node: Node) -> int:
-    """Return what tells apart the memory of tensors that are no views of one another."""
-    # At inference, dropout returns its operand, which its fake tensor does not show.
-    while getattr(node.target, "__name__", node.target) == "dropout":
-        node = node.all_input_nodes[0]
-    value = example(node)
-    return 0 if value is None else _storage(value)
-
-
-def _storage(value: torch.Tensor) -> int:
-    return int(value.untyped_storage()._cdata)
-
-
 def _written_nowhere(graph: Graph, flow: Flow) -> Flow | Obstacle:
     """Return the flow, or the node that writes into a value of which permuting makes a copy.
 
     Copies are contiguous. If a value is not, `contiguous` or `reshape` may behind its copy return a
-    view where they copied before, or the reverse; so nothing at all may be written then.
+    view where they copied before, or the reverse; so nothing at all may be written then. Who calls
+    the model may write into its outputs as well: those that are copies may share no memory.
     """
     copies = {*flow.entries, *flow.undone()}
     copied: set[int] = set()
     relaid = False
     for node in graph.nodes:
-        targets = written(node)
+        targets = written(node, RULES)
         if targets and (relaid or any(memory(target) in copied for target in targets)):
             return Obstacle(node, "may write into a value that was permuted before")
         if node in copies:
             copied.add(memory(node))
             relaid = relaid or not _contiguous(node)
+    output = graph.output_node()
+    shared = Counter(memory(each) for each in (*output.all_input_nodes, *_inputs(graph)))
+    for value in output.all_input_nodes:
+        copy = isinstance(flow.states[value], Tokens) and value not in flow.entries
+        if copy and shared[memory(value)] > 1:
+            return Obstacle(value, "shares its memory with what the caller has")
     return flow
+
+
+def _inputs(graph: Graph) -> list[Node]:
+    return [node for node in graph.find_nodes(op="placeholder") if example(node) is not None]
 
 
 def _contiguous(node: Node) -> bool:

@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch.fx import Node
 
-from calibatt_compiler.passes.graph import example
+from calibatt_compiler.passes.graph import example, finish, transformed
 from calibatt_compiler.passes.rewrite import Layout, Lowered, Permuted, Rewrite, SdpaCall, Skip
 from calibatt_compiler.passes.token_order.axis import Obstacle, Size, Tokens, same, shape
 from calibatt_compiler.passes.token_order.flow import Flow, settle
@@ -42,8 +42,8 @@ def permute_tokens(rewrite: Rewrite) -> Rewrite:
 
 def _find(rewrite: Rewrite, layout: Layout, sites: list[SdpaCall]) -> Flow | Obstacle | str:
     """Return a flow that has all sites in the plan's order, or why there is none."""
-    if any(site.path for site in sites):
-        return Obstacle(sites[0].path[0], "hides sites in a subgraph")
+    if hidden := next((site for site in sites if site.path), None):
+        return Obstacle(hidden.path[0], "hides sites in a subgraph")
     source = rewrite.inputs.placeholders.get("hidden_states")
     if source is None:
         return "the video is not an input of this graph"
@@ -64,7 +64,7 @@ def _births(source: Node, video: int) -> Iterator[tuple[Node, int]]:
         before = [has_tokens[each] for each in node.all_input_nodes if each in has_tokens]
         if node is not source and not before:
             continue
-        sizes = () if example(node) is None else shape(node)
+        sizes = () if example(node) is None or transformed(node) else shape(node)
         dims = [dim for dim, size in enumerate(sizes) if same(size, video)]
         has_tokens[node] = bool(dims) or any(before)
         if not any(before):
@@ -122,6 +122,7 @@ class _Permutations:
         self._video = rewrite.inputs.placeholders["hidden_states"]
         self._last = list(self._graph.find_nodes(op="placeholder"))[-1]
         self._orders: dict[tuple[int, int, bool], Node] = {}
+        self.made: list[Node] = []
 
     def permute(self, node: Node, tokens: Tokens, *, inverse: bool) -> Node:
         """Insert a permutation of a value behind it."""
@@ -131,6 +132,7 @@ class _Permutations:
             moved = self._graph.call_function(torch.index_select, (node, tokens.dim, order))
         value, index = node.meta["example_value"], order.meta["example_value"]
         moved.meta["example_value"] = torch.index_select(value, tokens.dim, index)
+        self.made.append(moved)
         return moved
 
     def _order(self, node: Node, tokens: Tokens, inverse: bool) -> Node:
@@ -145,6 +147,7 @@ class _Permutations:
                 made = self._graph.call_function(operator, (self._video, name, grid, *key))
             made.meta["example_value"] = operator(example(self._video), name, grid, *key)
             self._orders[key] = self._last = made
+            self.made.append(made)
         return self._orders[key]
 
 
@@ -162,4 +165,4 @@ def _insert(rewrite: Rewrite, layout: Layout, flow: Flow, undone: Mapping[Node, 
         for reader in readers[node]:
             if reader not in flow.exits:
                 reader.replace_input_with(node, moved)
-    rewrite.gm.graph.lint()  # what is dead goes later: so far, nothing reads the timestep
+    finish(rewrite.gm, permutations.made)

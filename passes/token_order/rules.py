@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
-from calibatt_compiler.passes.graph import SDPA, example, sdpa_operands
+from calibatt_compiler.passes.graph import SDPA, example, sdpa_operands, transformed
 from calibatt_compiler.passes.token_order import places
 from calibatt_compiler.passes.token_order.axis import (
     Call,
@@ -241,6 +241,8 @@ def transfer(call: Call) -> Outcome:
     operands = [call.state(node) for node in call.node.all_input_nodes]
     if not any(tokens for state in operands for tokens in token_states(state)):
         return None  # the same operands in both runs: the same result, whatever it is
+    if any(transformed(node) for node in (call.node, *call.node.all_input_nodes)):
+        return call.refuse("is inside vmap, grad or another transform of torch.func")
     if call.node.target is not operator.getitem and any(isinstance(s, tuple) for s in operands):
         return call.refuse("takes several tensors as one")
     if not NUMPY.isdisjoint(call.node.kwargs):

@@ -31,12 +31,12 @@ def test_the_check_runs(tmp_path: Path) -> None:
     assert "all right" in done.stdout
     assert "sm_90-bfloat16-d128-n128-fixed" in done.stdout
     record = json.loads((tmp_path / "attention.json").read_text())
-    assert [result["case"] for result in record["results"]] == [
+    assert [result["case"] for result in record["rows"]] == [
         "tiny banded 0.40",
         "tiny random 0.40",
         "tiny mixed 0.30",
     ]
-    for result in record["results"]:
+    for result in record["rows"]:
         assert set(result["sustained"]) == set(result["burst"]) == {"math", "reference"}
         assert result["notes"] == []
     assert (tmp_path / "attention.png").read_bytes().startswith(b"\x89PNG")

@@ -31,7 +31,7 @@ def test_the_check_runs(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all right" in done.stdout
     assert "fused, sm_90" in done.stdout
-    (result,) = json.loads((tmp_path / "energy.json").read_text())["results"]
+    (result,) = json.loads((tmp_path / "energy.json").read_text())["rows"]
     assert result["notes"] == []
     assert set(result["ms"]) == {"math", "cpu", "energies alone", "energies alone 1/4"}
     assert set(result["energy_errors"]) == set(result["ms"]) - {"math"}

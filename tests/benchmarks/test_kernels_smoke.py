@@ -21,6 +21,6 @@ def test_smoke_benchmark_runs_interpreted(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all right" in done.stdout
-    (result,) = json.loads((tmp_path / "kernels_smoke.json").read_text())["results"]
+    (result,) = json.loads((tmp_path / "kernels_smoke.json").read_text())["rows"]
     assert result["equal_bits"]
     assert set(result["times"]) == {"sdpa math", "table", "baked", "energy"}

@@ -17,7 +17,7 @@ def test_the_check_runs(options: list[str], tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--check", "--out", str(tmp_path), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    (row,) = json.loads((tmp_path / "plan_serving.json").read_text())["results"]
+    (row,) = json.loads((tmp_path / "plan_serving.json").read_text())["rows"]
     assert row["kinds"] == ["native-cpu"]
     assert row["passes"] == (1 if options else 2)
     assert len(row["served_ms"]) == len(row["resident_ms"]) == row["steps"]

@@ -18,7 +18,8 @@ from calibatt_compiler.calibration.select.zone_lines import (
     diagonal_lines,
     solve,
 )
-from calibatt_compiler.calibration.select.zone_price import ZonePricing, ZoneSource, ZoneTarget
+from calibatt_compiler.calibration.select.zone_price import ZonePricing, ZoneSource
+from calibatt_compiler.calibration.zone_target import ZoneTarget
 from calibatt_compiler.errors import OptionError
 from calibatt_compiler.plan.zone_groups import pack
 from calibatt_compiler.plan.zones import ZonePattern

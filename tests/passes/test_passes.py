@@ -214,6 +214,57 @@ def test_without_a_timestep_nothing_is_lowered_and_the_reason_is_a_mismatch():
     assert "timestep" in decision.reason
 
 
+def test_where_nothing_is_served_the_graph_is_the_captured_one():
+    class Plain(Binder):
+        def bind(self, call: SdpaCall) -> Skip:
+            return Skip("not in the plan")
+
+    torch._dynamo.reset()
+    codes: list[tuple[list[str], str]] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        for _ in range(2):
+            codes.append(([f"{node} {node.args}" for node in gm.graph.nodes], gm.code))
+            run_passes(gm, frame_inputs(gm), Plain())
+        return gm.forward
+
+    torch.compile(Model(sdpa), backend=backend)(X, T)
+    assert codes[0] == codes[1]
+
+
+def test_keys_that_the_video_was_written_into_are_no_other_tensors():
+    """So this is self-attention, though keys do not depend on the video by their nodes."""
+
+    class Written(nn.Module):
+        def forward(self, hidden_states: Tensor, timestep: Tensor) -> Tensor:
+            x = (hidden_states + timestep.reshape(-1, 1, 1))[:, None]
+            keys = torch.empty(x.shape)
+            keys[:, :, :].copy_(x)
+            return sdpa(x, keys, keys)
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = Written()
+
+        def forward(self, hidden_states: Tensor, timestep: Tensor) -> Tensor:
+            return self.layer(hidden_states, timestep)
+
+    run, rewrites, binder = compiled(Outer())
+    run(X, T)
+    assert isinstance(rewrites[0].decisions[0], Lowered)
+    assert binder.seen == [("layer", 3.0)]
+
+
+def test_within_vmap_attention_stays():
+    module = Model(torch.func.vmap(sdpa))
+    run, rewrites, _ = compiled(module)
+    assert torch.allclose(run(X, T), module(X, T), atol=1e-6)
+    (decision,) = rewrites[0].decisions
+    assert isinstance(decision, Skip)
+    assert "inside vmap" in decision.reason
+
+
 @pytest.mark.parametrize(
     ("path", "name"),
     [

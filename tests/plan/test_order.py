@@ -36,7 +36,7 @@ def test_known_order():
 
 
 @given(sizes, sizes, st.integers(0, 2))
-def test_ropes_are_walked_like_a_ploughed_field(grid, tile, along):
+def test_strips_are_walked_like_a_ploughed_field(grid, tile, along):
     order = TokenOrder(tuple(None if axis == along else size for axis, size in enumerate(tile)))
     tokens = order.tokens(grid)
     if tokens is None:
@@ -58,7 +58,7 @@ def test_ropes_are_walked_like_a_ploughed_field(grid, tile, along):
 
 
 @given(sizes, st.integers(0, 2))
-def test_neighbours_in_ropes_one_token_thick_touch(grid, along):
+def test_neighbours_in_strips_one_token_thick_touch(grid, along):
     """The walk never jumps: wherever it is cut, a piece is in one place."""
     tokens = TokenOrder(tuple(None if axis == along else 1 for axis in range(3))).tokens(grid)
     if tokens is None:
@@ -67,7 +67,7 @@ def test_neighbours_in_ropes_one_token_thick_touch(grid, along):
     assert (np.abs(np.diff(places, axis=0)).sum(1) == 1).all()
 
 
-def test_known_ropes():
+def test_known_strips():
     assert TokenOrder((1, 2, None)).tokens((1, 4, 3)).tolist() == [
         0, 3, 1, 4, 2, 5, 8, 11, 7, 10, 6, 9,
     ]  # fmt: skip

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from calibatt_compiler.calibration.config import AUTO, CalibrationConfig
+from calibatt_compiler.calibration.cost import zones
 from calibatt_compiler.calibration.cost.first_step import FirstStepClock
 from calibatt_compiler.calibration.cost.order_search import (
     survey_bytes,
@@ -21,25 +22,22 @@ from calibatt_compiler.calibration.cost.order_search import (
 )
 from calibatt_compiler.calibration.cost.sizes import Sizes
 from calibatt_compiler.calibration.observe.pipelines import (
+    ObservedPipeline,
     Prompt,
-    component_of,
-    observing,
     read_inputs,
     samples_of,
-    schedule_of,
 )
 from calibatt_compiler.calibration.observe.recorder import AttentionRecorder
 from calibatt_compiler.calibration.order_search.candidates import INPUTS
 from calibatt_compiler.calibration.order_search.search import describe
 from calibatt_compiler.calibration.pipeline import about_pipeline, run_folder
-from calibatt_compiler.calibration.select.derive import refiner_of
 from calibatt_compiler.calibration.store import identity
-from calibatt_compiler.calibration.store.energies import Spool
+from calibatt_compiler.calibration.store.energies import EnergyBuffer
 from calibatt_compiler.calibration.store.order_survey import stored
 from calibatt_compiler.calibration.store.ranks import Ranks
 from calibatt_compiler.calibration.store.records import InputRecord
-from calibatt_compiler.calibration.store.run_folder import RunStore, identity_text
-from calibatt_compiler.models import cfg_mode, identify, text_position
+from calibatt_compiler.calibration.store.run_folder import RunStore, identity_text, record_text
+from calibatt_compiler.models import cfg_mode
 from calibatt_compiler.plan.order import RASTER
 
 
@@ -139,19 +137,20 @@ def estimate(
     config = config or CalibrationConfig()
     inputs = read_inputs(prompts, seeds, pipeline_arguments)
     arguments = identity.describe(pipeline_arguments)
-    module = component_of(pipe, config.component)
+    model = ObservedPipeline.of(pipe, config)
     surveyed = config.token_order == AUTO
     recording = replace(config, token_order=str(RASTER)) if surveyed else config
-    measured = measure_step(pipe, module, recording, inputs[0], pipeline_arguments)
+    measured = measure_step(replace(model, config=recording), inputs[0], pipeline_arguments)
     record = measured.record
     scored = min(config.similarity_inputs, len(inputs)) if config.gamma is not None else 0
     sizes = Sizes(record, config.keep_energies, config.anchor_rows if scored else 0)
     about = about_pipeline(pipe)
-    whole = identity.of_run(module, config, about, cfg_mode(pipe), arguments)
-    run_bytes = len(identity_text(whole).encode())
+    whole = identity.of_run(model.module, config, about, cfg_mode(pipe), arguments)
+    run_bytes = records_bytes = len(identity_text(whole).encode())
     for index, (seed, varying) in enumerate(inputs):
         what = identity.describe({"seed": seed, **varying})
         run_bytes += sizes.input_bytes(f"{index:05d}", what, scored=index < scored)
+        records_bytes += len(record_text(record.model_copy(update={"about": what})).encode())
     folder = run_folder(config, out)
     survey_seconds = 0.0
     if surveyed:
@@ -159,22 +158,27 @@ def estimate(
         run_bytes += survey_bytes(describe(first), record)
         if folder is None or config.restart or stored(folder) is None:
             count = surveyed_count(record)
-            each = surveyed_step_seconds(pipe, module, config, inputs[0], pipeline_arguments)
+            each = surveyed_step_seconds(model, inputs[0], pipeline_arguments)
             dense = (len(record.timesteps) - count) * measured.step_seconds
             one = measured.input_seconds + dense + count * each
             survey_seconds = measured.warm_up_seconds + len(first) * one
-    parameter = next(module.parameters())
+    parameter = next(model.module.parameters())
     working = sizes.working_bytes(parameter.element_size(), parameter.device)
     thresholds = {**record.thresholds, "rho": config.rho}
     if config.gamma is not None:
         thresholds |= {"gamma": config.gamma, "anchor_rows": float(config.anchor_rows)}
     if config.sample_power is not None:
         thresholds["sample_power"] = config.sample_power
-    weighted = config.sample_power is not None
-    refiner = refiner_of(config.share_steps, config.merge_budget, config.sample_power)
-    thresholds |= refiner.thresholds()
+    weighted = config.sampled
+    thresholds |= config.refiner().thresholds()
     host_bytes = sizes.host_bytes(weighted=weighted)
     plan_bytes = sizes.plan_bytes(thresholds, len(inputs), weighted=weighted)
+    processes = Ranks.current().size if config.distributed else 1
+    if config.form == "zones":
+        groups = min(config.step_groups, record.schedule_steps)
+        run_bytes = records_bytes + zones.sums_bytes(record, groups, processes)
+        host_bytes = zones.host_bytes(record, groups)
+        plan_bytes = zones.plan_bytes(record, config)
     return Estimate(
         inputs=len(inputs),
         finished=_finished(folder, config, len(inputs)),
@@ -185,53 +189,43 @@ def estimate(
         host_bytes=host_bytes + (working if parameter.device.type == "cpu" else 0),
         run_bytes=run_bytes if folder is not None and config.keep_run else 0,
         plan_bytes=0 if out is None else plan_bytes,
-        processes=Ranks.current().size if config.distributed else 1,
+        processes=processes,
         scored=scored - _finished(folder, config, scored),
         survey_seconds=survey_seconds,
     )
 
 
 def measure_step(
-    pipe: Any,
-    module: torch.nn.Module,
-    config: CalibrationConfig,
+    model: ObservedPipeline,
     one: tuple[int, Mapping[str, Any]],
     pipeline_arguments: Mapping[str, Any],
 ) -> Measurement:
     """Run the first step of an input twice, the second time by the clock; with scores again.
 
     Args:
-        pipe: the pipeline.
-        module: its component that is observed.
-        config: settings.
+        model: what is observed.
         one: seed and arguments of the input.
         pipeline_arguments: of all inputs.
 
     Raises:
         CalibrationError: nothing can be observed.
     """
-    device = next(module.parameters()).device
+    device = next(model.module.parameters()).device
     clock = FirstStepClock(device)
     with tempfile.TemporaryDirectory(prefix="calibatt-") as folder:
-        probe = _Probe(
-            config,
-            identify(module),
-            text_position(type(module).__name__),
-            Spool(Path(folder) / "spool"),
-            schedule=lambda: schedule_of(pipe.scheduler),
-            on_step=clock.on_step,
-        )
+        model = replace(model, on_step=clock.on_step)
+        probe = _Probe(model, EnergyBuffer(Path(folder) / "energies"))
         seed, varying = one
         arguments = {**pipeline_arguments, **varying}
-        with observing(pipe, module, config, probe):
+        with model.shown_to(probe):
             laps: list[tuple[float, ...]] = []
-            for scored in (False, False) + (True, True) * (config.gamma is not None):
+            for scored in (False, False) + (True, True) * (model.config.gamma is not None):
                 if device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats(device)
                 clock.ticks.clear()
                 probe.begin("00000", {}, samples_of(arguments), scored=scored)
                 clock.tick()
-                clock.run(pipe, seed, arguments)
+                clock.run(model.pipe, seed, arguments)
                 record = probe.whole()
                 laps.append(tuple(clock.ticks))
     steps = [end - first for _, first, end in laps]

@@ -33,7 +33,7 @@ class FirstStepClock:
         self.ticks.append(time.perf_counter())
 
     def on_step(self, step: int, steps: int | None) -> None:
-        """Be told of a new step, as `Observer` tells."""
+        """Receive a new step, as `ObservedModel.on_step`."""
         self.tick()
         if step == 1:
             raise FirstStepDone

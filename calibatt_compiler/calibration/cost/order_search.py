@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-import torch
-
-from calibatt_compiler.calibration.config import CalibrationConfig
 from calibatt_compiler.calibration.cost.first_step import FirstStepClock
-from calibatt_compiler.calibration.observe.pipelines import observing, samples_of, schedule_of
+from calibatt_compiler.calibration.observe.pipelines import ObservedPipeline, samples_of
 from calibatt_compiler.calibration.order_search.candidates import (
     SquaredError,
     Tally,
@@ -19,22 +17,17 @@ from calibatt_compiler.calibration.order_search.candidates import (
 )
 from calibatt_compiler.calibration.order_search.observer import SurveyObserver
 from calibatt_compiler.calibration.store.records import InputRecord
-from calibatt_compiler.models import text_position
 
 
 def surveyed_step_seconds(
-    pipe: Any,
-    module: torch.nn.Module,
-    config: CalibrationConfig,
+    model: ObservedPipeline,
     one: tuple[int, Mapping[str, Any]],
     arguments: Mapping[str, Any],
 ) -> float:
     """Survey the first step of an input twice, the second time by the clock; return that time.
 
     Args:
-        pipe: the pipeline.
-        module: its component that is observed.
-        config: settings.
+        model: what is observed.
         one: seed and own arguments of the input.
         arguments: of all inputs.
 
@@ -42,20 +35,15 @@ def surveyed_step_seconds(
         CalibrationError: attention that can't be observed.
         OptionError: the number of steps or the grid is not known.
     """
-    clock = FirstStepClock(next(module.parameters()).device)
-    observer = SurveyObserver(
-        config,
-        text_position(type(module).__name__),
-        schedule=lambda: schedule_of(pipe.scheduler),
-        on_step=clock.on_step,
-        steps=lambda steps: tuple(range(steps)),
-    )
+    clock = FirstStepClock(next(model.module.parameters()).device)
+    model = replace(model, on_step=clock.on_step)
+    observer = SurveyObserver(model, steps=lambda steps: tuple(range(steps)))
     seed, varying = one
-    with observing(pipe, module, config, observer):
+    with model.shown_to(observer):
         for _ in range(2):
             clock.ticks.clear()
             observer.begin("survey", {}, samples_of({**arguments, **varying}))
-            clock.run(pipe, seed, {**arguments, **varying})
+            clock.run(model.pipe, seed, {**arguments, **varying})
             observer.abandon()
     return clock.ticks[1] - clock.ticks[0]
 

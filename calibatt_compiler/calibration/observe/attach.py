@@ -21,10 +21,10 @@ DYNAMO = {
 
 
 @runtime_checkable
-class SeesCalls(Protocol):
+class SeesModelCalls(Protocol):
     """An observer that looks at the model's arguments too."""
 
-    def on_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    def on_model_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Look at a call of the module, before it runs."""
 
 
@@ -34,8 +34,8 @@ def observed(module: torch.nn.Module, observer: Recorder, inductor: bool | None)
 
     Args:
         module: what is observed.
-        observer: told of each captured graph, then of each call; if it `SeesCalls`, of those of
-            the module itself too.
+        observer: receives each captured graph, then each call; if it `SeesModelCalls`, those of the
+            module itself too.
         inductor: compile what is around attention; None: on a GPU yes, else no.
     """
     if inductor is None:
@@ -49,7 +49,7 @@ def observed(module: torch.nn.Module, observer: Recorder, inductor: bool | None)
     backend = recording_backend(observer, inductor=inductor)
     module.compile(backend=backend, dynamic=False, **extra)
     compiled = module._compiled_call_impl
-    if isinstance(observer, SeesCalls) and compiled is not None:
+    if isinstance(observer, SeesModelCalls) and compiled is not None:
         module._compiled_call_impl = _shown_to(observer, compiled)
     try:
         with torch._dynamo.config.patch(DYNAMO):
@@ -61,10 +61,10 @@ def observed(module: torch.nn.Module, observer: Recorder, inductor: bool | None)
             module._compiled_call_impl = previous
 
 
-def _shown_to(observer: SeesCalls, compiled: Callable[..., Any]) -> Callable[..., Any]:
+def _shown_to(observer: SeesModelCalls, compiled: Callable[..., Any]) -> Callable[..., Any]:
     # Around the compiled call, where Dynamo does not look.
     def call(*args: Any, **kwargs: Any) -> Any:
-        observer.on_call(args, kwargs)
+        observer.on_model_call(args, kwargs)
         return compiled(*args, **kwargs)
 
     return call

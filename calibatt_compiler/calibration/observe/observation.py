@@ -15,6 +15,7 @@ from calibatt_compiler.calibration.observe.repeated_samples import CallSamples
 from calibatt_compiler.calibration.select.repetition_scores import ARRAY, Scores
 from calibatt_compiler.calibration.store.records import InputRecord, SiteSize
 from calibatt_compiler.errors import CalibrationError
+from calibatt_compiler.plan.schema import FixedBy
 
 Branch = Literal["any", "unknown", "conditional", "unconditional", "paired", "batched"]
 """Which branch of classifier-free guidance a model call is.
@@ -74,6 +75,8 @@ class InputObservation:
         guided: whether a call of an unconditional branch was seen.
         batched: whether a call held both branches.
         call: what the model's call under way says of its samples, if it could be read.
+        fixed_by: what fixed the tokens of all its calls, but for coordinates.
+        coordinates: of tokens, by argument the digests that were seen.
     """
 
     name: str
@@ -94,6 +97,8 @@ class InputObservation:
     guided: bool = False
     batched: bool = False
     call: CallSamples | None = None
+    fixed_by: FixedBy | None = None
+    coordinates: dict[str, set[str]] = field(default_factory=dict)
 
     def find_step(self, site: str, timestep: float) -> int | None:
         """Return the step of a timestep, or None if it is a new one.

@@ -6,12 +6,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from calibatt_compiler.calibration.config import CalibrationConfig
+from calibatt_compiler.calibration.observe.attach import observed
 from calibatt_compiler.calibration.observe.observation import Branch, InputObservation, Schedule
 from calibatt_compiler.calibration.observe.repeated_samples import CallSamples
 from calibatt_compiler.calibration.select.repetition_scores import AttentionCall
@@ -20,41 +22,63 @@ from calibatt_compiler.capture import CaptureInfo
 from calibatt_compiler.errors import CalibrationError
 from calibatt_compiler.kernels.common.dense import dense_attention
 from calibatt_compiler.kernels.energy import attention_with_energy
-from calibatt_compiler.plan.order import TokenOrder
+from calibatt_compiler.models import text_position
+from calibatt_compiler.plan.coordinates import OF_VIDEO, digest_of, grid_of
+from calibatt_compiler.plan.order import RASTER, TokenOrder
+from calibatt_compiler.plan.schema import FixedBy
 from calibatt_compiler.plan.text import TextPosition, other_text
-from calibatt_compiler.runtime.token_order import Rearrangement, rearrangement
+from calibatt_compiler.runtime.coordinates import video_part
+from calibatt_compiler.runtime.token_order import Rearrangement, Rearrangements
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObservedModel:
+    """A module, how it is observed, and how its steps are followed.
+
+    Attributes:
+        module: not its compiled wrapper.
+        config: settings of the calibration.
+        schedule: asked at the first call of each input for the sampler's steps.
+        on_step: receives the index of each new step, and T if known.
+    """
+
+    module: torch.nn.Module
+    config: CalibrationConfig
+    schedule: Callable[[], Schedule | None] = lambda: None
+    on_step: Callable[[int, int | None], None] = lambda step, steps: None
+
+    @property
+    def text(self) -> TextPosition | None:
+        """Where text tokens stand in joint attention."""
+        return self.config.text or text_position(type(self.module))
+
+    @contextmanager
+    def shown_to(self, observer: Observer) -> Iterator[None]:
+        """Compile the module so that an observer sees its attention; undo it at the end."""
+        with observed(self.module, observer, self.config.inductor):
+            yield
 
 
 class Observer(ABC):
-    """Implements `calibatt_compiler.capture.Recorder`; what becomes of the energies is its child's.
+    """Implements `calibatt_compiler.capture.Recorder`; what becomes of the calls is its child's.
 
     Attributes:
         branch: which branch of guidance the model calls are now.
         reference: record of a finished input, which later ones must fit.
 
     Args:
-        config: settings of the calibration.
-        text: where the module's text tokens stand in joint attention.
-        schedule: asked at the first call of each input for the sampler's steps.
-        on_step: told, at each new step, its index and T if known.
+        model: what is observed.
     """
 
-    def __init__(
-        self,
-        config: CalibrationConfig,
-        text: TextPosition | None,
-        *,
-        schedule: Callable[[], Schedule | None] = lambda: None,
-        on_step: Callable[[int, int | None], None] = lambda step, steps: None,
-    ) -> None:
+    def __init__(self, model: ObservedModel) -> None:
         self.branch: Branch = "any"
         self.reference: InputRecord | None = None
-        self._config = config
-        self._text = config.text or text
-        self._schedule = schedule
-        self._on_step = on_step
+        self._model = model
+        self._config = model.config
+        self._text = model.text
         self._grids: list[tuple[int, int, int]] = []
         self._skips: dict[str, str] = {}
+        self._rearrangements = Rearrangements()
         self._sites: dict[str, SiteSize] = {}
         self._input: InputObservation | None = None
 
@@ -72,23 +96,78 @@ class Observer(ABC):
         finally:
             self.branch = previous
 
-    def on_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    def on_model_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Look at a call of the model, before it runs: which samples does it hold?"""
         if self._input is not None:
             self._input.call = CallSamples.of(args, kwargs)
 
     def on_capture(self, capture: CaptureInfo) -> None:
-        """Take note of the grid and of the sites that can't be sparse."""
-        if capture.grid is not None and capture.grid not in self._grids:
-            self._grids.append(capture.grid)
+        """Record the grid and the sites that can't be sparse."""
         for site in capture.sites:
             if site.skip is not None:
                 self._skips[site.name] = site.skip
+        lengths = [site.query_length for site in capture.sites if site.skip is None]
+        grid = capture.grid
+        # What a rule reads of an unknown family's latents may be no grid of tokens.
+        if grid is not None and (capture.known or math.prod(grid) <= max(lengths, default=0)):
+            self._note_grid(grid)
 
+    def on_call(self, capture: CaptureInfo) -> None:
+        """Record what fixes the tokens of an input's call."""
+        if capture.fixed_by is not None and any(site.skip is None for site in capture.sites):
+            self._fix(capture.fixed_by)
+
+    def on_coordinates(self, name: str, coordinates: Tensor) -> None:
+        """Record where tokens stand: of the grid, if they are in raster order."""
+        run = self._input
+        if run is None:
+            return
+        grid = self._config.grid or (self._grids[0] if self._grids else None)
+        video = coordinates.numel() if grid is None else math.prod(grid)
+        placed = video_part(name, coordinates, video, self._text)
+        digest = None if placed is None else digest_of(placed)
+        if placed is None or digest is None:
+            return
+        if name in OF_VIDEO and (found := grid_of(placed)) is not None:
+            self._note_grid(found)
+        run.coordinates.setdefault(name, set()).add(digest)
+        if name in OF_VIDEO:
+            self._check_layout(FixedBy(grid="call", coordinates={name: digest}))
+
+    def _note_grid(self, grid: tuple[int, int, int]) -> None:
+        if grid not in self._grids:
+            self._grids.append(grid)
+
+    def _fix(self, fixed_by: FixedBy) -> None:
+        run = self._input
+        if run is not None:
+            self._check_layout(fixed_by)
+            run.fixed_by = fixed_by if run.fixed_by is None else run.fixed_by.agreed(fixed_by)
+
+    def _check_layout(self, now: FixedBy) -> None:
+        """Raise `CalibrationError` if a call lays its tokens out otherwise than those before it."""
+        run = self._input
+        assert run is not None
+        reference = None if self.reference is None else self.reference.fixed_by
+        for before in (self._layout_of(run), reference):
+            if before is not None and (what := before.contradicts(now)):
+                raise _another_size(run, "tokens laid out as in the calls before", what)
+
+    def _layout_of(self, run: InputObservation) -> FixedBy | None:
+        """Return what fixed the tokens of an input so far."""
+        if run.fixed_by is None:
+            return None
+        alike = {name: min(found) for name, found in run.coordinates.items() if len(found) == 1}
+        source: Literal["call", "settings", "length"] = "call" if self._grids else "length"
+        if self._config.grid is not None:
+            source = "settings"
+        return run.fixed_by.model_copy(update={"coordinates": alike, "grid": source})
+
+    @abstractmethod
     def attend(
         self, site: str, q: Tensor, k: Tensor, v: Tensor, timestep: float, scale: float
     ) -> Tensor:
-        """Compute dense attention and, where the call counts, observe its energies.
+        """Compute dense attention and, where the call counts, observe it.
 
         Shapes as in `calibatt_compiler.capture.Recorder`.
 
@@ -96,31 +175,6 @@ class Observer(ABC):
             CalibrationError: sizes or timesteps that don't fit the run, or attention that is not
                 finite.
         """
-        call = self._counted(site, q, k, timestep)
-        block = self._block(site)
-        if call is None or block is None:
-            return dense_attention(q, k, v, scale)
-        run, size, step, counted = call
-        orders = [self._rearrangement(x) for x in (q, k)]
-        observed = [
-            x[counted] if order is None else order.apply(x[counted])
-            for x, order in zip((q, k, v), (orders[0], orders[1], orders[1]), strict=True)
-        ]
-        out, energy = attention_with_energy(
-            *observed, block=block, scale=scale, queries=1 / self._config.queries
-        )
-        if orders[0] is not None:
-            out = orders[0].undo(out)
-        seen = AttentionCall(q[counted], k[counted], v[counted], out, scale, (orders[0], orders[1]))
-        if counted.start:
-            rest = slice(0, counted.start)
-            other = dense_attention(q[rest], k[rest], v[rest], scale)
-            out = torch.cat([other.transpose(1, 2), out.transpose(1, 2)]).transpose(1, 2)
-        if not bool(energy.isfinite().all()):
-            raise not_finite(site, step)
-        run.votes[site, step] += energy.shape[0]
-        self._observe(run, size, step, energy, seen)
-        return out
 
     def begin(self, name: str, about: Mapping[str, Any], samples: int | None) -> None:
         """Start an input.
@@ -159,12 +213,6 @@ class Observer(ABC):
             raise _another_size(run, run.sizes[site], size)
         return run, size, step, counted
 
-    @abstractmethod
-    def _observe(
-        self, run: InputObservation, size: SiteSize, step: int, energy: Tensor, call: AttentionCall
-    ) -> None:
-        """Take note of a call; energies are float32 (votes, heads, query_blocks, key_blocks)."""
-
     def _block(self, site: str) -> tuple[int, int] | None:
         """Tokens a query block and a key block of a site; None if it is not observed."""
         return self._config.block
@@ -175,7 +223,14 @@ class Observer(ABC):
 
     def _rearrangement(self, x: Tensor) -> Rearrangement | None:
         length = x.shape[2]
-        return rearrangement(
+        if self._order() != RASTER and self._config.grid is None and not self._grids:
+            raise CalibrationError(
+                f"tokens can't be laid out in the order {self._order()} without their grid",
+                expected="a model whose grid can be read, or CalibrationConfig(grid=...)",
+                got="neither: the calls show only how many tokens there are",
+                remedy="pass grid=(frames, height, width) in tokens, or leave token_order out",
+            )
+        return self._rearrangements.of(
             self._order(),
             self._grid(length),
             length,
@@ -187,9 +242,9 @@ class Observer(ABC):
         step = run.find_step(site, timestep)
         if step is None:
             if not run.timesteps:
-                run.schedule = self._schedule()
+                run.schedule = self._model.schedule()
             step = run.add_step(timestep, by_schedule=self._config.num_steps is None)
-            self._on_step(step, self._steps(run))
+            self._model.on_step(step, self._steps(run))
         return step
 
     def _steps(self, run: InputObservation) -> int | None:
@@ -240,6 +295,46 @@ class Observer(ABC):
             and size.model_copy(update=same) == known
             and other_text(planned, lengths, video)
         )
+
+
+class EnergyObserver(Observer):
+    """Observes the block energies of each call; what becomes of them is its child's."""
+
+    def attend(
+        self, site: str, q: Tensor, k: Tensor, v: Tensor, timestep: float, scale: float
+    ) -> Tensor:
+        """Compute dense attention and, where the call counts, observe its energies."""
+        call = self._counted(site, q, k, timestep)
+        block = self._block(site)
+        if call is None or block is None:
+            return dense_attention(q, k, v, scale)
+        run, size, step, counted = call
+        orders = [self._rearrangement(x) for x in (q, k)]
+        observed = [
+            x[counted] if order is None else order.apply(x[counted])
+            for x, order in zip((q, k, v), (orders[0], orders[1], orders[1]), strict=True)
+        ]
+        out, energy = attention_with_energy(
+            *observed, block=block, scale=scale, queries=1 / self._config.queries
+        )
+        if orders[0] is not None:
+            out = orders[0].undo(out)
+        seen = AttentionCall(q[counted], k[counted], v[counted], out, scale, (orders[0], orders[1]))
+        if counted.start:
+            rest = slice(0, counted.start)
+            other = dense_attention(q[rest], k[rest], v[rest], scale)
+            out = torch.cat([other.transpose(1, 2), out.transpose(1, 2)]).transpose(1, 2)
+        if not bool(energy.isfinite().all()):
+            raise not_finite(site, step)
+        run.votes[site, step] += energy.shape[0]
+        self._observe(run, size, step, energy, seen)
+        return out
+
+    @abstractmethod
+    def _observe(
+        self, run: InputObservation, size: SiteSize, step: int, energy: Tensor, call: AttentionCall
+    ) -> None:
+        """Receive a call; energies are float32 (votes, heads, query_blocks, key_blocks)."""
 
 
 def not_finite(site: str, step: int) -> CalibrationError:

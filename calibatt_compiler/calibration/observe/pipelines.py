@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, SupportsIndex
+from dataclasses import dataclass
+from typing import Any, Self, SupportsIndex
 
 import torch
 
 from calibatt_compiler.calibration.config import CalibrationConfig
-from calibatt_compiler.calibration.observe.attach import observed
 from calibatt_compiler.calibration.observe.observation import Branch, Schedule
-from calibatt_compiler.calibration.observe.observer import Observer
+from calibatt_compiler.calibration.observe.observer import ObservedModel, Observer
 from calibatt_compiler.errors import CalibattError, CalibrationError, OptionError, PipelineError
 from calibatt_compiler.logs import logger
 from calibatt_compiler.models import unwrap
@@ -238,23 +238,38 @@ def quiet(pipe: Any) -> Iterator[None]:
             pipe._progress_bar_config = previous
 
 
-@contextmanager
-def observing(
-    pipe: Any, module: torch.nn.Module, config: CalibrationConfig, observer: Observer
-) -> Iterator[None]:
-    """Let a pipeline's calls be observed, without its progress bars; undo it at the end.
+@dataclass(frozen=True, kw_only=True)
+class ObservedPipeline(ObservedModel):
+    """A component of a diffusers pipeline that is observed while the pipeline generates.
 
-    Args:
+    Attributes:
         pipe: the pipeline.
-        module: its component that is observed.
-        config: settings.
-        observer: told of each attention call.
     """
-    with (
-        quiet(pipe),
-        in_place(pipe, config.component, module),
-        observed(module, observer, config.inductor),
-        branches(module, observer.calls_are),
-        torch.no_grad(),
-    ):
-        yield
+
+    pipe: Any
+
+    @classmethod
+    def of(cls, pipe: Any, config: CalibrationConfig) -> Self:
+        """Return the component that the settings name; steps are those of the scheduler.
+
+        Raises:
+            CalibrationError: the pipeline has no such module, or no scheduler.
+        """
+        return cls(
+            pipe=pipe,
+            module=component_of(pipe, config.component),
+            config=config,
+            schedule=lambda: schedule_of(pipe.scheduler),
+        )
+
+    @contextmanager
+    def shown_to(self, observer: Observer) -> Iterator[None]:
+        """Let the pipeline's calls be observed, without its progress bars; undo it at the end."""
+        with (
+            quiet(self.pipe),
+            in_place(self.pipe, self.config.component, self.module),
+            super().shown_to(observer),
+            branches(self.module, observer.calls_are),
+            torch.no_grad(),
+        ):
+            yield

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from calibatt_compiler.calibration.config import CalibrationConfig
-from calibatt_compiler.calibration.observe.observation import InputObservation, Schedule
-from calibatt_compiler.calibration.observe.observer import Observer
+from calibatt_compiler.calibration.observe.observation import InputObservation
+from calibatt_compiler.calibration.observe.observer import EnergyObserver, ObservedModel
 from calibatt_compiler.calibration.select.repetition_scores import (
     AttentionCall,
     at_other_share,
@@ -20,13 +19,13 @@ from calibatt_compiler.calibration.select.repetition_scores import (
     measure,
 )
 from calibatt_compiler.calibration.select.selection import best_share, pack, select
-from calibatt_compiler.calibration.store.energies import Spool
+from calibatt_compiler.calibration.store.energies import EnergyBuffer
 from calibatt_compiler.calibration.store.records import InputRecord, SiteSize
 from calibatt_compiler.calibration.store.uint8_energies import encode
 from calibatt_compiler.errors import CalibrationError
+from calibatt_compiler.models import identify
 from calibatt_compiler.plan.order import TokenOrder
-from calibatt_compiler.plan.schema import ModelIdentity
-from calibatt_compiler.plan.text import TextPosition, fit_mask
+from calibatt_compiler.plan.text import fit_mask
 
 BEST = 0.2
 """Fraction of key blocks that `best_share` is taken over."""
@@ -35,34 +34,21 @@ _PROBE = 0.84
 """Threshold of the mask whose error is measured where that of the step is not known yet."""
 
 
-class AttentionRecorder(Observer):
+class AttentionRecorder(EnergyObserver):
     """Selects the blocks of each call and gives back the packed masks of an input.
 
     Energies of a call live until its masks are packed; where T is not known yet (the first input
     of a bare module) they wait on disk, and so do those that are kept, until the input is stored.
 
     Args:
-        config: settings of the calibration.
-        model: identity of the module.
-        text: where the module's text tokens stand in joint attention.
-        spool: where energies wait.
-        schedule: asked at the first call of each input for the sampler's steps.
-        on_step: told, at each new step, its index and T if known.
+        model: what is observed.
+        buffer: where energies wait.
     """
 
-    def __init__(
-        self,
-        config: CalibrationConfig,
-        model: ModelIdentity | None,
-        text: TextPosition | None,
-        spool: Spool,
-        *,
-        schedule: Callable[[], Schedule | None] = lambda: None,
-        on_step: Callable[[int, int | None], None] = lambda step, steps: None,
-    ) -> None:
-        super().__init__(config, text, schedule=schedule, on_step=on_step)
-        self._model = model
-        self._spool = spool
+    def __init__(self, model: ObservedModel, buffer: EnergyBuffer) -> None:
+        super().__init__(model)
+        self._identity = identify(model.module)
+        self._buffer = buffer
 
     def begin(
         self, name: str, about: Mapping[str, Any], samples: int | None, *, scored: bool = False
@@ -70,20 +56,20 @@ class AttentionRecorder(Observer):
         """Start an input.
 
         Args:
-            name: as in `Observer.begin`, and the next two.
-            about: likewise.
-            samples: likewise.
+            name: of the input.
+            about: JSON values that say what it is.
+            samples: videos in it, if known; a batch of twice as many is both branches.
             scored: measure spatial repetition too.
         """
         super().begin(name, about, samples)
         assert self._input is not None
         self._input.scored = scored
-        self._spool.clear()
+        self._buffer.clear()
 
     def abandon(self) -> None:
         """Forget the input in progress, if there is one."""
         super().abandon()
-        self._spool.clear()
+        self._buffer.clear()
 
     def finish(self) -> tuple[InputRecord, dict[str, npt.NDArray[Any]]]:
         """End the input; return its record and its arrays by name.
@@ -95,7 +81,7 @@ class AttentionRecorder(Observer):
         assert run is not None
         run.check_complete(self._skips)
         steps = self._steps(run) or len(run.timesteps)
-        for site, step, energy in self._spool.drain():
+        for site, step, energy in self._buffer.drain():
             self._select(run, run.sizes[site], step, torch.from_numpy(energy), steps)
         self._input = None
         return self._record(run, steps), run.arrays()
@@ -115,7 +101,7 @@ class AttentionRecorder(Observer):
         return InputRecord(
             name=run.name,
             about=dict(run.about),
-            model=self._model,
+            model=self._identity,
             grid=self._grid(self._sites[names[0]].query_length),
             text=self._text,
             block=self._config.block,
@@ -133,6 +119,7 @@ class AttentionRecorder(Observer):
             kept_mass=means(run.kept_mass),
             best_share=means(run.best_share),
             anchor_rows=self._config.anchor_rows if run.scored else 0,
+            fixed_by=self._layout_of(run),
         )
 
     def _observe(
@@ -142,7 +129,7 @@ class AttentionRecorder(Observer):
         if steps is not None:
             self._select(run, size, step, energy, steps, call)
             return
-        self._spool.put(size.name, step, energy.float().cpu().numpy())
+        self._buffer.put(size.name, step, energy.float().cpu().numpy())
         # The operands can't wait for the threshold: its error follows from that of another.
         if run.scored:
             self._score(run, size, step, call, *self._covering(energy, size, _PROBE))
@@ -193,7 +180,7 @@ class AttentionRecorder(Observer):
         if self._config.keep_energies:
             host = energy.float().cpu().numpy()
             coarse = self._config.keep_energies == "coarse"
-            run.energies[key] = self._spool.keep(
+            run.energies[key] = self._buffer.keep(
                 encode(host) if coarse else host, run.energies.get(key)
             )
         shares = torch.stack([kept, best_share(energy, BEST)]).mean((-1, -2)).sum(-1).tolist()

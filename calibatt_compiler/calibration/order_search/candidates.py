@@ -23,15 +23,15 @@ _DEEPEST = 8
 
 
 def candidates(grid: tuple[int, int, int], block: tuple[int, int]) -> tuple[TokenOrder, ...]:
-    """Return the orders worth measuring: raster first, then tiles and ropes, no two alike.
+    """Return the orders worth measuring: raster first, then tiles and strips, no two alike.
 
     Both are made for each number of frames up to 8 that divides the smaller block, B tokens, and
     that the grid has:
 
     - tiles of exactly B tokens, as square in a frame as whole numbers allow; only those that
       divide the grid's height and width. Others are cut off within the sequence and push the
-      blocks out of step with the tiles, and ropes were better wherever that was measured;
-    - ropes along the longer side of a frame, as high as a piece of B tokens is long.
+      blocks out of step with the tiles, and strips were better wherever that was measured;
+    - strips along the longer side of a frame, as high as a piece of B tokens is long.
 
     Args:
         grid: tokens (frames, height, width).
@@ -41,7 +41,7 @@ def candidates(grid: tuple[int, int, int], block: tuple[int, int]) -> tuple[Toke
     size = min(block)
     for frames in range(1, min(_DEEPEST, grid[0]) + 1):
         if size % frames == 0:
-            for order in (_tile(grid, size, frames), _rope(grid, size, frames)):
+            for order in (_tile(grid, size, frames), _strip(grid, size, frames)):
                 tokens = None if order is None else order.tokens(grid)
                 if order is not None and tokens is not None:
                     found.setdefault(tokens.tobytes(), order)
@@ -173,7 +173,7 @@ def _tile(grid: tuple[int, int, int], size: int, frames: int) -> TokenOrder | No
     return TokenOrder((frames, height, width))
 
 
-def _rope(grid: tuple[int, int, int], size: int, frames: int) -> TokenOrder:
+def _strip(grid: tuple[int, int, int], size: int, frames: int) -> TokenOrder:
     deep = grid[0] / parts(grid[0], frames)
     side = max(1, round(math.sqrt(size / deep)))
     return TokenOrder((frames, side, None) if grid[2] >= grid[1] else (frames, None, side))

@@ -9,9 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from calibatt_compiler.calibration.config import CalibrationConfig
-from calibatt_compiler.calibration.observe.observation import InputObservation, Schedule
-from calibatt_compiler.calibration.observe.observer import Observer, not_finite
+from calibatt_compiler.calibration.observe.observer import ObservedModel, Observer, not_finite
 from calibatt_compiler.calibration.order_search.candidates import (
     Tally,
     candidates,
@@ -24,15 +22,13 @@ from calibatt_compiler.calibration.order_search.measure import (
     at_density,
     sampled_rows,
 )
-from calibatt_compiler.calibration.select.repetition_scores import AttentionCall
 from calibatt_compiler.calibration.select.selection import pack, select
 from calibatt_compiler.calibration.store.order_survey import OrderSurvey
-from calibatt_compiler.calibration.store.records import SiteSize
 from calibatt_compiler.errors import CalibrationError, OptionError
 from calibatt_compiler.kernels.common.dense import dense_attention
 from calibatt_compiler.kernels.energy import block_energy
 from calibatt_compiler.plan.order import RASTER, TokenOrder
-from calibatt_compiler.plan.text import TextPosition, text_blocks
+from calibatt_compiler.plan.text import text_blocks
 
 
 class SurveyObserver(Observer):
@@ -43,23 +39,14 @@ class SurveyObserver(Observer):
     attention is dense and nothing is measured.
 
     Args:
-        config: settings; `token_order` does not count.
-        text: where the module's text tokens stand in joint attention.
-        schedule: asked at the first call of each input for the sampler's steps.
-        on_step: told, at each new step, its index and T.
+        model: what is observed; its `token_order` does not count.
         steps: tells which of T steps are measured at.
     """
 
     def __init__(
-        self,
-        config: CalibrationConfig,
-        text: TextPosition | None,
-        *,
-        schedule: Callable[[], Schedule | None] = lambda: None,
-        on_step: Callable[[int, int | None], None] = lambda step, steps: None,
-        steps: Callable[[int], tuple[int, ...]] = surveyed_steps,
+        self, model: ObservedModel, steps: Callable[[int], tuple[int, ...]] = surveyed_steps
     ) -> None:
-        super().__init__(config, text, schedule=schedule, on_step=on_step)
+        super().__init__(model)
         self._surveyed = steps
         self._seen: set[int] = set()
         self._now = RASTER
@@ -203,11 +190,6 @@ class SurveyObserver(Observer):
         self._masks[key] = SampledMasks(pack(chosen), lengths, tuple(energy.shape))
         tally.own = call.error(rows, chosen, block, pooled)
         return tally, density
-
-    def _observe(
-        self, run: InputObservation, size: SiteSize, step: int, energy: Tensor, call: AttentionCall
-    ) -> None:
-        raise AssertionError("a survey observes no single energies")
 
 
 def _unknown(what: str, setting: str) -> OptionError:

@@ -10,13 +10,8 @@ from typing import Any
 import torch
 
 from calibatt_compiler.calibration.config import CalibrationConfig
-from calibatt_compiler.calibration.observe.attach import observed
-from calibatt_compiler.calibration.observe.pipelines import (
-    branches,
-    generate,
-    samples_of,
-    schedule_of,
-)
+from calibatt_compiler.calibration.observe.observer import ObservedModel
+from calibatt_compiler.calibration.observe.pipelines import ObservedPipeline, generate, samples_of
 from calibatt_compiler.calibration.order_search.observer import SurveyObserver
 from calibatt_compiler.calibration.progress import CalibrationProgress
 from calibatt_compiler.calibration.store import identity
@@ -24,7 +19,7 @@ from calibatt_compiler.calibration.store.order_survey import FILE, OrderSurvey, 
 from calibatt_compiler.calibration.store.ranks import Ranks
 from calibatt_compiler.errors import CalibrationError, OptionError
 from calibatt_compiler.logs import logger
-from calibatt_compiler.models import text_position, unwrap
+from calibatt_compiler.models import unwrap
 
 log = logger("calibration")
 
@@ -80,9 +75,9 @@ def survey(
             got=inputs,
             remedy="pass [lambda: sample(module, first), lambda: sample(module, second)]",
         )
-    module = unwrap(module)
-    observer = SurveyObserver(config, text_position(type(module).__name__))
-    with observed(module, observer, config.inductor), torch.no_grad():
+    model = ObservedModel(module=unwrap(module), config=config)
+    observer = SurveyObserver(model)
+    with model.shown_to(observer), torch.no_grad():
         for run_input in inputs:
             observer.begin("survey", {}, samples)
             run_input()
@@ -91,42 +86,27 @@ def survey(
 
 
 def survey_pipeline(
-    pipe: Any,
-    module: torch.nn.Module,
-    config: CalibrationConfig,
+    model: ObservedPipeline,
     inputs: Sequence[Input],
     arguments: Mapping[str, Any],
     progress: CalibrationProgress,
-    on_step: Callable[[int, int | None], None],
 ) -> OrderSurvey:
     """Measure candidate token orders on inputs of a pipeline.
 
     Args:
-        pipe: the pipeline, made quiet, with `module` in its place.
-        module: its component that is observed.
-        config: settings.
+        model: what is observed.
         inputs: seed and own arguments of each.
         arguments: of all inputs.
-        progress: told of each finished one.
-        on_step: told of each new step.
+        progress: counts the finished ones.
 
     Raises:
         CalibrationError: nothing could be measured.
     """
-    observer = SurveyObserver(
-        config,
-        text_position(type(module).__name__),
-        schedule=lambda: schedule_of(pipe.scheduler),
-        on_step=on_step,
-    )
-    with (
-        observed(module, observer, config.inductor),
-        branches(module, observer.calls_are),
-        torch.no_grad(),
-    ):
+    observer = SurveyObserver(model)
+    with model.shown_to(observer):
         for seed, varying in inputs:
             observer.begin("survey", {}, samples_of({**arguments, **varying}))
-            generate(pipe, seed, {**arguments, **varying})
+            generate(model.pipe, seed, {**arguments, **varying})
             observer.finish()
             progress.finished()
     return observer.result(describe(inputs))

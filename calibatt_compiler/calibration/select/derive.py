@@ -5,26 +5,24 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import torch
 
-from calibatt_compiler.calibration.config import (
-    CalibrationConfig,
-    check_gamma,
-    check_rho,
-    check_sample,
-)
+from calibatt_compiler.calibration.config import SelectionConfig
 from calibatt_compiler.calibration.select.checks import (
     check_alike,
     check_raised,
+    fixed_by_all,
+    guidance_of,
     inputs_digest,
     sampler_of,
     text_policy_of,
 )
 from calibatt_compiler.calibration.select.repetition import (
-    choose_forms,
+    choose_head_modes,
     repetition_figures,
     repetition_settings,
 )
@@ -41,70 +39,28 @@ from calibatt_compiler.plan import (
     SitePatterns,
 )
 from calibatt_compiler.plan.order import TokenOrder
-from calibatt_compiler.plan.refine import SHARE_STEPS, Refiner
 from calibatt_compiler.plan.schema import CfgMode
 from calibatt_compiler.plan.text import text_blocks
 from calibatt_compiler.plan.thresholds import Thresholds
 
 
-@dataclass(frozen=True)
-class Selection:
-    """How blocks are chosen from what a run has stored.
-
-    Attributes:
-        rho: share of the inputs that a block needs.
-        thresholds: A, C and k to select with again, from stored energies; None: the masks as they
-            were selected while recording.
-        share_steps: as in `calibatt_compiler.plan.share_steps`; None: steps share equal masks only.
-            Without effect on samples, of which each step has its own.
-        merge_budget: as in `calibatt_compiler.plan.merge_intervals`; None: gaps stay.
-        pooled: keys that each dropped block is pooled to.
-        sample_power: as in `CalibrationConfig`; needs stored energies.
-        gamma: as in `CalibrationConfig`; needs scored inputs.
-        raised: by site, what is added to its threshold at each step, at most up to 1; such sites
-            are selected again, from stored energies.
-    """
-
-    rho: float
-    thresholds: Thresholds | None = None
-    share_steps: float | None = None
-    merge_budget: float | None = None
-    pooled: int = 0
-    sample_power: float | None = None
-    gamma: float | None = None
-    raised: Mapping[str, float] = field(default_factory=dict)
-
-
 def plan_from_run(
     folder: str | os.PathLike[str],
+    selection: SelectionConfig | None = None,
     *,
-    rho: float = 0.5,
-    A: float | None = None,
-    C: float | None = None,
-    k: float | None = None,
-    share_steps: float | None = SHARE_STEPS,
-    merge_budget: float | None = None,
-    pooled: int = 0,
-    sample_power: float | None = None,
-    gamma: float | None = None,
     raised: Mapping[str, float] | None = None,
+    **settings: Any,
 ) -> Plan:
     """Make another plan from the folder that a calibration left, without running the model.
 
     Args:
         folder: `<plan>.calibration`.
-        rho: share of the inputs that a block needs.
-        A: other threshold than the run was recorded with, as in `CalibrationConfig`; this and the
-            next two need a run with `keep_energies=True`.
-        C: likewise.
-        k: likewise.
-        share_steps: as in `CalibrationConfig`.
-        merge_budget: as in `CalibrationConfig`.
-        pooled: as in `CalibrationConfig`.
-        sample_power: as in `CalibrationConfig`.
-        gamma: as in `CalibrationConfig`; needs a run that was recorded with one.
+        selection: how blocks are selected; default `SelectionConfig()`. Other `A`, `C`, `k` than
+            recorded, and samples, need a run with `keep_energies`; `gamma` needs one that was
+            recorded with one.
         raised: by site, what is added to its threshold at each step, such as
             `Validation.raised()` of a plan of this run; needs the energies of the run.
+        **settings: of `SelectionConfig`, by name, in the place of those of `selection`.
 
     Raises:
         CalibrationError: no run there, a damaged one, or energies needed but not kept.
@@ -112,44 +68,22 @@ def plan_from_run(
     """
     store = RunStore(folder)
     identity = store.identity()
-    names = store.names()
-    selection = replace(
-        select_by(store, names, rho=rho, A=A, C=C, k=k),
-        share_steps=share_steps,
-        merge_budget=merge_budget,
-        pooled=pooled,
-        sample_power=sample_power,
-        gamma=gamma,
-        raised=raised or {},
-    )
     return derive_plan(
-        store, names, selection, cfg=identity["cfg"], arguments=identity["arguments"]
+        store,
+        store.names(),
+        SelectionConfig.of(selection or SelectionConfig(), **settings),
+        raised=raised,
+        cfg=identity["cfg"],
+        arguments=identity["arguments"],
     )
-
-
-def select_by(
-    store: RunStore,
-    names: Sequence[str],
-    *,
-    rho: float,
-    A: float | None,
-    C: float | None,
-    k: float | None,
-) -> Selection:
-    """Return a selection; thresholds left None are those that the run was recorded with."""
-    if not names or A is C is k is None:
-        return Selection(rho)
-    recorded = store.record(names[0]).thresholds
-    given = {name: value for name, value in (("A", A), ("C", C), ("k", k)) if value is not None}
-    CalibrationConfig(**given)  # type: ignore[arg-type] # checks their ranges
-    return Selection(rho, Thresholds(**{**recorded, **given}))
 
 
 def derive_plan(
     store: RunStore,
     names: Sequence[str],
-    selection: Selection,
+    selection: SelectionConfig,
     *,
+    raised: Mapping[str, float] | None = None,
     cfg: CfgMode = "none",
     arguments: object = None,
 ) -> Plan:
@@ -160,19 +94,16 @@ def derive_plan(
     Args:
         store: the run's folder.
         names: the inputs that count, in order.
-        selection: how blocks are chosen.
+        selection: how blocks are selected.
+        raised: by site, what is added to its threshold at each step, at most up to 1; such sites
+            are selected again, from stored energies.
         cfg: how the sampler runs guidance, to be recorded.
         arguments: JSON values common to all inputs, part of the inputs' digest.
 
     Raises:
         CalibrationError: no inputs, inputs that don't fit together, energies needed but not kept.
-        OptionError: a value of the selection is out of range.
+        OptionError: amounts that thresholds can't be raised by.
     """
-    check_rho(selection.rho)
-    check_gamma(selection.gamma)
-    check_sample(selection.sample_power, selection.merge_budget)
-    power = selection.sample_power
-    refiner = refiner_of(selection.share_steps, selection.merge_budget, power)
     if not names:
         raise CalibrationError(
             "there is nothing to make a plan from",
@@ -180,27 +111,28 @@ def derive_plan(
             got="none",
             remedy="run the module within `with run.input():` first",
         )
+    raised = raised or {}
     records = [store.record(name) for name in names]
     first = records[0]
-    check_raised(first, selection.raised)
+    if first.form != "masks":
+        raise CalibrationError(
+            "a run for zones has no masks to make a plan from",
+            expected="a run with CalibrationConfig(form='masks')",
+            got=f"form={first.form!r}",
+            remedy="use zone_plan_from_run(folder, density=...), or calibrate again for masks",
+        )
+    check_raised(first, raised)
     for record in records[1:]:
         check_alike(first, record)
+    selected = _Selected(store, records, selection, raised)
+    refiner = selection.refiner()
     sites = {}
     for size in first.sites:
-        by_step = [
-            _pattern(store, records, size, step, selection) for step in range(len(first.timesteps))
-        ]
-        if power is not None:
-            by_step = [
-                _sampled(store, records, size, step, pattern, power)
-                for step, pattern in enumerate(by_step)
-            ]
-        site = SitePatterns.share(by_step, size.head_dim)
-        if power is None:
-            site = refiner.site(site)
+        by_step = [selected.pattern(size, step) for step in range(len(first.timesteps))]
+        site = refiner.site(SitePatterns.share(by_step, size.head_dim))
         # Packed, since all sites of a large model don't fit into memory as bits.
         sites[size.name] = site.packed()
-    used = selection.thresholds or Thresholds(**first.thresholds)
+    power = selection.sample_power
     return Plan.create(
         sites,
         grid=first.grid,
@@ -208,158 +140,150 @@ def derive_plan(
         model=first.model,
         token_order=TokenOrder.parse(first.token_order),
         text_policy=text_policy_of(first),
-        cfg=_guidance(records, cfg),
+        cfg=guidance_of(records, cfg),
         thresholds={
-            "A": used.A,
-            "C": used.C,
-            "k": used.k,
+            **asdict(selected.thresholds),
             "rho": float(selection.rho),
             **({} if power is None else {"sample_power": power}),
             **repetition_settings(records, selection.gamma),
             **refiner.thresholds(),
-            **{f"raised:{name}": value for name, value in selection.raised.items()},
+            **{f"raised:{name}": value for name, value in raised.items()},
         },
         inputs=CalibrationInputs(
             count=len(records),
             digest=inputs_digest([record.about for record in records], arguments),
         ),
         quality={
-            **_quality(records, selection),
+            **selected.quality(),
             **refiner.figures(),
             **repetition_figures(list(sites.values()), selection.gamma),
             **order_survey.figures(store.folder),
         },
+        fixed_by=fixed_by_all(records),
     )
 
 
-def refiner_of(
-    share_steps: float | None, merge_budget: float | None, sample_power: float | None
-) -> Refiner:
-    """What refines the masks of a plan; the arguments are those of `CalibrationConfig`.
+class _Selected:
+    """What a selection keeps of the finished inputs, one site and step at a time.
 
-    Raises:
-        OptionError: a value out of range.
+    Args:
+        store: the run's folder.
+        records: the inputs that count, alike.
+        selection: how blocks are selected.
+        raised: by site, what is added to its threshold.
+
+    Attributes:
+        thresholds: that blocks are selected by, where none is raised.
     """
-    # Steps that shared a sample would share its errors.
-    return Refiner(share_steps if sample_power is None else None, merge_budget)
 
+    def __init__(
+        self,
+        store: RunStore,
+        records: Sequence[InputRecord],
+        selection: SelectionConfig,
+        raised: Mapping[str, float],
+    ) -> None:
+        self._store = store
+        self._records = records
+        self._first = records[0]
+        self._selection = selection
+        self._raised = raised
+        recorded = Thresholds(**self._first.thresholds)
+        self.thresholds = selection.completed(recorded)
+        self._as_recorded = self.thresholds == recorded
 
-def _pattern(
-    store: RunStore,
-    records: Sequence[InputRecord],
-    size: SiteSize,
-    step: int,
-    selection: Selection,
-) -> BlockPattern:
-    block = records[0].block
-    rows, columns = -(-size.query_length // block[0]), -(-size.key_length // block[1])
-    counts = np.zeros((size.heads, rows, columns), np.int32)
-    votes = 0
-    for record in records:
-        if _as_recorded(size, selection):
-            bits = store.tensor(record.name, f"{size.name}@{step}")
-        else:
-            bits = pack(_select_again(store, record, size, step, selection)[0])
-        count_votes(counts, bits)
-        votes += len(bits)
-    mask = torch.from_numpy(agreement(counts, votes, selection.rho))
-    forms = choose_forms(
-        store,
-        records,
-        size,
-        step,
-        mask,
-        gamma=selection.gamma,
-        pooled=selection.pooled,
-        kept=None
-        if _as_recorded(size, selection)
-        else lambda record: _select_again(store, record, size, step, selection)[1],
-    )
-    return BlockPattern.from_mask(
-        mask,
-        query_length=size.query_length,
-        key_length=size.key_length,
-        block=block,
-        pooled=selection.pooled,
-        repetitive=forms.repetitive,
-        copies=forms.copies,
-    )
+    def pattern(self, size: SiteSize, step: int) -> BlockPattern:
+        """Return the pattern of a site at a step."""
+        pattern = self._agreed(size, step)
+        power = self._selection.sample_power
+        return pattern if power is None else self._sampled(size, step, pattern, power)
 
+    def quality(self) -> dict[str, float]:
+        """Return what the recorded masks keep, for `PlanMetadata.quality`."""
 
-def _as_recorded(size: SiteSize, selection: Selection) -> bool:
-    """Whether the masks of a site are those that the run stored."""
-    return selection.thresholds is None and size.name not in selection.raised
+        def mean(by_site: Sequence[dict[str, tuple[float, ...]]]) -> float:
+            values = [value for sites in by_site for steps in sites.values() for value in steps]
+            return round(math.fsum(values) / len(values), 6)
 
+        quality = {"best_20_percent_share": mean([record.best_share for record in self._records])}
+        if self._as_recorded and not self._raised:
+            quality["input_kept_mass"] = mean([record.kept_mass for record in self._records])
+        return quality
 
-def _sampled(
-    store: RunStore,
-    records: Sequence[InputRecord],
-    size: SiteSize,
-    step: int,
-    pattern: BlockPattern,
-    power: float,
-) -> BlockPattern:
-    """Sample as many blocks as each row of a pattern keeps; those of text stay, with weight 1."""
-    first = records[0]
-    text = text_blocks(size.key_length, math.prod(first.grid), first.block[1], first.text)
-    total = torch.zeros(
-        (pattern.heads, pattern.query_blocks, pattern.key_blocks), dtype=torch.float64
-    )
-    votes = 0
-    for record in records:
-        energy = torch.from_numpy(store.energy(record, size.name, step))
-        total += energy.double().sum(0)
-        votes += len(energy)
-    # Rows that a repetitive head does not compute have no blocks; their sample is not taken.
-    least = 1 if text is None else max(1, int(text.sum()))
-    counts = pattern.mask().sum(-1).clamp_min(least)
-    drawn, weight = sample(total / votes, counts, power, text, step=step)
-    return BlockPattern.from_mask(
-        drawn,
-        query_length=size.query_length,
-        key_length=size.key_length,
-        block=first.block,
-        weight=weight,
-        pooled=pattern.pooled,
-        repetitive=pattern.repetitive,
-        copies=pattern.copies,
-    )
+    def _agreed(self, size: SiteSize, step: int) -> BlockPattern:
+        """The blocks that enough inputs keep, and the mode of each head."""
+        block, selection = self._first.block, self._selection
+        rows, columns = -(-size.query_length // block[0]), -(-size.key_length // block[1])
+        counts = np.zeros((size.heads, rows, columns), np.int32)
+        votes = 0
+        stored = self._as_recorded and size.name not in self._raised
+        for record in self._records:
+            if stored:
+                bits = self._store.tensor(record.name, f"{size.name}@{step}")
+            else:
+                bits = pack(self._select_again(record, size, step)[0])
+            count_votes(counts, bits)
+            votes += len(bits)
+        mask = torch.from_numpy(agreement(counts, votes, selection.rho))
+        modes = choose_head_modes(
+            self._store,
+            self._records,
+            size,
+            step,
+            mask,
+            gamma=selection.gamma,
+            pooled=selection.pooled,
+            kept=None if stored else lambda record: self._select_again(record, size, step)[1],
+        )
+        return BlockPattern.from_mask(
+            mask,
+            query_length=size.query_length,
+            key_length=size.key_length,
+            block=block,
+            pooled=selection.pooled,
+            repetitive=modes.repetitive,
+            copies=modes.copies,
+        )
 
+    def _sampled(
+        self, size: SiteSize, step: int, pattern: BlockPattern, power: float
+    ) -> BlockPattern:
+        """Sample as many blocks as each row of a pattern keeps; text stays, with weight 1."""
+        first = self._first
+        text = text_blocks(size.key_length, first.video, first.block[1], first.text)
+        total = torch.zeros(
+            (pattern.heads, pattern.query_blocks, pattern.key_blocks), dtype=torch.float64
+        )
+        votes = 0
+        for record in self._records:
+            energy = torch.from_numpy(self._store.energy(record, size.name, step))
+            total += energy.double().sum(0)
+            votes += len(energy)
+        # Rows that a repetitive head does not compute have no blocks; their sample is not taken.
+        least = 1 if text is None else max(1, int(text.sum()))
+        counts = pattern.mask().sum(-1).clamp_min(least)
+        drawn, weight = sample(total / votes, counts, power, text, step=step)
+        return BlockPattern.from_mask(
+            drawn,
+            query_length=size.query_length,
+            key_length=size.key_length,
+            block=first.block,
+            weight=weight,
+            pooled=pattern.pooled,
+            repetitive=pattern.repetitive,
+            copies=pattern.copies,
+        )
 
-def _select_again(
-    store: RunStore, record: InputRecord, size: SiteSize, step: int, selection: Selection
-) -> tuple[torch.Tensor, torch.Tensor]:
-    energy = torch.from_numpy(store.energy(record, size.name, step))
-    thresholds = selection.thresholds or Thresholds(**record.thresholds)
-    threshold = thresholds.at(record.positions[step], record.schedule_steps)
-    threshold = min(1.0, threshold + selection.raised.get(size.name, 0.0))
-    video = math.prod(record.grid)
-    return select(
-        energy,
-        threshold,
-        lengths=(size.query_length, size.key_length),
-        video=video,
-        block=record.block,
-        text=record.text,
-    )
-
-
-def _guidance(records: Sequence[InputRecord], family: CfgMode) -> CfgMode:
-    """How guidance was run: as observed; what the family does only where records do not say."""
-    if any(record.batched for record in records):
-        return "batched"
-    guided = [record for record in records if record.guided]
-    if not guided:
-        return family if family == "embedded" else "none"
-    return family if all(record.batched is None for record in guided) else "separate"
-
-
-def _quality(records: Sequence[InputRecord], selection: Selection) -> dict[str, float]:
-    def mean(by_site: Sequence[dict[str, tuple[float, ...]]]) -> float:
-        values = [value for sites in by_site for steps in sites.values() for value in steps]
-        return round(math.fsum(values) / len(values), 6)
-
-    quality = {"best_20_percent_share": mean([record.best_share for record in records])}
-    if selection.thresholds is None and not selection.raised:
-        quality["input_kept_mass"] = mean([record.kept_mass for record in records])
-    return quality
+    def _select_again(
+        self, record: InputRecord, size: SiteSize, step: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        energy = torch.from_numpy(self._store.energy(record, size.name, step))
+        threshold = self.thresholds.at(record.positions[step], record.schedule_steps)
+        return select(
+            energy,
+            min(1.0, threshold + self._raised.get(size.name, 0.0)),
+            lengths=(size.query_length, size.key_length),
+            video=record.video,
+            block=record.block,
+            text=record.text,
+        )

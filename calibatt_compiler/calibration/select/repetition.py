@@ -1,4 +1,4 @@
-"""Which form a head takes: blocks, or a few anchor rows of each frame that the others copy.
+"""The mode of a head: blocks, or a few anchor rows of each frame that the others copy.
 
 At a step a head is *repetitive* if all of this holds, scores being means over the samples of the
 scored inputs (`calibration.repetition`):
@@ -43,14 +43,14 @@ Kept = Callable[[InputRecord], Tensor]
 
 
 @dataclass(frozen=True)
-class HeadForms:
-    """Forms of the heads of a site at a step, as `BlockPattern.from_mask` takes them."""
+class HeadModes:
+    """Modes of the heads of a site at a step, as `BlockPattern.from_mask` takes them."""
 
     copies: RowCopies | None = None
     repetitive: npt.NDArray[np.bool_] | None = None
 
 
-def choose_forms(
+def choose_head_modes(
     store: RunStore,
     records: Sequence[InputRecord],
     size: SiteSize,
@@ -60,8 +60,8 @@ def choose_forms(
     gamma: float | None,
     pooled: int = 0,
     kept: Kept | None = None,
-) -> HeadForms:
-    """Choose the form of each head; the rule is that of the module.
+) -> HeadModes:
+    """Choose the mode of each head; the rule is that of the module.
 
     Args:
         store: the run's folder.
@@ -77,7 +77,7 @@ def choose_forms(
         CalibrationError: no input was scored, or its file is damaged.
     """
     if gamma is None:
-        return HeadForms()
+        return HeadModes()
     scored = [record for record in records if record.anchor_rows]
     if not scored:
         raise CalibrationError(
@@ -91,7 +91,7 @@ def choose_forms(
         first.grid, size.query_length, first.text, first.anchor_rows, first.token_order
     )
     if copies is None:
-        return HeadForms()
+        return HeadModes()
     by_vote = []
     for record in scored:
         scores = store.tensor(record.name, f"{size.name}@{step}/{ARRAY}")
@@ -104,7 +104,7 @@ def choose_forms(
     cost = mask.double().mean((1, 2)).cpu().numpy() + extra
     cheaper = computed / rows * (1 + extra) < cost - 1e-9
     alike = similarity >= gamma - 1e-9
-    return HeadForms(copies, alike & cheaper & (copy_error <= sparse_error))
+    return HeadModes(copies, alike & cheaper & (copy_error <= sparse_error))
 
 
 def repetition_settings(records: Sequence[InputRecord], gamma: float | None) -> dict[str, float]:

@@ -16,6 +16,7 @@ from calibatt_compiler.calibration.select.zone_lines import (
     diagonal_lines,
     solve,
 )
+from calibatt_compiler.calibration.zone_target import BUDGET
 from calibatt_compiler.errors import OptionError
 from calibatt_compiler.plan.zone_groups import HeadGroups
 
@@ -24,9 +25,6 @@ GROUP_ROWS = (4, 16, 64, 256)
 
 NUMBER_PRICE = 0.25
 """Kept blocks that a number is worth where the budget is not in the way."""
-
-BUDGET = 2048
-"""Numbers that a site may have at a step group: what a generated kernel holds."""
 
 _RISE = 2.0**0.5
 """By what the price of a number rises until a site keeps its budget."""

@@ -2,51 +2,74 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 
 from calibatt_compiler.calibration.select.checks import (
     check_alike,
+    guidance_of,
     inputs_digest,
     sampler_of,
     text_policy_of,
 )
-from calibatt_compiler.calibration.select.zone_fit import BUDGET
-from calibatt_compiler.calibration.select.zone_price import Priced, Squares, ZoneTarget
+from calibatt_compiler.calibration.select.zone_price import Priced, Squares
 from calibatt_compiler.calibration.select.zones import (
-    STEP_GROUPS,
     ZoneMap,
     fit_zones,
     group_of,
-    seed_of,
 )
 from calibatt_compiler.calibration.store import order_survey
 from calibatt_compiler.calibration.store.records import InputRecord, SiteSize
 from calibatt_compiler.calibration.store.run_folder import RunStore
+from calibatt_compiler.calibration.store.zone_sums import ZoneSums
+from calibatt_compiler.calibration.zone_target import BUDGET, STEP_GROUPS, ZoneSelection, ZoneTarget
 from calibatt_compiler.errors import CalibrationError
 from calibatt_compiler.plan import CalibrationInputs, Plan, SitePatterns
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.schema import TEXT_POSITIONS, CfgMode
 from calibatt_compiler.plan.text import TextPosition
-from calibatt_compiler.plan.zone_rows import video_blocks
+from calibatt_compiler.plan.zone_draw import seed_of
+from calibatt_compiler.plan.zone_form import video_blocks
 
 
-@dataclass(frozen=True)
-class ZoneSelection:
-    """How zones are chosen from what a run has stored.
+def zone_plan_from_run(
+    folder: str | os.PathLike[str],
+    *,
+    density: float | None = None,
+    speed_up: float | None = None,
+    error: float | None = None,
+    attention_share: float | None = None,
+    step_groups: int = STEP_GROUPS,
+    numbers: int = BUDGET,
+) -> Plan:
+    """Make a plan of zones from the folder that a calibration left, without running the model.
 
-    Attributes:
-        target: what the plan is to be.
-        step_groups: groups of steps that share runs.
-        numbers: that a site may have at a step group.
+    Args:
+        folder: `<plan>.calibration`, of a run with `form="zones"` or `keep_energies`.
+        density: as in `CalibrationConfig`; one of this and the next two.
+        speed_up: likewise.
+        error: likewise.
+        attention_share: likewise.
+        step_groups: likewise; a run for zones keeps those that it was recorded with.
+        numbers: `CalibrationConfig.zone_numbers`.
+
+    Raises:
+        CalibrationError: no run there, a damaged one, or energies needed but not kept.
+        OptionError: a value out of range.
     """
-
-    target: ZoneTarget = field(default_factory=lambda: ZoneTarget(density=0.25))
-    step_groups: int = STEP_GROUPS
-    numbers: int = BUDGET
+    store = RunStore(folder)
+    identity = store.identity()
+    target = ZoneTarget(density, speed_up, error, attention_share)
+    return derive_zone_plan(
+        store,
+        store.names(),
+        ZoneSelection(target, step_groups, numbers),
+        cfg=identity["cfg"],
+        arguments=identity["arguments"],
+    )
 
 
 def derive_zone_plan(
@@ -62,7 +85,7 @@ def derive_zone_plan(
     Depends on nothing but what is stored, so that a run killed and resumed gives the same plan.
 
     Args:
-        store: the run's folder; energies must have been kept.
+        store: the run's folder, of a run for zones, or with energies that were kept.
         names: the inputs that count, in order.
         selection: how zones are chosen.
         cfg: how the sampler runs guidance, to be recorded.
@@ -84,21 +107,23 @@ def derive_zone_plan(
     for record in records[1:]:
         check_alike(first, record)
     policy = text_policy_of(first)
-    groups = _groups(first, selection.step_groups)
+    # Runs for zones have summed their own groups up.
+    step_groups = first.step_groups if first.form == "zones" else selection.step_groups
+    places = [group_of(at, first.schedule_steps, step_groups) for at in first.positions]
+    groups = sorted(set(places))
     maps = [
-        _map(store, records, size, index, steps, TEXT_POSITIONS.get(policy))
+        _map(store, records, size, index, (group, places), TEXT_POSITIONS.get(policy))
         for index, size in enumerate(first.sites)
-        for steps in _members(groups)
+        for group in groups
     ]
     patterns, found = fit_zones(maps, selection.target, budget=selection.numbers)
-    count = len(_members(groups))
+    of_step = [groups.index(place) for place in places]
     sites = {
         size.name: SitePatterns.of_zones(
-            patterns[index * count : (index + 1) * count], groups, size.head_dim
+            patterns[index * len(groups) : (index + 1) * len(groups)], of_step, size.head_dim
         ).packed()
         for index, size in enumerate(first.sites)
     }
-    guided = any(record.guided for record in records)
     return Plan.create(
         sites,
         grid=first.grid,
@@ -106,7 +131,7 @@ def derive_zone_plan(
         model=first.model,
         token_order=TokenOrder.parse(first.token_order),
         text_policy=policy,
-        cfg="none" if cfg in ("separate", "batched") and not guided else cfg,
+        cfg=guidance_of(records, cfg),
         thresholds=_settings(selection, found),
         inputs=CalibrationInputs(
             count=len(records),
@@ -127,36 +152,24 @@ def _settings(selection: ZoneSelection, found: Priced) -> dict[str, float]:
     }
 
 
-def _groups(record: InputRecord, step_groups: int) -> tuple[int, ...]:
-    """For each step the number of its group; groups without a step are left out."""
-    steps = record.schedule_steps
-    found = [group_of(position, steps, step_groups) for position in record.positions]
-    number = {group: index for index, group in enumerate(sorted(set(found)))}
-    return tuple(number[group] for group in found)
-
-
-def _members(groups: Sequence[int]) -> list[list[int]]:
-    """The steps of each group."""
-    return [
-        [step for step, group in enumerate(groups) if group == wanted]
-        for wanted in range(max(groups) + 1)
-    ]
-
-
 def _map(
     store: RunStore,
     records: Sequence[InputRecord],
     size: SiteSize,
     site: int,
-    steps: Sequence[int],
+    group: tuple[int, Sequence[int]],
     text: TextPosition | None,
 ) -> ZoneMap:
     lengths = (size.query_length, size.key_length)
     video = records[0].video if text is not None and max(lengths) > records[0].video else 0
     position = text if video else None
-    squares: Callable[[], Squares] = partial(
-        _kept_squares, store, records, size, steps, video, position
-    )
+    steps = [step for step, place in enumerate(group[1]) if place == group[0]]
+    squares: Callable[[], Squares]
+    if records[0].form == "zones":
+        names = [record.name for record in records]
+        squares = partial(ZoneSums(store.folder).mean_squares, size.name, group[0], names)
+    else:
+        squares = partial(_kept_squares, store, records, size, steps, video, position)
     return ZoneMap(
         size.heads,
         lengths,

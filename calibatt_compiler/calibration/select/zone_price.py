@@ -10,13 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from calibatt_compiler.calibration.select.zone_fit import (
-    BUDGET,
     GROUP_ROWS,
     NUMBER_PRICE,
     SiteFit,
     SiteZones,
 )
-from calibatt_compiler.errors import OptionError
+from calibatt_compiler.calibration.zone_target import BUDGET, ZoneTarget
 
 TOLERANCE = 0.003
 """How far the plan may be from what was wanted, relative to it."""
@@ -27,53 +26,6 @@ MEMORY = 1 << 30
 """Bytes of sums that are held from one price to the next; what does not fit is read again."""
 
 Squares = npt.NDArray[np.floating]
-
-
-@dataclass(frozen=True)
-class ZoneTarget:
-    """What a plan of zones is to be; exactly one of `density`, `speed_up` and `error`.
-
-    Attributes:
-        density: expected kept blocks / all blocks, in (0, 1].
-        speed_up: predicted dense time / time of a step, at least 1. What is not attention takes
-            the same time, attention as much less as the plan keeps fewer blocks.
-        error: predicted root of the mean relative variance of a row's output, above 0.
-        attention_share: share of a dense step's time that its sites take, in (0, 1]; needed for
-            `speed_up`.
-
-    Raises:
-        OptionError: not exactly one, a value out of range, or a speed-up that no density gives.
-    """
-
-    density: float | None = None
-    speed_up: float | None = None
-    error: float | None = None
-    attention_share: float | None = None
-
-    def __post_init__(self) -> None:
-        names = ("density", "speed_up", "error")
-        given = [name for name in names if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise _out_of_range("what a plan is to be", "density, speed_up or error", given)
-        if self.density is not None and not 0 < self.density <= 1:
-            raise _out_of_range("density", "a share of all blocks in (0, 1]", self.density)
-        if self.error is not None and not (self.error > 0 and math.isfinite(self.error)):
-            raise _out_of_range("error", "a relative error above 0", self.error)
-        if self.speed_up is not None:
-            share = self.attention_share
-            if share is None or not 0 < share <= 1:
-                raise _out_of_range("attention_share", "a share of the time in (0, 1]", share)
-            if not 1 <= self.speed_up < (math.inf if share == 1 else 1 / (1 - share)):
-                most = "without end" if share == 1 else f"below {1 / (1 - share):.3g}"
-                raise _out_of_range("speed_up", f"1 or more and {most}", self.speed_up)
-
-    @property
-    def wanted_density(self) -> float | None:
-        """Density that is wanted; None if an error is."""
-        if self.speed_up is None:
-            return self.density
-        assert self.attention_share is not None
-        return 1 - (1 - 1 / self.speed_up) / self.attention_share
 
 
 @dataclass(frozen=True)
@@ -192,12 +144,3 @@ class ZonePricing:
         if sum(held.bytes for held in self._held.values()) + fit.bytes <= MEMORY:
             self._held[index] = fit
         return fit
-
-
-def _out_of_range(name: str, expected: object, got: object) -> OptionError:
-    return OptionError(
-        f"{name} of a plan of zones is out of range",
-        expected=expected,
-        got=got,
-        remedy="ask for one density, speed-up or error that can be had",
-    )

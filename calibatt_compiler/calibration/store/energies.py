@@ -12,7 +12,7 @@ import numpy.typing as npt
 from calibatt_compiler.calibration.store.own_files import remove_spool
 
 
-class Spool:
+class EnergyBuffer:
     """Arrays in a folder: some given back in the order they came, others mapped.
 
     Args:
@@ -45,6 +45,13 @@ class Spool:
             mapped[: len(before)] = before
             Path(str(before.filename)).unlink()
         return mapped
+
+    def zeros(self, shape: tuple[int, ...]) -> npt.NDArray[np.int64]:
+        """Return whole numbers to be summed up, on disk; 0 at first."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / f"sums-{self._kept:06d}.npy"
+        self._kept += 1
+        return np.lib.format.open_memmap(path, mode="w+", dtype=np.int64, shape=shape)
 
     def put(self, site: str, step: int, energy: npt.NDArray[np.float32]) -> None:
         """Write the energies of one call."""

@@ -12,9 +12,10 @@ from pathlib import Path
 
 # What `files.replacing` leaves of run.json, order.json and inputs when it is killed, and ranks'.
 _LEFTOVER = re.compile(
-    r"\.(?:(?:run|order)-\w{8}\.tmp\.json|input-.+-\w{8}\.tmp\.safetensors)|rank-\d{5}"
+    r"\.(?:(?:run|order)-\w{8}\.tmp\.json|(?:input|\d+)-.+-\w{8}\.tmp\.safetensors)|rank-\d{5}"
 )
 _SPOOL = re.compile(r"spool(?:-\d+)?")
+_SUMS = re.compile(r"\d+-.+\.safetensors")
 _SPOOLED = re.compile(r"(?:kept-)?\d{6}\.npy")
 
 
@@ -31,6 +32,14 @@ def remove_spool(folder: Path) -> None:
     """Delete arrays that waited in a folder, and the folder if it holds nothing else."""
     for path in _entries(folder):
         if _SPOOLED.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+    remove_empty(folder)
+
+
+def remove_sums(folder: Path) -> None:
+    """Delete sums of sites, and their folder if it holds nothing else."""
+    for path in _entries(folder):
+        if _SUMS.fullmatch(path.name):
             path.unlink(missing_ok=True)
     remove_empty(folder)
 

@@ -1,4 +1,4 @@
-"""The processes of one data-parallel calibration: who does what, and how the others fare.
+"""The processes of one data-parallel calibration: who does what, and the status of the others.
 
 They meet once, over torch.distributed, to agree on the run. From then on each keeps a file
 `rank-NNNNN` in the run folder locked as long as it lives, and writes into it how it ended. So a
@@ -25,18 +25,18 @@ from calibatt_compiler.errors import CalibattError, CalibrationError
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(minutes=10)
+RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
 """How long ranks wait for one another at the start, when models may still be loading."""
 
-FAREWELL = 60.0
+SHUTDOWN_TIMEOUT = 60.0
 """Seconds that the first rank gives the others to read the plan before it deletes the folder."""
 
 _POLL = 0.1
 
 
 @dataclass(frozen=True)
-class _Fate:
-    """How a rank fares.
+class RankStatus:
+    """Status of a rank.
 
     Attributes:
         alive: its process works on.
@@ -132,7 +132,7 @@ class Ranks:
         try:
             yield
         except BaseException as error:
-            # Another's failure is told on as it is: each rank names the one that failed first.
+            # Another's failure is passed on as it is: each rank names the one that failed first.
             self._write({"failure": self._failure or (self.rank, _reason(error))})
             raise
         finally:
@@ -153,12 +153,12 @@ class Ranks:
         for rank in self.others:
             if rank in self._done:
                 continue
-            fate = self._fate(rank)
-            if fate.failure is not None:
-                raise self._failed(*fate.failure)
-            if fate.done:
+            status = self._status(rank)
+            if status.failure is not None:
+                raise self._failed(*status.failure)
+            if status.done:
                 self._done.add(rank)
-            elif not fate.alive:
+            elif not status.alive:
                 raise self._failed(rank, "its process was lost (killed, or out of memory?)")
 
     def wait_for(self, ranks: Iterable[int], meanwhile: Callable[[], None] = lambda: None) -> None:
@@ -186,9 +186,9 @@ class Ranks:
 
     def wait_until_alone(self) -> None:
         """Wait, not for ever, until all others have left; then tidy up."""
-        until = time.monotonic() + FAREWELL
+        until = time.monotonic() + SHUTDOWN_TIMEOUT
         for rank in self.others:
-            while self._fate(rank).alive and time.monotonic() < until:
+            while self._status(rank).alive and time.monotonic() < until:
                 time.sleep(_POLL)
             self._path(rank).unlink(missing_ok=True)
         if self.size > 1:
@@ -205,11 +205,11 @@ class Ranks:
             self._file.write(json.dumps(status))
             self._file.flush()
 
-    def _fate(self, rank: int) -> _Fate:
+    def _status(self, rank: int) -> RankStatus:
         try:
             file = self._path(rank).open("r", encoding="utf-8")
         except FileNotFoundError:
-            return _Fate(alive=False)
+            return RankStatus(alive=False)
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -220,9 +220,9 @@ class Ranks:
             try:
                 status = json.loads(file.read())
             except ValueError:
-                return _Fate(alive)  # nothing yet, or half written
+                return RankStatus(alive)  # nothing yet, or half written
         failure = status.get("failure")
-        return _Fate(alive, bool(status.get("done")), tuple(failure) if failure else None)
+        return RankStatus(alive, bool(status.get("done")), tuple(failure) if failure else None)
 
     def _failed(self, rank: int, reason: str) -> CalibrationError:
         self._failure = (rank, reason)
@@ -239,13 +239,13 @@ class Ranks:
         """A group on the host: that of the user may be NCCL, which moves GPU tensors only."""
         group = None
         try:
-            group = dist.new_group(backend="gloo", timeout=PATIENCE)
+            group = dist.new_group(backend="gloo", timeout=RENDEZVOUS_TIMEOUT)
             yield group
         except RuntimeError as error:
             raise CalibrationError(
                 "the ranks of a calibration did not come together",
                 expected=f"all {self.size} ranks of the process group to call calibrate with the "
-                f"same arguments, within {PATIENCE}",
+                f"same arguments, within {RENDEZVOUS_TIMEOUT}",
                 got=_reason(error),
                 remedy="look at what the other ranks say; a call that one rank makes alone takes "
                 "CalibrationConfig(distributed=False)",

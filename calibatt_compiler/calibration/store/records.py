@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from calibatt_compiler.plan.schema import ModelIdentity
+from calibatt_compiler.plan.schema import FixedBy, ModelIdentity
 
 
 class _Record(BaseModel):
@@ -52,6 +52,10 @@ class InputRecord(_Record):
             best 20 % of key blocks.
         anchor_rows: rows a frame that copy errors are for, if spatial repetition was scored; else
             0. There are scores only if a frame has more rows.
+        form: what the run is for; of zones the arrays are sums over inputs, in `ZoneSums`, and
+            there are no thresholds and no kept mass.
+        step_groups: of zones, in how many parts the schedule is.
+        fixed_by: what fixed the tokens of its calls; None in runs of versions before.
         tensors: SHA-256 of each array in the file. `<site>@<step>` is uint8 (votes, heads,
             query_blocks, ceil(key_blocks / 8)); `<site>@<step>/energy` is float32 (votes, heads,
             query_blocks, key_blocks), if energies are kept; `<site>@<step>/repetition` is float32
@@ -78,6 +82,9 @@ class InputRecord(_Record):
     kept_mass: dict[str, tuple[float, ...]]
     best_share: dict[str, tuple[float, ...]]
     anchor_rows: int = 0
+    form: Literal["masks", "zones"] = "masks"
+    step_groups: int = 0
+    fixed_by: FixedBy | None = None
     tensors: dict[str, str] = Field(default_factory=dict)
 
     @property

@@ -3,8 +3,9 @@
     run.json                      what the run is: model, weights, settings, arguments
     order.json                    what was measured of token orders, if one was to be chosen
     input-00000.safetensors       masks of one input, packed, with its record in the header
+    sums/                         of a run for zones: sums over all inputs, site by site
     lock                          held while a process works in the folder, or several ranks do
-    rank-00000                    how a rank fares, where several work
+    rank-00000                    status of a rank, where several work
 
 A file is written under a temporary name and renamed, so a kill at any moment loses the input in
 progress and nothing else.
@@ -32,6 +33,7 @@ from calibatt_compiler.calibration.store.lock import FolderLock
 from calibatt_compiler.calibration.store.order_survey import FILE as ORDER_FILE
 from calibatt_compiler.calibration.store.records import InputRecord
 from calibatt_compiler.calibration.store.uint8_energies import decode
+from calibatt_compiler.calibration.store.zone_sums import FOLDER as SUMS
 from calibatt_compiler.errors import CalibrationError
 from calibatt_compiler.files import replacing, write_text
 from calibatt_compiler.logs import logger
@@ -74,6 +76,7 @@ class RunStore:
         try:
             self._check_identity(identity, restart=restart)
             own_files.sweep(self.folder)
+            own_files.sweep(self.folder / SUMS)
             if shared:
                 self._lock.share()
         except BaseException:
@@ -253,6 +256,7 @@ class RunStore:
                 path.unlink(missing_ok=True)
         for other in (ORDER_FILE, "run.json"):
             (self.folder / other).unlink(missing_ok=True)
+        own_files.remove_sums(self.folder / SUMS)
         self._records.clear()
 
     def _check_identity(

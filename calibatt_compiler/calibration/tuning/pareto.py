@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from calibatt_compiler.calibration.config import SelectionConfig
 from calibatt_compiler.errors import OptionError
 from calibatt_compiler.plan import Plan
 
@@ -14,8 +15,8 @@ CEILING = 100.0
 
 
 @dataclass(frozen=True)
-class Knobs:
-    """What makes one plan of a recording, as `plan_from_run` takes it."""
+class SearchPoint:
+    """What is searched of a `SelectionConfig`."""
 
     A: float
     C: float
@@ -24,13 +25,17 @@ class Knobs:
     pooled: int = 0
     gamma: float | None = None
 
+    def selection(self, others: SelectionConfig) -> SelectionConfig:
+        """Return the selection of a plan; what is not searched is that of `others`."""
+        return SelectionConfig.of(others, **asdict(self))
+
 
 @dataclass(frozen=True)
 class Point:
     """One trial.
 
     Attributes:
-        knobs: the settings of the plan.
+        settings: of the plan.
         fidelity: mean PSNR against the dense videos in dB, at most `CEILING`; by proxy, the mean
             share of attention mass kept.
         cost: share of the attention that is computed, pooled keys included; what the search keeps
@@ -39,15 +44,16 @@ class Point:
         digest: of the plan.
     """
 
-    knobs: Knobs
+    settings: SearchPoint
     fidelity: float
     cost: float
     density: float
     digest: str
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, for JSON."""
-        return asdict(self)
+        """Return plain values, for JSON, in which settings have always been called knobs."""
+        found = asdict(self)
+        return {"knobs": found.pop("settings"), **found}
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from calibatt_compiler.calibration.config import check_gamma
-from calibatt_compiler.calibration.tuning.pareto import Knobs, Point
+from calibatt_compiler.calibration.config import SelectionConfig
+from calibatt_compiler.calibration.tuning.pareto import Point, SearchPoint
 from calibatt_compiler.errors import OptionError
 
 NAME = "calibatt-tune"
@@ -59,7 +59,7 @@ class SearchSpace:
                 remedy="leave it out to drop blocks as they are",
             )
         for value in self.gamma:
-            check_gamma(value)
+            SelectionConfig(gamma=value)  # checks its range
         if not self.gamma or len(set(self.gamma)) != len(self.gamma):
             raise OptionError(
                 "gamma has nothing to choose from",
@@ -68,14 +68,14 @@ class SearchSpace:
                 remedy="leave it out for no repetitive heads",
             )
 
-    def ends(self) -> tuple[Knobs, Knobs]:
-        """Return the knobs of the sparsest and of the densest plan in it."""
+    def ends(self) -> tuple[SearchPoint, SearchPoint]:
+        """Return the settings of the sparsest and of the densest plan in it."""
         pooled, some = min(self.pooled), [value for value in self.gamma if value is not None]
         most = min(some, default=None)
         fewest = None if None in self.gamma else max(some)
         return (
-            Knobs(self.A[0], self.A[0], self.k[0], self.rho[1], pooled, most),
-            Knobs(self.A[1], 0.999, self.k[0], self.rho[0], pooled, fewest),
+            SearchPoint(self.A[0], self.A[0], self.k[0], self.rho[1], pooled, most),
+            SearchPoint(self.A[1], 0.999, self.k[0], self.rho[0], pooled, fewest),
         )
 
 
@@ -100,7 +100,7 @@ class Study:
         OptionError: Optuna is not installed.
     """
 
-    def __init__(self, path: Path, space: SearchSpace, start: Knobs, seed: int) -> None:
+    def __init__(self, path: Path, space: SearchSpace, start: SearchPoint, seed: int) -> None:
         optuna = _optuna()
         self._optuna = optuna
         self._space = space
@@ -125,11 +125,11 @@ class Study:
         for trial in self._trials("COMPLETE"):
             about = trial.user_attrs
             fidelity, cost = trial.values
-            knobs = Knobs(**about["knobs"])
-            found.append(Point(knobs, fidelity, cost, about["density"], about["digest"]))
+            settings = SearchPoint(**about["knobs"])
+            found.append(Point(settings, fidelity, cost, about["density"], about["digest"]))
         return found
 
-    def trial(self, evaluate: Callable[[Knobs], Point]) -> Point:
+    def trial(self, evaluate: Callable[[SearchPoint], Point]) -> Point:
         """Run one more trial; if `evaluate` fails or the process dies, it does not count."""
         number = len(self._trials("COMPLETE"))
         self._study.sampler = self._optuna.samplers.TPESampler(
@@ -141,12 +141,12 @@ class Study:
             self._study.enqueue_trial(self._first())
         trial = self._study.ask()
         try:
-            point = evaluate(self._knobs(trial))
+            point = evaluate(self._suggested(trial))
         except BaseException:
             self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
             raise
-        about = {"knobs": asdict(point.knobs), "density": point.density, "digest": point.digest}
-        for name, value in about.items():
+        about = {"density": point.density, "digest": point.digest}
+        for name, value in {"knobs": asdict(point.settings), **about}.items():
             trial.set_user_attr(name, value)
         self._study.tell(trial, [point.fidelity, point.cost])
         return point
@@ -156,7 +156,7 @@ class Study:
         found: list[Any] = self._study.get_trials(deepcopy=False, states=(wanted,))
         return found
 
-    def _knobs(self, trial: Any) -> Knobs:
+    def _suggested(self, trial: Any) -> SearchPoint:
         space = self._space
         A = trial.suggest_float("A", *space.A)
         lift = trial.suggest_float("lift", 0.0, 1.0)
@@ -165,7 +165,7 @@ class Study:
             pooled = trial.suggest_categorical("pooled", space.pooled)
         if len(space.gamma) > 1:
             gamma = trial.suggest_categorical("gamma", space.gamma)
-        return Knobs(
+        return SearchPoint(
             A=A,
             C=A + lift * (0.999 - A),
             k=trial.suggest_float("k", *space.k, log=True),

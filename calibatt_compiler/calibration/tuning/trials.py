@@ -29,7 +29,7 @@ TIMING_STEPS = 3 * TIMED_STEPS * (ROUNDS + 1)
 Input = tuple[int, Mapping[str, Any]]
 
 
-class Bench:
+class PlanEvaluator:
     """Runs a pipeline whose model serves one plan after the other.
 
     Args:

@@ -19,11 +19,17 @@ from calibatt_compiler.calibration.store import identity
 from calibatt_compiler.calibration.store.lock import FolderLock
 from calibatt_compiler.calibration.store.run_folder import RunStore
 from calibatt_compiler.calibration.tuning.config import TuningConfig
-from calibatt_compiler.calibration.tuning.pareto import Knobs, Point, Tuning, choose, cost_of
+from calibatt_compiler.calibration.tuning.pareto import (
+    Point,
+    SearchPoint,
+    Tuning,
+    choose,
+    cost_of,
+)
 from calibatt_compiler.calibration.tuning.picture import write_front
 from calibatt_compiler.calibration.tuning.plan_server import PlanServer, served
 from calibatt_compiler.calibration.tuning.study import JOURNAL, Study, finished
-from calibatt_compiler.calibration.tuning.trials import TIMING_STEPS, Bench
+from calibatt_compiler.calibration.tuning.trials import TIMING_STEPS, PlanEvaluator
 from calibatt_compiler.calibration.validation.validate import validate_run
 from calibatt_compiler.errors import CalibrationError, OptionError
 from calibatt_compiler.evaluation.compare import Progress, Silent
@@ -151,14 +157,14 @@ def tune(
         inductor = config.inductor is not False
         with quiet(pipe), served(pipe, config.component, server, inductor=inductor) as model:
             some = inputs[: tuning.videos]
-            bench = Bench(pipe, model, server, some, pipeline_arguments, folder)
+            evaluator = PlanEvaluator(pipe, model, server, some, pipeline_arguments, folder)
             progress.start("measuring step times", None)
-            times = bench.times(search.ends)
+            times = evaluator.times(search.ends)
             progress.start("trials", tuning.trials)
-            points = search.run(bench, progress)
+            points = search.run(evaluator, progress)
         goal = {"speed_up": tuning.speed_up, "fidelity": tuning.fidelity}
         chosen = choose(points, times, **goal)
-        plan = None if chosen is None else search.plan(chosen.knobs)
+        plan = None if chosen is None else search.plan(chosen.settings)
         found = Tuning(tuple(points), times, tuning.proxy, chosen, plan)
         _write(found, folder)
     return found
@@ -172,45 +178,39 @@ class _Search:
     ) -> None:
         recorded = first.metadata.thresholds
         thresholds = recorded["A"], recorded["C"], recorded["k"]
-        start = Knobs(*thresholds, config.rho, config.pooled, config.gamma)
+        start = SearchPoint(*thresholds, config.rho, config.pooled, config.gamma)
         self._recording = folder / "recording"
         self._config = config
         self._tuning = tuning
         self._study = Study(folder / JOURNAL, tuning.space, start, tuning.seed)
 
-    def plan(self, knobs: Knobs) -> Plan:
-        """Make a plan, refined as the settings say."""
-        return plan_from_run(
-            self._recording,
-            **asdict(knobs),
-            share_steps=self._config.share_steps,
-            merge_budget=self._config.merge_budget,
-            sample_power=self._config.sample_power,
-        )
+    def plan(self, at: SearchPoint) -> Plan:
+        """Make a plan; what is not searched is as configured."""
+        return plan_from_run(self._recording, at.selection(self._config))
 
     def ends(self) -> tuple[Plan, Plan]:
         """Make the sparsest and the densest plan of the search."""
         sparse, dense = self._tuning.space.ends()
         return self.plan(sparse), self.plan(dense)
 
-    def run(self, bench: Bench, progress: Progress) -> list[Point]:
+    def run(self, evaluator: PlanEvaluator, progress: Progress) -> list[Point]:
         """Run the trials that are missing; return all."""
         points = self._study.points()
         for _ in points[: self._tuning.trials]:
             progress.advance()
         while len(points) < self._tuning.trials:
-            points.append(self._study.trial(lambda knobs: self._try(knobs, bench)))
+            points.append(self._study.trial(lambda at: self._try(at, evaluator)))
             progress.advance()
         return points
 
-    def _try(self, knobs: Knobs, bench: Bench) -> Point:
-        plan = self.plan(knobs)
+    def _try(self, at: SearchPoint, evaluator: PlanEvaluator) -> Point:
+        plan = self.plan(at)
         fidelity = (
             round(validate_run(self._recording, plan).mean, 9)
             if self._tuning.proxy
-            else bench.fidelity(plan)
+            else evaluator.fidelity(plan)
         )
-        return Point(knobs, fidelity, cost_of(plan), plan.density(), plan.digest)
+        return Point(at, fidelity, cost_of(plan), plan.density(), plan.digest)
 
 
 def _recording(config: CalibrationConfig | None, folder: Path) -> CalibrationConfig:
@@ -237,7 +237,10 @@ def _check_form(config: CalibrationConfig, tuning: TuningConfig) -> None:
     elif config.gamma not in tuning.space.gamma:
         problem, expected = "gamma is not in the search space", f"one of {tuning.space.gamma}"
         got = config.gamma
-    elif tuning.proxy and config.sample_power is not None:
+    elif config.form != "masks":
+        problem, expected = "the search is one for thresholds of masks", "form='masks'"
+        got = config.form
+    elif tuning.proxy and config.sampled:
         problem, expected = "the proxy can't judge sampled blocks", "sample_power=None"
         got = config.sample_power
     else:

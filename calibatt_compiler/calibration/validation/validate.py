@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from calibatt_compiler.calibration.config import CalibrationConfig
-from calibatt_compiler.calibration.observe.observation import InputObservation, Schedule
-from calibatt_compiler.calibration.observe.observer import Observer
+from calibatt_compiler.calibration.observe.observation import InputObservation
+from calibatt_compiler.calibration.observe.observer import EnergyObserver, ObservedModel
 from calibatt_compiler.calibration.observe.pipelines import (
+    ObservedPipeline,
     Prompt,
-    component_of,
     generate,
-    observing,
     read_inputs,
     samples_of,
-    schedule_of,
 )
 from calibatt_compiler.calibration.progress import CalibrationProgress
 from calibatt_compiler.calibration.select.checks import inputs_digest
@@ -36,10 +35,10 @@ from calibatt_compiler.calibration.validation.kept_mass import (
 )
 from calibatt_compiler.errors import CalibrationError, PlanMismatchError
 from calibatt_compiler.logs import logger
-from calibatt_compiler.models import identify, text_position
+from calibatt_compiler.models import identify, is_model
 from calibatt_compiler.plan import Plan
 from calibatt_compiler.plan.order import TokenOrder
-from calibatt_compiler.plan.text import TextPosition, other_text
+from calibatt_compiler.plan.text import other_text
 
 log = logger("calibration")
 
@@ -80,18 +79,13 @@ def validate(
     config = config or CalibrationConfig()
     plan = plan if isinstance(plan, Plan) else Plan.load(plan)
     inputs = read_inputs(prompts, seeds, pipeline_arguments)
-    module = component_of(pipe, config.component)
-    _check_model(plan, module)
+    model = ObservedPipeline.of(pipe, config)
+    _check_model(plan, model.module)
     kept = KeptMass(plan)
     with CalibrationProgress(len(inputs), 0, config.progress) as progress:
-        observer = PlanObserver(
-            kept,
-            config,
-            text_position(type(module).__name__),
-            schedule=lambda: schedule_of(pipe.scheduler),
-            on_step=progress.step,
-        )
-        with observing(pipe, module, config, observer):
+        model = replace(model, on_step=progress.step)
+        observer = PlanObserver(model, kept)
+        with model.shown_to(observer):
             for index, (seed, varying) in enumerate(inputs):
                 arguments = {**pipeline_arguments, **varying}
                 observer.begin(f"{index:05d}", {}, samples_of(arguments))
@@ -150,27 +144,16 @@ def validate_run(
     return kept.result(inputs=len(names), digest=digest, margin=margin)
 
 
-class PlanObserver(Observer):
+class PlanObserver(EnergyObserver):
     """Measures what the masks of a plan keep of each call's energies, and drops the energies.
 
     Args:
+        model: what is observed.
         kept: where it is added up.
-        config: settings.
-        text: where the module's text tokens stand in joint attention.
-        schedule: asked at the first call of each input for the sampler's steps.
-        on_step: told, at each new step, its index and T if known.
     """
 
-    def __init__(
-        self,
-        kept: KeptMass,
-        config: CalibrationConfig,
-        text: TextPosition | None,
-        *,
-        schedule: Callable[[], Schedule | None] = lambda: None,
-        on_step: Callable[[int, int | None], None] = lambda step, steps: None,
-    ) -> None:
-        super().__init__(config, text, schedule=schedule, on_step=on_step)
+    def __init__(self, model: ObservedModel, kept: KeptMass) -> None:
+        super().__init__(model)
         self._kept = kept
 
     def finish(self) -> None:
@@ -229,7 +212,7 @@ def _planned(plan: Plan, size: SiteSize, block: tuple[int, int]) -> bool:
 
 def _check_model(plan: Plan, module: torch.nn.Module) -> None:
     expected, got = plan.metadata.model, identify(module)
-    if expected is not None and got != expected:
+    if expected is not None and not is_model(expected, module):
         raise PlanMismatchError(
             "the plan was made for another model",
             expected=f"{expected.class_name}, configuration {expected.config_digest[:16]}",

@@ -45,16 +45,16 @@ def front_table(tuning: Tuning) -> Table:
     for heading in ("", fidelity, "speed-up", "density", "A", "C", "k", "rho", "pooled", "gamma"):
         table.add_column(heading, justify="right", no_wrap=True)
     for point in tuning.front:
-        knobs = point.knobs
+        at = point.settings
         table.add_row(
             "chosen" if point == tuning.chosen else "",
             f"{point.fidelity:.4f}" if tuning.proxy else f"{point.fidelity:.2f}",
             f"{tuning.times.speed_up(point.cost):.2f}x",
             f"{point.density:.3f}",
-            *(f"{value:.3f}" for value in (knobs.A, knobs.C)),
-            f"{knobs.k:.2f}",
-            f"{knobs.rho:.2f}",
-            str(knobs.pooled),
-            "" if knobs.gamma is None else f"{knobs.gamma:.2f}",
+            *(f"{value:.3f}" for value in (at.A, at.C)),
+            f"{at.k:.2f}",
+            f"{at.rho:.2f}",
+            str(at.pooled),
+            "" if at.gamma is None else f"{at.gamma:.2f}",
         )
     return table

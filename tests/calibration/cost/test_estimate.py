@@ -16,12 +16,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from calibatt_compiler import Plan
-from calibatt_compiler.calibration import CalibrationConfig, calibrate, estimate
+from calibatt_compiler.calibration import (
+    CalibrationConfig,
+    SelectionConfig,
+    calibrate,
+    estimate,
+)
 from calibatt_compiler.calibration.cost.estimate import Estimate, Measurement
 from calibatt_compiler.calibration.cost.sizes import SELECTION, SMALL, Sizes
+from calibatt_compiler.calibration.observe.observer import ObservedModel
 from calibatt_compiler.calibration.observe.recorder import AttentionRecorder
-from calibatt_compiler.calibration.select.derive import Selection, derive_plan
-from calibatt_compiler.calibration.store.energies import Spool
+from calibatt_compiler.calibration.select.derive import derive_plan
+from calibatt_compiler.calibration.store.energies import EnergyBuffer
 from calibatt_compiler.calibration.store.records import InputRecord, SiteSize
 from calibatt_compiler.calibration.store.run_folder import RunStore
 from calibatt_compiler.cli.tables import costs as report
@@ -160,8 +166,10 @@ class LiveBytes(TorchDispatchMode):
 @pytest.mark.parametrize("text", [None, "last"])
 def test_memory_of_a_call_stays_within_the_bound(text: Any, tmp_path: Path) -> None:
     sizes = Sizes(record(votes=2, steps=1), keep_energies=False)
-    config = CalibrationConfig(block=(16, 16), num_steps=1, grid=(1, 1, 2048 - 40 * bool(text)))
-    recorder = AttentionRecorder(config, None, text, Spool(tmp_path / "spool"))
+    grid = (1, 1, 2048 - 40 * bool(text))
+    config = CalibrationConfig(block=(16, 16), num_steps=1, grid=grid, text=text)
+    model = ObservedModel(module=torch.nn.Identity(), config=config)
+    recorder = AttentionRecorder(model, EnergyBuffer(tmp_path / "energies"))
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 4, 2048, 16, generator=generator) for _ in range(3))
     recorder.begin("00000", {}, None)
@@ -182,7 +190,8 @@ def test_memory_of_a_scored_call_stays_within_the_bound(order: str, tmp_path: Pa
         update={"grid": grid, "block": (128, 128), "sites": (site,)}
     )
     config = CalibrationConfig(num_steps=1, grid=grid, gamma=0.5, token_order=order)
-    recorder = AttentionRecorder(config, None, None, Spool(tmp_path / "spool"))
+    model = ObservedModel(module=torch.nn.Identity(), config=config)
+    recorder = AttentionRecorder(model, EnergyBuffer(tmp_path / "energies"))
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 2, 2048, 128, generator=generator) for _ in range(3))
     q = q[:, :, :1].expand_as(k).contiguous()  # all heads are compared with their sparse form
@@ -207,17 +216,19 @@ def test_memory_of_masks_and_plan_stays_within_the_bound(
     generator = np.random.default_rng(0)
     dtypes = {"U8": np.uint8, "F32": np.float32}
     store = RunStore(tmp_path / "run").open({"cfg": "none", "arguments": None})
-    spool = Spool(tmp_path / "spool")
+    buffer = EnergyBuffer(tmp_path / "energies")
 
     def write() -> None:
         arrays: dict[str, Any] = {}
         for name, (dtype, shape) in sizes.arrays().items():
             raw = generator.integers(1, 255, shape, np.uint8).astype(dtypes[dtype], copy=False)
-            arrays[name] = spool.keep(raw) if name.endswith("/energy") else raw
+            arrays[name] = buffer.keep(raw) if name.endswith("/energy") else raw
         store.write(known, arrays)
 
     def derive() -> None:
-        selection = Selection(0.5, None, 0.97 if refined else None, 0.02 if refined else None)
+        selection = SelectionConfig(
+            share_steps=0.97 if refined else None, merge_budget=0.02 if refined else None
+        )
         plan = derive_plan(store, ["00000"], selection)
         plan.save(tmp_path / "plan")
         assert plan.digest

@@ -15,9 +15,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from calibatt_compiler.calibration import CalibrationConfig
 from calibatt_compiler.calibration.observe.observation import Branch, Schedule
+from calibatt_compiler.calibration.observe.observer import ObservedModel
 from calibatt_compiler.calibration.observe.recorder import AttentionRecorder
 from calibatt_compiler.calibration.select.selection import covering_mask, pack
-from calibatt_compiler.calibration.store.energies import Spool
+from calibatt_compiler.calibration.store.energies import EnergyBuffer
 from calibatt_compiler.calibration.store.records import InputRecord
 from calibatt_compiler.capture import CaptureInfo, SiteInfo
 from calibatt_compiler.errors import CalibrationError
@@ -42,9 +43,12 @@ def make(tmp_path: Path) -> Make:
         grid: tuple[int, int, int] | None = GRID,
         branch: Branch = "any",
     ) -> AttentionRecorder:
-        recorder = AttentionRecorder(
-            config, None, text, Spool(tmp_path / "spool"), schedule=lambda: schedule
+        model = ObservedModel(
+            module=torch.nn.Identity(),
+            config=replace(config, text=text),
+            schedule=lambda: schedule,
         )
+        recorder = AttentionRecorder(model, EnergyBuffer(tmp_path / "energies"))
         recorder.on_capture(CaptureInfo(model=None, grid=grid, sites=()))
         recorder.branch = branch
         return recorder

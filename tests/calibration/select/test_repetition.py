@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from calibatt_compiler.calibration.select import repetition_scores as repetition
-from calibatt_compiler.calibration.select.repetition import choose_forms
+from calibatt_compiler.calibration.select.repetition import choose_head_modes
 from calibatt_compiler.calibration.select.repetition_scores import (
     AttentionCall,
     at_other_share,
@@ -28,7 +28,7 @@ from calibatt_compiler.errors import CalibrationError
 from calibatt_compiler.kernels.common.row_similarity import row_similarity
 from calibatt_compiler.kernels.energy import block_energy
 from calibatt_compiler.plan.order import TokenOrder
-from calibatt_compiler.runtime.token_order import rearrangement
+from calibatt_compiler.runtime.token_order import Rearrangements
 
 GRID, TEXT = (2, 7, 9), 5
 VIDEO = math.prod(GRID)
@@ -54,7 +54,7 @@ def call(order: str, first: int, dtype: torch.dtype = torch.float32) -> tuple[An
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     out = (q.double() @ k.double().mT / 4).softmax(-1) @ v.double()
     where = {"text_first": first > 0, "device": torch.device("cpu")}
-    laid = rearrangement(TokenOrder.parse(order), GRID, TOKENS, **where)
+    laid = Rearrangements().of(TokenOrder.parse(order), GRID, TOKENS, **where)
     observed = [x if laid is None else laid.apply(x) for x in (q, k)]
     energy = block_energy(*observed, block=(16, 32), scale=0.25)
     mask, kept = covering_mask(energy, 0.6)
@@ -176,7 +176,7 @@ def chosen(
     mask = torch.zeros(heads, 8, 8, dtype=torch.bool)
     mask.view(heads, -1)[:, : round(64 * density)] = True
     store = stored({"0": votes})
-    forms = choose_forms(store, [record()], size, 0, mask, gamma=gamma, **kwargs)
+    forms = choose_head_modes(store, [record()], size, 0, mask, gamma=gamma, **kwargs)
     assert forms.copies is not None
     assert forms.repetitive is not None
     return [bool(flag) for flag in forms.repetitive]
@@ -205,7 +205,7 @@ def test_scores_are_means_over_samples_and_inputs() -> None:
     store = stored({"0": [[GOOD]], "2": [[(0.5, 0.01, 0.02, 0.1)], [(0.5, 0.01, 0.02, 0.1)]]})
     records = [record("0"), record("1", 0), record("2")]  # the second one has no scores
     for gamma, expected in ((0.63, True), (0.64, False)):
-        forms = choose_forms(store, records, size, 0, mask, gamma=gamma)
+        forms = choose_head_modes(store, records, size, 0, mask, gamma=gamma)
         assert forms.repetitive is not None
         assert forms.repetitive.tolist() == [expected]
 
@@ -221,8 +221,8 @@ def test_nothing_is_chosen_where_nothing_can_be() -> None:
     size = SiteSize(name="s", heads=1, head_dim=16, query_length=VIDEO, key_length=VIDEO)
     mask = torch.ones(1, 8, 8, dtype=torch.bool)
     store = stored({})
-    assert choose_forms(store, [record("0", 0)], size, 0, mask, gamma=None).copies is None
+    assert choose_head_modes(store, [record("0", 0)], size, 0, mask, gamma=None).copies is None
     few = record(anchor_rows=7)
-    assert choose_forms(store, [few], size, 0, mask, gamma=0.87).repetitive is None
+    assert choose_head_modes(store, [few], size, 0, mask, gamma=0.87).repetitive is None
     with pytest.raises(CalibrationError, match="was scored for spatial repetition"):
-        choose_forms(store, [record("0", 0)], size, 0, mask, gamma=0.87)
+        choose_head_modes(store, [record("0", 0)], size, 0, mask, gamma=0.87)

@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import calibatt_compiler
 from calibatt_compiler.calibration import CalibrationConfig, plan_from_run
-from calibatt_compiler.calibration.store.energies import Spool
+from calibatt_compiler.calibration.store.energies import EnergyBuffer
 from calibatt_compiler.calibration.store.run_folder import RunStore
 from calibatt_compiler.calibration.store.uint8_energies import NOTHING, decode, encode
 from calibatt_compiler.errors import OptionError
@@ -93,29 +93,29 @@ def test_kept_energies_wait_on_disk_and_are_gone_when_stored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waiting: list[int] = []
-    keep = Spool.keep
+    keep = EnergyBuffer.keep
 
-    def counting(self: Spool, *arguments: object) -> object:
+    def counting(self: EnergyBuffer, *arguments: object) -> object:
         mapped = keep(self, *arguments)  # type: ignore[arg-type]
         assert isinstance(mapped, np.memmap)
         waiting.append(len(list(tmp_path.rglob("kept-*.npy"))))
         return mapped
 
-    monkeypatch.setattr(Spool, "keep", counting)
+    monkeypatch.setattr(EnergyBuffer, "keep", counting)
     calibrate(config(tmp_path / "run", cfg="both"))
     assert waiting == [1, 2, 3] * 2
     assert not list(tmp_path.rglob("kept-*.npy"))
 
 
 def test_votes_of_one_call_are_kept_behind_one_another(tmp_path: Path) -> None:
-    spool = Spool(tmp_path / "spool")
+    buffer = EnergyBuffer(tmp_path / "energies")
     parts = [np.full((votes, 1, 2, 3), votes, np.float32) for votes in (1, 2, 3)]
     mapped = None
     for part in parts:
-        mapped = spool.keep(part, mapped)
+        mapped = buffer.keep(part, mapped)
     assert mapped is not None
     assert (np.asarray(mapped) == np.concatenate(parts)).all()
-    assert len(list((tmp_path / "spool").iterdir())) == 1
+    assert len(list((tmp_path / "energies").iterdir())) == 1
 
 
 def test_another_word_is_refused(tmp_path: Path) -> None:

@@ -27,8 +27,8 @@ from calibatt_compiler.calibration import (
 from calibatt_compiler.calibration.store.lock import FolderLock
 from calibatt_compiler.calibration.tuning.pareto import (
     CEILING,
-    Knobs,
     Point,
+    SearchPoint,
     StepTime,
     choose,
     cost_of,
@@ -36,7 +36,7 @@ from calibatt_compiler.calibration.tuning.pareto import (
 )
 from calibatt_compiler.calibration.tuning.plan_server import PlanServer, served
 from calibatt_compiler.calibration.tuning.study import JOURNAL, Study, finished
-from calibatt_compiler.calibration.tuning.trials import Bench
+from calibatt_compiler.calibration.tuning.trials import PlanEvaluator
 from calibatt_compiler.errors import CalibrationError, OptionError
 from calibatt_compiler.evaluation.compare import to_bytes
 from calibatt_compiler.evaluation.quality import psnr
@@ -49,7 +49,7 @@ TIMES = StepTime(dense=2.0, costs=(0.2, 0.8), seconds=(0.9, 1.8))
 
 
 def point(fidelity: float, cost: float) -> Point:
-    return Point(Knobs(0.8, 0.9, 4.0, 0.5), fidelity, cost, cost, "")
+    return Point(SearchPoint(0.8, 0.9, 4.0, 0.5), fidelity, cost, cost, "")
 
 
 def test_front_and_choice() -> None:
@@ -106,9 +106,9 @@ def test_settings_that_a_search_would_pass_over(tiny_wan_pipeline: Any, tmp_path
                 )
 
 
-def score(knobs: Knobs) -> Point:
+def score(at: SearchPoint) -> Point:
     """A made-up trade: fidelity rises with A and k, and so does the cost."""
-    return Point(knobs, 20 + 10 * knobs.A + math.log(knobs.k), knobs.A**2 + knobs.C, knobs.rho, "d")
+    return Point(at, 20 + 10 * at.A + math.log(at.k), at.A**2 + at.C, at.rho, "d")
 
 
 class Killed(BaseException):
@@ -117,24 +117,28 @@ class Killed(BaseException):
 
 def test_a_study_goes_on_as_if_undisturbed(tmp_path: Path) -> None:
     space = SearchSpace(pooled=(0, 1, 4), gamma=(None, 0.87))
-    start = Knobs(0.84, 0.99, 16.0, 0.5)
+    start = SearchPoint(0.84, 0.99, 16.0, 0.5)
     whole = Study(tmp_path / "whole" / JOURNAL, space, start, seed=3)
     points = [whole.trial(score) for _ in range(14)]  # past the random ones
-    first = points[0].knobs
+    first = points[0].settings
     assert (first.A, first.k, first.rho, first.pooled) == (0.84, 16.0, 0.5, 0)
     assert first.gamma is None
     assert pytest.approx(0.99) == first.C
-    for knobs in (each.knobs for each in points):
-        assert space.A[0] <= knobs.A <= knobs.C <= 0.999
-        assert space.k[0] <= knobs.k <= space.k[1]
-    assert len({each.knobs for each in points}) == 14
-    assert {each.knobs.pooled for each in points} == {0, 1, 4}
-    assert {each.knobs.gamma for each in points} == {None, 0.87}
+    for at in (each.settings for each in points):
+        assert space.A[0] <= at.A <= at.C <= 0.999
+        assert space.k[0] <= at.k <= space.k[1]
+    assert len({each.settings for each in points}) == 14
+    # Names in files: searches of earlier versions go on.
+    attributes = whole._trials("COMPLETE")[0].user_attrs
+    assert set(attributes) == {"knobs", "density", "digest"}
+    assert attributes["knobs"] == points[0].to_dict()["knobs"] == asdict(points[0].settings)
+    assert {each.settings.pooled for each in points} == {0, 1, 4}
+    assert {each.settings.gamma for each in points} == {None, 0.87}
 
     path = tmp_path / "cut" / JOURNAL
     assert finished(path) == 0
 
-    def die(_: Knobs) -> Point:
+    def die(_: SearchPoint) -> Point:
         raise Killed
 
     for stop in (0, 5, 12):  # before the first, at random, by the sampler
@@ -173,11 +177,11 @@ def test_one_compilation_serves_every_plan(
     held = pipe.transformer
     with served(pipe, "transformer", server, inductor=False) as model:
         inputs = [(1, {"prompt": PROMPTS[0]})]
-        bench = Bench(pipe, model, server, inputs, arguments, tmp_path)
-        found = [bench.fidelity(plan) for plan in plans]
-        assert bench.fidelity(plan_from_run(tmp_path / "run", A=1, C=1, k=1)) > 50
-        times = bench.times(lambda: (plans[0], plans[1]))
-        assert bench.times(lambda: pytest.fail("measured again")) == times
+        evaluator = PlanEvaluator(pipe, model, server, inputs, arguments, tmp_path)
+        found = [evaluator.fidelity(plan) for plan in plans]
+        assert evaluator.fidelity(plan_from_run(tmp_path / "run", A=1, C=1, k=1)) > 50
+        times = evaluator.times(lambda: (plans[0], plans[1]))
+        assert evaluator.times(lambda: pytest.fail("measured again")) == times
     assert len(captures) == 1
     assert pipe.transformer is held
     assert times.costs == (plans[0].density(), plans[1].density())
@@ -217,7 +221,7 @@ def test_a_search_under_way_is_left_alone(
     tuning = TuningConfig(trials=5)
     lock = FolderLock(tmp_path)
     lock.take()
-    study = Study(tmp_path / JOURNAL, tuning.space, Knobs(0.84, 0.99, 16.0, 0.5), tuning.seed)
+    study = Study(tmp_path / JOURNAL, tuning.space, SearchPoint(0.84, 0.99, 16.0, 0.5), tuning.seed)
     for _ in range(2):
         study.trial(score)
     study._study.ask()  # a trial that runs
@@ -254,7 +258,7 @@ def test_a_search_by_videos(
     assert found.plan == Plan.load(tmp_path / "plan.calibatt")
     assert found.plan is not None
     assert found.plan.digest == found.chosen.digest
-    assert found.plan.metadata.thresholds["A"] == found.chosen.knobs.A
+    assert found.plan.metadata.thresholds["A"] == found.chosen.settings.A
     stored = json.loads((tmp_path / "tuning.json").read_text())
     assert stored == json.loads(json.dumps(found.to_dict()))
     assert stored["chosen"]["speed_up"] == found.times.speed_up(found.chosen.cost)
@@ -289,19 +293,20 @@ def test_a_search_of_repetitive_heads(
     finally:
         with torch.no_grad():
             weight.copy_(before)
-    assert found.points[0].knobs.gamma is None
-    with_gamma = next(point for point in found.points if point.knobs.gamma == 0.5)
-    plan = plan_from_run(tmp_path / "recording", **asdict(with_gamma.knobs))
+    assert found.points[0].settings.gamma is None
+    with_gamma = next(point for point in found.points if point.settings.gamma == 0.5)
+    plan = plan_from_run(tmp_path / "recording", **asdict(with_gamma.settings))
     assert plan.digest == with_gamma.digest
     assert plan.metadata.quality["repetitive_heads"] == pytest.approx(0.5)
-    blocks = asdict(replace(with_gamma.knobs, gamma=None))
+    blocks = asdict(replace(with_gamma.settings, gamma=None))
     assert cost_of(plan) < cost_of(plan_from_run(tmp_path / "recording", **blocks))
 
 
 SCRIPT = """
 import os, signal, sys
 from diffusers import WanPipeline
-from calibatt_compiler.calibration import CalibrationConfig, TuningConfig, tune, tuning
+from calibatt_compiler.calibration import CalibrationConfig, TuningConfig, tune
+from calibatt_compiler.calibration.tuning import tune as tuning
 
 folder, out = sys.argv[1:]
 calls = 0
@@ -338,11 +343,13 @@ def test_killed_and_resumed_finds_the_same(
     undisturbed = tune(tiny_wan_pipeline, PROMPTS, out=whole, **common)
     # Energies of another process may differ in the last bit (threads): go by the same recording.
     resumed = tune(tiny_wan_pipeline, PROMPTS, out=cut, **common)
-    assert [each.knobs for each in resumed.points] == [each.knobs for each in undisturbed.points]
+    assert [each.settings for each in resumed.points] == [
+        each.settings for each in undisturbed.points
+    ]
     assert [each.digest for each in resumed.points] == [each.digest for each in undisturbed.points]
     assert resumed.points == undisturbed.points
     for each in resumed.points:
-        plan = plan_from_run(cut / "recording", **vars(each.knobs))
+        plan = plan_from_run(cut / "recording", **vars(each.settings))
         assert each.digest == plan.digest
         assert each.fidelity == round(validate_run(whole / "recording", plan).mean, 9)
     assert resumed.chosen == max(resumed.points, key=lambda each: each.fidelity)

@@ -225,13 +225,13 @@ def test_the_longest_rows_go_first():
     mask = torch.ones(1, 3, 4, dtype=torch.bool)
     mask[0, 0, 1:] = False
     pattern = BlockPattern.from_mask(mask, query_length=144, key_length=256, block=(64, 64))
-    assert native_cpu._dearest_first(pattern).tolist() == [1, 0, 2]  # 256, 64 and 16 x 4 blocks
+    assert native_cpu._longest_first(pattern).tolist() == [1, 0, 2]  # 256, 64 and 16 x 4 blocks
 
 
 def test_rows_that_are_not_computed_go_last(random_pattern):
     copies = RowCopies((1, 18, 8), 9)  # 72 of 144 queries: a block of 64 and one of 8
     both = random_pattern(query_length=144, density=1, repetitive=(True, False), copies=copies)
-    assert native_cpu._dearest_first(both).tolist() == [0, 3, 4, 5, 1, 2]
+    assert native_cpu._longest_first(both).tolist() == [0, 3, 4, 5, 1, 2]
 
 
 def test_energies_are_the_same_with_and_without_the_output(operands):

@@ -1,0 +1,74 @@
+"""What benchmarks write down: one form for all of them.
+
+A script writes OUT/<benchmark>.json, a `Run`. `python benchmarks/results.py --add OUT/*.json` keeps
+it with the last runs on the same device in `benchmarks/results`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from calibatt_compiler.files import write_text
+
+PACKAGES = ("torch", "triton", "diffusers", "fa3-fwd", "flash-attn-4")
+"""Packages whose versions a figure depends on."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a benchmark.
+
+    Attributes:
+        benchmark: name of the script.
+        date: ISO date.
+        device: name of the GPU or processor.
+        versions: of packages.
+        command: as it was called.
+        rows: what was found, one dict a case.
+        settings: what all rows have in common.
+    """
+
+    benchmark: str
+    date: str
+    device: str
+    versions: dict[str, str]
+    command: str
+    rows: list[dict[str, Any]]
+    settings: dict[str, Any]
+
+
+def write_record(path: Path, device: str, rows: Sequence[Any], **settings: Any) -> None:
+    """Write a run: rows are dataclasses or dicts, the benchmark's name is the file's."""
+    run = Run(
+        path.stem,
+        datetime.date.today().isoformat(),
+        device,
+        _versions(),
+        " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
+        [asdict(row) if is_dataclass(row) else dict(row) for row in rows],  # type: ignore[arg-type]
+        settings,
+    )
+    write_text(path, json.dumps(asdict(run), indent=1) + "\n")
+
+
+def read_record(path: Path) -> Run:
+    """Read what `write_record` wrote."""
+    return Run(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
