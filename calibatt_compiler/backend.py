@@ -19,6 +19,7 @@ from calibatt_compiler.logs import logger
 from calibatt_compiler.options import CompileOptions
 from calibatt_compiler.passes.pipeline import run_passes
 from calibatt_compiler.passes.rewrite import Rewrite, SdpaCall, Skip
+from calibatt_compiler.pinned import PinnedOptions
 from calibatt_compiler.report.summary import GraphReport, keep_report
 from calibatt_compiler.runtime.coordinates import PlanCoordinates, RecordingCoordinates
 from calibatt_compiler.runtime.graph import CompiledGraph
@@ -50,7 +51,8 @@ def calibatt(
         frame: raised from here, Dynamo would wrap it in an error of another class.
     """
     try:
-        checked = CompileOptions.parse(options, mode)
+        pinned = PinnedOptions.of(options, mode)
+        checked = pinned.options
         inputs = frame_inputs(gm)
         binder = PlanBinder(checked, inputs)
         rewrite = run_passes(gm, inputs, binder)
@@ -62,7 +64,7 @@ def calibatt(
         rewrite.entries(),
         PlanCoordinates(checked.plan),
     )
-    report = GraphReport(compiled, binder, options, rewrite.order_in_words())
+    report = GraphReport(compiled, binder, pinned, rewrite.order_in_words())
     # Of a function around a model, the model is asked for its summary.
     keep_report(transformer_of(inputs) if inputs.module is None else inputs.module, report)
     return compiled

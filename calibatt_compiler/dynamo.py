@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,6 +90,46 @@ def frame_inputs(gm: GraphModule) -> FrameInputs:
             values[source] = node.meta.get("example_value", node.meta.get("val"))
     scopes = {"L": scope, "G": getattr(output, "global_scope", {})}
     return FrameInputs(module, placeholders, values, frozenset(constants), _enclosing(gm, scopes))
+
+
+def keywords_with(options: object) -> dict[str, Any] | None:
+    """Return the keywords in which the backend of a `torch.compile` call holds these very options.
+
+    They are in sight while Dynamo calls the backend, or compares it with that of another call.
+    """
+    frame = sys._getframe(1)
+    for _ in range(4):
+        if frame.f_back is None:
+            return None
+        frame = frame.f_back
+        for name in ("self", "other"):
+            held = frame.f_locals.get(name)
+            keywords = getattr(held, "kwargs", None)
+            if isinstance(keywords, dict) and keywords.get("options", held) is options:
+                return keywords
+    return None
+
+
+def options_of(compiled: object) -> object:
+    """Return the very `options` that a compiled model holds, if they can be seen.
+
+    They tell apart several `torch.compile` calls over one module.
+
+    Args:
+        compiled: what `torch.compile` returned, or a module compiled in place.
+    """
+    backend = getattr(getattr(compiled, "dynamo_ctx", None), "callback", None)
+    in_place = getattr(compiled, "_compiled_call_impl", None)
+    if backend is None and inspect.isfunction(in_place):
+        backend = inspect.getclosurevars(in_place).nonlocals.get("callback")
+    for _ in range(8):
+        if backend is None:
+            return None
+        keywords = getattr(backend, "kwargs", None)
+        if isinstance(keywords, dict) and "options" in keywords:
+            return keywords["options"]
+        backend = getattr(backend, "_torchdynamo_orig_backend", None)
+    return None
 
 
 def _tracer() -> Any:

@@ -26,7 +26,8 @@ EDGES: dict[str, str] = {
     "__main__": "cli",
     "api": "binders models options plan",
     "backend": (
-        "binders calls capture dynamo models options passes.pipeline passes.rewrite report runtime"
+        "binders calls capture dynamo models options passes.pipeline passes.rewrite pinned report "
+        "runtime"
     ),
     "binders": (
         "calls capture dynamo kernels.request models options passes.graph passes.rewrite plan "
@@ -40,8 +41,7 @@ EDGES: dict[str, str] = {
     "calibration.config": "calibration.zone_target plan",
     "calibration.cost": (
         "calibration.config calibration.observe calibration.order_search calibration.pipeline "
-        "calibration.run calibration.select calibration.store kernels.common kernels.energy "
-        "models plan"
+        "calibration.select calibration.store kernels.common kernels.energy models plan"
     ),
     "calibration.observe": (
         "backend calibration.config calibration.select calibration.store capture kernels.common "
@@ -78,15 +78,19 @@ EDGES: dict[str, str] = {
     "capture": "plan",
     "cli": "cli.app",
     "cli.app": (
-        "cli.build cli.calibrate cli.compare cli.demo cli.env cli.inspect cli.tune terminal"
+        "cli.build cli.calibrate cli.compare cli.demo cli.env cli.inspect cli.interruption "
+        "cli.tune terminal"
     ),
     "cli.build": (
         "build cli.options cli.pipelines cli.progress kernels.baked kernels.portable plan terminal"
     ),
     "cli.calibrate": (
-        "calibration cli.groups cli.options cli.ranks cli.tables evaluation report terminal"
+        "calibration calibration.pipeline calibration.store cli.groups cli.interruption "
+        "cli.options cli.ranks cli.tables evaluation report terminal"
     ),
-    "cli.compare": "cli.groups cli.options cli.progress evaluation options plan terminal",
+    "cli.compare": (
+        "cli.groups cli.interruption cli.options cli.progress evaluation options plan terminal"
+    ),
     "cli.demo": (
         "calibration cli.compare cli.groups cli.options cli.pipelines cli.progress evaluation "
         "plan report"
@@ -98,7 +102,8 @@ EDGES: dict[str, str] = {
     "cli.progress": "terminal",
     "cli.tables": "calibration.cost calibration.tuning calibration.validation",
     "cli.tune": (
-        "calibration calibration.tuning cli.groups cli.options cli.progress cli.tables terminal"
+        "calibration calibration.store calibration.tuning cli.groups cli.interruption "
+        "cli.options cli.progress cli.tables terminal"
     ),
     "cli.validation": "calibration calibration.validation cli.options plan",
     "debug": "options",
@@ -135,7 +140,8 @@ EDGES: dict[str, str] = {
     "passes.rewrite": "capture dynamo passes.graph plan",
     "passes.token_order": "passes.graph passes.rewrite passes.writes",
     "passes.writes": "passes.graph",
-    "report": "binders plan runtime",
+    "pinned": "dynamo options plan",
+    "report": "binders dynamo pinned plan runtime",
     "runtime": (
         "capture options kernels.attention kernels.common kernels.dispatch kernels.gradients "
         "kernels.protocol kernels.request plan"

@@ -41,7 +41,9 @@ Lowering = Annotated[
         "reference: slow and plain.",
     ),
 ]
-_PROMPTS = 'One a line, or JSON: a list of texts or of {"prompt": ..., "seed": ...}.'
+_PROMPTS = (
+    'One a line, or JSON: a list of texts or of {"prompt": ..., "seed": ...}; .jsonl: one a line.'
+)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from calibatt_compiler.build import PlanSpecs, build_for_device
-from calibatt_compiler.errors import PipelineError
+from calibatt_compiler.errors import CalibattError, PipelineError
 from calibatt_compiler.evaluation.cases import Case
 from calibatt_compiler.evaluation.comparison import (
     DENSE,
@@ -112,11 +112,13 @@ class Comparer:
                 output_type="np",
                 **self._config.arguments,
             )
-        except (TypeError, ValueError) as error:
+        except (CalibattError, _FirstStepDone):
+            raise
+        except Exception as error:
             raise PipelineError(
-                f"{type(self._pipe).__name__} refused its arguments",
-                expected="arguments of its __call__",
-                got=f"{error}",
+                f"{type(self._pipe).__name__} failed",
+                expected="a pipeline that makes a video of these prompts and arguments",
+                got=f"{type(error).__name__}: {error}",
                 remedy="check height, width, frames and what was given with --set",
             ) from error
         finally:

@@ -79,6 +79,11 @@ class BlockPattern:
         whole = isinstance(self.pooled, int) and not isinstance(self.pooled, bool)
         require(whole, "pooled", self.pooled, "an integer", **kinds)
         shape = (self.heads, self.query_blocks, (self.key_blocks + 7) // 8)
+        for name in ("bits", "weights", "repetitive"):
+            # Kernels read these by their address.
+            array = getattr(self, name)
+            if isinstance(array, np.ndarray) and not array.flags.c_contiguous:
+                object.__setattr__(self, name, np.ascontiguousarray(array))
         if self.bits.dtype != np.uint8 or self.bits.shape != shape:
             raise PlanError(
                 "the bits of a pattern have the wrong shape",

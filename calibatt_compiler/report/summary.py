@@ -12,7 +12,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from calibatt_compiler.dynamo import options_of
 from calibatt_compiler.errors import CaptureError
+from calibatt_compiler.pinned import PinnedOptions
 from calibatt_compiler.printable import printable
 from calibatt_compiler.report.drift import Drift
 from calibatt_compiler.runtime.graph import CompiledGraph
@@ -60,14 +62,14 @@ class GraphReport:
     """One compiled graph: live counters of its sites, which stay when the graph is gone.
 
     Attributes:
-        options: the very dict that `torch.compile` was given.
+        options: of the `torch.compile` call that compiled it.
         plan_digest: digest of the plan.
         order: what became of the plan's token order, in words; None if it is the model's.
         watch: remembers the timesteps that the graph was given.
     """
 
     def __init__(
-        self, graph: CompiledGraph, binder: PlanBinder, options: object, order: str | None
+        self, graph: CompiledGraph, binder: PlanBinder, options: PinnedOptions, order: str | None
     ) -> None:
         self.options = options
         self.order = order
@@ -131,6 +133,7 @@ class Summary:
             model's.
         samplers: of graphs that were given timesteps which are no steps of the plan, both lists in
             words.
+        changed: in words, that the plan's file has become another one; None if it has not.
     """
 
     rows: tuple[SiteRow, ...]
@@ -138,6 +141,7 @@ class Summary:
     plan_digest: str
     orders: tuple[str, ...] = ()
     samplers: tuple[str, ...] = ()
+    changed: str | None = None
 
     @property
     def sparse_calls(self) -> int:
@@ -164,6 +168,7 @@ class Summary:
             "graphs": self.graphs,
             "token_order": list(self.orders),
             "samplers": list(self.samplers),
+            "changed": self.changed,
             "sparse_calls": self.sparse_calls,
             "dense_calls": dict(self.dense_calls),
             "skipped": dict(self.skipped),
@@ -186,7 +191,7 @@ class Summary:
         }
 
     def notes(self) -> list[str]:
-        """Return, in words, how tokens are brought into order, and what did not go as asked for."""
+        """Return, in words, what did not go as asked for, and how tokens are brought into order."""
         reasons: Counter[str] = Counter()
         for row in self.rows:
             reasons.update(row.reasons)
@@ -195,7 +200,8 @@ class Summary:
         )
         repairs = sum(row.repairs for row in self.rows)
         return (
-            list(self.orders)
+            ([] if self.changed is None else [self.changed])
+            + list(self.orders)
             + list(self.samplers)
             + [f"{n} calls {why}" for why, n in dense.most_common()]
             + [f"{n} patterns by another kernel: {why}" for why, n in reasons.most_common()]
@@ -299,7 +305,7 @@ def summary(compiled: object) -> Summary:
     compiled = getattr(compiled, "transformer", compiled)
     module = getattr(compiled, "_orig_mod", compiled)
     reports = _reports.get(module, []) if isinstance(module, torch.nn.Module) else []
-    options = _options_of(compiled)
+    options = options_of(compiled)
     if options is not None:
         reports = [report for report in reports if report.options is options] or _shared(
             type(module), options
@@ -314,7 +320,15 @@ def summary(compiled: object) -> Summary:
     rows = tuple(row for report in reports for row in report.rows())
     orders = dict.fromkeys(report.order for report in reports if report.order is not None)
     samplers = dict.fromkeys(note for report in reports if (note := report.watch.note()))
-    return Summary(rows, len(reports), reports[-1].plan_digest, tuple(orders), tuple(samplers))
+    pinned = options if isinstance(options, PinnedOptions) else reports[-1].options
+    return Summary(
+        rows,
+        len(reports),
+        reports[-1].plan_digest,
+        tuple(orders),
+        tuple(samplers),
+        pinned.changed(),
+    )
 
 
 def _shared(kind: type, options: object) -> list[GraphReport]:
@@ -329,19 +343,3 @@ def _shared(kind: type, options: object) -> list[GraphReport]:
         for report in reports
         if report.options == options
     ]
-
-
-def _options_of(compiled: object) -> object:
-    """Return the very `options` dict that a compiled module was given, if it can be seen.
-
-    It tells apart several `torch.compile` calls over one module.
-    """
-    backend = getattr(getattr(compiled, "dynamo_ctx", None), "callback", None)
-    for _ in range(8):
-        if backend is None:
-            return None
-        keywords = getattr(backend, "kwargs", None)
-        if isinstance(keywords, dict) and "options" in keywords:
-            return keywords["options"]
-        backend = getattr(backend, "_torchdynamo_orig_backend", None)
-    return None

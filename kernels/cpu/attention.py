@@ -100,7 +100,13 @@ class NativeCpuAttention:
         *,
         scale: float | None = None,
     ) -> Tensor:
-        """Attend tokens in the pattern's order; see `ReorderingKernel`."""
+        """Attend tokens in the pattern's order; see `ReorderingKernel`.
+
+        Raises:
+            KernelError: the operands don't fit, or the tokens are no permutations.
+        """
+        _check_tokens("query_tokens", query_tokens, self.pattern.query_length)
+        _check_tokens("key_tokens", key_tokens, self.pattern.key_length)
         return self._attend(q, k, v, scale, (query_tokens, key_tokens))
 
     def _attend(
@@ -202,8 +208,9 @@ def native_energy(
         key_blocks).
 
     Raises:
-        KernelError: there is no C++ compiler.
+        KernelError: there is no C++ compiler, or the operands don't fit one another.
     """
+    _check_energy(q, k, v, block, lse)
     rows, columns = -(-q.shape[2] // block[0]), -(-k.shape[2] // block[1])
     energy = torch.empty(*q.shape[:2], rows, columns)
     out = None if v is None else empty_output(q)
@@ -268,6 +275,66 @@ def _longest_first(pattern: BlockPattern) -> npt.NDArray[np.int32]:
     starts = np.arange(pattern.query_blocks) * pattern.block_m
     tokens = (lengths - starts).clip(0, pattern.block_m)
     return np.argsort(-(kept * tokens).ravel(), kind="stable").astype(np.int32)
+
+
+def _check_tokens(name: str, tokens: Tensor, length: int) -> None:
+    # C++ reads and writes where they say.
+    fits = (
+        isinstance(tokens, Tensor)
+        and tokens.dtype == torch.int32
+        and tuple(tokens.shape) == (length,)
+        and tokens.device.type == "cpu"
+        and tokens.is_contiguous()
+    )
+    if fits:
+        least, most = (int(value) for value in tokens.aminmax())
+        fits = least == 0 and most == length - 1
+        fits = fits and int(torch.bincount(tokens, minlength=length).max()) == 1
+    if not fits:
+        raise KernelError(
+            f"{name} is no order of the tokens",
+            expected=f"contiguous int32 ({length},) on the CPU, each of 0 to {length - 1} once",
+            got=f"{tokens.dtype} {tuple(tokens.shape)} on {tokens.device}, strides "
+            f"{tokens.stride()}"
+            if isinstance(tokens, Tensor)
+            else type(tokens).__name__,
+            remedy="pass the permutation of a TokenOrder as tokens.int().contiguous()",
+        )
+
+
+def _check_energy(
+    q: Tensor, k: Tensor, v: Tensor | None, block: tuple[int, int], lse: Tensor | None
+) -> None:
+    rest = [k] if v is None else [k, v]
+    shown = ", ".join(f"{x.dtype} {tuple(x.shape)} on {x.device}" for x in (q, *rest))
+    if (
+        q.dim() != 4
+        or not q.numel()
+        or not k.numel()
+        or any(x.dim() != 4 or x.shape != k.shape for x in rest)
+        or (*q.shape[:2], q.shape[3]) != (*k.shape[:2], k.shape[3])
+        or any(x.dtype != q.dtype or x.device.type != "cpu" for x in (q, *rest))
+    ):
+        raise KernelError(
+            "operands of the energies don't fit one another",
+            expected="q (B, H, Sq, D), k and v (B, H, Sk, D) of one dtype on the CPU, not empty",
+            got=shown,
+            remedy="pass q, k and v of one attention call",
+        )
+    if len(block) != 2 or min(block) < 1 or block[1] % LANES:
+        raise KernelError(
+            "the block size of the energies is out of range",
+            expected=f"tokens a query block, and a multiple of {LANES} tokens a key block",
+            got=block,
+            remedy="use blocks of 32, 64 or 128 tokens",
+        )
+    if lse is not None and (lse.shape != q.shape[:3] or lse.device.type != "cpu"):
+        raise KernelError(
+            "the log-sum-exp doesn't fit the queries",
+            expected=f"{tuple(q.shape[:3])} on the CPU",
+            got=f"{tuple(lse.shape)} on {lse.device}",
+            remedy="pass the natural log-sum-exp of the scaled scores, one a query token",
+        )
 
 
 def _dense_channels(x: Tensor) -> Tensor:

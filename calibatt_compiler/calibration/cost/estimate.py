@@ -216,15 +216,16 @@ def measure_step(
         model = replace(model, on_step=clock.on_step)
         probe = _Probe(model, EnergyBuffer(Path(folder) / "energies"))
         seed, varying = one
+        arguments = {**pipeline_arguments, **varying}
         with model.shown_to(probe):
             laps: list[tuple[float, ...]] = []
             for scored in (False, False) + (True, True) * (model.config.gamma is not None):
                 if device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats(device)
                 clock.ticks.clear()
-                probe.begin("00000", {}, samples_of(pipeline_arguments), scored=scored)
+                probe.begin("00000", {}, samples_of(arguments), scored=scored)
                 clock.tick()
-                clock.run(model.pipe, seed, {**pipeline_arguments, **varying})
+                clock.run(model.pipe, seed, arguments)
                 record = probe.whole()
                 laps.append(tuple(clock.ticks))
     steps = [end - first for _, first, end in laps]

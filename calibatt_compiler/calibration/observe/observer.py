@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from torch import Tensor
 from calibatt_compiler.calibration.config import CalibrationConfig
 from calibatt_compiler.calibration.observe.attach import observed
 from calibatt_compiler.calibration.observe.observation import Branch, InputObservation, Schedule
+from calibatt_compiler.calibration.observe.repeated_samples import CallSamples
 from calibatt_compiler.calibration.select.repetition_scores import AttentionCall
 from calibatt_compiler.calibration.store.records import InputRecord, SiteSize
 from calibatt_compiler.capture import CaptureInfo
@@ -94,6 +95,11 @@ class Observer(ABC):
             yield
         finally:
             self.branch = previous
+
+    def on_model_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Look at a call of the model, before it runs: which samples does it hold?"""
+        if self._input is not None:
+            self._input.call = CallSamples.of(args, kwargs)
 
     def on_capture(self, capture: CaptureInfo) -> None:
         """Record the grid and the sites that can't be sparse."""
@@ -176,7 +182,8 @@ class Observer(ABC):
         Args:
             name: of the input.
             about: JSON values that say what it is.
-            samples: videos in it, if known; a batch of twice as many is both branches.
+            samples: videos in it, if known for certain; a batch of twice as many is both
+                branches.
         """
         self._input = InputObservation(name, about, samples, self.reference)
 

@@ -113,6 +113,7 @@ class AttentionRecorder(EnergyObserver):
             schedule_steps=steps,
             thresholds={"A": thresholds.A, "C": thresholds.C, "k": thresholds.k},
             guided=run.guided,
+            batched=run.batched,
             sites=tuple(self._sites[name] for name in names),
             votes={name: tuple(run.votes[name, step] for step in order) for name in names},
             kept_mass=means(run.kept_mass),

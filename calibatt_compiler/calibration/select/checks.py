@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from calibatt_compiler.calibration.store.records import InputRecord
 from calibatt_compiler.errors import CalibrationError, OptionError
 from calibatt_compiler.plan import Sampler
-from calibatt_compiler.plan.schema import FixedBy, TextPolicy
+from calibatt_compiler.plan.schema import CfgMode, FixedBy, TextPolicy
 
 
 def check_raised(record: InputRecord, raised: Mapping[str, float]) -> None:
@@ -90,3 +90,13 @@ def inputs_digest(about: Sequence[object], arguments: object) -> str:
     content = {"inputs": list(about), "arguments": arguments}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def guidance_of(records: Sequence[InputRecord], family: CfgMode) -> CfgMode:
+    """How guidance was run: as observed; what the family does only where records do not say."""
+    if any(record.batched for record in records):
+        return "batched"
+    guided = [record for record in records if record.guided]
+    if not guided:
+        return family if family == "embedded" else "none"
+    return family if all(record.batched is None for record in guided) else "separate"

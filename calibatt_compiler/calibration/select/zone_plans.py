@@ -10,6 +10,7 @@ import numpy as np
 
 from calibatt_compiler.calibration.select.checks import (
     check_alike,
+    guidance_of,
     inputs_digest,
     sampler_of,
     text_policy_of,
@@ -123,7 +124,6 @@ def derive_zone_plan(
         ).packed()
         for index, size in enumerate(first.sites)
     }
-    guided = any(record.guided for record in records)
     return Plan.create(
         sites,
         grid=first.grid,
@@ -131,7 +131,7 @@ def derive_zone_plan(
         model=first.model,
         token_order=TokenOrder.parse(first.token_order),
         text_policy=policy,
-        cfg="none" if cfg in ("separate", "batched") and not guided else cfg,
+        cfg=guidance_of(records, cfg),
         thresholds=_settings(selection, found),
         inputs=CalibrationInputs(
             count=len(records),

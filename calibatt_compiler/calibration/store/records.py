@@ -42,6 +42,7 @@ class InputRecord(_Record):
         schedule_steps: T of eps(t).
         thresholds: A, C and k that the masks were selected with.
         guided: whether a call of an unconditional branch was seen.
+        batched: whether a call held both branches; None in records that do not say.
         sites: the observed attention calls.
         votes: for each site, how many masks each step has: one a sample, or more if both
             branches are observed or the sampler calls the model twice a step.
@@ -75,6 +76,7 @@ class InputRecord(_Record):
     schedule_steps: int
     thresholds: dict[str, float]
     guided: bool
+    batched: bool | None = None
     sites: tuple[SiteSize, ...]
     votes: dict[str, tuple[int, ...]]
     kept_mass: dict[str, tuple[float, ...]]

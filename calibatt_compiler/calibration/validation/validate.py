@@ -87,8 +87,9 @@ def validate(
         observer = PlanObserver(model, kept)
         with model.shown_to(observer):
             for index, (seed, varying) in enumerate(inputs):
-                observer.begin(f"{index:05d}", {}, samples_of(pipeline_arguments))
-                generate(pipe, seed, {**pipeline_arguments, **varying})
+                arguments = {**pipeline_arguments, **varying}
+                observer.begin(f"{index:05d}", {}, samples_of(arguments))
+                generate(pipe, seed, arguments)
                 observer.finish()
                 progress.finished()
     about = [identity.describe({"seed": seed, **varying}) for seed, varying in inputs]
