@@ -5,6 +5,7 @@
     python benchmarks/attention.py --check                    no GPU: tiny, times mean nothing
     python benchmarks/attention.py --sizes 480p --masks banded --densities 0.2 0.375 \
         --kernels fa3 table "hopper fixed"
+    python benchmarks/attention.py --masks zones --rounds 4 --out results     octave zones
 
 Efficiency is density x t(dense) / t: the density is what the mask keeps, the dense time that of
 FlashAttention-3 where it is installed (`pip install fa3-fwd`), else of the fastest SDPA backend.
@@ -23,6 +24,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,14 +32,29 @@ import torch
 _folder = tempfile.TemporaryDirectory(prefix="calibatt-attention-")
 os.environ.setdefault("CALIBATT_CACHE_DIR", _folder.name)
 
-from attention_cases import MASKS, SIZES, Case, make_operands, make_pattern  # noqa: E402
+from attention_cases import MASKS, SIZES, ZONES, Case, make_operands, make_pattern  # noqa: E402
 from attention_kernels import ALL, DENSE, Contestant, Operands  # noqa: E402
 from attention_timing import beat, relative_error, sustained_and_burst  # noqa: E402
 from record import write_record  # noqa: E402
+from zone_cases import cpu, drawn, hopper, make_zones, portable  # noqa: E402
 
 from calibatt_compiler.plan.pattern import BlockPattern  # noqa: E402
 
 DENSITIES = (0.1, 0.2, 0.32, 0.375, 0.6, 1.0)
+ZONE_DENSITIES = (0.12, 0.2, 0.3, 0.4)
+OF_ZONES = {
+    "hopper zones": hopper(),
+    "hopper zones literals": hopper(literal=True),
+    "hopper zones by rows": hopper(order="rows"),
+    "hopper drawn": drawn(ALL["hopper fixed"]),
+    "table zones": portable(),
+    "table zones literals": portable(literal=True),
+    "table drawn": drawn(ALL["table"]),
+    "cpu zones": cpu,
+}
+ZONE_KERNELS = (
+    "fa3", "hopper zones", "hopper zones literals", "hopper zones by rows", "table zones literals"
+)  # fmt: skip
 KERNELS = tuple(name for name in ALL if name not in ("math", "reference", "cpu"))
 QUICK = (
     ("480p", "banded", 0.2),
@@ -50,6 +67,7 @@ QUICK = (
 QUICK_KERNELS = ("fa3", "cudnn", "table", "hopper exact", "hopper fixed", "hopper literals")
 CHECK = (("tiny", "banded", 0.4), ("tiny", "random", 0.4), ("tiny", "mixed", 0.3))
 CHECK_KERNELS = ("math", "reference")
+CHECK_ZONES = ("math", "cpu zones")
 OTHERS = (*DENSE, "fa4 sparse", "flex", "flex 128x64", "flex 128x128")
 
 
@@ -79,7 +97,7 @@ class Result:
 
 
 def contestants(
-    names: Sequence[str], pattern: BlockPattern, operands: Operands, result: Result
+    names: Sequence[str], pattern: Any, operands: Operands, result: Result
 ) -> dict[str, Contestant]:
     """Make each kernel, call it once and look at its error."""
     found = {}
@@ -87,7 +105,7 @@ def contestants(
         beat()
         start = time.perf_counter()
         try:
-            contestant = ALL[name](pattern, operands)
+            contestant = (ALL | OF_ZONES)[name](pattern, operands)
             out = contestant.run()
             if out.is_cuda:
                 torch.cuda.synchronize()
@@ -112,7 +130,7 @@ def measure(
     case: Case, names: Sequence[str], device: torch.device, dtype: torch.dtype, rounds: int
 ) -> Result:
     """Check and time all kernels on one case."""
-    pattern = make_pattern(case)
+    pattern = make_zones(case) if case.mask == ZONES else make_pattern(case)
     operands = make_operands(case.size, device, dtype)
     result = Result(case.name, case.size.tokens, case.size.heads, pattern.density)
     print(f"\n{case.name}: S={case.size.tokens} H={case.size.heads} D={case.size.head_dim}, "
@@ -134,7 +152,7 @@ def measure(
             result.efficiency[name] = part * result.sustained[base] / result.sustained[name]
             result.burst_efficiency[name] = part * result.burst[base] / result.burst[name]
     for name, contestant in found.items():
-        repairs = getattr(contestant.kernel, "repairs", 0)
+        repairs = contestant.kernel.repairs if contestant.kernel is not None else 0
         if repairs:
             result.notes.append(f"{name}: {repairs} calls repaired")
     return result
@@ -175,7 +193,9 @@ def picture(results: Sequence[Result], device: str, path: Path) -> None:
     except ImportError:
         print("  no picture: matplotlib is not installed")
         return
-    names = [name for name in ALL if any(name in result.efficiency for result in results)]
+    names = [
+        name for name in ALL | OF_ZONES if any(name in result.efficiency for result in results)
+    ]
     width = 0.8 / max(1, len(names))
     figure, axes = pyplot.subplots(figsize=(2 + 1.8 * len(results), 4.5), layout="constrained")
     for i, name in enumerate(names):
@@ -204,18 +224,32 @@ def compile_only() -> None:
 
 def cases(options: argparse.Namespace) -> list[Case]:
     """The cases asked for."""
-    if options.check or options.quick:
+    if options.check and options.masks == [ZONES]:
+        triples: tuple[tuple[str, str, float], ...] = (("tiny", ZONES, 0.4),)
+    elif options.check or options.quick:
         triples = CHECK if options.check else QUICK
     else:
         triples = tuple(
             (size, mask, 1.0 if mask == "dense" else density)
             for size in options.sizes
             for mask in options.masks
-            for density in ((1.0,) if mask == "dense" else options.densities)
+            for density in ((1.0,) if mask == "dense" else options.densities or densities(mask))
             if mask == "dense" or density < 1
         )
     heads = {} if options.heads is None else {"heads": options.heads}
     return [Case(replace(SIZES[size], **heads), mask, part) for size, mask, part in triples]
+
+
+def densities(mask: str) -> Sequence[float]:
+    """Those of a kind of mask, if none are asked for."""
+    return ZONE_DENSITIES if mask == ZONES else DENSITIES
+
+
+def kernels(options: argparse.Namespace, mask: str) -> Sequence[str]:
+    """Those of a kind of mask, if none are asked for."""
+    if mask == ZONES:
+        return CHECK_ZONES if options.check else ZONE_KERNELS
+    return CHECK_KERNELS if options.check else QUICK_KERNELS if options.quick else KERNELS
 
 
 def parse() -> argparse.Namespace:
@@ -224,9 +258,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="few cases, few kernels")
     parser.add_argument("--check", action="store_true", help="tiny cases on the CPU")
     parser.add_argument("--sizes", nargs="+", choices=[*SIZES], default=["480p", "720p"])
-    parser.add_argument("--masks", nargs="+", choices=MASKS, default=[*MASKS])
-    parser.add_argument("--densities", nargs="+", type=float, default=[*DENSITIES])
-    parser.add_argument("--kernels", nargs="+", choices=[*ALL], metavar="KERNEL")
+    parser.add_argument("--masks", nargs="+", choices=[*MASKS, ZONES], default=[*MASKS])
+    parser.add_argument("--densities", nargs="+", type=float)
+    parser.add_argument("--kernels", nargs="+", choices=[*ALL, *OF_ZONES], metavar="KERNEL")
     parser.add_argument("--heads", type=int, help="instead of 40")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--limit", type=float, default=math.inf, help="start no case after so many "
@@ -242,7 +276,6 @@ def main() -> int:
     device = torch.device("cpu") if options.check else torch.device("cuda", 0)
     dtype = torch.float32 if options.check else torch.bfloat16
     name = "CPU" if options.check else torch.cuda.get_device_name(device)
-    default = CHECK_KERNELS if options.check else QUICK_KERNELS if options.quick else KERNELS
     print(f"{name}, torch {torch.__version__}, {dtype}", flush=True)
     results = []
     for case in cases(options):
@@ -250,7 +283,8 @@ def main() -> int:
             print(f"\n{case.name}: not started, the time is up")
             continue
         rounds = 1 if options.check else options.rounds
-        result = measure(case, options.kernels or default, device, dtype, rounds)
+        names = options.kernels or kernels(options, case.mask)
+        result = measure(case, names, device, dtype, rounds)
         report(result, case.size.head_dim)
         results.append(result)
         save(results, name, options.out)

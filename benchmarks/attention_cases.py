@@ -10,6 +10,8 @@ from torch import Tensor
 from calibatt_compiler.plan.pattern import BlockPattern
 
 MASKS = ("banded", "ragged", "random", "mixed", "dense")
+ZONES = "zones"
+"""Beside the masks: what each step draws from zones, see `zone_cases`."""
 
 
 @dataclass(frozen=True)

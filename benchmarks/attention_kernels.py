@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from calibatt_compiler.kernels.request import KernelRequest, Target
 from calibatt_compiler.plan.pattern import BlockPattern
 
 Operands = tuple[Tensor, Tensor, Tensor]
@@ -142,19 +143,19 @@ def table(pattern: BlockPattern, operands: Operands) -> Contestant:
     """Ours, portable, by tables."""
     from calibatt_compiler.kernels.portable.attention import TableAttention
 
-    return _ours(pattern, operands, TableAttention(pattern, **_where(operands)))
+    return _ours(pattern, operands, TableAttention(KernelRequest(pattern, **_where(operands))))
 
 
-def _baked(hopper: bool) -> Callable[[BlockPattern, Operands], Contestant]:
+def _baked(target: Target) -> Callable[[BlockPattern, Operands], Contestant]:
     def make(pattern: BlockPattern, operands: Operands) -> Contestant:
-        from calibatt_compiler.kernels.baked.attention import BakedAttention
+        from calibatt_compiler.kernels.baked.attention import BakedTier
         from calibatt_compiler.kernels.baked.cover import CoverLimits
 
         limits = CoverLimits(widening=math.inf)
-        kernel = BakedAttention(pattern, **_where(operands), limits=limits, hopper=hopper)
-        if not kernel.wait(BAKED_SECONDS):
-            raise RuntimeError(kernel.reason or f"not compiled after {BAKED_SECONDS:.0f} s")
-        return _ours(pattern, operands, kernel)
+        tier = BakedTier(KernelRequest(pattern, **_where(operands)), target, limits=limits)
+        if not tier.wait(BAKED_SECONDS):
+            raise RuntimeError(tier.reason or f"not compiled after {BAKED_SECONDS:.0f} s")
+        return _ours(pattern, operands, tier.kernel())
 
     return make
 
@@ -163,7 +164,7 @@ def _hopper(softmax: str) -> Callable[[BlockPattern, Operands], Contestant]:
     def make(pattern: BlockPattern, operands: Operands) -> Contestant:
         from calibatt_compiler.kernels.hopper.attention import HopperAttention
 
-        kernel = HopperAttention(pattern, **_where(operands), softmax=softmax)  # type: ignore[arg-type]
+        kernel = HopperAttention(KernelRequest(pattern, **_where(operands), softmax=softmax))  # type: ignore[arg-type]
         return _ours(pattern, operands, kernel)
 
     return make
@@ -198,7 +199,7 @@ def cpu(pattern: BlockPattern, operands: Operands) -> Contestant:
     """Ours on a CPU."""
     from calibatt_compiler.kernels.attention import make_attention
 
-    kernel = make_attention(pattern, lowering="table", **_where(operands))
+    kernel = make_attention(KernelRequest(pattern, lowering="table", **_where(operands)))
     return Contestant(lambda: kernel(*operands), pattern.density, pattern, kernel)
 
 
@@ -215,10 +216,10 @@ SPARSE = {
     "flex 128x64": _flex(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=3),
     "flex 128x128": _flex(BLOCK_M=128, BLOCK_N=128, num_warps=8, num_stages=2),
     "table": table,
-    "baked": _baked(hopper=False),
+    "baked": _baked("portable"),
     "hopper exact": _hopper("exact"),
     "hopper fixed": _hopper("fixed"),
-    "hopper literals": _baked(hopper=True),
+    "hopper literals": _baked("hopper"),
     "table weighted": _weighted(table),
     "hopper weighted": _weighted(_hopper("fixed")),
     "reference": reference,

@@ -85,7 +85,7 @@ def _layer(row: Row) -> Iterator[Cells]:
             "attention": variant,
             "ms a layer": own,
             "x FlashAttention-3": ms["fa3"] / own if "fa3" in ms else float("nan"),
-            "x stock": ms["default"] / own if "default" in ms else float("nan"),
+            "x stock": ms["stock"] / own if "stock" in ms else float("nan"),
         }
 
 

@@ -37,11 +37,12 @@ from record import write_record  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
-from calibatt_compiler.kernels.baked.attention import BakedAttention  # noqa: E402
+from calibatt_compiler.kernels.baked.attention import BakedTier  # noqa: E402
 from calibatt_compiler.kernels.baked.cover import CoverLimits  # noqa: E402
 from calibatt_compiler.kernels.portable.attention import TableAttention  # noqa: E402
 from calibatt_compiler.kernels.portable.energy_scores import triton_energy  # noqa: E402
 from calibatt_compiler.kernels.portable.tiles import TileSettings  # noqa: E402
+from calibatt_compiler.kernels.request import KernelRequest  # noqa: E402
 from calibatt_compiler.plan.pattern import BlockPattern  # noqa: E402
 
 DEVICE = torch.device("cuda", torch.cuda.current_device()) if GPU else torch.device("cpu")
@@ -269,19 +270,20 @@ def measure(shape: Shape, sweep: bool) -> Result:
     )
     where: dict[str, Any] = {"device": DEVICE, "dtype": DTYPE, "head_dim": shape.head_dim}
     start = time.perf_counter()
-    baked = BakedAttention(pattern, **where, limits=CoverLimits(widening=math.inf))
+    baked = BakedTier(KernelRequest(pattern, **where), limits=CoverLimits(widening=math.inf))
     covered = time.perf_counter() - start
     served = baked.wait(120)
+    kernel = baked.kernel() or baked.table
     result = Result(shape, pattern.density, baked.added_density)
     result.notes.append(
         f"cover {covered:.1f} s, compiled after {time.perf_counter() - start:.1f} s"
         + ("" if served else f"; NOT BAKED: {baked.reason}")
     )
-    table = TableAttention(pattern, **where)
-    same = TableAttention(baked.pattern, **where)
+    table = TableAttention(KernelRequest(pattern, **where))
+    same = TableAttention(KernelRequest(baked.pattern, **where))
     outputs = {"table": table(q, k, v)}
     result.errors = sampled_errors(pattern, q, k, v, outputs)
-    covered_output = baked(q, k, v)
+    covered_output = kernel(q, k, v)
     result.errors |= sampled_errors(baked.pattern, q, k, v, {"baked": covered_output})
     result.equal_bits = torch.equal(covered_output, same(q, k, v))
     result.errors["energy, absolute"] = energy_error(q, k, shape.block)
@@ -292,12 +294,12 @@ def measure(shape: Shape, sweep: bool) -> Result:
             pattern, q, k, v, other_settings=not shape.ragged, notes=result.notes
         )
     kernels["table"] = lambda: table(q, k, v)
-    kernels["baked"] = lambda: baked(q, k, v)
+    kernels["baked"] = lambda: kernel(q, k, v)
     if sweep:
         for tiles in SWEEP:
             if shape.block % tiles.m or shape.block % tiles.n:
                 continue
-            tiled = TableAttention(pattern, **where, settings=tiles)
+            tiled = TableAttention(KernelRequest(pattern, **where), settings=tiles)
             name = f"table {tiles.m}x{tiles.n} w{tiles.warps} s{tiles.stages}"
             try:
                 tiled(q, k, v)

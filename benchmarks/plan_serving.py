@@ -37,9 +37,10 @@ from synthetic_masks import Video, site_masks
 from torch import Tensor
 
 from calibatt_compiler.calibration.select.sampling import sample
+from calibatt_compiler.kernels.request import KernelSettings
 from calibatt_compiler.plan import BlockPattern, Plan, Sampler, SitePatterns
-from calibatt_compiler.runtime.device_queue import lane_of
-from calibatt_compiler.runtime.kernel_cache import KernelStore, table_budget
+from calibatt_compiler.runtime.device_queue import queue_of
+from calibatt_compiler.runtime.kernel_cache import KernelCache, table_budget
 from calibatt_compiler.runtime.site import SparseSite
 
 AIM_MB = 256
@@ -66,22 +67,24 @@ class Row:
 
 
 class Server:
-    """All sites of a plan, with the store of their kernels."""
+    """All sites of a plan, with the cache of their kernels."""
 
     def __init__(self, plan: Plan, operands: tuple[Tensor, ...], budget: int) -> None:
         self._operands = operands
         device = operands[0].device
         self._before = _allocated(device)
-        self.store = KernelStore(lane_of(device), budget=budget)
+        self.cache = KernelCache(queue_of(device), budget=budget)
         self.sites = [
             SparseSite(
                 plan,
                 name,
-                lowering="table",
-                device=device,
-                dtype=operands[0].dtype,
-                head_dim=operands[0].shape[-1],
-                kernels=self.store,
+                KernelSettings(
+                    lowering="table",
+                    device=device,
+                    dtype=operands[0].dtype,
+                    head_dim=operands[0].shape[-1],
+                ),
+                kernels=self.cache,
             )
             for name in plan.sites
         ]
@@ -108,12 +111,12 @@ class Served:
 
     def note(self, server: Server) -> None:
         """Take a server into account."""
-        counts = server.store.counts
+        counts = server.cache.counts
         self.tables = max(self.tables, counts.peak)
         self.held = max(self.held, server.held)
         self.by_calls += counts.made
         self.ahead += counts.ahead
-        self.kinds.update(kind for one in server.sites for kind in one.kinds)
+        self.kinds.update(kind for one in server.sites for kind in one.counts.kinds)
 
 
 def two_videos(
@@ -217,7 +220,7 @@ def measure(options: argparse.Namespace, video: Video, device: torch.device) -> 
             times[name].append(two_videos(name, server.forward, timesteps, options.passes))
             if name == "served":
                 served.note(server)
-            all_steps = server.store.bytes
+            all_steps = server.cache.bytes
             del server  # its tables go before others are made: equal ones are shared
     middle = medians(times)
     return Row(

@@ -26,7 +26,7 @@ from plan_serving import make_plan, medians, parse, report, timesteps_of, two_vi
 from synthetic_masks import Video
 
 from calibatt_compiler.plan import Plan
-from calibatt_compiler.runtime.kernel_cache import Counts, KernelStore, table_budget
+from calibatt_compiler.runtime.kernel_cache import Counts, KernelCache, table_budget
 
 LAYERS_OF_14B = 40
 TIMES = ("served", "resident", "stock")
@@ -64,10 +64,10 @@ def compiled(model: Any, plan: Plan, megabytes: int | None) -> Any:
 
 
 def counts() -> Counts:
-    """Counters of the one store that lives: with two, tables would be shared."""
+    """Counters of the one cache that lives: with two, tables would be shared."""
     gc.collect()
-    (store,) = (each for each in gc.get_objects() if type(each) is KernelStore)
-    return store.counts
+    (cache,) = (each for each in gc.get_objects() if type(each) is KernelCache)
+    return cache.counts
 
 
 def measure(options: argparse.Namespace) -> Row:
@@ -91,7 +91,7 @@ def measure(options: argparse.Namespace) -> Row:
     seen = Counts()
     for _ in range(options.rounds):
         for name, memory in zip(TIMES, (budget, 10**6, None), strict=True):
-            # Its graphs' tables live as long as a model, for its summary: each has its own.
+            # Tables of equal patterns are shared: each turn has a model of its own, gone after it.
             run = compiled(make_model(scale, options.sites, device, dtype), plan, memory)
 
             def one(at: float, run: Any = run) -> None:

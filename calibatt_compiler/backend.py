@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch.fx import GraphModule
 
 from calibatt_compiler import models
 from calibatt_compiler.binders import PlanBinder, RecordingBinder
+from calibatt_compiler.calls import fixed_by, read_grid, transformer_of
 from calibatt_compiler.capture import CaptureInfo, Recorder
 from calibatt_compiler.dynamo import FrameInputs, frame_inputs
 from calibatt_compiler.errors import CalibattError, PlanMismatchError
@@ -17,8 +19,11 @@ from calibatt_compiler.logs import logger
 from calibatt_compiler.options import CompileOptions
 from calibatt_compiler.passes.pipeline import run_passes
 from calibatt_compiler.passes.rewrite import Rewrite, SdpaCall, Skip
+from calibatt_compiler.pinned import PinnedOptions
 from calibatt_compiler.report.summary import GraphReport, keep_report
+from calibatt_compiler.runtime.coordinates import PlanCoordinates, RecordingCoordinates
 from calibatt_compiler.runtime.graph import CompiledGraph
+from calibatt_compiler.runtime.ops import operators_digest
 
 log = logger("passes")
 Compiled = Callable[..., Any]
@@ -46,16 +51,22 @@ def calibatt(
         frame: raised from here, Dynamo would wrap it in an error of another class.
     """
     try:
-        checked = CompileOptions.parse(options, mode)
+        pinned = PinnedOptions.of(options, mode)
+        checked = pinned.options
         inputs = frame_inputs(gm)
         binder = PlanBinder(checked, inputs)
         rewrite = run_passes(gm, inputs, binder)
         _check(rewrite, binder, checked)
     except CalibattError as error:
         return _raising(error)
-    compiled = CompiledGraph(_inductor(gm, example_inputs, checked.inductor), rewrite.entries())
-    report = GraphReport(compiled, binder, options, rewrite.order_in_words())
-    keep_report(inputs.module, report)
+    compiled = CompiledGraph(
+        _inductor(gm, example_inputs, checked.inductor),
+        rewrite.entries(),
+        PlanCoordinates(checked.plan),
+    )
+    report = GraphReport(compiled, binder, pinned, rewrite.order_in_words())
+    # Of a function around a model, the model is asked for its summary.
+    keep_report(transformer_of(inputs) if inputs.module is None else inputs.module, report)
     return compiled
 
 
@@ -71,11 +82,20 @@ def recording_backend(recorder: Recorder, *, inductor: bool) -> Compiled:
         inputs = frame_inputs(gm)
         try:
             rewrite = run_passes(gm, inputs, RecordingBinder(recorder))
-            recorder.on_capture(_capture(rewrite))
+            capture = _capture(rewrite)
+            recorder.on_capture(capture)
         except CalibattError as error:
             return _raising(error)
         compiled = _inductor(gm, example_inputs, {}) if inductor else gm.forward
-        return CompiledGraph(compiled, rewrite.entries())
+        graph = CompiledGraph(
+            compiled, rewrite.entries(), RecordingCoordinates(recorder.on_coordinates)
+        )
+
+        def run(*args: Any) -> Any:
+            recorder.on_call(capture)
+            return graph(*args)
+
+        return run
 
     return record
 
@@ -83,11 +103,19 @@ def recording_backend(recorder: Recorder, *, inductor: bool) -> Compiled:
 def _inductor(
     gm: GraphModule, example_inputs: Sequence[Any], settings: Mapping[str, Any]
 ) -> Compiled:
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
+    # Generated code relies on what our operators return; Inductor's caches know only their names.
+    shared: Any = torch.compiler.config
+    tag = f"{shared.cache_key_tag}calibatt-{operators_digest()}"
     # Random numbers as without a compiler: else a seed in the model would make another video.
     patches = {"fallback_random": True, **settings}
-    compiled: Compiled = compile_fx(gm, example_inputs, config_patches=patches)
+    # A backward pass is compiled when it is first needed: it takes the tag along.
+    inner = shared.patch(cache_key_tag=tag)(compile_fx_inner)
+    with shared.patch(cache_key_tag=tag):
+        compiled: Compiled = compile_fx(
+            gm, example_inputs, inner_compile=inner, config_patches=patches
+        )
     return compiled
 
 
@@ -99,10 +127,12 @@ def _raising(error: CalibattError) -> Compiled:
 
 
 def _capture(rewrite: Rewrite) -> CaptureInfo:
-    module = rewrite.inputs.module
+    module = transformer_of(rewrite.inputs)
     return CaptureInfo(
         model=None if module is None else models.identify(module),
         grid=_grid(rewrite.inputs),
+        known=module is not None and models.family_of(type(module)) is not None,
+        fixed_by=fixed_by(rewrite.inputs),
         sites=tuple(
             replace(call.info, skip=decision.reason) if isinstance(decision, Skip) else call.info
             for call, decision in zip(rewrite.calls, rewrite.decisions, strict=True)
@@ -111,9 +141,7 @@ def _capture(rewrite: Rewrite) -> CaptureInfo:
 
 
 def _grid(inputs: FrameInputs) -> tuple[int, int, int] | None:
-    if inputs.module is None:
-        return None
-    grid = models.latent_grid(inputs.module, inputs.values)
+    grid = read_grid(inputs)
     return None if grid is None else (int(grid[0]), int(grid[1]), int(grid[2]))
 
 
@@ -139,6 +167,17 @@ def _check(rewrite: Rewrite, binder: PlanBinder, options: CompileOptions) -> Non
     lengths = {site.query_length for site in plan.sites.values()}
     alike = [c.info.name for c in rewrite.calls if c.info.skip is None and _same(c, lengths)]
     if alike and not names & set(plan.sites):
+        model = plan.metadata.model
+        module = None if model is None else transformer_of(rewrite.inputs, model.class_name)
+        own = model is not None and module is not None and models.is_model(model, module)
+        if own and options.on_mismatch == "dense":
+            log.warning(
+                "none of the plan's sites, such as %r, is in this model, whose attention calls are "
+                "named such as %r: all run dense; compile the transformer itself",
+                next(iter(plan.sites)),
+                alike[0],
+            )
+            return
         raise PlanMismatchError(
             "none of the plan's sites is in this model",
             expected=f"sites such as {next(iter(plan.sites))!r}",

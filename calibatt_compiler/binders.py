@@ -9,16 +9,19 @@ import torch
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from calibatt_compiler import models
+from calibatt_compiler.calls import another_size, hint, transformer_of
 from calibatt_compiler.capture import Recorder, Site, SiteInfo
 from calibatt_compiler.dynamo import FrameInputs
 from calibatt_compiler.errors import KernelError, PlanMismatchError
+from calibatt_compiler.kernels.request import KernelSettings
 from calibatt_compiler.options import CompileOptions
 from calibatt_compiler.passes.graph import example
 from calibatt_compiler.passes.rewrite import Layout, SdpaCall, Skip
 from calibatt_compiler.plan import Plan, SitePatterns
 from calibatt_compiler.plan.text import other_text
-from calibatt_compiler.runtime.device_queue import lane_of
-from calibatt_compiler.runtime.kernel_cache import KernelStore, table_budget
+from calibatt_compiler.runtime.device_queue import queue_of
+from calibatt_compiler.runtime.kernel_cache import KernelCache, table_budget
+from calibatt_compiler.runtime.sampler_watch import SamplerWatch
 from calibatt_compiler.runtime.site import RecordingSite, SparseSite
 
 
@@ -27,6 +30,7 @@ class PlanBinder:
 
     Attributes:
         expectation: what the plan was made for, in words.
+        watch: remembers the timesteps that the graph is given.
 
     Raises:
         PlanMismatchError: the plan was calibrated on another model.
@@ -36,9 +40,10 @@ class PlanBinder:
         self._options = options
         self._plan = options.plan
         _check_model(self._plan, inputs)
-        self._size = _check_size(self._plan, inputs)
+        self._size = another_size(self._plan, inputs)
         frames, height, width = self._plan.grid
-        self._stores: dict[torch.device, KernelStore] = {}
+        self.watch = SamplerWatch(self._plan)
+        self._caches: dict[torch.device, KernelCache] = {}
         self.expectation = f"{frames} x {height} x {width} latent tokens"
 
     @property
@@ -71,30 +76,35 @@ class PlanBinder:
         ):
             # A symbolic size is compared here, which makes Dynamo guard on the answer.
             if got != expected:
-                return Skip(f"{_hint(got)} {what} instead of {expected}", mismatch=True)
+                return Skip(f"{hint(got)} {what} instead of {expected}", mismatch=True)
         query = example(call.operands["query"])
         assert query is not None
+        settings = KernelSettings(
+            device=query.device,
+            dtype=call.dtype,
+            head_dim=info.head_dim,
+            lowering=self._options.lowering,
+            softmax=self._options.softmax,
+            hopper=self._options.hopper,
+        )
         try:
             return SparseSite(
                 self._plan,
                 info.name,
-                lowering=self._options.lowering,
-                device=query.device,
-                dtype=call.dtype,
-                head_dim=info.head_dim,
-                hopper=self._options.hopper,
-                softmax=self._options.softmax,
+                settings,
                 monitor=self._options.monitor,
-                kernels=self._store(query.device),
+                on_mismatch=self._options.on_mismatch,
+                watch=self.watch,
+                kernels=self._cache(query.device),
             )
         except KernelError as error:
             return Skip(f"no kernel: {error.problem}", mismatch=True)
 
-    def _store(self, device: torch.device) -> KernelStore:
-        if device not in self._stores:
+    def _cache(self, device: torch.device) -> KernelCache:
+        if device not in self._caches:
             budget = table_budget(self._plan, self._options.table_memory)
-            self._stores[device] = KernelStore(lane_of(device), budget=budget)
-        return self._stores[device]
+            self._caches[device] = KernelCache(queue_of(device), budget=budget)
+        return self._caches[device]
 
     def _lengths(self, planned: SitePatterns, info: SiteInfo) -> list[tuple[str, int, Any]]:
         """Return the lengths that must be equal: none where only the text's may differ."""
@@ -128,11 +138,12 @@ class RecordingBinder:
 
 
 def _check_model(plan: Plan, inputs: FrameInputs) -> None:
-    expected, module = plan.metadata.model, inputs.module
+    expected = plan.metadata.model
+    module = None if expected is None else transformer_of(inputs, expected.class_name)
     if expected is None or module is None:
         return
-    whole = bool(models.config_of(module)) or type(module).__name__ == expected.class_name
-    if not whole:  # a frame inside the model, after a graph break
+    own = models.is_class(type(module), expected.class_name)
+    if not own and not models.config_of(module):  # a frame inside the model, after a graph break
         return
     check_identity(plan, module)
 
@@ -143,34 +154,17 @@ def check_identity(plan: Plan, module: torch.nn.Module) -> None:
     if expected is None:
         return
     got = models.identify(module)
-    if got.class_name != expected.class_name:
+    if not models.is_class(type(module), expected.class_name):
         raise PlanMismatchError(
             "the plan was calibrated on a model of another class",
             expected=expected.class_name,
             got=got.class_name,
             remedy="compile the transformer itself, with the plan made for it",
         )
-    if got.config_digest != expected.config_digest:
+    if not models.is_model(expected, module):
         raise PlanMismatchError(
             f"the plan was calibrated on a {expected.class_name} of another configuration",
             expected=f"configuration digest {expected.config_digest[:16]}",
             got=got.config_digest[:16],
             remedy="use the plan of this model, or calibrate it with `calibatt calibrate`",
         )
-
-
-def _hint(size: Any) -> Any:
-    """Return the value that a symbolic size was captured with."""
-    node = getattr(size, "node", None)
-    return size if node is None else getattr(node, "hint", size)
-
-
-def _check_size(plan: Plan, inputs: FrameInputs) -> str | None:
-    """Return why the latent grid of this call is not the plan's, or None."""
-    if inputs.module is None:
-        return None
-    grid: tuple[Any, ...] | None = models.latent_grid(inputs.module, inputs.values)
-    if grid is None or all(got == expected for got, expected in zip(grid, plan.grid, strict=True)):
-        return None
-    got = " x ".join(str(_hint(size)) for size in grid)
-    return f"another size: {got} latent tokens instead of {' x '.join(map(str, plan.grid))}"

@@ -6,13 +6,11 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 
-from calibatt_compiler.errors import PlanError
-from calibatt_compiler.kernels.attention import softmax_for
-from calibatt_compiler.kernels.baked.cache import Target
+from calibatt_compiler.errors import KernelError, PlanError
 from calibatt_compiler.kernels.baked.compiler import BuildReport, KernelSpec, shared_compiler
 from calibatt_compiler.kernels.baked.cover import WIDENED
-from calibatt_compiler.kernels.hopper.capability import operand_reason
-from calibatt_compiler.kernels.portable.tiles import HOPPER
+from calibatt_compiler.kernels.dispatch import Choice, DeviceFacts, choose
+from calibatt_compiler.kernels.request import KernelSettings
 from calibatt_compiler.plan import BlockPattern, Plan, SitePatterns
 
 
@@ -21,7 +19,7 @@ class PlanSpecs(Collection[KernelSpec]):
 
     Iterating decodes one pattern after the other, so that the patterns of a large plan are never
     in memory together. Those that keep every block are left out, for the stock dense kernel serves
-    them; so are those with weights or pooled keys, which have no generated kernel.
+    them; so are all others that have no generated kernel.
 
     Args:
         plan: the plan.
@@ -44,8 +42,7 @@ class PlanSpecs(Collection[KernelSpec]):
         hopper: bool = True,
     ) -> None:
         self._dtype = dtype
-        self._hopper = hopper
-        found: dict[tuple[str, int, int], tuple[SitePatterns, int]] = {}
+        found: dict[tuple[str, int, int], tuple[SitePatterns, int, Choice]] = {}
         for name, site in plan.sites.items():
             channels = site.head_dim or head_dim
             if channels is None:
@@ -55,32 +52,38 @@ class PlanSpecs(Collection[KernelSpec]):
                     got="a plan made from masks",
                     remedy="give --head-dim, such as 128 for Wan",
                 )
-            if site.weighted or site.size.pooled:
-                continue
+            settings = KernelSettings(
+                device=torch.device("cuda"), dtype=dtype, head_dim=channels, hopper=hopper
+            )
             for step, index in enumerate(site.steps):
-                if site.kept_at(step) == site.size.blocks and not site.repetitive_at(step):
-                    continue
+                request = settings.request(site.outline(step), dense=True)
                 for arch in archs:
-                    found.setdefault((site.digests[index], channels, arch), (site, index))
+                    try:
+                        choice = choose(request, DeviceFacts("cuda", arch))
+                    except KernelError:
+                        continue  # the site runs dense, and the summary says why
+                    if choice.generated:
+                        key = (site.digests[index], channels, arch)
+                        found.setdefault(key, (site, index, choice))
         self._found = found
 
     def __len__(self) -> int:
         return len(self._found)
 
     def __iter__(self) -> Iterator[KernelSpec]:
-        for (_, channels, arch), (site, index) in self._found.items():
-            yield self._spec(site.patterns[index], channels, arch)
+        for (_, channels, arch), (site, index, choice) in self._found.items():
+            yield self._spec(site.patterns[index], channels, arch, choice)
 
     def __contains__(self, spec: object) -> bool:
         if not isinstance(spec, KernelSpec):
             return False
-        known = (spec.pattern.digest, spec.head_dim, spec.arch) in self._found
-        return known and self._spec(spec.pattern, spec.head_dim, spec.arch).key == spec.key
+        found = self._found.get((spec.pattern.digest, spec.head_dim, spec.arch))
+        if found is None:
+            return False
+        return self._spec(spec.pattern, spec.head_dim, spec.arch, found[2]).key == spec.key
 
-    def _spec(self, pattern: BlockPattern, head_dim: int, arch: int) -> KernelSpec:
-        served = operand_reason(self._dtype, head_dim, pattern) is None
-        target: Target = "hopper" if self._hopper and arch == HOPPER and served else "portable"
-        softmax = softmax_for(pattern, "auto")
+    def _spec(self, pattern: BlockPattern, head_dim: int, arch: int, choice: Choice) -> KernelSpec:
+        target, softmax = choice.target, choice.softmax
         return KernelSpec(pattern, self._dtype, head_dim, arch, WIDENED, target, softmax)
 
 
@@ -89,9 +92,3 @@ def build_for_device(
 ) -> BuildReport:
     """Compile kernels with the compiler that this process's models wait for."""
     return shared_compiler().build(specs, on_progress)
-
-
-def arch_of(device: torch.device) -> int:
-    """Return the compute capability of a CUDA device as one number."""
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor

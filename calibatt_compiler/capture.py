@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from calibatt_compiler.plan.schema import ModelIdentity
+from calibatt_compiler.plan.schema import FixedBy, ModelIdentity
 
 
 @dataclass(frozen=True)
@@ -38,20 +38,32 @@ class CaptureInfo:
 
     Attributes:
         model: identity of the module, if it could be seen.
-        grid: latent tokens (frames, height, width), if the model's family is known.
+        grid: latent tokens (frames, height, width), if they can be read.
+        known: whether the model's family is known, and so the grid sure.
+        fixed_by: what fixes the tokens of the call, but for coordinates.
         sites: all attention calls in the order of execution.
     """
 
     model: ModelIdentity | None
     grid: tuple[int, int, int] | None
     sites: tuple[SiteInfo, ...]
+    known: bool = True
+    fixed_by: FixedBy | None = None
 
 
 class Recorder(Protocol):
     """What a model compiled in recording mode reports to."""
 
     def on_capture(self, capture: CaptureInfo) -> None:
-        """Take note of a newly captured graph; called before its first run."""
+        """Record a newly captured graph; called before its first run."""
+
+    def on_call(self, capture: CaptureInfo) -> None:
+        """Record the graph that is about to run."""
+        return
+
+    def on_coordinates(self, name: str, coordinates: Tensor) -> None:
+        """Record where tokens stand, as an argument of the model says; once a run."""
+        return
 
     def attend(
         self, site: str, q: Tensor, k: Tensor, v: Tensor, timestep: float, scale: float

@@ -7,6 +7,8 @@ takes its grid as three integers), are found through the tracer that is calling 
 from __future__ import annotations
 
 import inspect
+import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,54 +16,141 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from calibatt_compiler.passes.graph import SDPA, example, subgraphs
+from calibatt_compiler.plan.coordinates import OF_TEXT, OF_VIDEO, by_axis
+
+MOST_PARTS = 64
+"""Longer lists of an argument are not looked into."""
+
+
+@dataclass(frozen=True)
+class Enclosing:
+    """A module that a graph's attention lies in, called somewhere within the captured frame.
+
+    Attributes:
+        module: the module.
+        entering: what its own operators read of the graph outside of it, but for weights.
+    """
+
+    module: torch.nn.Module
+    entering: tuple[torch.Tensor, ...]
+
 
 @dataclass(frozen=True)
 class FrameInputs:
-    """Arguments of the captured call, by the names of the module's `forward`.
+    """Arguments of the captured call, by the names of the frame: those of a module's `forward`.
 
     Attributes:
         module: the module whose call was captured, if it is one.
         placeholders: graph inputs by argument name.
         values: all arguments; tensors as fake tensors and integers that may change as symbolic
             integers, so that looking at a size installs Dynamo's guard on it.
+        constants: names of the integers whose values the captured code holds for the same.
+        enclosing: modules within the frame that the first attention call lies in, outermost first.
     """
 
     module: torch.nn.Module | None = None
     placeholders: Mapping[str, Node] = field(default_factory=dict)
     values: Mapping[str, Any] = field(default_factory=dict)
+    constants: frozenset[str] = frozenset()
+    enclosing: tuple[Enclosing, ...] = ()
+
+    def coordinates(self) -> tuple[str, ...]:
+        """Return the names of the arguments that place tokens, where the graph reads them."""
+        return tuple(
+            name
+            for name in (*OF_VIDEO, *OF_TEXT)
+            if name in self.placeholders
+            and isinstance(value := self.values.get(name), torch.Tensor)
+            and by_axis(name, value) is not None
+        )
 
 
 def frame_inputs(gm: GraphModule) -> FrameInputs:
     """Return the inputs of the frame being compiled; of a graph from elsewhere, by their names."""
-    scope = _frame_scope()
-    module = scope.get("self")
+    tracer = _tracer()
+    output = getattr(tracer, "output", None)
+    scope: Mapping[str, Any] = dict(getattr(output, "local_scope", {}))
+    module = _module_of(tracer, scope)
     by_source = {_source(node): node for node in gm.graph.find_nodes(op="placeholder")}
+    guarded = {guard.name for guard in getattr(output, "guards", ())}
     placeholders: dict[str, Node] = {}
     values: dict[str, Any] = {}
-    for name, source, value in _arguments(module, scope):
+    constants: set[str] = set()
+    for name, source, value in _arguments(tracer, module, scope):
         node = by_source.get(source)
         if node is not None:
             placeholders[name] = node
+        elif source in guarded:
+            constants.add(name)
         values[name] = value if node is None else node.meta.get("example_value", value)
     if not scope:
         for source, node in by_source.items():
             placeholders[source] = node
             values[source] = node.meta.get("example_value", node.meta.get("val"))
-    return FrameInputs(
-        module if isinstance(module, torch.nn.Module) else None, placeholders, values
-    )
+    scopes = {"L": scope, "G": getattr(output, "global_scope", {})}
+    return FrameInputs(module, placeholders, values, frozenset(constants), _enclosing(gm, scopes))
 
 
-def _frame_scope() -> Mapping[str, Any]:
-    """Local variables of the frame being compiled; empty outside of Dynamo."""
+def keywords_with(options: object) -> dict[str, Any] | None:
+    """Return the keywords in which the backend of a `torch.compile` call holds these very options.
+
+    They are in sight while Dynamo calls the backend, or compares it with that of another call.
+    """
+    frame = sys._getframe(1)
+    for _ in range(4):
+        if frame.f_back is None:
+            return None
+        frame = frame.f_back
+        for name in ("self", "other"):
+            held = frame.f_locals.get(name)
+            keywords = getattr(held, "kwargs", None)
+            if isinstance(keywords, dict) and keywords.get("options", held) is options:
+                return keywords
+    return None
+
+
+def options_of(compiled: object) -> object:
+    """Return the very `options` that a compiled model holds, if they can be seen.
+
+    They tell apart several `torch.compile` calls over one module.
+
+    Args:
+        compiled: what `torch.compile` returned, or a module compiled in place.
+    """
+    backend = getattr(getattr(compiled, "dynamo_ctx", None), "callback", None)
+    in_place = getattr(compiled, "_compiled_call_impl", None)
+    if backend is None and inspect.isfunction(in_place):
+        backend = inspect.getclosurevars(in_place).nonlocals.get("callback")
+    for _ in range(8):
+        if backend is None:
+            return None
+        keywords = getattr(backend, "kwargs", None)
+        if isinstance(keywords, dict) and "options" in keywords:
+            return keywords["options"]
+        backend = getattr(backend, "_torchdynamo_orig_backend", None)
+    return None
+
+
+def _tracer() -> Any:
+    """What is compiling a frame now; None outside of Dynamo."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
-        tracer = InstructionTranslator.current_tx()
+        return InstructionTranslator.current_tx()
     except AttributeError:  # a thread-local that is unset outside of tracing
-        return {}
-    output = getattr(tracer, "output", None)
-    return dict(getattr(output, "local_scope", {}))
+        return None
+
+
+def _module_of(tracer: Any, scope: Mapping[str, Any]) -> torch.nn.Module | None:
+    """Return the module that a frame is a method of; some name it otherwise than `self`."""
+    code = getattr(tracer, "f_code", None)
+    first = code.co_varnames[:1] if code is not None and code.co_name == "forward" else ()
+    for name in ("self", *first):
+        if isinstance(scope.get(name), torch.nn.Module):
+            found: torch.nn.Module = scope[name]
+            return found
+    return None
 
 
 def _source(node: Node) -> str:
@@ -75,19 +164,101 @@ def _source(node: Node) -> str:
     return str(name() if callable(name) else name)
 
 
-def _arguments(module: object, scope: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
-    """Return (argument name, source, value): for a plain frame or a `*args, **kwargs` wrapper."""
+def _arguments(tracer: Any, module: object, scope: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
+    """Return (argument name, source, value): for a plain frame or a `*args, **kwargs` wrapper.
+
+    What lists and tuples of an argument hold is named `argument.0.1`.
+    """
+    code = getattr(tracer, "f_code", None)
+    named = 0 if code is None else code.co_argcount + code.co_kwonlyargcount
+    rest = list(code.co_varnames[named:]) if code is not None else []
+    positional = rest.pop(0) if code is not None and code.co_flags & inspect.CO_VARARGS else "args"
+    keywords = rest[0] if code is not None and code.co_flags & inspect.CO_VARKEYWORDS else "kwargs"
     found = [
         (name, f"L[{name!r}]", value)
         for name, value in scope.items()
-        if name not in ("self", "args", "kwargs")
+        if value is not module and name not in (positional, keywords)
     ]
-    positional = scope.get("args")
-    if isinstance(module, torch.nn.Module) and isinstance(positional, tuple):
-        names = list(inspect.signature(type(module).forward).parameters)[1:]
-        for index, (name, value) in enumerate(zip(names, positional, strict=False)):
-            found.append((name, f"L['args'][{index}]", value))
-    keywords = scope.get("kwargs")
-    if isinstance(keywords, Mapping):
-        found += [(name, f"L['kwargs'][{name!r}]", value) for name, value in keywords.items()]
+    if isinstance(scope.get(positional), tuple):
+        names = [f"{positional}.{index}" for index in range(len(scope[positional]))]
+        if isinstance(module, torch.nn.Module):
+            known = list(inspect.signature(type(module).forward).parameters)[1:]
+            names[: len(known)] = known[: len(names)]
+        for index, (name, value) in enumerate(zip(names, scope[positional], strict=True)):
+            found.append((name, f"L[{positional!r}][{index}]", value))
+    if isinstance(scope.get(keywords), Mapping):
+        found += [
+            (str(name), f"L[{keywords!r}][{name!r}]", value)
+            for name, value in scope[keywords].items()
+        ]
+    return [part for argument in found for part in _parts(*argument)]
+
+
+def _parts(name: str, source: str, value: Any) -> list[tuple[str, str, Any]]:
+    if not isinstance(value, (list, tuple)) or len(value) > MOST_PARTS:
+        return [(name, source, value)]
+    return [
+        part
+        for index, item in enumerate(value)
+        for part in _parts(f"{name}.{index}", f"{source}[{index}]", item)
+    ]
+
+
+def _enclosing(gm: GraphModule, scopes: Mapping[str, Mapping[str, Any]]) -> tuple[Enclosing, ...]:
+    stacks = [node.meta.get("nn_module_stack") or {} for node in _attention(gm)]
+    found = []
+    for key, (path, kind) in next(iter(stacks), {}).items():
+        module = _resolve(str(path), scopes)
+        if type(module) is kind and isinstance(module, torch.nn.Module):
+            found.append(Enclosing(module, _entering(gm, key)))
+    return tuple(found)
+
+
+def _attention(gm: GraphModule) -> list[Node]:
+    """Attention calls, else calls of subgraphs, which may hold them."""
+    calls = list(gm.graph.find_nodes(op="call_function", target=SDPA[0]))
+    return calls or [node for node in gm.graph.nodes if subgraphs(node)]
+
+
+def _entering(gm: GraphModule, key: str) -> tuple[torch.Tensor, ...]:
+    inside = {
+        node
+        for node in gm.graph.nodes
+        # An input of the graph is said to be where it was read first.
+        if node.op != "placeholder" and key in (node.meta.get("nn_module_stack") or {})
+    }
+    outside = dict.fromkeys(
+        argument
+        for node in gm.graph.nodes
+        if node in inside
+        for argument in node.all_input_nodes
+        if argument not in inside
+    )
+    return tuple(
+        value
+        for node in outside
+        if not re.search(r"\b_(parameters|buffers)\b", _source(node))
+        and (value := example(node)) is not None
+    )
+
+
+def _resolve(path: str, scopes: Mapping[str, Mapping[str, Any]]) -> object:
+    """Follow Dynamo's path of a module, such as `L['self'].__dict__['_modules']['blocks'].0`."""
+    start = re.match(r"(L|G)\['(\w+)'\]", path)
+    if start is None:
+        return None
+    found: Any = scopes[start[1]].get(start[2])
+    for name, key, index in re.findall(
+        r"\.(\w+)|\[['\"]([^'\"]+)['\"]\]|\[(\d+)\]", path[start.end() :]
+    ):
+        if isinstance(found, torch.nn.Module) and (name or index).isdigit():
+            found = found._modules.get(name or index)
+        elif name:
+            found = getattr(found, name, None)
+        else:
+            part = key or int(index)
+            try:
+                found = found[part]
+            except (KeyError, IndexError, TypeError):
+                return None
     return found

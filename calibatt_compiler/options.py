@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin
 from calibatt_compiler.arguments import described, is_one_of, known, require
 from calibatt_compiler.errors import OptionError
 from calibatt_compiler.logs import logger
-from calibatt_compiler.plan import Plan
+from calibatt_compiler.plan import Plan, file
 
 log = logger("kernels")
 
@@ -147,11 +147,11 @@ def _check_inductor(settings: Mapping[str, Any]) -> None:
             require(False, f"inductor setting {name}", value, expected)
 
 
-_loaded: dict[Path, tuple[tuple[int, int], Plan]] = {}
+_loaded: dict[Path, Plan] = {}
 
 
 def _load_plan(plan: object) -> Plan:
-    """Load a plan, once for a file that has not changed: every recompile asks again."""
+    """Load a plan, once for a file of the same content."""
     if isinstance(plan, Plan):
         return plan
     if not isinstance(plan, (str, os.PathLike)):
@@ -162,14 +162,24 @@ def _load_plan(plan: object) -> Plan:
             remedy="calibrate the model once with `calibatt calibrate` or calibatt_compiler"
             ".calibrate, then pass the file",
         )
-    path = Path(plan).expanduser().resolve()
-    if path.is_file():
-        stat = path.stat()
-        stamp = (stat.st_mtime_ns, stat.st_size)
-        if path not in _loaded or _loaded[path][0] != stamp:
-            _loaded[path] = (stamp, Plan.load(path))
-        return _loaded[path][1]
-    return Plan.load(path)
+    path = _path(plan)
+    known = _loaded.get(path)
+    if known is None or not path.is_file() or file.record_digest(path) != known.digest:
+        known = _loaded[path] = Plan.load(path)
+    return known
+
+
+def plan_digest(path: str | os.PathLike[str]) -> str:
+    """Return the digest of the plan that a file holds now.
+
+    Raises:
+        PlanFormatError: it holds none.
+    """
+    return file.record_digest(_path(path))
+
+
+def _path(plan: str | os.PathLike[str]) -> Path:
+    return Path(plan).expanduser().resolve()
 
 
 def cache_dir() -> Path:

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from calibatt_compiler.errors import KernelError
-from calibatt_compiler.kernels.attention import triton_serves
 from calibatt_compiler.kernels.common.dense import dense_attention, dense_attention_and_lse
 from calibatt_compiler.kernels.cpu.attention import native_energy
-from calibatt_compiler.kernels.portable.tiles import HOPPER, MAX_HEAD_DIM, architecture
+from calibatt_compiler.kernels.dispatch import DeviceFacts, EnergyRequest, choose_energy
 
 
 def block_energy(
@@ -57,9 +56,10 @@ def block_energy(
         # The block is a multiple of the stride: what is left of each block is a smaller block.
         q, block = q[:, :, ::every], (block[0] // every, block[1])
         lse = None if lse is None else lse[:, :, ::every]
-    if q.device.type == "cpu":
+    kernel = _chosen(q, k, block)
+    if kernel == "native-energy":
         return native_energy(q, k, None, block, factor, lse)[1]
-    if triton_serves(q.device, q.dtype) and q.shape[-1] <= MAX_HEAD_DIM:
+    if kernel == "triton-energy":
         from calibatt_compiler.kernels.portable.energy_scores import triton_energy
 
         return triton_energy(q, k, block, factor, lse)
@@ -88,7 +88,8 @@ def attention_with_energy(
         block: tokens a query block, tokens a key block.
         scale: factor on the scores; default 1 / sqrt(D).
         queries: as for `block_energy`; the output is always that of all queries.
-        fused: on a GPU, one kernel (True) or SDPA and a pass (False); default: see `fuses`.
+        fused: on a GPU, one kernel (True) or SDPA and a pass (False); default: see
+            `dispatch.fuses`.
 
     Returns:
         The output (B, H, Sq, D), laid out as contiguous (B, Sq, H, D), in the dtype of q; the
@@ -107,49 +108,42 @@ def attention_with_energy(
         )
     factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     every = _stride(queries, block)
-    if q.device.type == "cpu" and every == 1:
+    kernel = _chosen(q, k, block, every=every, output=True, fused=fused)
+    if kernel == "native-fused":
         out, energy = native_energy(q, k, v, block, factor, None)
         assert out is not None
         return out, energy
-    known: Tensor | None = None
-    if not (triton_serves(q.device, q.dtype) and q.shape[-1] <= MAX_HEAD_DIM):
-        out = dense_attention(q, k, v, factor)
-    elif fuses(q.dtype, q.shape[-1]) if fused is None and every == 1 else fused:
+    if kernel == "hopper-fused":
+        from calibatt_compiler.kernels.hopper.energy import try_hopper
+
+        both = try_hopper(q, k, v, block, factor)
+        if both is not None:
+            return both
+    if kernel in ("hopper-fused", "triton-fused"):
         from calibatt_compiler.kernels.portable.energy_fused import triton_attention_and_energy
 
-        if every > 1 or not fuses(q.dtype, q.shape[-1]):
-            raise KernelError(
-                "one kernel can't give output and these energies",
-                expected="bfloat16 or float16, head dim up to 128, queries=1",
-                got=f"{q.dtype}, head dim {q.shape[-1]}, queries={queries}",
-                remedy="leave out fused=True",
-            )
-        both = _hopper(q, k, v, block, factor)
-        return both or triton_attention_and_energy(q, k, v, block, factor)
-    else:
+        return triton_attention_and_energy(q, k, v, block, factor)
+    known: Tensor | None = None
+    if kernel == "triton-energy":
         out, known = dense_attention_and_lse(q, k, v, factor)
+    else:
+        out = dense_attention(q, k, v, factor)
     return out, block_energy(q, k, block=block, scale=factor, lse=known, queries=queries)
 
 
-def _hopper(
-    q: Tensor, k: Tensor, v: Tensor, block: tuple[int, int], scale: float
-) -> tuple[Tensor, Tensor] | None:
-    """Output and energies by the Hopper kernel, or None where it does not serve."""
-    if architecture(q.device) != HOPPER:
-        return None
-    from calibatt_compiler.kernels.hopper.energy import try_hopper
-
-    return try_hopper(q, k, v, block, scale)
-
-
-def fuses(dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether one kernel gives output and energies by default on a GPU.
-
-    By work, not by measurement (docs/energies.md): the pass for the energies repeats half of the
-    products and all exponentials of dense attention, the fused kernel repeats nothing but is a
-    portable one. In float32 and for large heads it would spill.
-    """
-    return dtype.itemsize == 2 and head_dim <= 128
+def _chosen(
+    q: Tensor,
+    k: Tensor,
+    block: tuple[int, int],
+    *,
+    every: int = 1,
+    output: bool = False,
+    fused: bool | None = None,
+) -> str:
+    """What serves; see `choose_energy`."""
+    lengths = q.shape[2], k.shape[2]
+    asked = EnergyRequest(q.device, q.dtype, q.shape[3], lengths, block, every, output, fused)
+    return choose_energy(asked, DeviceFacts.of(q.device)).kernel
 
 
 def _stride(queries: float, block: tuple[int, int]) -> int:

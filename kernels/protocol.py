@@ -17,6 +17,8 @@ class AttentionKernel(Protocol):
             superset covers the pattern.
         reason: why another kernel than the one asked for serves, and will go on to; else None.
         table_bytes: what its index tables take on the operands' device.
+        repairs: calls computed again because a fixed softmax reference overflowed; reading it waits
+            for the device.
     """
 
     @property
@@ -34,6 +36,10 @@ class AttentionKernel(Protocol):
     @property
     def table_bytes(self) -> int:
         """Bytes of index tables on the operands' device."""
+
+    @property
+    def repairs(self) -> int:
+        """Calls computed again because a fixed softmax reference overflowed."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
         """Return the attention output.

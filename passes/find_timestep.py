@@ -22,8 +22,13 @@ def find_timestep(rewrite: Rewrite) -> Rewrite:
     if source is None or example(source) is None or not rewrite.calls:
         return rewrite
     graph = rewrite.gm.graph
+    names = rewrite.inputs.coordinates()
+    placing = [rewrite.inputs.placeholders[name] for name in names]
     last = list(graph.find_nodes(op="placeholder"))[-1]
     with graph.inserting_after(last):
         host = graph.call_function(torch.ops.calibatt.host_timestep.default, (source,))
+        if placing:
+            host.target = torch.ops.calibatt.host_timestep_of.default
+            host.args = (source, placing, ",".join(names))
     host.meta["example_value"] = torch.ops.calibatt.host_timestep.default(example(source))
     return replace(rewrite, timestep=host)

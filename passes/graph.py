@@ -59,7 +59,7 @@ def module_name(node: Node) -> str:
     if not stack:
         return ""
     path = str(next(reversed(list(stack.values())))[0])
-    path = re.sub(r"^L\['\w+'\]", "", path)
+    path = re.sub(r"^[LG]\['\w+'\]", "", path)
     path = re.sub(r"(\.__dict__)?(\.|\[')_modules('\])?", "", path)
     path = re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", path)
     return path.strip(".")

@@ -26,10 +26,14 @@ EDGES: dict[str, str] = {
     "__main__": "cli",
     "api": "binders models options plan",
     "backend": (
-        "binders capture dynamo models options passes.pipeline passes.rewrite report runtime"
+        "binders calls capture dynamo models options passes.pipeline passes.rewrite pinned report "
+        "runtime"
     ),
-    "binders": "capture dynamo models options passes.graph passes.rewrite plan runtime",
-    "build": "kernels.attention kernels.baked kernels.hopper kernels.portable plan",
+    "binders": (
+        "calls capture dynamo kernels.request models options passes.graph passes.rewrite plan "
+        "runtime"
+    ),
+    "build": "kernels.baked kernels.dispatch kernels.request plan",
     "calibration": (
         "calibration.config calibration.cost calibration.order_search calibration.pipeline "
         "calibration.run calibration.select calibration.tuning calibration.validation plan"
@@ -37,17 +41,15 @@ EDGES: dict[str, str] = {
     "calibration.config": "calibration.zone_target plan",
     "calibration.cost": (
         "calibration.config calibration.observe calibration.order_search calibration.pipeline "
-        "calibration.run calibration.select calibration.store kernels.common kernels.energy "
-        "models plan"
+        "calibration.select calibration.store kernels.common kernels.energy models plan"
     ),
     "calibration.observe": (
-        "backend calibration.config calibration.select calibration.store capture "
-        "kernels.common kernels.energy models plan runtime"
+        "backend calibration.config calibration.select calibration.store capture kernels.common "
+        "kernels.energy models plan runtime"
     ),
     "calibration.order_search": (
         "calibration.config calibration.observe calibration.progress calibration.select "
-        "calibration.store kernels.attention kernels.common kernels.energy kernels.portable "
-        "models plan runtime"
+        "calibration.store kernels.attention kernels.common kernels.energy models plan runtime"
     ),
     "calibration.pipeline": (
         "calibration.config calibration.observe calibration.order_search calibration.progress "
@@ -60,31 +62,38 @@ EDGES: dict[str, str] = {
     ),
     "calibration.select": (
         "calibration.config calibration.store calibration.zone_target kernels.attention "
-        "kernels.common kernels.protocol plan runtime"
+        "kernels.common plan runtime"
     ),
     "calibration.store": "calibration.config models plan",
     "calibration.tuning": (
         "backend calibration.config calibration.cost calibration.observe calibration.pipeline "
         "calibration.select calibration.store calibration.validation capture evaluation "
-        "kernels.common models plan runtime"
+        "kernels.common kernels.request models plan runtime"
     ),
     "calibration.validation": (
         "calibration.config calibration.observe calibration.progress calibration.select "
         "calibration.store models plan"
     ),
+    "calls": "dynamo models plan",
     "capture": "plan",
     "cli": "cli.app",
     "cli.app": (
-        "cli.build cli.calibrate cli.compare cli.demo cli.env cli.inspect cli.tune terminal"
+        "cli.build cli.calibrate cli.compare cli.demo cli.env cli.inspect cli.interruption "
+        "cli.tune terminal"
     ),
-    "cli.build": ("build cli.options cli.pipelines cli.progress kernels.baked plan terminal"),
+    "cli.build": (
+        "build cli.options cli.pipelines cli.progress kernels.baked kernels.portable plan terminal"
+    ),
     "cli.calibrate": (
-        "calibration cli.groups cli.options cli.ranks cli.tables evaluation report terminal"
+        "calibration calibration.pipeline calibration.store cli.groups cli.interruption "
+        "cli.options cli.ranks cli.tables evaluation report terminal"
     ),
-    "cli.compare": "cli.groups cli.options cli.progress evaluation options plan terminal",
+    "cli.compare": (
+        "cli.groups cli.interruption cli.options cli.progress evaluation options plan terminal"
+    ),
     "cli.demo": (
-        "calibration cli.compare cli.groups cli.options cli.pipelines cli.progress evaluation plan "
-        "report"
+        "calibration cli.compare cli.groups cli.options cli.pipelines cli.progress evaluation "
+        "plan report"
     ),
     "cli.env": "evaluation kernels.hopper options terminal",
     "cli.inspect": "cli.groups cli.options cli.tables cli.validation plan report terminal",
@@ -93,25 +102,31 @@ EDGES: dict[str, str] = {
     "cli.progress": "terminal",
     "cli.tables": "calibration.cost calibration.tuning calibration.validation",
     "cli.tune": (
-        "calibration calibration.tuning cli.groups cli.options cli.progress cli.tables terminal"
+        "calibration calibration.store calibration.tuning cli.groups cli.interruption "
+        "cli.options cli.progress cli.tables terminal"
     ),
     "cli.validation": "calibration calibration.validation cli.options plan",
     "debug": "options",
-    "evaluation": "build options plan report",
+    "dynamo": "passes.graph plan",
+    "evaluation": "build kernels.portable options plan report",
     "kernels.attention": (
-        "kernels.baked kernels.cpu kernels.hopper kernels.portable kernels.protocol "
-        "kernels.reference options plan"
+        "kernels.baked kernels.cpu kernels.dispatch kernels.hopper kernels.portable "
+        "kernels.protocol kernels.reference kernels.request kernels.tiered plan"
     ),
-    "kernels.baked": "kernels.common kernels.hopper kernels.portable options plan",
-    "kernels.common": "plan",
+    "kernels.baked": (
+        "kernels.common kernels.hopper kernels.portable kernels.protocol kernels.request "
+        "kernels.tiered options plan"
+    ),
+    "kernels.common": "kernels.request plan",
     "kernels.cpu": "kernels.common plan",
-    "kernels.energy": (
-        "kernels.attention kernels.common kernels.cpu kernels.hopper kernels.portable"
-    ),
+    "kernels.dispatch": "kernels.hopper kernels.portable kernels.request plan",
+    "kernels.energy": "kernels.common kernels.cpu kernels.dispatch kernels.hopper kernels.portable",
     "kernels.gradients": "kernels.common plan",
-    "kernels.hopper": "kernels.common kernels.portable kernels.protocol plan",
-    "kernels.portable": "kernels.common plan",
+    "kernels.hopper": "kernels.common kernels.portable kernels.request kernels.tiered plan",
+    "kernels.portable": "kernels.common kernels.request plan",
     "kernels.reference": "kernels.common plan",
+    "kernels.request": "options plan",
+    "kernels.tiered": "kernels.protocol",
     "models": "plan",
     "options": "plan",
     "passes.bind_sites": "capture passes.rewrite",
@@ -125,10 +140,11 @@ EDGES: dict[str, str] = {
     "passes.rewrite": "capture dynamo passes.graph plan",
     "passes.token_order": "passes.graph passes.rewrite passes.writes",
     "passes.writes": "passes.graph",
-    "report": "binders plan runtime",
+    "pinned": "dynamo options plan",
+    "report": "binders dynamo pinned plan runtime",
     "runtime": (
-        "capture kernels.attention kernels.common kernels.gradients kernels.hopper "
-        "kernels.protocol options plan"
+        "capture options kernels.attention kernels.common kernels.dispatch kernels.gradients "
+        "kernels.protocol kernels.request plan"
     ),
 }
 

@@ -17,10 +17,11 @@ from dino_study.measure import pooled_scores
 from fidelity_study.patterns import Budget
 from torch import Tensor
 
-from calibatt_compiler.capture import CaptureInfo
+from calibatt_compiler.capture import CaptureInfo, Recorder
 from calibatt_compiler.kernels.attention import make_attention
 from calibatt_compiler.kernels.common.dense import dense_attention
 from calibatt_compiler.kernels.energy import block_energy
+from calibatt_compiler.kernels.request import KernelRequest, KernelSettings
 from calibatt_compiler.options import Lowering
 from calibatt_compiler.plan import BlockPattern, Plan
 from calibatt_compiler.runtime.site import DENSE_FULL, SparseSite
@@ -40,7 +41,7 @@ class Method(Protocol):
         """Key work of the calls served so far / that of dense attention."""
 
 
-class Switch:
+class Switch(Recorder):
     """The recorder that a model is compiled with; hands each call on to the method that is on."""
 
     def __init__(self) -> None:
@@ -85,10 +86,9 @@ class Planned:
             self._sites[site] = SparseSite(
                 self._plan,
                 site,
-                lowering=LOWERING,
-                device=q.device,
-                dtype=q.dtype,
-                head_dim=q.shape[-1],
+                KernelSettings(
+                    lowering=LOWERING, device=q.device, dtype=q.dtype, head_dim=q.shape[-1]
+                ),
             )
         return self._sites[site].attend(q, k, v, timestep, scale)
 
@@ -164,11 +164,9 @@ class Online:
             )
             self._kept += pattern.kept
             kernel = make_attention(
-                pattern,
-                lowering=LOWERING,
-                device=q.device,
-                dtype=q.dtype,
-                head_dim=q.shape[-1],
+                KernelRequest(
+                    pattern, lowering=LOWERING, device=q.device, dtype=q.dtype, head_dim=q.shape[-1]
+                )
             )
             parts.append(kernel(*one, scale=scale))
         return torch.cat([part.transpose(1, 2) for part in parts]).transpose(1, 2)

@@ -14,6 +14,7 @@ import torch
 from calibatt_compiler.arguments import require_path
 from calibatt_compiler.calibration.config import CalibrationConfig, checked_config
 from calibatt_compiler.calibration.observe.pipelines import (
+    FirstStepDone,
     ObservedPipeline,
     Prompt,
     generate,
@@ -23,7 +24,7 @@ from calibatt_compiler.calibration.observe.pipelines import (
 from calibatt_compiler.calibration.order_search.candidates import INPUTS
 from calibatt_compiler.calibration.order_search.search import Surveyor, describe, survey_pipeline
 from calibatt_compiler.calibration.progress import CalibrationProgress
-from calibatt_compiler.calibration.run import CalibrationRun, FirstStepDone, recording
+from calibatt_compiler.calibration.run import CalibrationRun, recording
 from calibatt_compiler.calibration.store import identity
 from calibatt_compiler.calibration.store.order_survey import OrderSurvey
 from calibatt_compiler.calibration.store.ranks import Ranks
@@ -149,19 +150,20 @@ class _Job:
 
     def observe(self, run: CalibrationRun) -> None:
         """Observe this rank's inputs; the first rank then waits for the others."""
-        ranks, samples = self._ranks, samples_of(self._arguments)
+        ranks = self._ranks
         stored = [name for name in self._inputs if name in run.begun_with]
         mine = ranks.share([name for name in self._inputs if name not in run.begun_with])
         shown = self._config.progress if ranks.rank == 0 else False
 
         def count() -> int:
-            return sum(run.has(name) for name in self._inputs)
+            return sum(run.written(name) for name in self._inputs)
 
         total = len(self._inputs)
         with CalibrationProgress(total, len(stored), shown, count) as self._progress:
             if ranks.rank:
                 self._only_first = True
-                run.learn_sizes(lambda: self._generate(next(iter(self._inputs))), samples)
+                first = next(iter(self._inputs))
+                run.learn_sizes(lambda: self._generate(first), samples_of(self._own(first)))
                 self._only_first = False
             # Stored ones are entered too: that checks that they are the same inputs.
             for name in sorted([*stored, *mine]):
@@ -169,6 +171,7 @@ class _Job:
                 about = {"seed": seed, **varying}
                 # By index, so that it does not matter which rank observes an input.
                 scored = int(name) < self._config.similarity_inputs
+                samples = samples_of(self._own(name))
                 with run.input(name, about=about, samples=samples, scored=scored):
                     if name in mine:
                         self._generate(name)
@@ -178,8 +181,11 @@ class _Job:
                 ranks.wait_for(ranks.others, self._progress.waiting)
 
     def _generate(self, name: str) -> None:
-        seed, varying = self._inputs[name]
-        generate(self.model.pipe, seed, {**self._arguments, **varying})
+        generate(self.model.pipe, self._inputs[name][0], self._own(name))
+
+    def _own(self, name: str) -> dict[str, Any]:
+        """All arguments of an input."""
+        return {**self._arguments, **self._inputs[name][1]}
 
 
 def _shared_plan(

@@ -18,6 +18,7 @@ from calibatt_compiler.calibration.config import (
 )
 from calibatt_compiler.calibration.observe.observation import Branch
 from calibatt_compiler.calibration.observe.observer import ObservedModel
+from calibatt_compiler.calibration.observe.pipelines import FirstStepDone
 from calibatt_compiler.calibration.observe.recorder import AttentionRecorder
 from calibatt_compiler.calibration.observe.zone_recorder import ZoneRecorder
 from calibatt_compiler.calibration.order_search.search import Surveyor, settled
@@ -36,10 +37,6 @@ from calibatt_compiler.plan import Plan
 from calibatt_compiler.plan.schema import CfgMode
 
 log = logger("calibration")
-
-
-class FirstStepDone(Exception):  # noqa: N818 - no error: it ends an input early
-    """Ends an input after its first step."""
 
 
 class CalibrationRun:
@@ -70,14 +67,21 @@ class CalibrationRun:
         self._arguments = arguments
         self._inside = False
         self._unnamed = 0
+        # What counts is what was there at the start and what was observed since, whatever else
+        # becomes of the folder.
+        self._finished = set(begun_with)
 
     @property
     def finished(self) -> tuple[str, ...]:
         """Names of the inputs that are stored, of earlier processes too."""
-        return tuple(self._store.names())
+        return tuple(sorted(self._finished))
 
     def has(self, name: str) -> bool:
         """Whether an input of this name is stored: its model calls can be left out."""
+        return name in self._finished
+
+    def written(self, name: str) -> bool:
+        """Whether the file of an input is there, by this or another rank."""
         return self._store.has(name)
 
     @contextmanager
@@ -126,6 +130,7 @@ class CalibrationRun:
                 yield
             record, arrays = self._recorder.finish()
             self._store.write(record, arrays)
+            self._finished.add(name)
             if self._recorder.reference is None:
                 self._recorder.reference = record
         finally:
@@ -137,12 +142,19 @@ class CalibrationRun:
             return False
         if wanted is not None:
             return wanted
-        scored = sum(self._store.record(name).anchor_rows > 0 for name in self._store.names())
+        scored = sum(self._store.record(name).anchor_rows > 0 for name in self._finished)
         return scored < self.config.similarity_inputs
 
     def _already(self, name: str, about: Mapping[str, Any]) -> bool:
-        if not self._store.has(name):
-            return False
+        if name not in self._finished:
+            if not self._store.has(name):
+                return False
+            raise CalibrationError(
+                f"a file of input {name} came into the run folder while the run was under way",
+                expected="nobody else to write there",
+                got=f"a file in {self.folder} that this run did not write",
+                remedy="remove it, and run the same command again",
+            )
         stored = self._store.record(name).about
         if stored != about:
             raise CalibrationError(

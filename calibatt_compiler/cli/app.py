@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Annotated, Any
 
 import typer
@@ -15,12 +15,13 @@ from typer.core import TyperGroup
 
 from calibatt_compiler import logs
 from calibatt_compiler.cli import build, calibrate, compare, demo, env, inspect, tune
+from calibatt_compiler.cli.interruption import exit_code, signals_interrupt
 from calibatt_compiler.errors import CalibattError, PlanMismatchError
 from calibatt_compiler.printable import printable
 from calibatt_compiler.terminal import PlainConsole
 from calibatt_compiler.version import VERSION
 
-FAILED, UNUSABLE, INTERRUPTED = 1, 2, 130
+FAILED, UNUSABLE = 1, 2
 
 _HELP = (
     "Make video diffusion transformers faster by leaving out attention that does not matter.\n\n"
@@ -32,7 +33,8 @@ _HELP = (
 )
 _EPILOG = (
     "Exit codes: 0 done; 1 failed, or the plan does not fit the model, or the quality asked for "
-    "was not reached; 2 wrong arguments or unusable files; 130 interrupted with Ctrl-C. A command "
+    "was not reached; 2 wrong arguments or unusable files; 130 interrupted with Ctrl-C, "
+    "143 by SIGTERM, 129 by SIGHUP. A command "
     "that ends early leaves no half-written file."
 )
 
@@ -59,7 +61,7 @@ class _Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            with _printable_usage():
+            with signals_interrupt(), _printable_usage():
                 return super().invoke(ctx)
         except CalibattError as error:
             console = PlainConsole(stderr=True, soft_wrap=True)
@@ -76,8 +78,12 @@ class _Commands(TyperGroup):
             console.print(f"{printable(named)}: {error.strerror or error}")
             raise typer.Exit(UNUSABLE) from error
         except KeyboardInterrupt as error:
-            PlainConsole(stderr=True).print("calibatt: interrupted; no half-written file was left")
-            raise typer.Exit(INTERRUPTED) from error
+            with suppress(OSError):  # after SIGHUP the terminal is gone
+                console = PlainConsole(stderr=True, soft_wrap=True)
+                console.print("calibatt: interrupted; no half-written file was left")
+                for note in getattr(error, "__notes__", ()):
+                    console.print(printable(note))
+            raise typer.Exit(exit_code(error)) from error
 
 
 app = typer.Typer(
@@ -129,8 +135,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         app(args=None if arguments is None else list(arguments), prog_name="calibatt")
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    except KeyboardInterrupt as error:
+        return exit_code(error)
     except SystemExit as leaving:
         return leaving.code if isinstance(leaving.code, int) else FAILED
     return 0

@@ -103,10 +103,10 @@ def _archs(names: list[str] | None) -> list[int]:
     import torch
 
     if not names:
-        from calibatt_compiler.build import arch_of
+        from calibatt_compiler.kernels.portable.tiles import architecture
 
         count = torch.cuda.device_count()
-        local = {arch_of(torch.device("cuda", index)) for index in range(count)}
+        local = {architecture(torch.device("cuda", index)) for index in range(count)}
         if not local:
             raise OptionError(
                 "this machine has no GPU to compile for",

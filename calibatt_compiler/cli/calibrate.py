@@ -86,9 +86,20 @@ def _calibrate(
     pipe: Any, cases: list[Case], out: Path, config: CalibrationConfig, arguments: dict[str, Any]
 ) -> RenderableType:
     from calibatt_compiler.calibration import calibrate
+    from calibatt_compiler.calibration.pipeline import run_folder
+    from calibatt_compiler.calibration.store.run_folder import RunStore
+    from calibatt_compiler.cli.interruption import said_if_interrupted
     from calibatt_compiler.report.inspect import orders_surveyed
 
-    plan = calibrate(pipe, **options.texts_and_seeds(cases), out=out, config=config, **arguments)
+    folder = run_folder(config, out)
+
+    def kept() -> str:
+        done = 0 if folder is None else len(RunStore(folder).names())
+        return f"{done} of {len(cases)} inputs are kept in {folder}; the same command goes on"
+
+    given = options.texts_and_seeds(cases)
+    with said_if_interrupted(kept):
+        plan = calibrate(pipe, **given, out=out, config=config, **arguments)
     measured = orders_surveyed(plan)
     order = "" if measured is None else f"token order {plan.token_order}; {measured}\n"
     name = printable(out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -55,6 +56,7 @@ def compare(
 
     Example: calibatt compare ./wan wan-480p.calibatt --prompts held-out.txt --guidance 5
     """
+    from calibatt_compiler.cli.interruption import said_if_interrupted
     from calibatt_compiler.cli.progress import TerminalProgress
     from calibatt_compiler.errors import OptionError
     from calibatt_compiler.evaluation.compare import compare as run_comparison
@@ -71,7 +73,7 @@ def compare(
             remedy="leave it out for the default",
         )
     check_folder(out, OUTPUTS, inputs=[*plan, inputs.prompts])
-    plans = {path.stem: Plan.load(path) for path in plan}
+    plans = {label: Plan.load(path) for label, path in labels(plan).items()}
     first = next(iter(plans.values()))
     checked = CompileOptions.parse({"plan": first, "lowering": lowering})
     cases = inputs.cases()
@@ -84,7 +86,11 @@ def compare(
         rounds=rounds,
     )
     results = Results(out, fps=fps)
-    with TerminalProgress() as progress:
+
+    def kept() -> str:
+        return f"videos finished so far are in {out}; the same command begins anew"
+
+    with said_if_interrupted(kept), TerminalProgress() as progress:
         comparison = run_comparison(
             pipe, cases, plans, config, progress=progress, on_video=results.add_video
         )
@@ -93,6 +99,29 @@ def compare(
     show(comparison, index)
     if min_psnr is not None and comparison.main.psnr < min_psnr:
         raise typer.Exit(1)
+
+
+def labels(files: Sequence[Path]) -> dict[str, Path]:
+    """Name plans by the shortest ends of their paths that tell them apart.
+
+    A file that is given twice, and one that would be taken for the dense model, has a number.
+    """
+    from calibatt_compiler.evaluation.comparison import DENSE
+
+    whole = [path.resolve().with_suffix("").parts for path in files]
+    found: dict[str, Path] = {}
+    for path, parts in zip(files, whole, strict=True):
+        others = [other for other in whole if other != parts]
+        length = 1
+        while length < len(parts) and any(other[-length:] == parts[-length:] for other in others):
+            length += 1
+        label = name = "/".join(parts[-length:])
+        number = 1
+        while label in found or label == DENSE:
+            number += 1
+            label = f"{name} ({number})"
+        found[label] = path
+    return found
 
 
 def show(comparison: Comparison, index: Path) -> None:

@@ -41,7 +41,9 @@ Lowering = Annotated[
         "reference: slow and plain.",
     ),
 ]
-_PROMPTS = 'One a line, or JSON: a list of texts or of {"prompt": ..., "seed": ...}.'
+_PROMPTS = (
+    'One a line, or JSON: a list of texts or of {"prompt": ..., "seed": ...}; .jsonl: one a line.'
+)
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,7 @@ class Place(Device):
 class Observation:
     """What is observed; of `ObservationConfig` the settings of these names."""
 
-    block: Annotated[int, option(_HOW, "Tokens a block; smaller ones fit closer.", "N")] = 128
+    block: Annotated[int, option(_HOW, "Tokens a block.", "N")] = 128
     queries: Annotated[
         int,
         option(
@@ -204,7 +206,7 @@ class Observation:
 
 @dataclass(frozen=True)
 class Selection:
-    """How blocks are selected; of `SelectionConfig` all settings, by their names."""
+    """How blocks are selected; of `SelectionConfig` the settings of these names."""
 
     A: Annotated[
         float | None,
@@ -241,8 +243,7 @@ class Selection:
         float | None,
         option(
             _HOW,
-            "Draw blocks in proportion to this power of their energy, such as 1, and weigh them. "
-            "Default: the highest blocks.",
+            "Of masks: a weighted sample, by energy to this power; 1 is a start.",
             "POWER",
         ),
     ] = None
@@ -287,13 +288,12 @@ class Selection:
         str,
         option(
             _HOW,
-            "masks: blocks that matter; zones: every block at a rate that is constant over runs, "
-            "weighted, a sample of each step's own.",
+            "masks, or zones of weighted blocks.",
             "FORM",
         ),
     ] = "masks"
     density: Annotated[
-        float | None, option(_HOW, "Of zones: blocks to keep, 0 to 1. Default 0.25.", "SHARE")
+        float | None, option(_HOW, "Of zones: blocks to keep. Default 0.25.", "SHARE")
     ] = None
     speed_up: Annotated[
         float | None,
@@ -332,8 +332,7 @@ class Storage:
         bool,
         option(
             _HOW,
-            "Keep block energies in a byte each: --sample-power needs them. 8 times the size of "
-            "the masks.",
+            "Keep energies in a byte a block, which --sample-power needs.",
             None,
             "--coarse-energies",
         ),

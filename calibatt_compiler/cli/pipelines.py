@@ -138,14 +138,14 @@ def read_cases(prompts: Path | None, texts: Sequence[str] | None, seed: int) -> 
         elif (
             isinstance(entry, Mapping)
             and isinstance(entry.get("prompt"), str)
-            and isinstance(entry.get("seed", 0), int)
+            and _is_seed(entry.get("seed", 0))
             and set(entry) <= {"prompt", "seed"}
         ):
             cases.append(Case(entry["prompt"], entry.get("seed", seed + index)))
         else:
             raise PipelineError(
                 f"entry {index} of {prompts} is no prompt",
-                expected='a text, or {"prompt": text, "seed": integer}',
+                expected='a text, or {"prompt": text, "seed": integer of 64 bits}',
                 got=repr(entry)[:80],
                 remedy="correct the file",
             )
@@ -159,9 +159,15 @@ def read_cases(prompts: Path | None, texts: Sequence[str] | None, seed: int) -> 
     return cases
 
 
+def _is_seed(value: object) -> bool:
+    """Whether a generator of torch takes it; JSON knows 1.0 and true, too."""
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**64
+
+
 def _entries(path: Path) -> list[object]:
+    """Return what a file of prompts holds: JSON, JSON lines, or a prompt a line."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # without a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise PipelineError(
             "the file of prompts can't be read",
@@ -169,13 +175,20 @@ def _entries(path: Path) -> list[object]:
             got=f"{path}: {error}",
             remedy="check the path",
         ) from error
-    if path.suffix.lower() != ".json":
-        return [line.strip() for line in text.splitlines() if line.strip()]
+    # A line ends as in any editor: str.splitlines would cut a prompt at U+2028 and others, too.
+    lines = [line.strip() for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
+    lines = [line for line in lines if line]
+    suffix = path.suffix.lower()
+    if suffix not in (".json", ".jsonl", ".ndjson"):
+        return list(lines)
     try:
-        entries = json.loads(text)
-    except ValueError as error:
+        entries = json.loads(text) if suffix == ".json" else [json.loads(line) for line in lines]
+    except (ValueError, RecursionError) as error:
         raise PipelineError(
-            f"{path} is no JSON", expected="a list of prompts", got=error, remedy="correct the file"
+            f"{path} is no JSON",
+            expected="a list of prompts" if suffix == ".json" else "a prompt in JSON on each line",
+            got=error,
+            remedy="correct the file",
         ) from error
     if not isinstance(entries, list):
         raise PipelineError(

@@ -84,8 +84,10 @@ def tune(
     """
     from calibatt_compiler.calibration import CalibrationConfig, TuningConfig, tuning_cost
     from calibatt_compiler.calibration import tune as run
-    from calibatt_compiler.calibration.tuning.study import SearchSpace
+    from calibatt_compiler.calibration.store.run_folder import RunStore
+    from calibatt_compiler.calibration.tuning.study import JOURNAL, SearchSpace, finished
     from calibatt_compiler.calibration.tuning.tune import OUTPUTS
+    from calibatt_compiler.cli.interruption import said_if_interrupted
     from calibatt_compiler.cli.progress import TerminalProgress
     from calibatt_compiler.cli.tables import tuning as report
     from calibatt_compiler.errors import OptionError
@@ -122,7 +124,15 @@ def tune(
     console.print(report.cost_table(tuning_cost(pipe, **common)))
     if not yes and sys.stdin.isatty():
         typer.confirm("Start?", abort=True)
-    with TerminalProgress() as progress:
+
+    def kept() -> str:
+        recorded = len(RunStore(out / "recording").names())
+        return (
+            f"{recorded} of {len(given['prompts'])} recorded inputs and {finished(out / JOURNAL)} "
+            f"of {trials} trials are kept in {out}; the same command goes on"
+        )
+
+    with said_if_interrupted(kept), TerminalProgress() as progress:
         found = run(pipe, progress=progress, **common)
     console.print(report.front_table(found))
     folder = printable(out)

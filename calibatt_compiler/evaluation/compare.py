@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from calibatt_compiler.build import PlanSpecs, arch_of, build_for_device
-from calibatt_compiler.errors import PipelineError
+from calibatt_compiler.build import PlanSpecs, build_for_device
+from calibatt_compiler.errors import CalibattError, PipelineError
 from calibatt_compiler.evaluation.cases import Case
 from calibatt_compiler.evaluation.comparison import (
     DENSE,
@@ -25,6 +25,7 @@ from calibatt_compiler.evaluation.comparison import (
 )
 from calibatt_compiler.evaluation.quality import Frames, Quality, measure
 from calibatt_compiler.evaluation.timing import DenoisingStep, spread, time_steps, watching
+from calibatt_compiler.kernels.portable.tiles import architecture
 from calibatt_compiler.plan import Plan
 from calibatt_compiler.report.summary import summary
 
@@ -111,11 +112,13 @@ class Comparer:
                 output_type="np",
                 **self._config.arguments,
             )
-        except (TypeError, ValueError) as error:
+        except (CalibattError, _FirstStepDone):
+            raise
+        except Exception as error:
             raise PipelineError(
-                f"{type(self._pipe).__name__} refused its arguments",
-                expected="arguments of its __call__",
-                got=f"{error}",
+                f"{type(self._pipe).__name__} failed",
+                expected="a pipeline that makes a video of these prompts and arguments",
+                got=f"{type(error).__name__}: {error}",
                 remedy="check height, width, frames and what was given with --set",
             ) from error
         finally:
@@ -231,7 +234,7 @@ def _build(
     plans: Mapping[str, Plan], device: torch.device, dtype: torch.dtype, progress: Progress
 ) -> None:
     """Compile the plans' kernels first: a model would otherwise be timed on its stand-in kernel."""
-    wanted = [PlanSpecs(plan, [arch_of(device)], dtype) for plan in plans.values()]
+    wanted = [PlanSpecs(plan, [architecture(device)], dtype) for plan in plans.values()]
     progress.start("compiling kernels", sum(map(len, wanted)))
     for specs in wanted:
         build_for_device(specs, lambda *_: progress.advance())

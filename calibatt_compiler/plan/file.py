@@ -195,20 +195,36 @@ def _identity(path: Path) -> tuple[int, ...]:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
+def record_digest(path: Path) -> str:
+    """Return the digest of the plan in a file; of the file only the header is read.
+
+    Raises:
+        PlanFormatError: not a plan, or its header is damaged.
+    """
+    with _opened(path) as opened:
+        _, record = _lines(path, _entry(path, opened))
+    return digest(record)
+
+
+def _entry(path: Path, opened: Any) -> str:
+    entry: dict[str, str] = opened.metadata() or {}
+    if set(entry) != {FORMAT}:
+        raise PlanFormatError(
+            f"{path} is not a plan",
+            expected=f"a safetensors file with one entry of metadata, {FORMAT!r}",
+            got=f"metadata {[name[:CLIP] for name in sorted(entry)[:4]]}",
+            remedy="give the file that `calibatt calibrate` wrote",
+        )
+    return entry[FORMAT]
+
+
 def _read(path: Path) -> tuple[PlanMetadata, dict[str, StoredPatterns | DrawnPatterns]]:
     # The header is judged before any tensor is read: weights of a model may be given by mistake.
     with _opened(path) as opened:
-        entry: dict[str, str] = opened.metadata() or {}
-        if set(entry) != {FORMAT}:
-            raise PlanFormatError(
-                f"{path} is not a plan",
-                expected=f"a safetensors file with one entry of metadata, {FORMAT!r}",
-                got=f"metadata {[name[:CLIP] for name in sorted(entry)[:4]]}",
-                remedy="give the file that `calibatt calibrate` wrote",
-            )
+        entry = _entry(path, opened)
         # As torch tensors they are views of the mapped file; as numpy arrays they would be copies.
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    listing, record = _lines(path, entry[FORMAT])
+    listing, record = _lines(path, entry)
     for text in (listing, record):
         # Once more: in the header, braces and brackets of these may have been written otherwise.
         if (problem := bounds.text_problem(text.encode())) is not None:

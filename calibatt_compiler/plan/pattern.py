@@ -79,6 +79,11 @@ class BlockPattern:
         whole = isinstance(self.pooled, int) and not isinstance(self.pooled, bool)
         require(whole, "pooled", self.pooled, "an integer", **kinds)
         shape = (self.heads, self.query_blocks, (self.key_blocks + 7) // 8)
+        for name in ("bits", "weights", "repetitive"):
+            # Kernels read these by their address.
+            array = getattr(self, name)
+            if isinstance(array, np.ndarray) and not array.flags.c_contiguous:
+                object.__setattr__(self, name, np.ascontiguousarray(array))
         if self.bits.dtype != np.uint8 or self.bits.shape != shape:
             raise PlanError(
                 "the bits of a pattern have the wrong shape",
@@ -214,6 +219,19 @@ class BlockPattern:
     def density(self) -> float:
         """Kept blocks / all blocks, in (0, 1]."""
         return self.kept / (self.heads * self.query_blocks * self.key_blocks)
+
+    @property
+    def weighted(self) -> bool:
+        """Whether a block has a weight."""
+        return self.weights is not None
+
+    @property
+    def full(self) -> bool:
+        """Whether it is dense attention: every block kept, none weighted, no row copied.
+
+        Copied rows may save no block: what is computed is what the plan says, not its blocks.
+        """
+        return self.density == 1.0 and self.weights is None and self.repetitive is None
 
     @property
     def computed_density(self) -> float:

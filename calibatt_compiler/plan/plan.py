@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import operator
 import os
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -20,11 +22,13 @@ from calibatt_compiler.arguments import described, is_integers, require, require
 from calibatt_compiler.errors import PlanError
 from calibatt_compiler.plan import file
 from calibatt_compiler.plan.order import RASTER, TokenOrder
+from calibatt_compiler.plan.own_zones import sites_of_octaves
 from calibatt_compiler.plan.pattern import BlockPattern
 from calibatt_compiler.plan.schema import (
     TEXT_POSITIONS,
     CalibrationInputs,
     CfgMode,
+    FixedBy,
     ModelIdentity,
     PlanMetadata,
     Sampler,
@@ -66,6 +70,7 @@ class Plan:
         thresholds: Mapping[str, float] | None = None,
         inputs: CalibrationInputs | None = None,
         quality: Mapping[str, float] | None = None,
+        fixed_by: FixedBy | None = None,
     ) -> Plan:
         """Build a plan from patterns; the long form of `from_masks`.
 
@@ -76,7 +81,7 @@ class Plan:
             records = tuple(record_of(name, site) for name, site in sites.items())
             metadata = PlanMetadata(
                 producer=PRODUCER,
-                requires=tuple(sorted(features(str(token_order), records))),
+                requires=tuple(sorted(features(str(token_order), records, fixed_by, model))),
                 model=model,
                 grid=grid,
                 token_order=str(token_order),
@@ -86,6 +91,7 @@ class Plan:
                 thresholds=dict(thresholds or {}),
                 inputs=inputs or CalibrationInputs(count=0, digest=""),
                 quality=dict(quality or {}),
+                fixed_by=fixed_by,
                 sites=records,
             )
         except pydantic.ValidationError as error:
@@ -111,7 +117,8 @@ class Plan:
 
         Args:
             masks: for each site, bool (steps, heads, query_blocks, key_blocks); True is kept.
-            grid: latent tokens (frames, height, width) after patching.
+            grid: latent tokens (frames, height, width) after patching; calls where it can't be read
+                are refused, but for (1, 1, tokens), which compares their number alone.
             timesteps: what the model is given at each step, in sampling order.
             block: tokens a query block, tokens a key block.
             lengths: for sites whose tokens are not just the grid's (text in the same sequence,
@@ -161,6 +168,44 @@ class Plan:
         policy: TextPolicy = "in_mask" if in_text else "none"
         return cls.create(sites, grid=grid, sampler=sampler, text_policy=policy)
 
+    @classmethod
+    def from_zones(
+        cls,
+        octaves: Mapping[str, Tensor],
+        grid: tuple[int, int, int],
+        timesteps: Sequence[float],
+        block: tuple[int, int] = (128, 128),
+        *,
+        groups: Sequence[int] | None = None,
+        lengths: Mapping[str, tuple[int, int]] | None = None,
+        text: TextPolicy | None = None,
+    ) -> Plan:
+        """Build a plan of zones from octave maps of your own.
+
+        A block of octave k is kept at the rate 2^-k and then counts 2^k times; which ones a step
+        keeps is drawn.
+
+        Args:
+            octaves: for each site, integers (step groups, heads, query_blocks, key_blocks) from 0
+                to 7; each row has a 0.
+            grid: latent tokens (frames, height, width) after patching.
+            timesteps: what the model is given at each step, in sampling order.
+            block: tokens a query block, tokens a key block.
+            groups: for each step, the index of its map; default: as many steps to each, in order.
+            lengths: as in `from_masks`.
+            text: as in `PlanMetadata.text_policy`; default `none`, or `in_mask` where sequences
+                are longer than the grid. With `dense_first` and `dense_last` blocks with text have
+                octave 0, and any text length is served.
+
+        Raises:
+            PlanError: shapes, octaves, groups or lengths that don't fit, or a row without octave 0.
+        """
+        sampler, lengths = _sampler(timesteps), lengths or {}
+        longer = any(max(pair) > math.prod(grid) for pair in lengths.values())
+        policy: TextPolicy = text or ("in_mask" if longer else "none")
+        sites = sites_of_octaves(octaves, grid, len(timesteps), block, groups, lengths, policy)
+        return cls.create(sites, grid=grid, sampler=sampler, text_policy=policy)
+
     def with_sites(
         self,
         sites: Mapping[str, SitePatterns],
@@ -173,13 +218,16 @@ class Plan:
         Raises:
             PlanError: steps or names that don't fit together.
         """
+        was = self._metadata
         try:
             records = tuple(record_of(name, site) for name, site in sites.items())
             metadata = PlanMetadata.model_validate(
                 {
-                    **self._metadata.model_dump(),
+                    **was.model_dump(),
                     "producer": PRODUCER,
-                    "requires": tuple(sorted(features(self._metadata.token_order, records))),
+                    "requires": tuple(
+                        sorted(features(was.token_order, records, was.fixed_by, was.model))
+                    ),
                     "thresholds": dict(thresholds),
                     "quality": dict(quality),
                     "sites": records,
@@ -223,6 +271,35 @@ class Plan:
         require_path("path", path, error=PlanError)
         stored = {name: site.stored for name, site in self._sites.items()}
         file.write(path, self._metadata, stored)
+
+    def to_bytes(self) -> bytes:
+        """Return what `save` writes; a pickled plan is this, and is checked as a file is."""
+        with tempfile.TemporaryDirectory(prefix="calibatt-") as folder:
+            path = Path(folder) / "plan.calibatt"
+            self.save(path)
+            return path.read_bytes()
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Plan:
+        """Read what `to_bytes` returned.
+
+        Raises:
+            PlanFormatError: as of `load`.
+            PlanError: as of `load`.
+        """
+        with tempfile.TemporaryDirectory(prefix="calibatt-") as folder:
+            path = Path(folder) / "plan.calibatt"
+            path.write_bytes(content)
+            return cls.load(path)
+
+    def __reduce__(self) -> tuple[Callable[[bytes], Plan], tuple[bytes]]:
+        return Plan.from_bytes, (self.to_bytes(),)
+
+    def __deepcopy__(self, memo: object) -> Plan:
+        return self  # it is immutable
+
+    def __copy__(self) -> Plan:
+        return self
 
     @cached_property
     def digest(self) -> str:
@@ -315,6 +392,16 @@ class Plan:
             PlanError: no such site or step.
         """
         return self._site(site).at(self._step(step)).mask()
+
+    def log_weights(self, site: str, step: int) -> Tensor:
+        """Float32 (heads, query_blocks, key_blocks): natural logarithm of each block's weight.
+
+        It is added to the scores of a kept block; 0 where that counts once.
+
+        Raises:
+            PlanError: no such site or step.
+        """
+        return torch.from_numpy(self._site(site).at(self._step(step)).log_weights())
 
     def _site(self, name: str) -> SitePatterns:
         require(isinstance(name, str), "site", name, "the name of a site", error=PlanError)

@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from calibatt_compiler.errors import PlanError
+from calibatt_compiler.plan.coordinates import OF_VIDEO
 from calibatt_compiler.plan.copies import RowCopies
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.sizes import MAX_HEADS, MAX_LENGTH, MAX_ORDERED, MAX_SITES, MAX_STEPS
@@ -31,23 +32,27 @@ from calibatt_compiler.plan.text import TextPosition
 from calibatt_compiler.plan.zone_draw import UNIT
 
 SCHEMA_VERSION: Literal[2] = 2
-KNOWN_FEATURES = frozenset({"kept_weights", "pooled_keys", "repetition", "token_order", "zones"})
+KNOWN_FEATURES = frozenset(
+    {
+        "fixed_by",
+        "kept_weights",
+        "model_entries",
+        "pooled_keys",
+        "repetition",
+        "token_order",
+        "zones",
+    }
+)
 """Values of `PlanMetadata.requires` that this version can serve."""
 
 Size = Annotated[int, Field(ge=1, le=MAX_LENGTH)]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Density = Annotated[float, Field(gt=0, le=1)]
 Text = Annotated[str, Field(max_length=500)]
-Figures = Annotated[
-    Mapping[str, float],
-    AfterValidator(lambda figures: MappingProxyType(dict(figures))),
-    PlainSerializer(dict),
-]
+_READ_ONLY = (AfterValidator(lambda given: MappingProxyType(dict(given))), PlainSerializer(dict))
+_NOTHING: Any = Field(default_factory=lambda: MappingProxyType({}))
+Figures = Annotated[Mapping[str, float], *_READ_ONLY]
 """Named numbers, read-only."""
-
-
-def _no_figures() -> Mapping[str, float]:
-    return MappingProxyType({})
 
 
 def _known_order(name: str) -> str:
@@ -79,11 +84,22 @@ class ModelIdentity(_Record):
     Attributes:
         class_name: class of the transformer, such as `WanTransformer3DModel`.
         config_digest: SHA-256 of its configuration; weights are left out, so that a fine-tune or
-            a LoRA keeps the plan.
+            a LoRA keeps the plan, and how it is quantised.
+        entries: names of the configuration that the digest is of; empty in plans of versions before
+            and of models without a configuration: all of it.
     """
 
     class_name: Text
     config_digest: Text
+    entries: tuple[Text, ...] = ()
+
+    @model_serializer(mode="wrap")
+    def _written(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out `entries` where there are none: such plans keep their digests."""
+        record: dict[str, Any] = serialize(self)
+        if not self.entries:
+            record.pop("entries", None)
+        return record
 
 
 class Sampler(_Record):
@@ -110,6 +126,47 @@ class Sampler(_Record):
         if self.sigmas is not None and len(self.sigmas) != len(self.timesteps):
             raise ValueError("sigmas must be as many as timesteps")
         return self
+
+
+class FixedBy(_Record):
+    """What fixed the tokens of a plan: the arguments of the model's calls in calibration.
+
+    Attributes:
+        grid: where the plan's grid comes from: read from the `call`; given in the `settings`; or
+            not known, so that it is (1, 1, `length` of the sequence).
+        shapes: of the tensors, by argument; the first dimension, of samples, is None.
+        integers: of the arguments that are numbers, by argument.
+        coordinates: by argument, the digest of the tokens' coordinates; see `plan.coordinates`.
+    """
+
+    grid: Literal["call", "settings", "length"]
+    shapes: Annotated[Mapping[str, tuple[int | None, ...]], *_READ_ONLY] = _NOTHING
+    integers: Annotated[Mapping[str, int], *_READ_ONLY] = _NOTHING
+    coordinates: Annotated[
+        Mapping[str, Annotated[str, Field(pattern="^[0-9a-f]{16}$")]], *_READ_ONLY
+    ] = _NOTHING
+
+    def agreed(self, other: FixedBy) -> FixedBy:
+        """Return what two calls have in common."""
+        shared = {
+            name: dict(getattr(self, name).items() & getattr(other, name).items())
+            for name in ("shapes", "integers", "coordinates")
+        }
+        return self.model_copy(update=shared)
+
+    def contradicts(self, other: FixedBy) -> str | None:
+        """Say what shows that two calls lay their tokens out differently, if something does.
+
+        Of shapes that is one whose dimensions are exchanged: others may be those of a text.
+        """
+        for name, digest in self.coordinates.items():
+            if name in OF_VIDEO and other.coordinates.get(name, digest) != digest:
+                return f"other {name}"
+        for name, dims in self.shapes.items():
+            got = other.shapes.get(name, dims)
+            if dims != got and len(dims) > 3 and sorted(map(str, dims)) == sorted(map(str, got)):
+                return f"{name} of shape {got} instead of {dims}"
+        return None
 
 
 class CalibrationInputs(_Record):
@@ -235,6 +292,8 @@ class PlanMetadata(_Record):
         thresholds: numbers that the selection used, such as `A`, `C`, `k`, `rho`.
         inputs: what it was calibrated on.
         quality: figures that were measured; density that sharing and merging added.
+        fixed_by: what fixed the tokens in calibration; None for masks of the user's own, and in
+            plans of versions that did not record it.
         sites: the attention calls.
     """
 
@@ -247,9 +306,10 @@ class PlanMetadata(_Record):
     text_policy: TextPolicy = "none"
     cfg: CfgMode = "none"
     sampler: Sampler
-    thresholds: Figures = Field(default_factory=_no_figures)
+    thresholds: Figures = _NOTHING
     inputs: CalibrationInputs = CalibrationInputs(count=0, digest="")
-    quality: Figures = Field(default_factory=_no_figures)
+    quality: Figures = _NOTHING
+    fixed_by: FixedBy | None = None
     sites: Annotated[tuple[SiteRecord, ...], Field(max_length=MAX_SITES, fail_fast=True)]
 
     @model_validator(mode="after")
@@ -259,7 +319,9 @@ class PlanMetadata(_Record):
             raise ValueError("site names must be distinct")
         if not names:
             raise ValueError("a plan needs at least one site")
-        if used := features(self.token_order, self.sites) - set(self.requires):
+        if used := features(self.token_order, self.sites, self.fixed_by, self.model) - set(
+            self.requires
+        ):
             raise ValueError(f"it uses {sorted(used)} but does not require them")
         shortest = min(min(site.query_length, site.key_length) for site in self.sites)
         if self.token_order != "raster" and shortest < math.prod(self.grid):
@@ -279,6 +341,14 @@ class PlanMetadata(_Record):
             except PlanError as error:
                 raise ValueError(f"site {site.name}: {error.problem}") from error
         return self
+
+    @model_serializer(mode="wrap")
+    def _written(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out `fixed_by` where it is not known: such plans keep their digests."""
+        record: dict[str, Any] = serialize(self)
+        if self.fixed_by is None:
+            record.pop("fixed_by", None)
+        return record
 
     def copies(self, site: SiteRecord) -> RowCopies | None:
         """Return what the repetitive heads of a site copy; None if there are none.
@@ -309,7 +379,12 @@ class PlanMetadata(_Record):
         return video, position
 
 
-def features(token_order: str, sites: Iterable[SiteRecord]) -> frozenset[str]:
+def features(
+    token_order: str,
+    sites: Iterable[SiteRecord],
+    fixed_by: FixedBy | None = None,
+    model: ModelIdentity | None = None,
+) -> frozenset[str]:
     """Return what a reader of a plan must know, of `KNOWN_FEATURES`."""
     sites = tuple(sites)
     used = {
@@ -318,5 +393,7 @@ def features(token_order: str, sites: Iterable[SiteRecord]) -> frozenset[str]:
         "token_order": token_order != "raster",
         "kept_weights": any(site.weighted for site in sites),
         "zones": any(site.zones is not None for site in sites),
+        "fixed_by": fixed_by is not None,
+        "model_entries": model is not None and bool(model.entries),
     }
     return frozenset(name for name, is_used in used.items() if is_used)

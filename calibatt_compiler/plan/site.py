@@ -9,7 +9,12 @@ from functools import cached_property
 from calibatt_compiler.errors import PlanError
 from calibatt_compiler.plan.drawn import DrawnPatterns
 from calibatt_compiler.plan.pattern import BlockPattern
-from calibatt_compiler.plan.stored import PatternSize, StoredPatterns, repetitive_heads
+from calibatt_compiler.plan.stored import (
+    PatternOutline,
+    PatternSize,
+    StoredPatterns,
+    repetitive_heads,
+)
 from calibatt_compiler.plan.stored_zones import StoredZones
 from calibatt_compiler.plan.zones import ZonePattern
 
@@ -89,6 +94,12 @@ class SitePatterns:
         if isinstance(self.patterns, tuple):
             return repetitive_heads(self.patterns[index])
         return self.patterns.repetitive[index]
+
+    def outline(self, step: int) -> PatternOutline:
+        """What is known of the pattern of a diffusion step without decoding it."""
+        every = self.kept_at(step) == self.size.blocks
+        full = every and not self.weighted and not self.repetitive_at(step)
+        return PatternOutline(**vars(self.size), weighted=self.weighted, full=full)
 
     @property
     def repetitive_share(self) -> float:

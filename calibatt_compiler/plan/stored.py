@@ -72,6 +72,14 @@ class PatternSize:
         return self.heads * self.query_blocks * self.key_blocks
 
 
+@dataclass(frozen=True)
+class PatternOutline(PatternSize):
+    """What is known of a pattern without decoding it, by the names of `BlockPattern`."""
+
+    weighted: bool = False
+    full: bool = False
+
+
 def layout(size: PatternSize) -> dict[str, tuple[type[np.generic], tuple[int, ...]]]:
     """Return dtype and shape of each array that a pattern of this size may have, by name.
 

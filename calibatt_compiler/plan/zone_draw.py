@@ -63,6 +63,11 @@ def phase(step: int, seed: int = 0) -> int:
     return (reversed_bits + seed) % UNIT
 
 
+def seed_of(site: int) -> int:
+    """Return the seed of the plan's site of a number: spread evenly, as rows are."""
+    return site * ROW % (1 << 32) * UNIT >> 32
+
+
 def sample(
     octaves: npt.NDArray[np.integer], start: npt.NDArray[np.integer]
 ) -> npt.NDArray[np.bool_]:

@@ -124,6 +124,16 @@ class ZonePattern(ZoneForm):
         found = np.repeat(runs.octaves.astype(np.int8), runs.ends - runs.begins)
         return found.reshape(self.heads, self.query_blocks, self.key_blocks)
 
+    def octave_shares(self) -> npt.NDArray[np.float64]:
+        """Share of each head's blocks that has each octave, float64 (heads, 8)."""
+        runs = self.row_runs()
+        row = np.repeat(np.arange(len(runs.offsets) - 1), np.diff(runs.offsets))
+        at = row // self.query_blocks * OCTAVES + runs.octaves
+        blocks = np.bincount(at, runs.ends - runs.begins, self.heads * OCTAVES)
+        shares = blocks.reshape(self.heads, OCTAVES) / (self.query_blocks * self.key_blocks)
+        found: npt.NDArray[np.float64] = shares
+        return found
+
     @cached_property
     def _units(self) -> npt.NDArray[np.int64]:
         return self.row_runs().units()

@@ -52,6 +52,8 @@ def facts(plan: Plan) -> list[tuple[str, str]]:
         ("written by", f"{metadata.producer}, schema {metadata.schema_version}"),
         ("digest", plan.digest),
     ]
+    if said_of_zones := _zones(plan):
+        pairs.insert(-2, ("zones", said_of_zones))
     if repetition := _repetition(plan):
         pairs.insert(-2, ("repetitive heads", repetition))
     quality = dict(metadata.quality)
@@ -97,9 +99,10 @@ def terminal(plan: Plan) -> RenderableType:
     )
     tokens = math.prod(plan.grid)
     plain = all(site.query_length == site.key_length == tokens for site in plan.sites.values())
+    kind = "zones" if all(site.zones is not None for site in plan.sites.values()) else "masks"
     sites.add_column("site", overflow="fold")
     copies = ("copy",) if copying else ()
-    for name in ("heads", *copies, *(() if plain else ("tokens",)), "blocks", "masks", "mean"):
+    for name in ("heads", *copies, *(() if plain else ("tokens",)), "blocks", kind, "mean"):
         sites.add_column(name, justify="right", no_wrap=True)
     for name in ("by step", "by head", "course"):
         sites.add_column(name, no_wrap=True)
@@ -114,7 +117,7 @@ def terminal(plan: Plan) -> RenderableType:
             *(() if plain else (_pair(site.query_length, site.key_length),)),
             f"{_pair(first.query_blocks, first.key_blocks)} of "
             f"{_pair(first.block_m, first.block_n)}",
-            str(len(site.patterns)),
+            str(len(site.digests)),
             f"{np.mean(steps):.3f}",
             f"{min(steps):.2f}-{max(steps):.2f}",
             f"{heads.min():.2f}-{heads.max():.2f}",
@@ -136,15 +139,53 @@ def to_dict(plan: Plan) -> dict[str, Any]:
         "digest": plan.digest,
         "density": plan.density(),
         "metadata": plan.metadata.model_dump(mode="json", exclude={"sites"}),
-        "sites": [site.model_dump(mode="json") for site in plan.metadata.sites],
+        "sites": [
+            {**record.model_dump(mode="json"), **_zone_groups(plan.sites[record.name])}
+            for record in plan.metadata.sites
+        ],
     }
+
+
+def _zone_groups(site: SitePatterns) -> dict[str, Any]:
+    """For each step group of zones: density, and of each head numbers and blocks by octave."""
+    if site.zones is None:
+        return {}
+    groups = [
+        {
+            "density": zones.density,
+            "numbers": zones.numbers.tolist(),
+            "octaves": zones.octave_shares().round(6).tolist(),
+        }
+        for zones in site.zones.zones
+    ]
+    return {"step_groups": groups}
 
 
 def heads_density(site: SitePatterns) -> npt.NDArray[np.float64]:
     """Density of each head, mean over the steps."""
+    if site.zones is not None:
+        kept = [
+            site.zones.zones[group].kept_rows(step).sum(1)
+            for step, group in enumerate(site.zones.groups)
+        ]
+        return np.asarray(np.mean(kept, 0) / (site.size.query_blocks * site.size.key_blocks))
     shares = np.bincount(site.steps, minlength=len(site.patterns)) / len(site.steps)
     densities = np.array([head_density(pattern) for pattern in site.patterns])
     return np.asarray(shares @ densities)
+
+
+def _zones(plan: Plan) -> str:
+    """What the zones of a plan hold, in words; empty if there are none."""
+    found = [site.zones for site in plan.sites.values() if site.zones is not None]
+    if not found:
+        return ""
+    groups = {len(zones.zones) for zones in found}
+    numbers = [each.numbers for zones in found for each in zones.zones]
+    a_head = np.concatenate(numbers)
+    return (
+        f"{' or '.join(map(str, sorted(groups)))} step groups, each step draws its own sample; "
+        f"{a_head.mean():.0f} numbers a head, at most {max(map(np.sum, numbers))} a site and group"
+    )
 
 
 def _repetition(plan: Plan) -> str:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 SHADES = 16
 Bytes = npt.NDArray[np.uint8]
+Shares = npt.NDArray[np.bool_] | npt.NDArray[np.float64]
 
 
 def rgb_png(picture: Bytes) -> bytes:
@@ -20,14 +21,14 @@ def rgb_png(picture: Bytes) -> bytes:
     return _png(width, height, depth=8, kind=2, rows=rows, chunks=b"")
 
 
-def mask_png(mask: npt.NDArray[np.bool_], *, limit: int, colour: tuple[int, int, int]) -> bytes:
+def mask_png(mask: Shares, *, limit: int, colour: tuple[int, int, int]) -> bytes:
     """Draw a block mask, one pixel a block, on a transparent ground.
 
     A mask of more than `limit` blocks a side is reduced: a pixel then stands for a square of
     blocks, and its opacity for the share of them that is kept.
 
     Args:
-        mask: bool (query_blocks, key_blocks); True is drawn.
+        mask: bool (query_blocks, key_blocks), True is drawn; or opacities from 0 to 1.
         limit: most pixels a side.
         colour: red, green, blue of a kept block.
     """
@@ -41,7 +42,7 @@ def mask_png(mask: npt.NDArray[np.bool_], *, limit: int, colour: tuple[int, int,
     return _png(width, height, depth=4, kind=3, rows=rows, chunks=chunks)
 
 
-def reduced(mask: npt.NDArray[np.bool_], limit: int) -> npt.NDArray[np.float64]:
+def reduced(mask: Shares, limit: int) -> npt.NDArray[np.float64]:
     """Mean of a mask over squares, so many that neither side exceeds `limit`.
 
     Squares at the end of a row or column average over the blocks they have.

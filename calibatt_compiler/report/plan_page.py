@@ -13,6 +13,8 @@ import numpy as np
 
 from calibatt_compiler.files import write_text
 from calibatt_compiler.plan import BlockPattern, Plan
+from calibatt_compiler.plan.zone_draw import OCTAVES
+from calibatt_compiler.plan.zones import ZonePattern
 from calibatt_compiler.printable import escape, printable
 from calibatt_compiler.report import page
 from calibatt_compiler.report.inspect import facts, head_density, heads_density
@@ -61,7 +63,8 @@ def write_page(plan: Plan, path: str | os.PathLike[str], *, title: str = "Plan")
         '<div class="panel">' + page.heat_map(by_head, names, column_name="head") + "</div>",
         "<h2>Masks</h2>",
         f'<p class="soft">A row is a block of queries, a column a block of keys, a filled cell is '
-        f"computed.{_copying_note(plan)}{_reduction_note(plan)}{_steps_note(plan, steps)}</p>",
+        f"computed.{_zones_note(plan)}{_copying_note(plan)}{_reduction_note(plan)}"
+        f"{_steps_note(plan, steps)}</p>",
         _slider(steps),
         *_details(plan),
         f'<script type="application/json" id="masks">{_json(data)}</script>',
@@ -99,10 +102,17 @@ def _pictures(plan: Plan, steps: list[int]) -> dict[str, Any]:
                     "png": list(_head_pngs(pattern)),
                 }
             )
-        sites[printable(name)] = {
+        shown: dict[str, Any] = {
             "set": [wanted.index(site.steps[step]) for step in steps],
             "sets": sets,
         }
+        if site.zones is not None:
+            # The step group of each set, and for each group its heads' octaves.
+            groups = sorted({site.zones.groups[step] for step in wanted})
+            shown["group"] = [groups.index(site.zones.groups[step]) for step in wanted]
+            zones = [site.zones.zones[group] for group in groups]
+            shown["octaves"] = [list(_octave_pngs(each)) for each in zones]
+        sites[printable(name)] = shown
     return sites
 
 
@@ -119,6 +129,14 @@ def _head_pngs(pattern: BlockPattern) -> Iterator[str]:
         yield data_uri(png)[prefix:]
 
 
+def _octave_pngs(zones: ZonePattern) -> Iterator[str]:
+    """Pictures of the heads' octaves: the lower, the darker."""
+    prefix = len(data_uri(b""))
+    for octaves in zones.map_octaves():
+        png = mask_png(1 - octaves / OCTAVES, limit=PICTURE_LIMIT, colour=page.ACCENT)
+        yield data_uri(png)[prefix:]
+
+
 def _slider(steps: list[int]) -> str:
     return (
         '<div class="panel stick"><label>step <output id="step"></output> '
@@ -131,11 +149,12 @@ def _slider(steps: list[int]) -> str:
 def _details(plan: Plan) -> Iterator[str]:
     for index, (name, site) in enumerate(plan.sites.items()):
         first = site.size
+        kind = "patterns" if site.zones is None else "step groups of zones"
         yield (
             f'<details class="panel" data-site="{escape(name)}"{" open" if index < 2 else ""}>'
             f'<summary><b class="mono">{escape(name)}</b> <span class="soft">{site.heads} heads, '
             f"{first.query_blocks} x {first.key_blocks} blocks, "
-            f'{len(site.patterns)} patterns, density <span class="now"></span></span></summary>'
+            f'{len(site.digests)} {kind}, density <span class="now"></span></span></summary>'
             '<div class="masks"></div></details>'
         )
 
@@ -146,6 +165,15 @@ def _reduction_note(plan: Plan) -> str:
         return ""
     side = -(-largest // PICTURE_LIMIT)
     return f" Reduced: a pixel of the largest mask is the mean of {side} x {side} blocks."
+
+
+def _zones_note(plan: Plan) -> str:
+    if all(site.zones is None for site in plan.sites.values()):
+        return ""
+    return (
+        " Of zones the first picture is the octaves of the step's group, from blocks that are kept "
+        "for certain (darkest) to one in 128; the second is what the step draws from them."
+    )
 
 
 def _copying_note(plan: Plan) -> str:
@@ -175,7 +203,8 @@ _STYLE = """
 button { font: inherit; padding: 4px 12px; border-radius: 6px; border: 1px solid var(--line);
   background: var(--track); color: var(--ink); cursor: pointer; }
 summary { cursor: pointer; } .masks { display: flex; flex-wrap: wrap; gap: 14px; margin-top: 14px; }
-.masks figure { margin: 0; } .masks img { display: block; image-rendering: pixelated;
+.masks figure { margin: 0; } .masks img { display: inline-block; vertical-align: top;
+  margin-right: 2px; image-rendering: pixelated;
   background: var(--track); border: 1px solid var(--line); }
 @media (prefers-color-scheme: dark) { .masks img { filter: brightness(1.5); } }
 """
@@ -186,29 +215,39 @@ const sites = [...document.querySelectorAll("details[data-site]")];
 const mean = values => values.reduce((a, b) => a + b, 0) / values.length;
 function draw(details) {
   const site = data.sites[details.dataset.site];
-  const set = site.sets[site.set[Number(slider.value)]];
+  const index = site.set[Number(slider.value)];
+  const set = site.sets[index];
   details.querySelector(".now").textContent = mean(set.density).toFixed(3);
   if (!details.open) return;
   const masks = details.querySelector(".masks");
   if (!masks.children.length) {
     set.png.forEach((_, head) => {
       const figure = document.createElement("figure");
-      const picture = new Image();
-      picture.onload = () => {
-        const side = Math.max(picture.naturalWidth, picture.naturalHeight);
-        const scale = Math.max(1, Math.floor(220 / side));
-        picture.width = picture.naturalWidth * scale;
-        picture.height = picture.naturalHeight * scale;
-      };
-      figure.append(picture, document.createElement("figcaption"));
+      for (const kind of site.octaves ? ["octaves", "mask"] : ["mask"]) {
+        const picture = new Image();
+        picture.className = kind;
+        picture.onload = () => {
+          const side = Math.max(picture.naturalWidth, picture.naturalHeight);
+          const scale = Math.max(1, Math.floor(220 / side));
+          picture.width = picture.naturalWidth * scale;
+          picture.height = picture.naturalHeight * scale;
+        };
+        figure.append(picture);
+      }
+      figure.append(document.createElement("figcaption"));
       masks.append(figure);
     });
   }
   [...masks.children].forEach((figure, head) => {
-    figure.firstChild.src = "data:image/png;base64," + set.png[head];
+    const [mask, octaves] = ["mask", "octaves"].map(kind => figure.querySelector("." + kind));
+    mask.src = "data:image/png;base64," + set.png[head];
+    if (octaves) {
+      octaves.src = "data:image/png;base64," + site.octaves[site.group[index]][head];
+      octaves.alt = "octaves of " + details.dataset.site + ", head " + head;
+    }
     figure.lastChild.textContent = "head " + head + ": " + set.density[head].toFixed(3) +
       (set.copying.includes(head) ? ", copies rows" : "");
-    figure.firstChild.alt = "mask of " + details.dataset.site + ", head " + head;
+    mask.alt = "mask of " + details.dataset.site + ", head " + head;
   });
 }
 function show() {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,7 +12,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from calibatt_compiler.dynamo import options_of
 from calibatt_compiler.errors import CaptureError
+from calibatt_compiler.pinned import PinnedOptions
 from calibatt_compiler.printable import printable
 from calibatt_compiler.report.drift import Drift
 from calibatt_compiler.runtime.graph import CompiledGraph
@@ -56,31 +59,42 @@ class SiteRow:
 
 
 class GraphReport:
-    """One compiled graph: live counters of its sites.
+    """One compiled graph: live counters of its sites, which stay when the graph is gone.
 
     Attributes:
-        options: the very dict that `torch.compile` was given.
+        options: of the `torch.compile` call that compiled it.
         plan_digest: digest of the plan.
         order: what became of the plan's token order, in words; None if it is the model's.
+        watch: remembers the timesteps that the graph was given.
     """
 
     def __init__(
-        self, graph: CompiledGraph, binder: PlanBinder, options: object, order: str | None
+        self, graph: CompiledGraph, binder: PlanBinder, options: PinnedOptions, order: str | None
     ) -> None:
         self.options = options
         self.order = order
         self.plan_digest = binder.plan.digest
-        self._graph = graph
+        self.watch = binder.watch
         self._plan = binder.plan
+        # Not the graph, nor its sites: their tables go with whoever calls them.
+        self._graph = weakref.ref(graph)
+        self._counts = graph.counts
+        self._entries = {
+            name: served.counts if isinstance(served, SparseSite) else str(served)
+            for name, served in graph.entries.items()
+        }
 
     def rows(self) -> list[SiteRow]:
         """Rows of this graph as they stand now."""
         rows = []
-        for name, served in self._graph.entries.items():
-            if not isinstance(served, SparseSite):
-                dense = {f"dense: {served}": self._graph.calls}
-                rows.append(SiteRow(name, str(served), None, None, "sdpa", 0, dense))
+        graph = self._graph()
+        sites = {} if graph is None else graph.entries
+        for name, served in self._entries.items():
+            if isinstance(served, str):
+                dense = {f"dense: {served}": self._counts.calls}
+                rows.append(SiteRow(name, served, None, None, "sdpa", 0, dense))
                 continue
+            site = sites.get(name)
             dense = {kind: n for kind, n in served.calls.items() if kind.startswith("dense: ")}
             rows.append(
                 SiteRow(
@@ -92,12 +106,19 @@ class GraphReport:
                     sparse_calls=sum(served.calls.values()) - sum(dense.values()),
                     dense_calls=dense,
                     reasons=dict(served.reasons),
-                    repairs=served.repairs,
+                    repairs=site.repairs if isinstance(site, SparseSite) else served.recomputed,
                     repetitive=self._plan.sites[name].repetitive_share,
                     drift=Drift.of(self._plan, name, served.monitor),
                 )
             )
         return rows
+
+    def release_kernels(self) -> None:
+        """Free the tables of the graph, if it is still there."""
+        graph = self._graph()
+        for site in () if graph is None else graph.entries.values():
+            if isinstance(site, SparseSite):
+                site.release_kernels()
 
 
 @dataclass(frozen=True)
@@ -110,12 +131,17 @@ class Summary:
         plan_digest: digest of the plan.
         orders: how the graphs bring tokens into the plan's order, in words; empty if it is the
             model's.
+        samplers: of graphs that were given timesteps which are no steps of the plan, both lists in
+            words.
+        changed: in words, that the plan's file has become another one; None if it has not.
     """
 
     rows: tuple[SiteRow, ...]
     graphs: int
     plan_digest: str
     orders: tuple[str, ...] = ()
+    samplers: tuple[str, ...] = ()
+    changed: str | None = None
 
     @property
     def sparse_calls(self) -> int:
@@ -141,6 +167,8 @@ class Summary:
             "plan_digest": self.plan_digest,
             "graphs": self.graphs,
             "token_order": list(self.orders),
+            "samplers": list(self.samplers),
+            "changed": self.changed,
             "sparse_calls": self.sparse_calls,
             "dense_calls": dict(self.dense_calls),
             "skipped": dict(self.skipped),
@@ -163,7 +191,7 @@ class Summary:
         }
 
     def notes(self) -> list[str]:
-        """Return, in words, how tokens are brought into order, and what did not go as asked for."""
+        """Return, in words, what did not go as asked for, and how tokens are brought into order."""
         reasons: Counter[str] = Counter()
         for row in self.rows:
             reasons.update(row.reasons)
@@ -172,7 +200,9 @@ class Summary:
         )
         repairs = sum(row.repairs for row in self.rows)
         return (
-            list(self.orders)
+            ([] if self.changed is None else [self.changed])
+            + list(self.orders)
+            + list(self.samplers)
             + [f"{n} calls {why}" for why, n in dense.most_common()]
             + [f"{n} patterns by another kernel: {why}" for why, n in reasons.most_common()]
             + [f"{repairs} calls computed again: scores overflowed their softmax reference"]
@@ -250,9 +280,17 @@ _reports: WeakKeyDictionary[torch.nn.Module, list[GraphReport]] = WeakKeyDiction
 
 
 def keep_report(module: torch.nn.Module | None, report: GraphReport) -> None:
-    """Remember what was compiled for a module, for as long as the module lives."""
+    """Remember what was compiled for a module, for as long as the module lives.
+
+    Who compiles again, with other options, is done with the tables of before: Dynamo keeps the
+    graph, which has them made again if it is called after all.
+    """
     if module is not None:
-        _reports.setdefault(module, []).append(report)
+        reports = _reports.setdefault(module, [])
+        for earlier in reports:
+            if earlier.options is not report.options:
+                earlier.release_kernels()
+        reports.append(report)
 
 
 def summary(compiled: object) -> Summary:
@@ -267,7 +305,7 @@ def summary(compiled: object) -> Summary:
     compiled = getattr(compiled, "transformer", compiled)
     module = getattr(compiled, "_orig_mod", compiled)
     reports = _reports.get(module, []) if isinstance(module, torch.nn.Module) else []
-    options = _options_of(compiled)
+    options = options_of(compiled)
     if options is not None:
         reports = [report for report in reports if report.options is options] or _shared(
             type(module), options
@@ -281,7 +319,16 @@ def summary(compiled: object) -> Summary:
         )
     rows = tuple(row for report in reports for row in report.rows())
     orders = dict.fromkeys(report.order for report in reports if report.order is not None)
-    return Summary(rows, len(reports), reports[-1].plan_digest, tuple(orders))
+    samplers = dict.fromkeys(note for report in reports if (note := report.watch.note()))
+    pinned = options if isinstance(options, PinnedOptions) else reports[-1].options
+    return Summary(
+        rows,
+        len(reports),
+        reports[-1].plan_digest,
+        tuple(orders),
+        tuple(samplers),
+        pinned.changed(),
+    )
 
 
 def _shared(kind: type, options: object) -> list[GraphReport]:
@@ -296,19 +343,3 @@ def _shared(kind: type, options: object) -> list[GraphReport]:
         for report in reports
         if report.options == options
     ]
-
-
-def _options_of(compiled: object) -> object:
-    """Return the very `options` dict that a compiled module was given, if it can be seen.
-
-    It tells apart several `torch.compile` calls over one module.
-    """
-    backend = getattr(getattr(compiled, "dynamo_ctx", None), "callback", None)
-    for _ in range(8):
-        if backend is None:
-            return None
-        keywords = getattr(backend, "kwargs", None)
-        if isinstance(keywords, dict) and "options" in keywords:
-            return keywords["options"]
-        backend = getattr(backend, "_torchdynamo_orig_backend", None)
-    return None

@@ -1,7 +1,7 @@
 """Where kernels are made ahead, and how it is known that the device is done with one.
 
 On a GPU calls only queue work: a kernel whose call has returned may still be read from, minutes of
-Python later. So its memory is given back only after a mark that was queued behind its last call.
+Python later. So its memory is given back only after an event that was queued behind its last call.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ sample than a GPU does for a call with them; four get three times as much done, 
 Python's lock is held for a part of the work (`benchmarks/RESULTS.md`, Serving a large plan)."""
 
 
-class Mark(Protocol):
+class Event(Protocol):
     """A place in the queue of a device."""
 
     def synchronize(self) -> None:
         """Wait until the device has come past it."""
 
 
-class Lane(Protocol):
-    """How kernels are made beside those that compute."""
+class DeviceQueue(Protocol):
+    """What a device has to do, and how kernels are made beside it."""
 
     threads: int
     """How many threads should make coming kernels."""
@@ -35,14 +35,14 @@ class Lane(Protocol):
     def making(self) -> contextlib.AbstractContextManager[object]:
         """Make kernels within; afterwards their tables are on the device."""
 
-    def mark(self) -> Mark | None:
-        """Mark the end of what is queued now; None if nothing ever is."""
+    def record(self) -> Event | None:
+        """Record the end of what is queued now; None if nothing ever is."""
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Wait until the device has done all that is queued."""
 
 
-class HostLane:
+class HostQueue:
     """A CPU: calls return when they are done, and a thread beside them would only take turns."""
 
     threads = 0
@@ -51,15 +51,15 @@ class HostLane:
         """Do nothing."""
         return contextlib.nullcontext()
 
-    def mark(self) -> Mark | None:
+    def record(self) -> Event | None:
         """Return None."""
         return None
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Do nothing."""
 
 
-class CudaLane:
+class CudaQueue:
     """A GPU: tables are copied on a stream of their own, beneath what the others compute."""
 
     def __init__(self, device: torch.device) -> None:
@@ -79,17 +79,17 @@ class CudaLane:
             yield
         stream.synchronize()
 
-    def mark(self) -> Mark | None:
+    def record(self) -> Event | None:
         """Record an event on the current stream."""
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self._device))
         return event
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Wait for the GPU."""
         torch.cuda.synchronize(self._device)
 
 
-def lane_of(device: torch.device) -> Lane:
-    """Return the lane of a device."""
-    return CudaLane(device) if device.type == "cuda" else HostLane()
+def queue_of(device: torch.device) -> DeviceQueue:
+    """Return the queue of a device."""
+    return CudaQueue(device) if device.type == "cuda" else HostQueue()

@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from calibatt_compiler.capture import Site
-from calibatt_compiler.runtime.invocation import Sites, serving
+from calibatt_compiler.runtime.coordinates import CoordinatesReader
+from calibatt_compiler.runtime.invocation import Invocation, Sites, running
+from calibatt_compiler.runtime.token_order import Rearrangements
+
+
+@dataclass
+class GraphCounts:
+    """What a graph has done; outlives it.
+
+    Attributes:
+        calls: how often it ran: each site that was left was served dense once a run.
+    """
+
+    calls: int = 0
 
 
 class CompiledGraph:
@@ -14,19 +28,26 @@ class CompiledGraph:
 
     Attributes:
         entries: by site name, what serves it, or why it was left as stock attention.
-        calls: how often the graph ran: each left site was served dense once a run.
+        counts: what it has done.
     """
 
-    def __init__(self, compiled: Callable[..., Any], entries: Mapping[str, Site | str]) -> None:
+    def __init__(
+        self,
+        compiled: Callable[..., Any],
+        entries: Mapping[str, Site | str],
+        coordinates: CoordinatesReader | None = None,
+    ) -> None:
         self._compiled = compiled
         self.entries = dict(entries)
-        self.calls = 0
+        self.counts = GraphCounts()
+        self._coordinates = coordinates
+        self._rearrangements = Rearrangements()
         self._sites = Sites(
             {name: entry for name, entry in self.entries.items() if not isinstance(entry, str)}
         )
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the graph once."""
-        self.calls += 1
-        with serving(self._sites):
+        self.counts.calls += 1
+        with running(Invocation(self._sites, self._rearrangements, self._coordinates)):
             return self._compiled(*inputs)

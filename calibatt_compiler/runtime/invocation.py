@@ -17,11 +17,15 @@ import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from calibatt_compiler.capture import Site
 from calibatt_compiler.errors import KernelError
+from calibatt_compiler.runtime.coordinates import CoordinatesReader
+from calibatt_compiler.runtime.device_queue import Event
+from calibatt_compiler.runtime.token_order import Rearrangements
 
 _running = threading.local()
 _numbers = itertools.count(1)
@@ -43,15 +47,38 @@ class Sites(dict[str, Site]):
 _known: weakref.WeakValueDictionary[int, Sites] = weakref.WeakValueDictionary()
 
 
+@dataclass
+class Invocation:
+    """One run of a graph.
+
+    Attributes:
+        sites: what serves each name.
+        rearrangements: those of the graph.
+        coordinates: what is shown the coordinates of its tokens, if anything is.
+        timestep_copied: behind the copy of the timestep that is under way to the host, or None.
+    """
+
+    sites: Sites
+    rearrangements: Rearrangements = field(default_factory=Rearrangements)
+    coordinates: CoordinatesReader | None = None
+    timestep_copied: Event | None = None
+
+
 @contextmanager
-def serving(sites: Mapping[str, Site]) -> Iterator[None]:
-    """Let the operators that this thread runs meanwhile find their sites here."""
-    outer = getattr(_running, "sites", None)
-    _running.sites = sites if isinstance(sites, Sites) else Sites(sites)
+def running(invocation: Invocation) -> Iterator[None]:
+    """Let the operators that this thread runs meanwhile find this invocation."""
+    outer = current()
+    _running.invocation = invocation
     try:
         yield
     finally:
-        _running.sites = outer
+        _running.invocation = outer
+
+
+def current() -> Invocation | None:
+    """Return the innermost invocation of this thread."""
+    invocation: Invocation | None = getattr(_running, "invocation", None)
+    return invocation
 
 
 def sign(host: Tensor) -> Tensor:
@@ -60,7 +87,8 @@ def sign(host: Tensor) -> Tensor:
     Args:
         host: float64 (2), on the CPU.
     """
-    sites: Sites | None = getattr(_running, "sites", None)
+    invocation = current()
+    sites = None if invocation is None else invocation.sites
     host[1] = 0 if sites is None else sites.number
     host.calibatt_sites = sites  # type: ignore[attr-defined]  # a backward pass may outlive the model
     return host
@@ -73,9 +101,9 @@ def lookup(name: str, host: Tensor | None = None) -> Site:
         KernelError: no graph of ours is running, it has no such site, or it is gone.
     """
     number = 0 if host is None or host.numel() < 2 else int(host[1])
-    sites: Mapping[str, Site] | None = (
-        _known.get(number) if number else getattr(_running, "sites", None)
-    )
+    invocation = current()
+    here = None if invocation is None else invocation.sites
+    sites = _known.get(number) if number else here
     if sites is None or name not in sites:
         raise KernelError(
             "compiled code refers to an attention site that is not loaded",

@@ -8,15 +8,17 @@ while the GPU computes: they decode on the host and copy from pinned memory on t
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 from calibatt_compiler.kernels.protocol import AttentionKernel
 from calibatt_compiler.plan import Plan
-from calibatt_compiler.runtime.device_queue import Lane, Mark
-from calibatt_compiler.runtime.prefetch import Key, Upcoming, fitting
+from calibatt_compiler.runtime.device_queue import DeviceQueue, Event
+from calibatt_compiler.runtime.prefetch import CallPredictor, Key, select_resident
 
 TABLE_BUDGET = 240_000_000
 """Bytes of tables that the kernels of one graph hold on their device. What they are allocated in is
@@ -39,17 +41,18 @@ def table_budget(plan: Plan, megabytes: int | None) -> int:
 
 
 @dataclass(frozen=True)
-class Maker:
-    """What a site does for the store.
+class KernelFactory:
+    """What a site does for the cache, without holding it: a cache that is gone still lets go.
 
     Attributes:
         make: makes the kernel of a pattern in a variant, None for dense attention; called by
             several threads, perhaps at once.
-        retire: is given each kernel that is let go, after the device is done with it.
+        release: receives each kernel that is let go, after the device is done with it; called by
+            one thread at a time.
     """
 
     make: Callable[[int, Hashable], Kernel]
-    retire: Callable[[AttentionKernel], object] = lambda kernel: None
+    release: Callable[[AttentionKernel], object] = lambda kernel: None
 
 
 @dataclass
@@ -72,101 +75,128 @@ class Counts:
 @dataclass
 class _Held:
     kernel: Kernel
-    mark: Mark | None = field(default=None)
+    last_use: Event | None = None
 
 
-class KernelStore:
+@dataclass(frozen=True)
+class _Making:
+    """A kernel that is being made: when that is over, and bytes reserved for it."""
+
+    over: Future[None]
+    size: int
+
+
+class KernelCache:
     """Kernels of all sites of one graph, by site, pattern and variant.
 
+    They are made and let go outside of the lock: calls for those that are there go on.
+
     Args:
-        lane: how kernels are made ahead.
+        queue: of the device.
         budget: bytes of tables to hold.
     """
 
-    def __init__(self, lane: Lane, *, budget: int = TABLE_BUDGET) -> None:
+    def __init__(self, queue: DeviceQueue, *, budget: int = TABLE_BUDGET) -> None:
         self.budget = budget
         self.counts = Counts()
-        self._lane = lane
-        self._makers: dict[str, Maker] = {}
-        self._upcoming = Upcoming()
+        self._queue = queue
+        self._factories: dict[str, KernelFactory] = {}
+        self._predictor = CallPredictor()
         self._held: dict[Key, _Held] = {}
         self._in_use: dict[str, Key] = {}
         self._sizes: dict[Key, int] = {}
         self._largest = 0
         self._failed: set[Key] = set()
-        self._changed = threading.Condition()
-        self._making: dict[Key, int] = {}  # what is being made ahead, and bytes reserved for it
-        self._working = 0  # threads that make kernels ahead
-        self._settled = False  # whether every kernel is held: then there is nothing to make ahead
-        # Before the kernels go with the store, the device must be done with them.
-        weakref.finalize(self, lane.settle).atexit = False
+        self._making: dict[Key, _Making] = {}
+        self._lock = threading.Lock()
+        self._releasing = threading.Lock()
+        self._workers = (
+            ThreadPoolExecutor(queue.threads, "calibatt-kernels") if queue.threads else None
+        )
+        self._working = 0  # jobs that make kernels ahead
+        self._settled = False  # whether there is nothing to make ahead
+        close = weakref.finalize(self, _close, queue, self._held, self._factories)
+        close.atexit = False
 
-    def add(self, site: str, steps: Sequence[int], maker: Maker) -> None:
+    def add(self, site: str, steps: Sequence[int], factory: KernelFactory) -> None:
         """Add a site after those that are there, in the order in which the graph calls them.
 
         Args:
             site: its name.
             steps: for each diffusion step the index of its pattern.
-            maker: what makes its kernels.
+            factory: what makes its kernels.
         """
-        with self._changed:
-            self._makers[site] = maker
-            self._upcoming.add(site, steps)
+        with self._lock:
+            self._factories[site] = factory
+            self._predictor.add(site, steps)
             self._settled = False
 
-    def put(self, site: str, index: int, kernel: Kernel) -> None:
+    def insert(self, site: str, index: int, kernel: Kernel) -> None:
         """Hold a kernel that was made elsewhere: that of a pattern, in the variant None."""
-        with self._changed:
-            self._make_room(_size(kernel))
-            self._hold((site, index, None), kernel)
+        with self._lock:
+            gone = self._hold((site, index, None), kernel)
+        self._release(gone)
 
     def get(self, site: str, step: int, variant: Hashable = None) -> Kernel:
-        """Return the kernel of a site at a step, to be followed by `launched`.
+        """Return the kernel of a site at a step, to be followed by `record_use`.
 
         Args:
             site: a name that was added.
             step: the diffusion step.
-            variant: handed on to the maker.
+            variant: handed on to the factory.
 
         Raises:
-            CalibattError: what the maker raises.
+            CalibattError: what the factory raises.
         """
-        with self._changed:
-            key = self._in_use[site] = self._upcoming.call(site, step, variant)
-            self._changed.wait_for(lambda: key not in self._making)
-            if key not in self._held:
-                self._settled = False
-                self._make_room(self._sizes.get(key, self._largest))
-                self._hold(key, self._makers[site].make(key[1], key[2]))
+        with self._lock:
+            key = self._in_use[site] = self._predictor.call(site, step, variant)
+        while True:
+            with self._lock:
+                held = self._held.pop(key, None)
+                if held is not None:
+                    self._held[key] = held  # now the one used last
+                    self._make_ahead()
+                    return held.kernel
+                making = self._making.get(key)
+                if making is None:
+                    self._settled = False
+                    gone = self._reserve(key)
+            if making is not None:
+                making.over.result()
+                continue
+            kernel = self._make(key, gone)
+            with self._lock:
                 self.counts.made += 1
-            held = self._held[key] = self._held.pop(key)  # now the one used last
-            # One a call: a call asks for about one kernel more.
-            if not self._settled and self._working < self._lane.threads:
-                self._working += 1
-                threading.Thread(
-                    target=_work, args=(weakref.ref(self),), name="calibatt-kernels", daemon=True
-                ).start()
-            return held.kernel
+                self._make_ahead()
+            return kernel
 
-    def launched(self, site: str) -> None:
-        """Take note that the kernel which a site got last was called."""
-        mark = self._lane.mark()
-        with self._changed:
+    def record_use(self, site: str) -> None:
+        """Record that the kernel which a site got last was called."""
+        event = self._queue.record()
+        with self._lock:
             held = self._held.get(self._in_use[site])
             if held is not None:
-                held.mark = mark
+                held.last_use = event
                 return
-        if mark is not None:  # another thread's calls have made it go: it ends with this call
-            mark.synchronize()
+        if event is not None:  # another thread's calls have made it go: it ends with this call
+            event.synchronize()
 
     def held(self, site: str) -> list[AttentionKernel]:
         """Return the kernels of a site that are there now."""
-        with self._changed:
+        with self._lock:
             return [
                 held.kernel
                 for (name, *_), held in self._held.items()
                 if name == site and held.kernel is not None
             ]
+
+    def clear(self) -> None:
+        """Let all kernels go; a call that comes after all has them made again."""
+        with self._lock:
+            gone = list(self._held.items())
+            self._held.clear()
+            self._settled = True  # none is made ahead until there is a call
+        self._release(gone)
 
     @property
     def bytes(self) -> int:
@@ -175,51 +205,80 @@ class KernelStore:
 
     def make_one_ahead(self) -> bool:
         """Make the next kernel that is not there and fits; return whether there was one."""
-        with self._changed:
+        with self._lock:
             wanted, everything = self._wanted()
             there = (self._held, self._failed, self._making)
-            key = next((k for k in wanted if not any(k in some for some in there)), None)
+            missing = () if self._settled else wanted
+            key = next((k for k in missing if not any(k in some for some in there)), None)
             if key is None:
-                self._settled = everything and not self._making
+                self._settled |= everything and not self._making
                 self._working -= 1
                 return False
-            size = self._sizes.get(key, self._largest)
-            gone = self._victims(size, keep=set(wanted))
-            self._making[key] = size
-        kernel, failed = None, False
+            gone = self._reserve(key, keep=set(wanted))
         try:
-            self._retire(gone)
-            with self._lane.making():
-                kernel = self._makers[key[0]].make(key[1], key[2])
+            self._make(key, gone, ahead=True)
         except Exception:
             # Whatever it is: a call may be waiting. It makes the kernel anew, and raises then.
-            failed = True
-        with self._changed:
-            del self._making[key]
-            if failed:
+            with self._lock:
                 self._failed.add(key)
-            else:
-                self.counts.ahead += 1
-                self._note(key, kernel)
-                if self._held and self.bytes + self._sizes[key] > self.budget:
-                    # Larger than was expected, or calls and other threads have made some, too.
-                    self._retire([(key, _Held(kernel))])
-                    self.counts.evicted += 1
-                else:
-                    self._hold(key, kernel)
-            self._changed.notify_all()
         return True
 
+    def _make_ahead(self) -> None:
+        # One a call: a call asks for about one kernel more.
+        if self._workers is not None and not self._settled and self._working < self._queue.threads:
+            self._working += 1
+            _submit(self._workers, weakref.ref(self))
+
     def _wanted(self) -> tuple[list[Key], bool]:
-        return fitting(self._upcoming.following(), self._sizes, self._largest, self.budget)
+        uses = self._predictor.next_uses()
+        return select_resident(uses, self._sizes, self._largest, self.budget)
 
-    def _make_room(self, size: int) -> None:
-        """Let go what is used last, so that as many bytes fit: for a call that can't wait."""
-        self._retire(self._victims(size, keep=set()))
+    def _reserve(self, key: Key, keep: Collection[Key] = ()) -> list[tuple[Key, _Held]]:
+        """Reserve memory for a kernel; return what has to go for it."""
+        size = self._sizes.get(key, self._largest)
+        gone = self._victims(size, keep)
+        self._making[key] = _Making(Future(), size)
+        return gone
 
-    def _victims(self, size: int, keep: set[Key]) -> list[tuple[Key, _Held]]:
+    def _make(self, key: Key, gone: list[tuple[Key, _Held]], *, ahead: bool = False) -> Kernel:
+        """Make a kernel for which memory is reserved, after others are gone; hold it."""
+        try:
+            self._release(gone)
+            with self._queue.making() if ahead else contextlib.nullcontext():
+                kernel = self._factories[key[0]].make(key[1], key[2])
+        except BaseException:
+            with self._lock:
+                self._making.pop(key).over.set_result(None)
+            raise
+        with self._lock:
+            over = self._making.pop(key).over
+            gone = self._hold(key, kernel, ahead=ahead)
+            over.set_result(None)
+        self._release(gone)
+        return kernel
+
+    def _hold(self, key: Key, kernel: Kernel, *, ahead: bool = False) -> list[tuple[Key, _Held]]:
+        """Hold a kernel; return what has to go because it is larger than expected."""
+        size = self._sizes[key] = 0 if kernel is None else kernel.table_bytes
+        self._largest = max(self._largest, size)
+        if ahead:
+            self.counts.ahead += 1
+            if self._excess(size) > 0 and (self._held or self._making):
+                self.counts.evicted += 1
+                return [(key, _Held(kernel))]
+        gone = self._victims(size)
+        self._held[key] = _Held(kernel)
+        self.counts.peak = max(self.counts.peak, self.bytes)
+        return gone
+
+    def _excess(self, size: int) -> int:
+        """Bytes over the budget with a kernel of a size."""
+        reserved = sum(making.size for making in self._making.values())
+        return self.bytes + reserved + size - self.budget
+
+    def _victims(self, size: int, keep: Collection[Key] = ()) -> list[tuple[Key, _Held]]:
         """Take kernels out, those used last first, so that `size` bytes fit."""
-        excess = self.bytes + sum(self._making.values()) + size - self.budget
+        excess = self._excess(size)
         if excess <= 0:
             return []
         wanted = self._wanted()[0]
@@ -237,33 +296,36 @@ class KernelStore:
                 self._settled = False
         return gone
 
-    def _retire(self, gone: list[tuple[Key, _Held]]) -> None:
-        """Wait until the device is done with kernels, and forget them."""
+    def _release(self, gone: Iterable[tuple[Key, _Held]]) -> None:
+        """Wait until the device is done with kernels, and let them go."""
         for key, held in gone:
-            if held.mark is not None:
-                held.mark.synchronize()
+            if held.last_use is not None:
+                held.last_use.synchronize()
             if held.kernel is not None:
                 # On the stream for copies: what a site reads there must not wait for the others.
-                with self._lane.making():
-                    self._makers[key[0]].retire(held.kernel)
-            held.kernel = None
-
-    def _note(self, key: Key, kernel: Kernel) -> None:
-        """Remember the size of a kernel."""
-        self._sizes[key] = _size(kernel)
-        self._largest = max(self._largest, self._sizes[key])
-
-    def _hold(self, key: Key, kernel: Kernel) -> None:
-        self._note(key, kernel)
-        self._held[key] = _Held(kernel)
-        self.counts.peak = max(self.counts.peak, self.bytes)
+                with self._releasing, self._queue.making():
+                    self._factories[key[0]].release(held.kernel)
+                held.kernel = None  # its memory is for the next one, which callers make now
 
 
-def _size(kernel: Kernel) -> int:
-    return 0 if kernel is None else kernel.table_bytes
+def _close(
+    queue: DeviceQueue, held: dict[Key, _Held], factories: Mapping[str, KernelFactory]
+) -> None:
+    """Let go what a cache that is gone has held: before that the device must be done with it."""
+    queue.synchronize()
+    for key, one in held.items():
+        if one.kernel is not None:
+            factories[key[0]].release(one.kernel)
+    held.clear()
 
 
-def _work(reference: weakref.ref[KernelStore]) -> None:
-    """Make kernels ahead until none is missing, or the graph is gone."""
-    while (store := reference()) is not None and store.make_one_ahead():
-        del store
+def _work(reference: weakref.ref[KernelCache], workers: ThreadPoolExecutor) -> None:
+    """Make a kernel ahead, and then the next, until none is missing or the graph is gone."""
+    cache = reference()
+    if cache is not None and cache.make_one_ahead():
+        _submit(workers, reference)
+
+
+def _submit(workers: ThreadPoolExecutor, cache: weakref.ref[KernelCache]) -> None:
+    with contextlib.suppress(RuntimeError):  # the interpreter is about to end
+        workers.submit(_work, cache, workers)

@@ -8,7 +8,10 @@ in their result.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +19,9 @@ from torch import Tensor
 
 from calibatt_compiler.errors import KernelError
 from calibatt_compiler.plan.order import TokenOrder
-from calibatt_compiler.runtime.invocation import lookup, sign
+from calibatt_compiler.runtime.invocation import current, lookup, sign
 from calibatt_compiler.runtime.timestep import read, send
-from calibatt_compiler.runtime.token_order import laid_out
+from calibatt_compiler.runtime.token_order import Rearrangements
 
 
 @torch.library.custom_op("calibatt::host_timestep", mutates_args=())
@@ -42,6 +45,38 @@ def _(timestep: Tensor) -> Tensor:
 host_timestep.register_autograd(lambda ctx, gradient: None)
 
 
+@torch.library.custom_op("calibatt::host_timestep_of", mutates_args=())
+def host_timestep_of(timestep: Tensor, coordinates: Sequence[Tensor], names: str) -> Tensor:
+    """Return what `host_timestep` does, after a look at where the tokens of the call stand.
+
+    Args:
+        timestep: as in `host_timestep`.
+        coordinates: of the tokens; see `runtime.coordinates`.
+        names: of the arguments that they are, with commas between them.
+
+    Returns:
+        As `host_timestep`.
+    """
+    invocation = current()
+    reader = None if invocation is None else invocation.coordinates
+    found = [] if reader is None else map(reader.read, names.split(","), coordinates)
+    return sign(send(timestep, [fits for fits in found if fits is not None]))
+
+
+@host_timestep_of.register_fake
+def _(timestep: Tensor, coordinates: Sequence[Tensor], names: str) -> Tensor:
+    return torch.empty(2, dtype=torch.float64, device="cpu")
+
+
+def _keep_count(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.count = len(inputs[1])
+
+
+host_timestep_of.register_autograd(
+    lambda ctx, gradient: (None, [None] * ctx.count, None), setup_context=_keep_count
+)
+
+
 @torch.library.custom_op("calibatt::token_order", mutates_args=())
 def token_order(
     like: Tensor, order: str, grid: Sequence[int], length: int, first: int, inverse: bool
@@ -60,7 +95,10 @@ def token_order(
         int32 (length): the token for each place.
     """
     frames, height, width = grid
-    found = laid_out(TokenOrder.parse(order), (frames, height, width), length, first, like.device)
+    invocation = current()
+    kept = Rearrangements() if invocation is None else invocation.rearrangements
+    parsed = TokenOrder.parse(order)
+    found = kept.laid_out(parsed, (frames, height, width), length, first, like.device)
     assert found is not None, "the pass permutes only what has another order"
     # A copy: the memory of an operator's result may be used again.
     return (found.positions if inverse else found.tokens).clone()
@@ -190,3 +228,9 @@ def _no_second(ctx: Any, *grads: Tensor) -> None:
 
 attention.register_autograd(_backward, setup_context=_save)
 attention_backward.register_autograd(_no_second)
+
+
+@functools.cache
+def operators_digest() -> str:
+    """SHA-256 (hex) of this file; code compiled for other operators than these is not taken."""
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()

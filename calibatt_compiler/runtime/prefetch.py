@@ -13,7 +13,7 @@ Key = tuple[str, int, Hashable]
 """One kernel: site, index of the pattern, and which variant of it (such as a text length)."""
 
 
-class Upcoming:
+class CallPredictor:
     """Follows the calls of a sampler and tells what comes next."""
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class Upcoming:
         self._steps[site] = steps
 
     def call(self, site: str, step: int, variant: Hashable = None) -> Key:
-        """Take note of a call and return its kernel."""
+        """Record a call and return its kernel."""
         place = self._place[site]
         if step != self._step:
             if self._step >= 0:
@@ -49,7 +49,7 @@ class Upcoming:
         self._variant[site] = variant
         return self._key(site, step)
 
-    def following(self) -> Iterator[Key]:
+    def next_uses(self) -> Iterator[Key]:
         """Kernels in the order of their next use, the one in use first, none twice.
 
         After the passes of this step come the other steps, and at last this one in another video:
@@ -76,21 +76,21 @@ class Upcoming:
         return site, self._steps[site][max(0, step)], self._variant.get(site)
 
 
-def fitting(
-    following: Iterable[Key], sizes: Mapping[Key, int], unknown: int, budget: int
+def select_resident(
+    next_uses: Iterable[Key], sizes: Mapping[Key, int], unknown: int, budget: int
 ) -> tuple[list[Key], bool]:
     """Return as many of the next kernels as fit into memory, and whether these are all.
 
-    The first is always among them.
+    Belady's rule: what is used last is what goes. The first is always among them.
 
     Args:
-        following: in the order of their next use.
+        next_uses: in the order of their next use.
         sizes: bytes of those that are known.
         unknown: bytes to expect of others.
         budget: bytes that all may take.
     """
     found: list[Key] = []
-    for key in following:
+    for key in next_uses:
         budget -= sizes.get(key, unknown)
         if budget < 0 and found:
             return found, False

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Hashable
-from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from calibatt_compiler.capture import Recorder
+from calibatt_compiler.errors import PlanMismatchError
 from calibatt_compiler.kernels.common.dense import dense_attention
 from calibatt_compiler.kernels.gradients import attention_gradients
-from calibatt_compiler.kernels.protocol import AttentionKernel
-from calibatt_compiler.options import Lowering, Softmax
+from calibatt_compiler.kernels.request import KernelSettings
+from calibatt_compiler.options import OnMismatch
 from calibatt_compiler.plan import Plan
 from calibatt_compiler.plan.text import other_text
-from calibatt_compiler.runtime.device_queue import lane_of
-from calibatt_compiler.runtime.kernel_cache import KernelStore, Maker
+from calibatt_compiler.runtime.device_queue import queue_of
+from calibatt_compiler.runtime.kernel_cache import KernelCache, KernelFactory
 from calibatt_compiler.runtime.monitor import KeptMassMonitor
-from calibatt_compiler.runtime.site_kernels import SiteKernels
-from calibatt_compiler.runtime.token_order import Rearrangement, attend_in_order, rearrangement
+from calibatt_compiler.runtime.sampler_watch import SamplerWatch
+from calibatt_compiler.runtime.site_counts import SiteCounts
+from calibatt_compiler.runtime.site_kernels import SiteKernelFactory
+from calibatt_compiler.runtime.timestep import OTHER_TOKENS
+from calibatt_compiler.runtime.token_order import Rearrangement, Rearrangements, attend_in_order
 
 DENSE_OUTSIDE = "dense: timestep outside the plan's range"
+DENSE_FOREIGN = "dense: no timestep so far is one of the plan's range"
 DENSE_MIXED = "dense: samples of one batch at different timesteps"
 DENSE_LENGTH = "dense: a sequence that is not the plan's video with text"
+DENSE_TOKENS = "dense: tokens that are not laid out as the plan's"
 DENSE_FULL = "dense: the plan keeps every block"
 
 
@@ -38,17 +41,15 @@ class SparseSite:
     Args:
         plan: the plan.
         name: of the site.
-        lowering: as in `CompileOptions`.
-        device: of the operands.
-        dtype: of the operands.
-        head_dim: of the operands.
-        hopper: as in `CompileOptions`.
-        softmax: as in `CompileOptions`.
+        settings: what its kernels have in common.
         monitor: as in `CompileOptions`.
-        kernels: where the kernels of the graph are held; default: a store of its own.
+        on_mismatch: as in `CompileOptions`.
+        watch: what remembers the timesteps of the graph; None: they are not compared.
+        kernels: where the kernels of the graph are held; default: a cache of its own.
 
     Attributes:
-        calls: calls by kind of kernel; dense calls by their reason, one of the `DENSE_` texts.
+        counts: what was served.
+        calls: these by kind of kernel; dense calls by their reason, one of the `DENSE_` texts.
         monitor: what watches the attention mass kept; None if nothing does.
 
     Raises:
@@ -59,36 +60,34 @@ class SparseSite:
         self,
         plan: Plan,
         name: str,
+        settings: KernelSettings,
         *,
-        lowering: Lowering,
-        device: torch.device,
-        dtype: torch.dtype,
-        head_dim: int,
-        hopper: bool = True,
-        softmax: Softmax = "auto",
         monitor: int = 0,
-        kernels: KernelStore | None = None,
+        on_mismatch: OnMismatch = "dense",
+        watch: SamplerWatch | None = None,
+        kernels: KernelCache | None = None,
     ) -> None:
         self._plan = plan
         self._name = name
         self._site = plan.sites[name]
         self._steps = self._site.steps
-        self._device = device
-        self._made = SiteKernels(
-            plan, name, lowering, device, dtype, head_dim, hopper=hopper, softmax=softmax
-        )
-        self._served: dict[int, _Served] = {}
-        self.calls: Counter[str] = Counter()
+        self._device = settings.device
+        self._on_mismatch = on_mismatch
+        self._watch = watch
+        self._rearrangements = Rearrangements()
+        self._made = SiteKernelFactory(plan, name, settings)
         # What a weighted sample keeps is no measure of how well it serves.
         watched = monitor and not self._site.weighted
         self.monitor = KeptMassMonitor(name, monitor) if watched else None
-        self._kernels = KernelStore(lane_of(device)) if kernels is None else kernels
-        first = next((index for index in self._steps if not self._made.is_dense(index)), None)
+        self.counts = SiteCounts(self._site, self._made.dense, self.monitor)
+        self.calls = self.counts.calls
+        self._kernels = KernelCache(queue_of(settings.device)) if kernels is None else kernels
+        first = next((index for index in self._steps if index not in self._made.dense), None)
         kernel = None if first is None else self._made.make(first, None)
-        self._kernels.add(name, self._steps, Maker(self._made.make, self._made.retire))
+        self._kernels.add(name, self._steps, KernelFactory(self._made.make, self.counts.release))
         if first is not None and kernel is not None:
-            self._kernels.put(name, first, kernel)
-            self._note(first, kernel)
+            self._kernels.insert(name, first, kernel)
+            self.counts.note(first, kernel)
 
     def attend(
         self,
@@ -117,11 +116,11 @@ class SparseSite:
             return dense_attention(q, k, v, scale)
         self.calls[kernel.kind] += 1
         if variant is None:
-            self._note(self._steps[step], kernel)
+            self.counts.note(self._steps[step], kernel)
         as_is = ordered or (variant is None and self._made.is_full(self._steps[step]))
         orders = [None if as_is else self._rearrangement(length) for length in lengths]
         out = attend_in_order(kernel, q, k, v, scale, (orders[0], orders[1]))
-        self._kernels.launched(self._name)
+        self._kernels.record_use(self._name)
         if self.monitor is not None and self.monitor.due():
             index = self._steps[step]
             self.monitor.sample(
@@ -163,14 +162,53 @@ class SparseSite:
         return (dq, dk, dv) if of_keys is None else (dq, of_keys.undo(dk), of_keys.undo(dv))
 
     def _step(self, timestep: float, lengths: tuple[int, int]) -> int | str:
-        """Return the step whose pattern serves a call, or why it is dense."""
+        """Return the step whose pattern serves a call, or why it is dense.
+
+        Raises:
+            PlanMismatchError: if asked to, where tokens or sampler are not the plan's.
+        """
+        if timestep == OTHER_TOKENS:
+            if self._on_mismatch == "error":
+                frames, height, width = self._plan.grid
+                raise PlanMismatchError(
+                    f"the plan does not fit a call of {self._name}",
+                    expected=f"tokens laid out as in calibration, {frames} x {height} x {width}",
+                    got=DENSE_TOKENS.removeprefix("dense: "),
+                    remedy='calibrate for this size, or pass on_mismatch="dense" to run it dense',
+                )
+            return DENSE_TOKENS
         step = self._plan.step_of(timestep)
-        if step is None:
-            return DENSE_MIXED if math.isnan(timestep) else DENSE_OUTSIDE
+        if (reason := self._unserved(step, timestep)) is not None:
+            return reason
+        assert step is not None
         return step if self._serves(lengths) else DENSE_LENGTH
 
+    def _unserved(self, step: int | None, timestep: float) -> str | None:
+        """Return why no step serves a timestep, None if one does.
+
+        Raises:
+            PlanMismatchError: if asked to, where no timestep so far is of the plan's range.
+        """
+        if math.isnan(timestep):
+            return DENSE_MIXED
+        reason = DENSE_OUTSIDE if step is None else None
+        if self._watch is None:
+            return reason
+        self._watch.see(timestep)
+        if self._watch.overlaps or (reason is None and self._watch.fits(timestep)):
+            return reason
+        if self._on_mismatch == "error":
+            raise PlanMismatchError(
+                "the plan does not fit the sampler",
+                expected=self._watch.range(),
+                got=self._watch.seen(),
+                remedy="give each transformer of the pipeline its own plan (those of Wan 2.2 take "
+                'turns), calibrate with this sampler, or pass on_mismatch="dense"',
+            )
+        return reason or DENSE_FOREIGN
+
     def _rearrangement(self, length: int) -> Rearrangement | None:
-        return rearrangement(
+        return self._rearrangements.of(
             self._plan.token_order,
             self._plan.grid,
             length,
@@ -191,51 +229,15 @@ class SparseSite:
         planned = (self._site.query_length, self._site.key_length)
         return None if self._plan.text_position is None or lengths == planned else lengths
 
-    def _note(self, index: int, kernel: AttentionKernel) -> None:
-        self._served[index] = _Served(kernel.kind, kernel.density, kernel.reason)
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """Kinds of kernel that serve the site, as far as they were made, without repetition."""
-        kinds = [
-            "sdpa" if self._made.is_dense(index) else self._served[index].kind
-            for index in dict.fromkeys(self._steps)
-            if self._made.is_dense(index) or index in self._served
-        ]
-        return tuple(dict.fromkeys(kinds))
-
-    @property
-    def reasons(self) -> Counter[str]:
-        """Why another kernel than the one asked for serves, by number of patterns."""
-        return Counter(
-            served.reason for served in self._served.values() if served.reason is not None
-        )
-
     @property
     def repairs(self) -> int:
         """Calls computed again because a fixed softmax reference overflowed; waits for the GPU."""
         kernels = self._kernels.held(self._name)
-        return self._made.repaired + sum(getattr(kernel, "repairs", 0) for kernel in kernels)
+        return self.counts.recomputed + sum(kernel.repairs for kernel in kernels)
 
-    @property
-    def computed_density(self) -> float:
-        """Blocks that the kernels compute / all blocks, mean over steps.
-
-        Patterns that have not served yet count with their own density.
-        """
-        densities = [
-            self._served[index].density if index in self._served else self._site.density_at(step)
-            for step, index in enumerate(self._steps)
-        ]
-        return sum(densities) / len(densities)
-
-
-class _Served(NamedTuple):
-    """What is known of a kernel after it is gone."""
-
-    kind: str
-    density: float
-    reason: str | None
+    def release_kernels(self) -> None:
+        """Free the tables of the whole graph; calls that come after all have them made again."""
+        self._kernels.clear()
 
 
 class RecordingSite:

@@ -8,44 +8,52 @@ queued, and the host waits for it at the first site only: what lies before that 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-_pending: dict[int, torch.cuda.Event] = {}
-# Copies under way: the event behind each, by the address that it goes to. What is done is forgotten
-# at the next one.
+from calibatt_compiler.runtime.invocation import current
+
+OTHER_TOKENS = math.inf
+"""Stands for the timestep of a forward pass whose tokens are not where the plan's are."""
 
 
-def send(timestep: Tensor) -> Tensor:
+def send(timestep: Tensor, fits: Sequence[Tensor] = ()) -> Tensor:
     """Return float64 (2) on the CPU: will hold the diffusion timestep, see `read`, and one more.
 
     A timestep per token (the conditioning frames at zero) stands for its greatest value. Samples
-    of one batch at different timesteps have no common step: NaN.
+    of one batch at different timesteps have no common step: NaN. Where the tokens are not the
+    plan's, it is `OTHER_TOKENS`: so one copy tells both.
 
     Args:
         timestep: any shape, any dtype, one entry a sample on the first dimension.
+        fits: boolean scalars, whether the tokens are the plan's.
     """
     values = timestep.detach().to(torch.float64)
     if values.dim() > 0:
         by_sample = values.reshape(values.shape[0], -1).amax(1)
         values = by_sample[0].where((by_sample == by_sample[0]).all(), math.nan)
-    if values.device.type != "cuda":
+    for each in fits:
+        values = values.where(each.to(values.device), OTHER_TOKENS)
+    invocation = current()
+    if values.device.type != "cuda" or invocation is None:
         return torch.stack([values.to("cpu"), torch.zeros_like(values, device="cpu")])
     host = torch.zeros(2, dtype=torch.float64, pin_memory=True)
     host[0].copy_(values, non_blocking=True)
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record(torch.cuda.current_stream(values.device))
-    for address, earlier in list(_pending.items()):
-        if earlier.query():  # type: ignore[no-untyped-call]
-            _pending.pop(address, None)
-    _pending[host.data_ptr()] = event
+    invocation.timestep_copied = event
     return host
 
 
 def read(host: Tensor) -> float:
-    """Return the value of what `send` returned, once it is there."""
-    event = _pending.pop(host.data_ptr(), None)
-    if event is not None:
-        event.synchronize()
+    """Return the value of what `send` returned, once it is there.
+
+    It is waited for in the run of a graph that it was sent in: what comes later finds it there.
+    """
+    invocation = current()
+    if invocation is not None and invocation.timestep_copied is not None:
+        invocation.timestep_copied.synchronize()
+        invocation.timestep_copied = None
     return float(host.view(-1)[0])

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from calibatt_compiler.kernels.common.uploads import DeviceTableCache, Uploaded
 from calibatt_compiler.kernels.protocol import AttentionKernel, ReorderingKernel
 from calibatt_compiler.plan.order import TokenOrder
 
@@ -19,11 +19,13 @@ class Rearrangement:
     Attributes:
         tokens: int32 (length), the model's index of the token at each position.
         positions: int32 (length), the position of each of the model's tokens.
+        uploaded: behind their copies.
     """
 
     def __init__(self, tokens: np.ndarray[tuple[int], np.dtype[np.int64]], device: torch.device):
         self.tokens = torch.from_numpy(tokens.astype(np.int32)).to(device)
         self.positions = torch.from_numpy(np.argsort(tokens).astype(np.int32)).to(device)
+        self.uploaded = Uploaded(device)
 
     def apply(self, x: Tensor) -> Tensor:
         """Return x (B, H, S, D) in this order, laid out as contiguous (B, S, H, D)."""
@@ -34,37 +36,52 @@ class Rearrangement:
         return x.transpose(1, 2).index_select(1, self.positions).transpose(1, 2)
 
 
-def rearrangement(
-    order: TokenOrder,
-    grid: tuple[int, int, int],
-    length: int,
-    *,
-    text_first: bool,
-    device: torch.device,
-) -> Rearrangement | None:
-    """Return how to lay out sequences of a length, or None if they are as they should be.
-
-    Args:
-        order: of the grid's tokens.
-        grid: tokens (frames, height, width).
-        length: tokens of a sequence, text included; text stays where it is.
-        text_first: whether text stands before the video.
-        device: of the operands.
-    """
-    return laid_out(order, grid, length, length - math.prod(grid) if text_first else 0, device)
+_shared: DeviceTableCache[Rearrangement] = DeviceTableCache()
 
 
-@functools.lru_cache(maxsize=64)
-def laid_out(
-    order: TokenOrder,
-    grid: tuple[int, int, int],
-    length: int,
-    first: int,
-    device: torch.device,
-) -> Rearrangement | None:
-    """As `rearrangement`, for a video that begins at place `first` of a sequence."""
-    tokens = order.tokens(grid, length=length, first=first)
-    return None if tokens is None else Rearrangement(tokens, device)
+class Rearrangements:
+    """Rearrangements for as long as this lives; equal ones of several such are the same."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[object, ...], Rearrangement | None] = {}
+
+    def of(
+        self,
+        order: TokenOrder,
+        grid: tuple[int, int, int],
+        length: int,
+        *,
+        text_first: bool,
+        device: torch.device,
+    ) -> Rearrangement | None:
+        """Return how to lay out sequences of a length, or None if they are as they should be.
+
+        Args:
+            order: of the grid's tokens.
+            grid: tokens (frames, height, width).
+            length: tokens of a sequence, text included; text stays where it is.
+            text_first: whether text stands before the video.
+            device: of the operands.
+        """
+        first = length - math.prod(grid) if text_first else 0
+        return self.laid_out(order, grid, length, first, device)
+
+    def laid_out(
+        self,
+        order: TokenOrder,
+        grid: tuple[int, int, int],
+        length: int,
+        first: int,
+        device: torch.device,
+    ) -> Rearrangement | None:
+        """Do as `of`, for a video that begins at place `first` of a sequence."""
+        key = (order, grid, length, first, device)
+        if key not in self._made:
+            tokens = order.tokens(grid, length=length, first=first)
+            self._made[key] = (
+                None if tokens is None else _shared.get(key, lambda: Rearrangement(tokens, device))
+            )
+        return self._made[key]
 
 
 def attend_in_order(

@@ -9,15 +9,14 @@ a few blocks is taken where `calibatt build` has made it before.
 from __future__ import annotations
 
 from concurrent.futures import CancelledError, Future, TimeoutError
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from calibatt_compiler.errors import KernelError
 from calibatt_compiler.kernels.baked.cache import (
     CacheEntry,
-    Target,
     find_entry,
     get_entry,
     is_compiled,
@@ -31,117 +30,111 @@ from calibatt_compiler.kernels.baked.compiler import (
     shared_compiler,
 )
 from calibatt_compiler.kernels.baked.cover import EXACT, WIDENED, CoverLimits
-from calibatt_compiler.kernels.common.operands import check_operands, empty_output
-from calibatt_compiler.kernels.common.row_copies import DeviceCopies
+from calibatt_compiler.kernels.common.operands import (
+    check_operands,
+    check_specialisation,
+    empty_output,
+)
 from calibatt_compiler.kernels.hopper.launch import HopperConfig
 from calibatt_compiler.kernels.portable.attention import TableAttention
 from calibatt_compiler.kernels.portable.launch import (
     DeviceKernel,
-    LaunchConfig,
-    Softmax,
     aligned,
     call_arguments,
     grid,
     key_sources,
     on_device,
 )
+from calibatt_compiler.kernels.protocol import AttentionKernel
+from calibatt_compiler.kernels.request import KernelRequest, Target
+from calibatt_compiler.kernels.tiered import Tier, TieredKernel
 from calibatt_compiler.logs import logger
 from calibatt_compiler.plan.pattern import BlockPattern
+
+if TYPE_CHECKING:
+    from calibatt_compiler.kernels.hopper.attention import HopperAttention
 
 log = logger("kernels")
 
 
-class _Table(Protocol):
-    """The kernel that serves until the generated one does."""
+def baked_attention(
+    request: KernelRequest[BlockPattern],
+    target: Target = "portable",
+    *,
+    limits: CoverLimits | None = None,
+    compiler: KernelCompiler | None = None,
+    reason: str | None = None,
+) -> TieredKernel:
+    """Return block-sparse attention by a generated kernel, by tables until that is compiled.
 
-    arch: int
-
-    @property
-    def config(self) -> LaunchConfig | HopperConfig:
-        """What it is specialised on."""
-
-    @property
-    def table_bytes(self) -> int: ...
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
-        """Attend."""
-
-
-class _Generated(Protocol):
-    """A generated kernel, and whether it has been launched."""
-
-    launched: bool
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
-        """Attend."""
+    Arguments as in `BakedTier` and `TieredKernel`.
+    """
+    baked = BakedTier(request, target, limits=limits, compiler=compiler)
+    return TieredKernel([baked, Tier(lambda: baked.table)], reason)
 
 
-class BakedAttention:
-    """Block-sparse attention by a generated kernel; by the table kernel until that is compiled.
+class BakedTier(Tier):
+    """A generated kernel, which is being compiled.
 
     Args:
-        pattern: which blocks to attend.
-        device: "cuda", or "cpu" under the Triton interpreter, where nothing is compiled.
-        dtype: of q, k and v.
-        head_dim: elements a head.
+        request: what to serve, without weights and pooled keys; on a CPU, under the Triton
+            interpreter, where nothing is compiled.
+        target: whose kernels and tables to take.
         limits: make a cover within these now, and its kernel in the background. Default: take what
             `calibatt build` has made, else have a kernel of the exact mask made.
         compiler: who compiles; default the process's own.
-        hopper: take the Hopper kernel and its tables instead of the portable ones.
-        softmax: as in `CompileOptions`; "fixed" insists on a fixed reference.
 
     Attributes:
         pattern: what is really attended: the covered mask.
         added_density: blocks that the cover adds / all blocks.
-        reason: why no baked kernel serves and none will, or None.
+        table: serves the same pattern by tables.
 
     Raises:
-        KernelError: dtype or head dim that no portable kernel takes.
+        KernelError: dtype or head dim that the table kernel does not take.
     """
 
     def __init__(
         self,
-        pattern: BlockPattern,
+        request: KernelRequest[BlockPattern],
+        target: Target = "portable",
         *,
-        device: torch.device,
-        dtype: torch.dtype,
-        head_dim: int,
         limits: CoverLimits | None = None,
         compiler: KernelCompiler | None = None,
-        hopper: bool = False,
-        softmax: Softmax = "auto",
     ) -> None:
-        self.pattern = pattern
+        super().__init__()
+        self.pattern = pattern = request.pattern
+        assert not pattern.weighted, "generated source has no weights"
+        assert not pattern.pooled, "generated source has no pooled keys"
         self.added_density = 0.0
-        self.reason: str | None = None
-        self._baked: _Generated | None = None
-        self._target: Target = "hopper" if hopper else "portable"
+        self._target: Target = target
         self._future: Future[CompiledSource] | None = None
         self._entry: CacheEntry | None = None
-        where: dict[str, Any] = {"device": device, "dtype": dtype, "head_dim": head_dim}
-        where["softmax"] = softmax
-        if device.type == "cpu" and limits is None:
+        on_cpu = request.device.type == "cpu"
+        if on_cpu and limits is None:
             limits = WIDENED  # interpreted: there is nothing to wait for
         self._limits = limits or EXACT
         entry: CacheEntry | None = None
         try:
-            if pattern.weights is not None or pattern.pooled:
-                raise KernelError("generated source has no weights and no pooled keys yet")
-            entry = get_entry(pattern, limits, self._target) if limits else self._built(pattern)
+            entry = get_entry(pattern, limits, target) if limits else self._built(pattern)
         except (KernelError, OSError) as error:
             self.reason = getattr(error, "problem", str(error))
         if entry is not None:
             self._take(entry)
-        self.table: _Table = self._make_table(where)
+        covered = replace(request, pattern=self.pattern)
+        self.table: TableAttention | HopperAttention
+        if target == "hopper":
+            from calibatt_compiler.kernels.hopper.attention import HopperAttention
+
+            self.table = HopperAttention(covered)
+        else:
+            self.table = TableAttention(covered)
         if self.reason is not None:
             log.info("the table kernel serves pattern %s: %s", pattern.digest[:12], self.reason)
-            return
-        self._where = where
-        if entry is not None and (device.type == "cpu" or self._compiled(entry, dtype)):
-            self._switch()
-        else:
-            arch = self.table.arch
-            spec = KernelSpec(pattern, dtype, head_dim, arch, self._limits, self._target, softmax)
+        elif entry is None or not (on_cpu or self._compiled(entry)):
+            spec = KernelSpec(
+                pattern, request.dtype, request.head_dim, self.table.arch, self._limits, target,
+                request.softmax,
+            )  # fmt: skip
             self._future = (compiler or shared_compiler()).submit(spec)
 
     def _built(self, pattern: BlockPattern) -> CacheEntry | None:
@@ -160,125 +153,82 @@ class BakedAttention:
         self._entry, self.added_density = entry, entry.covering.added_density
         self.pattern = entry.covering.pattern
 
-    @property
-    def kind(self) -> str:
-        """ "triton-baked", or "triton-table" while that serves; on request, "hopper-" either."""
-        family = "hopper" if self._target == "hopper" else "triton"
-        return f"{family}-baked" if self.ready() else f"{family}-table"
-
-    @property
-    def density(self) -> float:
-        """Blocks computed / all blocks, of either kernel."""
-        return self.pattern.density
-
-    @property
-    def repairs(self) -> int:
-        """Calls computed again because a fixed softmax reference overflowed."""
-        kernels = (self.table, self._baked)
-        return sum(getattr(kernel, "repairs", 0) for kernel in kernels)
-
-    @property
-    def table_bytes(self) -> int:
-        """What the table kernel holds, which serves until the baked one does, or if it can't."""
-        return self.table.table_bytes
-
-    def ready(self) -> bool:
-        """Whether the baked kernel serves the next call."""
-        if self._baked is None and self._future is not None and self._future.done():
-            future, self._future = self._future, None
-            error = None if future.cancelled() else future.exception()
-            if future.cancelled() or error is not None:
-                self.reason = getattr(error, "problem", str(error))
-                if future.cancelled():
-                    self.reason = "compiling was cancelled"
-            else:
-                self._switch()
-        return self._baked is not None
-
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until the baked kernel is compiled, or has failed; return whether it serves.
-
-        Args:
-            timeout: seconds to wait at most; default: until it is decided.
-        """
-        future = self._future
-        if future is not None:
+        """Wait until the kernel is compiled, or has failed; see `Tier.wait`."""
+        if self._future is not None:
             try:
-                future.exception(timeout)
+                self._future.exception(timeout)
             except TimeoutError:
                 return False
             except CancelledError:
-                pass  # `ready` keeps the reason
-        return self.ready()
+                pass  # `make` keeps the reason
+        return self.kernel() is not None
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
-        """Attend; see `TableAttention`, whose bits this gives."""
-        if self.ready():
-            assert self._baked is not None
-            try:
-                return self._baked(q, k, v, scale=scale)
-            except KernelError:
-                raise
-            except Exception as error:
-                # Such as a GPU with less shared memory than its generation: never stop a video.
-                if self._baked.launched:
-                    raise
-                self.reason, self._baked = f"{type(error).__name__}: {error}", None
-                log.warning("a baked kernel can't be launched: %s", self.reason)
-        return self.table(q, k, v, scale=scale)
-
-    def _make_table(self, where: dict[str, Any]) -> _Table:
-        if self._target == "hopper":
-            from calibatt_compiler.kernels.hopper.attention import HopperAttention
-
-            return HopperAttention(self.pattern, **where)
-        return TableAttention(self.pattern, **where)
-
-    def _compiled(self, entry: CacheEntry, dtype: torch.dtype) -> bool:
+    def _compiled(self, entry: CacheEntry) -> bool:
         """Whether all kernels that a call takes are compiled."""
         config = self.table.config
         if isinstance(config, HopperConfig):
             names = [config.variant_name(repair=repair) for repair in config.repairs]
         else:
             configs = [config, config.repair()] if config.softmax == "fixed" else [config]
+            dtype = self.table.request.dtype
             names = [variant_name(each, arch=self.table.arch, dtype=dtype) for each in configs]
         return all(is_compiled(entry, name) for name in names)
 
-    def _switch(self) -> None:
+    def make(self) -> AttentionKernel | None:
+        """Return the kernel if it is compiled; keep the reason if it can't be."""
+        if self._future is not None:
+            if not self._future.done():
+                return None
+            future, self._future = self._future, None
+            if future.cancelled():
+                self.reason = "compiling was cancelled"
+                return None
+            error = future.exception()
+            if error is not None:
+                self.reason = getattr(error, "problem", str(error))
+                return None
         try:
             if self._entry is None:
                 self._take(get_entry(self.pattern, self._limits, self._target))
             assert self._entry is not None
-            if self._target == "hopper":
-                from calibatt_compiler.kernels.baked.hopper_literals import HopperLiterals
-                from calibatt_compiler.kernels.hopper.attention import HopperAttention
+            if isinstance(self.table, TableAttention):
+                return _GeneratedKernel(self._entry, self.table)
+            from calibatt_compiler.kernels.baked.hopper_literals import HopperLiterals
 
-                assert isinstance(self.table, HopperAttention)
-                self._baked = HopperLiterals(self._entry, self.table, **self._where)
-            else:
-                table: Any = self.table
-                self._baked = _GeneratedKernel(self._entry, self.pattern, table, **self._where)
+            return HopperLiterals(self._entry, self.table)
         except Exception as error:
             self.reason = f"{type(error).__name__}: {error}"
             log.warning("a generated kernel can't be loaded: %s", self.reason)
+            return None
 
 
 class _GeneratedKernel(DeviceKernel):
     """A launch of one generated kernel; where its fixed reference overflows, the table repairs."""
 
-    def __init__(
-        self, entry: CacheEntry, pattern: BlockPattern, table: TableAttention, **where: Any
-    ) -> None:
-        super().__init__(pattern, **where)
+    kind = "triton-baked"
+
+    def __init__(self, entry: CacheEntry, table: TableAttention) -> None:
+        super().__init__(table.request)
         self.table = table
+        self.density = table.density
         self.kernel = load_kernel(entry)
-        self.copies = DeviceCopies.upload(pattern, self.device)
-        self.launched = False
+
+    @property
+    def table_bytes(self) -> int:
+        """Those of the table kernel, which repairs."""
+        return self.table.table_bytes
+
+    @property
+    def repairs(self) -> int:
+        """Counted by the table kernel, which repairs."""
+        return self.table.repairs
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+        """Attend; see `TableAttention`, whose bits this gives."""
         pattern, config = self.pattern, self.config
         check_operands(pattern, q, k, v)
-        self.check_specialisation(q)
+        check_specialisation(q, self.request)
         q, k, v = (aligned(tensor, config) for tensor in (q, k, v))
         out = empty_output(q)
         q, arguments = call_arguments(q, k, v, out, scale, config)
@@ -296,12 +246,11 @@ class _GeneratedKernel(DeviceKernel):
             )
             if flag is not None:
                 self.table.repair((q, k, v, out), flag, arguments)
-        self.launched = True
         return out
 
     def _tables(self) -> dict[str, Tensor]:
         """Tables of copied rows; the rest is in the source."""
-        if self.copies is None:
+        copies = self.table.copies
+        if copies is None:
             return {}
-        shared = self.copies.shared
-        return {"computed_ptr": shared.computed, "targets_ptr": shared.targets}
+        return {"computed_ptr": copies.shared.computed, "targets_ptr": copies.shared.targets}

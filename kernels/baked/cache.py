@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -48,6 +48,7 @@ from calibatt_compiler.kernels.baked.cover import (
 )
 from calibatt_compiler.kernels.baked.cover_template import Cover
 from calibatt_compiler.kernels.portable.launch import LaunchConfig
+from calibatt_compiler.kernels.request import Target
 from calibatt_compiler.logs import logger
 from calibatt_compiler.options import cache_dir
 from calibatt_compiler.plan.pattern import BlockPattern
@@ -58,9 +59,6 @@ ENTRY = "entry.json"
 
 LARGEST = 1 << 24
 """Bytes above which a file of an entry is taken for damage: the longest sources take 0.2 MB."""
-
-Target = Literal["portable", "hopper"]
-"""Whose source is generated: a whole kernel in Triton, or the key blocks of the Hopper kernel."""
 
 _GENERATOR = (
     "common/row_copies.py",
@@ -75,6 +73,7 @@ _GENERATOR = (
     "portable/attention.py",
     "hopper/primitives.py",
     "hopper/consumer.py",
+    "hopper/loads.py",
     "hopper/transport.py",
     "hopper/kernel.py",
 )

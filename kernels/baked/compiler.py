@@ -25,10 +25,9 @@ from typing import Any
 import torch
 
 from calibatt_compiler.errors import KernelError
-from calibatt_compiler.kernels.baked.cache import Target
 from calibatt_compiler.kernels.baked.cover import EXACT, CoverError, CoverLimits
 from calibatt_compiler.kernels.baked.worker import encode_pattern
-from calibatt_compiler.kernels.portable.launch import Softmax
+from calibatt_compiler.kernels.request import Softmax, Target
 from calibatt_compiler.logs import logger
 from calibatt_compiler.plan.pattern import BlockPattern
 

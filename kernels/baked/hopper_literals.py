@@ -18,28 +18,27 @@ class HopperLiterals(HopperAttention):
     Args:
         entry: of the kernel cache, with target "hopper".
         table: the kernel of the same pattern that served until this one was compiled.
-        where: device, dtype, head_dim and further arguments of `HopperAttention`.
 
     Attributes:
         kind: "hopper-baked".
-        launched: a call has been served.
     """
 
     kind = "hopper-baked"
 
-    def __init__(self, entry: CacheEntry, table: HopperAttention, **where: Any) -> None:
+    def __init__(self, entry: CacheEntry, table: HopperAttention) -> None:
         self._literals = load_kernel(entry)
         self._intervals = entry.covering.cover.max_intervals
         self._table = table
-        self.launched = False
-        super().__init__(table.pattern, **where)
+        super().__init__(table.request)
+        self._repairs = table._repairs  # what repairs, counts
+
+    @property
+    def table_bytes(self) -> int:
+        """Those of the table kernel, which repairs."""
+        return self._table.table_bytes
 
     def _indices(self) -> dict[str, Any]:
         return {"LITERALS": self._literals, "RUNS": self._intervals}
-
-    def _launch(self, config: HopperConfig, given: dict[str, object]) -> None:
-        super()._launch(config, given)
-        self.launched = True
 
     def repair(self, config: HopperConfig, given: dict[str, object]) -> None:
         """As the table kernel does."""

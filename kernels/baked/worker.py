@@ -108,12 +108,16 @@ Variants = Iterator[tuple[str, Callable[[], Any]]]
 def _portable_variants(entry: CacheEntry, pattern: BlockPattern, job: dict[str, Any]) -> Variants:
     """The kernel of a portable entry and, with a fixed reference, the one that repairs."""
     dtype, head_dim, copies = getattr(torch, job["dtype"]), job["head_dim"], pattern.repetitive
-    where: dict[str, Any] = {"arch": job["arch"], "dtype": dtype}
-    config = launch_config(pattern, **where, head_dim=head_dim, softmax=job["softmax"])
+    arch: int = job["arch"]
+    config = launch_config(
+        pattern, arch=arch, dtype=dtype, head_dim=head_dim, softmax=job["softmax"]
+    )
 
     def compile_kernel() -> Any:
         extra = baked_arguments(config, copies=copies is not None)
-        return compile_offline(load_kernel(entry), **where, config=config, extra=extra)
+        return compile_offline(
+            load_kernel(entry), arch=arch, dtype=dtype, config=config, extra=extra
+        )
 
     def compile_repair() -> Any:
         from calibatt_compiler.kernels.portable.attention import table_attention
@@ -121,11 +125,11 @@ def _portable_variants(entry: CacheEntry, pattern: BlockPattern, job: dict[str, 
         repair, wide = config.repair(), pattern.key_blocks >= 2**15
         entries = torch.int32 if wide else torch.int16
         extra = table_arguments(dtype, repair, entries, copies=copies is not None)
-        return compile_offline(table_attention, **where, config=repair, extra=extra)
+        return compile_offline(table_attention, arch=arch, dtype=dtype, config=repair, extra=extra)
 
-    yield variant_name(config, **where), compile_kernel
+    yield variant_name(config, arch=arch, dtype=dtype), compile_kernel
     if config.softmax == "fixed":
-        yield variant_name(config.repair(), **where), compile_repair
+        yield variant_name(config.repair(), arch=arch, dtype=dtype), compile_repair
 
 
 def _hopper_variants(entry: CacheEntry, pattern: BlockPattern, job: dict[str, Any]) -> Variants:

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from calibatt_compiler.errors import KernelError
+from calibatt_compiler.kernels.request import KernelSettings
 from calibatt_compiler.plan.pattern import BlockPattern
+from calibatt_compiler.plan.zones import ZonePattern
 
 
-def check_operands(pattern: BlockPattern, q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_operands(pattern: BlockPattern | ZonePattern, q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise `KernelError` unless q is (B, H, Sq, D) and k, v are (B, H, Sk, D) of the pattern.
 
     All three must have one floating dtype and be on one device.
@@ -48,13 +50,12 @@ def check_operands(pattern: BlockPattern, q: Tensor, k: Tensor, v: Tensor) -> No
         )
 
 
-def check_specialisation(
-    q: Tensor, *, device: torch.device, dtype: torch.dtype, head_dim: int
-) -> None:
+def check_specialisation(q: Tensor, made_for: KernelSettings) -> None:
     """Raise `KernelError` unless q has the dtype, head dim and device that a kernel was made for.
 
     A device without an index stands for any of its type.
     """
+    device, dtype, head_dim = made_for.device, made_for.dtype, made_for.head_dim
     device_fits = q.device.type == device.type and device.index in (None, q.device.index)
     if q.dtype != dtype or q.shape[-1] != head_dim or not device_fits:
         raise KernelError(

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import functools
-import threading
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from calibatt_compiler.kernels.common.uploads import to_device
+from calibatt_compiler.kernels.common.uploads import DeviceTableCache, Uploaded, to_device
 from calibatt_compiler.plan.copies import RowCopies
 from calibatt_compiler.plan.pattern import BlockPattern
 
@@ -59,6 +57,7 @@ class _Shared:
 
     computed: Tensor
     targets: Tensor
+    uploaded: Uploaded
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,23 +97,20 @@ class DeviceCopies:
         They are filled up to a multiple of `whole` rows: by the last row, which no token takes from
         there.
 
-        To a GPU the flags are copied from pinned memory on the current stream, and not waited for;
-        shared tables are, but they are copied once.
+        To a GPU they are copied from pinned memory on the current stream, and not waited for.
         """
         tables = copy_tables(pattern)
         if tables is None or pattern.repetitive is None:
             return None
-        key = (pattern.copies, pattern.query_length, whole, str(device))
-        # Another thread may launch on another stream as soon as it finds them.
-        with _lock:
-            shared = _shared.get(key)
-            if shared is None:
-                more = -len(tables.computed) % whole
-                computed = np.pad(tables.computed, (0, more), mode="edge")
-                targets = np.pad(tables.targets, ((0, 0), (0, more)), constant_values=-1)
-                both = (torch.from_numpy(table).to(device) for table in (computed, targets))
-                shared = _Shared(*both)
-                _shared[key] = shared
+
+        def make() -> _Shared:
+            more = -len(tables.computed) % whole
+            computed = np.pad(tables.computed, (0, more), mode="edge")
+            targets = np.pad(tables.targets, ((0, 0), (0, more)), constant_values=-1)
+            on_device = to_device(computed, device), to_device(targets, device)
+            return _Shared(*on_device, Uploaded(device))
+
+        shared = _shared.get((pattern.copies, pattern.query_length, whole, str(device)), make)
         return cls(to_device(pattern.repetitive.view(np.uint8), device), shared)
 
 
@@ -127,7 +123,4 @@ NO_COPIES: dict[str, Any] = {
 }
 """Arguments of a kernel for patterns without repetitive heads."""
 
-_shared: WeakValueDictionary[tuple[RowCopies | None, int, int, str], _Shared] = (
-    WeakValueDictionary()
-)
-_lock = threading.Lock()
+_shared: DeviceTableCache[_Shared] = DeviceTableCache()

@@ -1,8 +1,11 @@
-"""Tables on their way to a GPU: copied without waiting, and waited for by whoever reads them."""
+"""Tables on a GPU: copied without waiting, waited for by who reads them, shared while in use."""
 
 from __future__ import annotations
 
-from typing import Any
+import threading
+from collections.abc import Callable, Hashable
+from typing import Any, Generic, Protocol, TypeVar
+from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -39,3 +42,36 @@ class Uploaded:
         """Let the current stream wait for it."""
         if self._event is not None:
             torch.cuda.current_stream(self._device).wait_event(self._event)
+
+
+class DeviceTables(Protocol):
+    """What `DeviceTableCache` holds."""
+
+    @property
+    def uploaded(self) -> Uploaded:
+        """Behind their copies."""
+
+
+Tables = TypeVar("Tables", bound=DeviceTables)
+
+
+class DeviceTableCache(Generic[Tables]):
+    """Tables shared by all who need equal ones, for as long as one of them holds them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._tables: WeakValueDictionary[Hashable, Tables] = WeakValueDictionary()
+
+    def get(self, key: Hashable, make: Callable[[], Tables]) -> Tables:
+        """Return the tables of a key, which are made if nobody holds them.
+
+        The current stream waits for them: another thread may have copied them on another one.
+        """
+        with self._lock:
+            found = self._tables.get(key)
+        if found is None:
+            made = make()
+            with self._lock:
+                found = self._tables.setdefault(key, made)
+        found.uploaded.wait()
+        return found

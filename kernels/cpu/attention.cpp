@@ -347,15 +347,16 @@ struct Pooled {
 
 // Attend the kept intervals. `order` lists rows (head * query_blocks + query block), dearest first;
 // `query_tokens` and `key_tokens`, or null, name the model's token at each position. The next ones
-// are the pattern's intervals, in blocks, with their weights. If `pooled` is not 0, each dropped
+// are the pattern's intervals, in blocks, with their weights. With `octaves`, or null, an interval of
+// octave k > 0 keeps its first block and every 2^k-th, and all have the weight 2^k. If `pooled` is not 0, each dropped
 // key block, of which `kept` has one bit that is not set, takes part as `pooled` mean keys. Heads
 // of which `repetitive`, or null, is not 0 compute and copy as `HeadRows` says.
 extern "C" void attend(
     const int64_t* sizes, const int64_t* strides, const ELEMENT* q, const ELEMENT* k,
     const ELEMENT* v, ELEMENT* out, double scale, const int32_t* query_tokens,
     const int32_t* key_tokens, const int32_t* order, const int32_t* offsets,
-    const int32_t* starts, const int32_t* ends, const float* log_weights, int64_t pooled,
-    const uint8_t* kept, const uint8_t* repetitive, const int32_t* computed,
+    const int32_t* starts, const int32_t* ends, const float* log_weights,
+    const uint8_t* octaves, int64_t pooled, const uint8_t* kept, const uint8_t* repetitive, const int32_t* computed,
     const int32_t* targets, int64_t count, int64_t slots, int threads) {
   const Sizes s = *reinterpret_cast<const Sizes*>(sizes);
   const Strides* by_operand = reinterpret_cast<const Strides*>(strides);
@@ -382,13 +383,18 @@ extern "C" void attend(
       const ELEMENT* queries = q + item * qs.batch + head * qs.head;
       begin(tile, queries, qs.token, query_tokens, of_head, first, rows, scale);
       for (int32_t run = offsets[row]; run < offsets[row + 1]; ++run) {
-        const int64_t end = std::min(ends[run] * s.block_n, s.length_k);
-        const VALUE log_weight = log_weights ? log_weights[run] : 0;
-        for (int64_t key = starts[run] * s.block_n; key < end; key += STEP) {
-          const int64_t step = std::min(STEP, end - key);
-          score(tile, padded, keys + key * HEAD_DIM, step);
-          online_softmax(tile, padded, step, log_weight, step_sum);
-          accumulate(tile, padded, values + key * PADDED_DIM, step);
+        const int64_t octave = octaves ? octaves[run] : 0;
+        const int64_t blocks = octave ? 1 : ends[run] - starts[run];  // that are attended together
+        const VALUE log_weight = octaves ? octave * VALUE(0.693147180559945309)
+                                         : log_weights ? log_weights[run] : 0;
+        for (int64_t at = starts[run]; at < ends[run]; at += octave ? int64_t(1) << octave : blocks) {
+          const int64_t end = std::min((at + blocks) * s.block_n, s.length_k);
+          for (int64_t key = at * s.block_n; key < end; key += STEP) {
+            const int64_t step = std::min(STEP, end - key);
+            score(tile, padded, keys + key * HEAD_DIM, step);
+            online_softmax(tile, padded, step, log_weight, step_sum);
+            accumulate(tile, padded, values + key * PADDED_DIM, step);
+          }
         }
       }
       if (pooled)

@@ -27,6 +27,8 @@ from calibatt_compiler.kernels.common.operands import check_operands, empty_outp
 from calibatt_compiler.kernels.common.row_copies import copy_tables
 from calibatt_compiler.plan.pattern import BlockPattern
 
+Tables = tuple[npt.NDArray[Any] | None, ...]
+
 LANES = 16
 """Keys a packed panel; what a pattern's blocks are multiples of."""
 
@@ -55,6 +57,7 @@ class NativeCpuAttention:
 
     kind = "native-cpu"
     reason = None
+    repairs = 0
 
     def __init__(self, pattern: BlockPattern, *, dtype: torch.dtype, head_dim: int) -> None:
         self.pattern = pattern
@@ -63,7 +66,7 @@ class NativeCpuAttention:
         self.density = pattern.computed_density
         runs = pattern.intervals()
         order = _longest_first(pattern)
-        self._tables = (order, runs.offsets, runs.starts, runs.ends, runs.log_weights)
+        self._tables = (order, runs.offsets, runs.starts, runs.ends, runs.log_weights, None)
         copies = copy_tables(pattern)
         self._copies: tuple[npt.NDArray[Any] | None, ...] = (None, None, None)
         self._count, self._slots = 0, 0
@@ -97,7 +100,13 @@ class NativeCpuAttention:
         *,
         scale: float | None = None,
     ) -> Tensor:
-        """Attend tokens in the pattern's order; see `ReorderingKernel`."""
+        """Attend tokens in the pattern's order; see `ReorderingKernel`.
+
+        Raises:
+            KernelError: the operands don't fit, or the tokens are no permutations.
+        """
+        _check_tokens("query_tokens", query_tokens, self.pattern.query_length)
+        _check_tokens("key_tokens", key_tokens, self.pattern.key_length)
         return self._attend(q, k, v, scale, (query_tokens, key_tokens))
 
     def _attend(
@@ -110,30 +119,67 @@ class NativeCpuAttention:
     ) -> Tensor:
         pattern = self.pattern
         check_operands(pattern, q, k, v)
-        if (q.dtype, q.shape[-1]) != self._specialisation or q.device.type != "cpu":
-            raise KernelError(
-                "the operands are not what the kernel was compiled for",
-                expected="{} with {} channels a head, on the CPU".format(*self._specialisation),
-                got=f"{q.dtype} with {q.shape[-1]}, on {q.device}",
-                remedy="make a kernel for each dtype and head dim",
-            )
-        factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-        out = empty_output(q)
-        q, k, v = (_dense_channels(x) for x in (q, k, v))
-        self._library.attend(
-            _sizes(q, k, (pattern.block_m, pattern.block_n)),
-            _strides(q, k, v, out),
-            *(_pointer(x) for x in (q, k, v, out)),
-            ctypes.c_double(factor),
-            *(_pointer(x) for x in tokens),
-            *(_pointer(table) for table in self._tables),
-            ctypes.c_int64(pattern.pooled),
-            _pointer(pattern.bits),
-            *(_pointer(table) for table in self._copies),
-            *(ctypes.c_int64(size) for size in (self._count, self._slots)),
-            ctypes.c_int(torch.get_num_threads()),
+        check_compiled_for(q, self._specialisation)
+        others = (pattern.pooled, pattern.bits, self._copies, (self._count, self._slots))
+        block = (pattern.block_m, pattern.block_n)
+        return attend(self._library, (q, k, v), block, scale, tokens, self._tables, *others)
+
+
+def check_compiled_for(q: Tensor, specialisation: tuple[torch.dtype, int]) -> None:
+    """Raise `KernelError` unless q is on the CPU, of this dtype and so many channels a head."""
+    if (q.dtype, q.shape[-1]) != specialisation or q.device.type != "cpu":
+        raise KernelError(
+            "the operands are not what the kernel was compiled for",
+            expected="{} with {} channels a head, on the CPU".format(*specialisation),
+            got=f"{q.dtype} with {q.shape[-1]}, on {q.device}",
+            remedy="make a kernel for each dtype and head dim",
         )
-        return out
+
+
+def attend(
+    compiled: Any,
+    operands: tuple[Tensor, Tensor, Tensor],
+    block: tuple[int, int],
+    scale: float | None,
+    tokens: tuple[Tensor | None, Tensor | None],
+    tables: Tables,
+    pooled: int = 0,
+    bits: npt.NDArray[np.uint8] | None = None,
+    copies: tuple[npt.NDArray[Any] | None, ...] = (None, None, None),
+    copy_sizes: tuple[int, int] = (0, 0),
+) -> Tensor:
+    """Call the C++ function `attend`, which says what its arguments are.
+
+    Args:
+        compiled: from `library`.
+        operands: q, k, v, checked.
+        block: tokens a query block, tokens a key block.
+        scale: factor on the scores; default 1 / sqrt(D).
+        tokens: the query and the key at each position, or None.
+        tables: order, offsets, starts, ends, log weights, octaves.
+        pooled: mean keys a dropped block.
+        bits: kept blocks; with `pooled`.
+        copies: of repetitive heads, or None.
+        copy_sizes: their rows and slots.
+    """
+    q, k, v = operands
+    factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    out = empty_output(q)
+    q, k, v = (_dense_channels(x) for x in (q, k, v))
+    compiled.attend(
+        _sizes(q, k, block),
+        _strides(q, k, v, out),
+        *(_pointer(x) for x in (q, k, v, out)),
+        ctypes.c_double(factor),
+        *(_pointer(x) for x in tokens),
+        *(_pointer(table) for table in tables),
+        ctypes.c_int64(pooled),
+        _pointer(bits),
+        *(_pointer(table) for table in copies),
+        *(ctypes.c_int64(size) for size in copy_sizes),
+        ctypes.c_int(torch.get_num_threads()),
+    )
+    return out
 
 
 def native_energy(
@@ -162,8 +208,9 @@ def native_energy(
         key_blocks).
 
     Raises:
-        KernelError: there is no C++ compiler.
+        KernelError: there is no C++ compiler, or the operands don't fit one another.
     """
+    _check_energy(q, k, v, block, lse)
     rows, columns = -(-q.shape[2] // block[0]), -(-k.shape[2] // block[1])
     energy = torch.empty(*q.shape[:2], rows, columns)
     out = None if v is None else empty_output(q)
@@ -228,6 +275,66 @@ def _longest_first(pattern: BlockPattern) -> npt.NDArray[np.int32]:
     starts = np.arange(pattern.query_blocks) * pattern.block_m
     tokens = (lengths - starts).clip(0, pattern.block_m)
     return np.argsort(-(kept * tokens).ravel(), kind="stable").astype(np.int32)
+
+
+def _check_tokens(name: str, tokens: Tensor, length: int) -> None:
+    # C++ reads and writes where they say.
+    fits = (
+        isinstance(tokens, Tensor)
+        and tokens.dtype == torch.int32
+        and tuple(tokens.shape) == (length,)
+        and tokens.device.type == "cpu"
+        and tokens.is_contiguous()
+    )
+    if fits:
+        least, most = (int(value) for value in tokens.aminmax())
+        fits = least == 0 and most == length - 1
+        fits = fits and int(torch.bincount(tokens, minlength=length).max()) == 1
+    if not fits:
+        raise KernelError(
+            f"{name} is no order of the tokens",
+            expected=f"contiguous int32 ({length},) on the CPU, each of 0 to {length - 1} once",
+            got=f"{tokens.dtype} {tuple(tokens.shape)} on {tokens.device}, strides "
+            f"{tokens.stride()}"
+            if isinstance(tokens, Tensor)
+            else type(tokens).__name__,
+            remedy="pass the permutation of a TokenOrder as tokens.int().contiguous()",
+        )
+
+
+def _check_energy(
+    q: Tensor, k: Tensor, v: Tensor | None, block: tuple[int, int], lse: Tensor | None
+) -> None:
+    rest = [k] if v is None else [k, v]
+    shown = ", ".join(f"{x.dtype} {tuple(x.shape)} on {x.device}" for x in (q, *rest))
+    if (
+        q.dim() != 4
+        or not q.numel()
+        or not k.numel()
+        or any(x.dim() != 4 or x.shape != k.shape for x in rest)
+        or (*q.shape[:2], q.shape[3]) != (*k.shape[:2], k.shape[3])
+        or any(x.dtype != q.dtype or x.device.type != "cpu" for x in (q, *rest))
+    ):
+        raise KernelError(
+            "operands of the energies don't fit one another",
+            expected="q (B, H, Sq, D), k and v (B, H, Sk, D) of one dtype on the CPU, not empty",
+            got=shown,
+            remedy="pass q, k and v of one attention call",
+        )
+    if len(block) != 2 or min(block) < 1 or block[1] % LANES:
+        raise KernelError(
+            "the block size of the energies is out of range",
+            expected=f"tokens a query block, and a multiple of {LANES} tokens a key block",
+            got=block,
+            remedy="use blocks of 32, 64 or 128 tokens",
+        )
+    if lse is not None and (lse.shape != q.shape[:3] or lse.device.type != "cpu"):
+        raise KernelError(
+            "the log-sum-exp doesn't fit the queries",
+            expected=f"{tuple(q.shape[:3])} on the CPU",
+            got=f"{tuple(lse.shape)} on {lse.device}",
+            remedy="pass the natural log-sum-exp of the scaled scores, one a query token",
+        )
 
 
 def _dense_channels(x: Tensor) -> Tensor:

@@ -5,9 +5,7 @@ How it works, and what each part is worth: docs/hopper.md. Its figures: `benchma
 
 from __future__ import annotations
 
-import threading
 from typing import Any
-from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +19,8 @@ from calibatt_compiler.kernels.common.operands import (
     empty_output,
 )
 from calibatt_compiler.kernels.common.row_copies import DeviceCopies
-from calibatt_compiler.kernels.common.uploads import Uploaded, to_device
-from calibatt_compiler.kernels.hopper.capability import hopper_serves
+from calibatt_compiler.kernels.common.uploads import DeviceTableCache, Uploaded, to_device
+from calibatt_compiler.kernels.hopper.capability import operand_reason
 from calibatt_compiler.kernels.hopper.kernel import hopper_attention, hopper_counts
 from calibatt_compiler.kernels.hopper.launch import (
     COUNT_TILES,
@@ -35,25 +33,22 @@ from calibatt_compiler.kernels.hopper.launch import (
     readable,
 )
 from calibatt_compiler.kernels.hopper.schedule import block_codes, key_runs, make_schedule
-from calibatt_compiler.kernels.portable.launch import Softmax, on_device
+from calibatt_compiler.kernels.portable.launch import on_device
 from calibatt_compiler.kernels.portable.tiles import multiprocessors
+from calibatt_compiler.kernels.request import KernelRequest
 from calibatt_compiler.plan.pattern import BlockPattern
 
-_lock = threading.Lock()
-_tables: WeakValueDictionary[tuple[object, ...], Tables] = WeakValueDictionary()
+_tables: DeviceTableCache[Tables] = DeviceTableCache()
 
 
 class HopperAttention:
     """Block-sparse attention by the Hopper kernel, one launch a call whatever its heads do.
 
     Args:
-        pattern: which blocks to attend.
-        device: of the operands.
-        dtype: bfloat16 or float16.
-        head_dim: 64 or 128.
-        softmax: "fixed": the first block's row maximum is the reference of the softmax, and where
-            that overflows a second launch repairs the result; "exact": online softmax; "auto":
-            fixed for bfloat16. float16 lacks the range that a fixed reference needs.
+        request: what to serve: bfloat16 or float16, head dim 64 or 128. softmax "fixed": the first
+            block's row maximum is the reference of the softmax, and where that overflows a second
+            launch repairs the result; "exact": online softmax; "auto": fixed for bfloat16. float16
+            lacks the range that a fixed reference needs.
         first_blocks: int (heads, query_blocks), the key block that each row starts at, if kept;
             default: the diagonal.
         programs: programs to run; default one a multiprocessor.
@@ -65,35 +60,33 @@ class HopperAttention:
         arch: 90.
 
     Raises:
-        KernelError: with the reason why the kernel can't serve (see `hopper_serves`).
+        KernelError: with the reason why the kernel can't serve such operands.
     """
 
     kind = "hopper-table"
-    reason = None
+    reason: str | None = None
     arch = 90
 
     def __init__(
         self,
-        pattern: BlockPattern,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        head_dim: int,
-        softmax: Softmax = "auto",
+        request: KernelRequest[BlockPattern],
         first_blocks: npt.NDArray[np.int64] | None = None,
         programs: int | None = None,
     ) -> None:
-        reason = hopper_serves(device, dtype, head_dim, pattern)
+        pattern, device, dtype = request.pattern, request.device, request.dtype
+        reason = operand_reason(dtype, request.head_dim, pattern)
         if reason is not None:
             raise KernelError(
                 "the Hopper kernel can't serve this call",
-                expected="what `hopper_serves` allows",
+                expected="what `operand_reason` allows",
                 got=reason,
-                remedy="take the portable kernel: make_attention without hopper=True",
+                remedy="take the portable kernel, with hopper=False",
             )
-        self.pattern, self.device, self.dtype, self.head_dim = pattern, device, dtype, head_dim
+        self.request, self.pattern = request, pattern
         self.density = pattern.density
-        self.config = hopper_config(pattern, dtype=dtype, head_dim=head_dim, softmax=softmax)
+        self.config = hopper_config(
+            pattern, dtype=dtype, head_dim=request.head_dim, softmax=request.softmax
+        )
         self.tables = shared_tables(
             pattern,
             device,
@@ -191,7 +184,7 @@ class HopperAttention:
         """
         q, k, v, out = operands
         check_operands(self.pattern, q, k, v)
-        check_specialisation(q, device=self.device, dtype=self.dtype, head_dim=self.head_dim)
+        check_specialisation(q, self.request)
         config = self.config.with_outputs(
             lse=lse is not None, lengths=key_lengths is not None, energy=sums is not None
         )
@@ -257,9 +250,9 @@ class HopperAttention:
                 f"literals: {literal}",
                 remedy="give one length for each batch item; take HopperAttention itself",
             )
-        lengths = key_lengths.to(self.device, torch.int32).clamp(0, self.pattern.key_length)
+        lengths = key_lengths.to(self.request.device, torch.int32).clamp(0, self.pattern.key_length)
         tiles = self.tables.count
-        counts = torch.empty(batch + 1, tiles, dtype=torch.int32, device=self.device)
+        counts = torch.empty(batch + 1, tiles, dtype=torch.int32, device=self.request.device)
         hopper_counts[(-(-tiles // COUNT_TILES), batch + 1)](
             self.tables.tiles, self.tables.runs, lengths, counts, tiles, batch,
             BLOCK_N=self.pattern.block_n, TILES=COUNT_TILES, COPIES=self.config.copies, num_warps=4,
@@ -276,20 +269,16 @@ def shared_tables(
     literals: bool = False,
 ) -> Tables:
     """Tables of `pattern` on `device`, shared by the kernels of equal patterns while one lives."""
-    key = (pattern.digest, str(device), programs, literals)
-    shared = first_blocks is None
-    with _lock:
-        found = _tables.get(key) if shared else None
-    if found is None:
+
+    def make() -> Tables:
         runs = key_runs(pattern, first_blocks)
         made = make_schedule(pattern, runs, programs, literals=literals)
         copies = DeviceCopies.upload(pattern, device, whole=pattern.block_m)
         put = [to_device(x, device) for x in (made.tiles, made.starts, made.runs)]
         weights = block_codes(pattern, runs, made)
         codes, starts = (None if x is None else to_device(x, device) for x in weights)
-        found = Tables(put[0], put[1], put[2], codes, starts, copies, Uploaded(device))
-        if shared:
-            with _lock:
-                found = _tables.setdefault(key, found)
-    found.uploaded.wait()  # perhaps by another thread, on another stream
-    return found
+        return Tables(put[0], put[1], put[2], codes, starts, copies, Uploaded(device))
+
+    if first_blocks is not None:
+        return make()
+    return _tables.get((pattern.digest, str(device), programs, literals), make)

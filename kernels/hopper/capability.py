@@ -1,6 +1,6 @@
-"""Whether the Hopper kernel serves: the one place that knows its limits.
+"""The limits of the Hopper kernel, and what it asks of the installed triton.
 
-Each limit is a reason in words, so that a fallback to the portable kernel can say why.
+Each is a reason in words, so that a fallback to the portable kernel can say why.
 """
 
 from __future__ import annotations
@@ -11,16 +11,14 @@ from importlib import import_module
 import torch
 
 from calibatt_compiler.plan.pattern import BlockPattern
+from calibatt_compiler.plan.stored import PatternOutline
+from calibatt_compiler.plan.zones import ZonePattern
 
 HEAD_DIMS = (64, 128)
 BLOCKS = ((128, 128), (128, 64))
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_BLOCKS = (1 << 15) - 1
 """Query or key blocks: two numbers share each 32-bit word of the tables."""
-
-DENSE_FROM = 1 << 14
-"""Keys from which on it serves dense attention too: there a GPU is far from waiting for its host,
-and it was 1.27 times as fast as cuDNN's kernel at twice that (`benchmarks/RESULTS.md`)."""
 
 # What the kernel asks of Gluon, by module; of the names in a tuple one is enough (they changed).
 _GLUON = "triton.experimental.gluon"
@@ -31,6 +29,7 @@ _NEEDED: dict[str, tuple[tuple[str, ...], ...]] = {
         ("convert_layout",),
         ("inline_asm_elementwise",),
         ("warp_specialize",),
+        ("barrier", "thread_barrier"),
         ("BlockedLayout",),
         ("DotOperandLayout",),
         ("NVMMADistributedLayout",),
@@ -64,47 +63,10 @@ _NEEDED: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 
 
-def hopper_serves(
-    device: torch.device, dtype: torch.dtype, head_dim: int, pattern: BlockPattern
+def operand_reason(
+    dtype: torch.dtype, head_dim: int, pattern: BlockPattern | PatternOutline | ZonePattern
 ) -> str | None:
-    """Why the Hopper kernel can't serve such a call, or None if it can.
-
-    Args:
-        device: of the operands.
-        dtype: of the operands.
-        head_dim: of the operands.
-        pattern: which blocks are kept.
-    """
-    return device_reason(device) or operand_reason(dtype, head_dim, pattern) or gluon_reason()
-
-
-def dense_is_faster(
-    device: torch.device, dtype: torch.dtype, head_dim: int, pattern: BlockPattern
-) -> bool:
-    """Whether the Hopper kernel is the fastest for a pattern that keeps every block.
-
-    Args:
-        device: of the operands.
-        dtype: of the operands.
-        head_dim: of the operands.
-        pattern: which keeps every block.
-    """
-    long = pattern.key_length >= DENSE_FROM
-    return long and hopper_serves(device, dtype, head_dim, pattern) is None
-
-
-def device_reason(device: torch.device) -> str | None:
-    """Why this device can't run it: it is of one generation only (compute capability 9.0)."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return "it needs an NVIDIA GPU"
-    major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) != (9, 0):
-        return f"it needs a Hopper GPU (sm_90), this one is sm_{major}{minor}"
-    return None
-
-
-def operand_reason(dtype: torch.dtype, head_dim: int, pattern: BlockPattern) -> str | None:
-    """Why it can't take such operands."""
+    """Why it can't take such operands, or None if it can."""
     if dtype not in DTYPES:
         return f"it takes bfloat16 and float16, not {dtype}"
     if head_dim not in HEAD_DIMS:
@@ -114,7 +76,7 @@ def operand_reason(dtype: torch.dtype, head_dim: int, pattern: BlockPattern) -> 
         return f"it takes blocks of 128x128 and 128x64 tokens, not {block[0]}x{block[1]}"
     if max(pattern.query_blocks, pattern.key_blocks) > MAX_BLOCKS:
         return f"its tables name at most {MAX_BLOCKS} blocks a side"
-    if pattern.pooled:
+    if not isinstance(pattern, ZonePattern) and pattern.pooled:
         return "it takes no pooled keys"
     return None
 

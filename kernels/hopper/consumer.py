@@ -129,16 +129,18 @@ def finish(
 def consumer(  # noqa: PLR0915  one loop, read from top to bottom
     q_tiles, k_tiles, v_tiles, q_full, staged, k_full, k_empty, v_full, v_empty,
     tiles_ptr, starts_ptr, counts_ptr, lengths_ptr, codes_ptr, code_starts_ptr, lse_ptr, flag_ptr,
-    sums_ptr, scale_log2, batches, heads, tiles, query_blocks, length_q, length_k,
+    sums_ptr, scale_log2, batches, heads, tiles, query_blocks, length_q, length_k, octaves,
+    draw_phase,
     PART: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
     FIXED: gl.constexpr, REPAIR: gl.constexpr, RAGGED: gl.constexpr, LENGTHS: gl.constexpr,
-    WEIGHTED: gl.constexpr, LSE: gl.constexpr, ENERGY: gl.constexpr,
+    WEIGHTED: gl.constexpr, LSE: gl.constexpr, ENERGY: gl.constexpr, ZONES: gl.constexpr,
 ):  # fmt: skip
     """Attend the query rows PART * 64 to PART * 64 + 64 of every tile of this program."""
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
     by_row: gl.constexpr = gl.SliceLayout(1, out_layout)
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     dtype: gl.constexpr = q_tiles.dtype
     first, end, total = tiles_to_do(starts_ptr, flag_ptr, batches, REPAIR)
     no_scores = gl.zeros([64, BLOCK_N], gl.float32, score_layout)
@@ -148,7 +150,9 @@ def consumer(  # noqa: PLR0915  one loop, read from top to bottom
     if total > 0:
         entry = first
         batch = 0
-        count = tile_count(tiles_ptr, counts_ptr, entry, batch, tiles, LENGTHS)
+        count = tile_count(
+            tiles_ptr, counts_ptr, entry, batch, tiles, draw_phase, LENGTHS, ZONES
+        )  # fmt: skip
         valid = last_keys(lengths_ptr, length_k, batch, batches, count, BLOCK_N, LENGTHS)
         code = first_code(code_starts_ptr, entry, WEIGHTED)
         mbarrier.wait(q_full.index(PART), 0)
@@ -176,7 +180,7 @@ def consumer(  # noqa: PLR0915  one loop, read from top to bottom
             # The next tile's entry is read now, so that its latency is hidden.
             next_entry, next_batch = advance(entry, batch, first, end)
             next_count = tile_count(
-                tiles_ptr, counts_ptr, next_entry, next_batch, tiles, LENGTHS
+                tiles_ptr, counts_ptr, next_entry, next_batch, tiles, draw_phase, LENGTHS, ZONES
             )  # fmt: skip
             next_valid = last_keys(
                 lengths_ptr, length_k, next_batch, batches, next_count, BLOCK_N, LENGTHS
@@ -198,11 +202,18 @@ def consumer(  # noqa: PLR0915  one loop, read from top to bottom
                 keys = matrix(k_tiles, stage).permute((1, 0))
                 token = warpgroup_mma(q, keys, no_scores, use_acc=False, is_async=True)
                 out_token = warpgroup_mma(p, matrix(v_tiles, before), acc, is_async=True)
-                scores = warpgroup_mma_wait(1, deps=[token])
+                if ZONES:
+                    # The octave has arrived before its stage is given back.
+                    octave = octaves.index(stage).load(one)
+                    scores, octave = warpgroup_mma_wait(1, deps=[token, octave])
+                else:
+                    scores = warpgroup_mma_wait(1, deps=[token])
                 release(k_empty.index(stage))
                 scores = mask_scores(scores, position + 1, masked, valid, RAGGED)
                 # Read one block ahead; behind the last block of all lies a spare code.
                 shift = shift_ahead
+                if ZONES:
+                    shift = gl.sum(octave, 0)
                 shift_ahead = shift_of(codes_ptr, code + position + 1, WEIGHTED)
                 higher = maximum
                 if not FIXED:

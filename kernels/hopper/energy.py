@@ -13,18 +13,14 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from calibatt_compiler.errors import KernelError
 from calibatt_compiler.kernels.common.operands import empty_output
 from calibatt_compiler.kernels.hopper.attention import HopperAttention
-from calibatt_compiler.kernels.hopper.capability import BLOCKS, hopper_serves
-from calibatt_compiler.kernels.hopper.fallback import failure
 from calibatt_compiler.kernels.hopper.kernel import hopper_energies
 from calibatt_compiler.kernels.portable.launch import on_device
 from calibatt_compiler.kernels.portable.tiles import multiprocessors
-from calibatt_compiler.logs import logger
+from calibatt_compiler.kernels.request import KernelRequest
+from calibatt_compiler.kernels.tiered import FirstLaunch
 from calibatt_compiler.plan.pattern import BlockPattern
-
-log = logger("kernels")
 
 SUMS_BYTES = 512 << 20
 """Most that the kept sums of one launch may take, unless one head's take more."""
@@ -33,23 +29,8 @@ POSITIONS = 16
 """Key blocks that one program of `hopper_energies` sums."""
 
 
-def hopper_energy_reason(q: Tensor, k: Tensor, block: tuple[int, int]) -> str | None:
-    """Why the Hopper kernel can't give output and energies of such a call, or None if it can.
-
-    Args:
-        q: (B, H, Sq, D).
-        k: (B, H, Sk, D).
-        block: tokens a query block, tokens a key block.
-    """
-    if block not in BLOCKS:
-        return f"it takes blocks of 128x128 and 128x64 tokens, not {block[0]}x{block[1]}"
-    pattern = BlockPattern.dense(1, q.shape[2], k.shape[2], block)
-    return hopper_serves(q.device, q.dtype, q.shape[3], pattern) or _failed.get((q.dtype, block))
-
-
-_failed: dict[tuple[torch.dtype, tuple[int, int]], str] = {}
-# What turned out not to launch here, with the error's words.
-_served: set[tuple[torch.dtype, tuple[int, int]]] = set()
+_launches: dict[tuple[torch.dtype, tuple[int, int]], FirstLaunch] = {}
+"""Whether launches turned out to be possible here, by dtype and block."""
 
 
 @lru_cache(maxsize=16)
@@ -63,7 +44,8 @@ def _kernel(
 ) -> HopperAttention:
     """Kept, for its schedule takes longer to make than to run."""
     pattern = BlockPattern.dense(heads, *lengths, block)
-    return HopperAttention(pattern, device=device, dtype=dtype, head_dim=head_dim)
+    request = KernelRequest(pattern, device=device, dtype=dtype, head_dim=head_dim)
+    return HopperAttention(request)
 
 
 def heads_a_launch(heads: int, length_q: int, key_blocks: int, programs: int) -> int:
@@ -102,7 +84,7 @@ def hopper_attention_and_energy(
         key_blocks).
 
     Raises:
-        KernelError: see `hopper_energy_reason`.
+        KernelError: the Hopper kernel takes no such operands.
     """
     q, k, v = q.detach(), k.detach(), v.detach()
     batch, heads, length_q, head_dim = q.shape
@@ -134,19 +116,8 @@ def hopper_attention_and_energy(
 def try_hopper(
     q: Tensor, k: Tensor, v: Tensor, block: tuple[int, int], scale: float
 ) -> tuple[Tensor, Tensor] | None:
-    """As `hopper_attention_and_energy`; None where it does not serve or does not compile here."""
-    if hopper_energy_reason(q, k, block) is not None:
+    """Do `hopper_attention_and_energy`; None where it turns out not to compile here."""
+    first = _launches.setdefault((q.dtype, block), FirstLaunch("no Hopper kernel: "))
+    if first.reason is not None:
         return None
-    key = (q.dtype, block)
-    try:
-        found = hopper_attention_and_energy(q, k, v, block, scale)
-    except (KernelError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        if key in _served:  # not about what is installed here
-            raise
-        _failed[key] = failure(error)
-        log.warning("block energies: %s; a portable kernel serves", _failed[key])
-        return None
-    _served.add(key)
-    return found
+    return first.attempt(lambda: hopper_attention_and_energy(q, k, v, block, scale))

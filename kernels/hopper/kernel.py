@@ -19,6 +19,7 @@ exact form, which otherwise ends at once, computes everything again.
 from __future__ import annotations
 
 from calibatt_compiler.kernels.hopper.consumer import consumer
+from calibatt_compiler.kernels.hopper.launch import ZONE_SIZES
 from calibatt_compiler.kernels.hopper.primitives import (
     exp2,
     fence_async_shared,
@@ -36,7 +37,7 @@ RUN_TIME_SIZES = ("batches", "heads", "tiles", "query_blocks", "length_q", "leng
 """Integers that must not be specialised: no pattern compiles a kernel of its own."""
 
 
-@gluon.jit(do_not_specialize=[*RUN_TIME_SIZES, *COPY_SIZES])
+@gluon.jit(do_not_specialize=[*RUN_TIME_SIZES, *COPY_SIZES, *ZONE_SIZES])
 def hopper_attention(
     q_desc, k_desc, v_desc, o_desc,
     tiles_ptr, starts_ptr, runs_ptr, counts_ptr, lengths_ptr, codes_ptr, code_starts_ptr, lse_ptr,
@@ -46,7 +47,7 @@ def hopper_attention(
     REPAIR: gl.constexpr, RAGGED: gl.constexpr, LENGTHS: gl.constexpr, WEIGHTED: gl.constexpr,
     LSE: gl.constexpr, ENERGY: gl.constexpr, LITERALS: gl.constexpr, RUNS: gl.constexpr,
     q_ptr, o_ptr, q_batch, q_head, q_token, computed_ptr, targets_ptr, computed_rows, stores,
-    COPIES: gl.constexpr,
+    COPIES: gl.constexpr, draw_phase, left, right, ZONES: gl.constexpr,
 ):  # fmt: skip
     """Attend every tile of `tiles_ptr`, once for each batch item.
 
@@ -66,6 +67,10 @@ def hopper_attention(
     of 128. lse holds such a head row by row. TMA can't gather rows, so q and o come as pointers,
     too: the strides of q count 8 elements, o is contiguous (B, Sq, H, D). stores: pieces of 8 rows
     x 64 columns that are stored of a tile, all slots together.
+
+    ZONES: tiles and runs are those of `zone_table`, and a step is drawn from them: draw_phase is
+    its `zone_draw.phase`, blocks `left` to `right` are the keys without text. LITERALS is then None
+    or a function that gives the word of a run by its number.
     """
     # A stage more for values: PV of a block follows its QK by a block, so they leave later.
     V_STAGES: gl.constexpr = STAGES + 1
@@ -86,6 +91,10 @@ def hopper_attention(
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], layout)
     v_full = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], layout)
     v_empty = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], layout)
+    octaves = k_full  # unused
+    if ZONES:
+        # Of the keys in each stage.
+        octaves = gl.allocate_shared_memory(gl.float32, [STAGES, 1], layout)
     for slot in gl.static_range(4):
         mbarrier.init(q_full.index(slot), count=1)
         mbarrier.init(q_empty.index(slot), count=1)
@@ -108,17 +117,17 @@ def hopper_attention(
                 q_tiles, k_tiles, v_tiles, q_full, staged, k_full, k_empty, v_full, v_empty,
                 tiles_ptr, starts_ptr, counts_ptr, lengths_ptr, codes_ptr, code_starts_ptr, lse_ptr,
                 flag_ptr, sums_ptr, scale_log2, batches, heads, tiles, query_blocks, length_q,
-                length_k,
+                length_k, octaves, draw_phase,
                 0, BLOCK_N, HEAD_DIM, STAGES, FIXED, REPAIR, RAGGED, LENGTHS, WEIGHTED, LSE,
-                ENERGY,
+                ENERGY, ZONES,
             )),
             (consumer, (
                 q_tiles, k_tiles, v_tiles, q_full, staged, k_full, k_empty, v_full, v_empty,
                 tiles_ptr, starts_ptr, counts_ptr, lengths_ptr, codes_ptr, code_starts_ptr, lse_ptr,
                 flag_ptr, sums_ptr, scale_log2, batches, heads, tiles, query_blocks, length_q,
-                length_k,
+                length_k, octaves, draw_phase,
                 1, BLOCK_N, HEAD_DIM, STAGES, FIXED, REPAIR, RAGGED, LENGTHS, WEIGHTED, LSE,
-                ENERGY,
+                ENERGY, ZONES,
             )),
             (producer, (
                 q_desc, k_desc, v_desc, q_tiles, k_tiles, v_tiles,
@@ -126,6 +135,7 @@ def hopper_attention(
                 tiles_ptr, starts_ptr, runs_ptr, counts_ptr, lengths_ptr, flag_ptr, batches, tiles,
                 BLOCK_N, STAGES, REPAIR, LENGTHS, LITERALS, RUNS,
                 q_ptr, q_batch, q_head, q_token, computed_ptr, computed_rows, COPIES,
+                octaves, draw_phase, left, right, length_k, ZONES,
             )),
             (storer, (
                 o_desc, q_tiles, q_empty, staged, tiles_ptr, starts_ptr, flag_ptr, repairs_ptr,

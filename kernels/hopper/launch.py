@@ -16,7 +16,8 @@ from torch import Tensor
 
 from calibatt_compiler.kernels.common.row_copies import DeviceCopies
 from calibatt_compiler.kernels.common.uploads import Uploaded
-from calibatt_compiler.kernels.portable.launch import Softmax, fixed_reference, positive_scale
+from calibatt_compiler.kernels.portable.launch import fixed_reference, positive_scale
+from calibatt_compiler.kernels.request import Softmax
 from calibatt_compiler.plan.pattern import BlockPattern
 
 ALIGNMENT = 16
@@ -33,6 +34,9 @@ COPY_NAMES = (
     "computed_ptr", "targets_ptr", "computed_rows", "stores",
 )  # fmt: skip
 """Arguments that only patterns with repetitive heads have."""
+
+ZONE_SIZES = ("draw_phase", "left", "right")
+"""Integers that only zones have; None elsewhere."""
 
 COUNT_TILES = 128
 """Tiles that one program of `hopper_counts` counts."""
@@ -58,6 +62,7 @@ class HopperConfig:
         lengths: each batch item has a number of valid keys.
         energy: the sums of each query and key block are written.
         copies: some heads are repetitive.
+        zones: tiles and runs are those of zones, a step is drawn from them.
     """
 
     block_n: int
@@ -70,6 +75,7 @@ class HopperConfig:
     lengths: bool = False
     energy: bool = False
     copies: bool = False
+    zones: bool = False
 
     @property
     def stages(self) -> int:
@@ -91,6 +97,7 @@ class HopperConfig:
             "LSE": self.lse,
             "ENERGY": self.energy,
             "COPIES": self.copies,
+            "ZONES": self.zones,
         }
 
     @property
@@ -105,8 +112,8 @@ class HopperConfig:
         softmax = "repair" if repair else "fixed" if self.fixed else "exact"
         return (
             f"sm_90-{str(self.dtype).removeprefix('torch.')}-d{self.head_dim}-n{self.block_n}-"
-            f"{softmax}-{'ragged' if self.ragged else 'whole'}{'-copies' if self.copies else ''}-"
-            f"triton{triton.__version__}"
+            f"{softmax}-{'ragged' if self.ragged else 'whole'}{'-copies' if self.copies else ''}"
+            f"{'-zones' if self.zones else ''}-triton{triton.__version__}"
         )
 
     def with_outputs(
@@ -246,6 +253,7 @@ def arguments(
     lengths: Tensor | None = None,
     counts: Tensor | None = None,
     sums: Tensor | None = None,
+    draw: tuple[int | None, int | None, int | None] = (None, None, None),
 ) -> dict[str, Any]:
     """Run-time arguments of `hopper_attention` by name.
 
@@ -259,6 +267,7 @@ def arguments(
         lengths: int32 (B), valid keys of each batch item.
         counts: int32 (B + 1, T), from `hopper_counts`; with lengths.
         sums: float32 (B, H, query_blocks, key_blocks | 1, 128), to be written.
+        draw: of zones only: phase of the step, first key block without text, one past the last.
     """
     q, k, v, out = operands
     q, scale = positive_scale(q, scale)
@@ -282,6 +291,7 @@ def arguments(
         "length_q": q.shape[2],
         "length_k": k.shape[2],
         **copy_arguments(q, out, tables.copies),
+        **dict(zip(ZONE_SIZES, draw, strict=True)),
     }
 
 

@@ -9,6 +9,7 @@ import torch
 from calibatt_compiler.kernels.hopper.launch import (
     COUNT_TILES,
     QUERY_ROWS,
+    ZONE_SIZES,
     HopperConfig,
     descriptor,
     launch_options,
@@ -66,6 +67,7 @@ def compile_hopper(
         computed_ptr=pointer(torch.int32, config.copies),
         targets_ptr=pointer(torch.int32, config.copies),
         **dict.fromkeys(COPY_SIZES, 16 if config.copies else None),
+        **dict.fromkeys(ZONE_SIZES, 16 if config.zones else None),
         **config.constexprs(repair=repair),
         LITERALS=literals,
         RUNS=runs,

@@ -21,6 +21,7 @@ __all__ = [
     "add_sums",
     "advance",
     "async_copy",
+    "drawn_count",
     "exp2",
     "fence_async_shared",
     "finite",
@@ -38,6 +39,7 @@ __all__ = [
     "rescale",
     "tile_count",
     "tiles_to_do",
+    "warp_barrier",
     "warpgroup_mma",
     "warpgroup_mma_wait",
 ]
@@ -80,11 +82,28 @@ def advance(entry, batch, first, end):
 
 
 @gluon.jit
-def tile_count(tiles_ptr, counts_ptr, entry, batch, tiles, LENGTHS: gl.constexpr):
+def drawn_count(word, draw_phase):
+    """As `tile_count` for a row of zones: see `zone_table.ZoneRows` for its word.
+
+    The last key block is kept if the sum of rates passes a whole number in it.
+    """
+    sums = ((word >> 7) & 0x1FFFFF) + ((word + draw_phase) & 127)
+    keeps_last = (sums & 127) < (128 >> ((word >> 28) & 7))
+    masked = gl.where(word < 0, 1, gl.where(keeps_last, sums >> 7, 0))
+    return (sums >> 7) + (masked << 16)
+
+
+@gluon.jit
+def tile_count(
+    tiles_ptr, counts_ptr, entry, batch, tiles, draw_phase, LENGTHS: gl.constexpr,
+    ZONES: gl.constexpr,
+):  # fmt: skip
     """Key blocks of a tile, and 16 bits up the position of the one to mask, plus one."""
     if LENGTHS:
         # One past the last batch item may be asked for, see `advance`: the table has a spare row.
         return gl.load(counts_ptr + batch * tiles + entry)
+    if ZONES:
+        return drawn_count(gl.load(tiles_ptr + entry * 4 + 1), draw_phase)
     return gl.load(tiles_ptr + entry * 4 + 1)
 
 
@@ -107,6 +126,10 @@ def release(barrier):
     costs more than the 128 arrivals.
     """
     async_copy.mbarrier_arrive(barrier, increment_count=False)
+
+
+warp_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+"""Orders what the threads of a partition have written; triton 3.6 calls it otherwise."""
 
 
 @gluon.jit

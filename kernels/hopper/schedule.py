@@ -184,7 +184,14 @@ def _check(pattern: BlockPattern, first_blocks: npt.NDArray[np.int64]) -> None:
         )
 
 
-def assign(blocks: npt.NDArray[np.int64], heads: int, programs: int) -> list[npt.NDArray[np.int64]]:
+def assign(
+    blocks: npt.NDArray[np.int64],
+    heads: int,
+    programs: int,
+    *,
+    tile_cost: int = TILE_COST,
+    order: npt.NDArray[np.int64] | None = None,
+) -> list[npt.NDArray[np.int64]]:
     """Deal rows out to programs: each next row goes to the program with least work so far.
 
     Heads with most work come first, and the rows of a head stay together, in order: programs that
@@ -196,20 +203,23 @@ def assign(blocks: npt.NDArray[np.int64], heads: int, programs: int) -> list[npt
             not computed, which no program takes.
         heads: number of heads.
         programs: number of lists.
+        tile_cost: what a tile costs beyond its key blocks, in the unit of `blocks`.
+        order: (heads, query_blocks), rows in which order each head takes them; default upwards.
 
     Returns:
         The rows of each program, in order.
     """
     by_head = blocks.reshape(heads, -1)
     heads_in_order = np.argsort(-by_head.sum(1), kind="stable")
-    rows = np.arange(len(blocks)).reshape(heads, -1)[heads_in_order].reshape(-1)
+    order = np.arange(len(blocks)).reshape(heads, -1) if order is None else order
+    rows = order[heads_in_order].reshape(-1)
     rows = rows[blocks[rows] > 0]
     cut = max(0, len(rows) - TAIL_TILES * programs)
     tail = rows[cut:]
     rows = np.concatenate([rows[:cut], tail[np.argsort(-blocks[tail], kind="stable")]])
     load = [(0, program) for program in range(programs)]
     lists: list[list[int]] = [[] for _ in range(programs)]
-    for row, cost in zip(rows.tolist(), (blocks[rows] + TILE_COST).tolist(), strict=True):
+    for row, cost in zip(rows.tolist(), (blocks[rows] + tile_cost).tolist(), strict=True):
         work, program = load[0]
         lists[program].append(row)
         heapq.heapreplace(load, (work + cost, program))

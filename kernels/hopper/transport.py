@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
+from calibatt_compiler.kernels.hopper.loads import load_block, load_tile, load_zones
 from calibatt_compiler.kernels.hopper.primitives import (
     advance,
     async_copy,
@@ -22,18 +23,10 @@ from calibatt_compiler.kernels.hopper.primitives import (
 )  # fmt: skip
 
 # triton 3.9 renamed these; their arguments stayed.
-start_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 start_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 start_gather = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 _shared = gl.shared_memory_descriptor
 reinterpret = getattr(_shared, "reinterpret", None) or _shared._reinterpret
-
-
-@gluon.jit
-def load_tile(desc, batch, head, row, full, tile):
-    """Start the copy of one tile of rows; `full` completes when it has landed."""
-    mbarrier.expect(full, desc.block_type.nbytes)
-    start_load(desc, [batch, head, row, 0], full, tile)
 
 
 @gluon.jit
@@ -92,26 +85,6 @@ def queries_landed(q_full, turn):
 
 
 @gluon.jit
-def load_block(
-    k_desc, v_desc, k_tiles, v_tiles, k_full, k_empty, v_full, v_empty,
-    batch, head, row, number, live, STAGES: gl.constexpr,
-):  # fmt: skip
-    """Load the keys and then the values of block `number`, once their stages are free.
-
-    `live` is always true: triton 3.6 drops a loop-carried number whose only use is the bound of a
-    nested loop (the first tile's value would then serve every tile), so callers give such bounds
-    this second use.
-    """
-    V_STAGES: gl.constexpr = STAGES + 1
-    stage = number % STAGES
-    mbarrier.wait(k_empty.index(stage), ((number // STAGES) & 1) ^ 1, pred=live)
-    load_tile(k_desc, batch, head, row, k_full.index(stage), k_tiles.index(stage))
-    stage = number % V_STAGES
-    mbarrier.wait(v_empty.index(stage), ((number // V_STAGES) & 1) ^ 1)
-    load_tile(v_desc, batch, head, row, v_full.index(stage), v_tiles.index(stage))
-
-
-@gluon.jit
 def literal_block(literals, rank, RUNS: gl.constexpr):
     """Key block with `rank` kept blocks before it; see `codegen_hopper` for the tuple."""
     shift = literals[0]
@@ -128,6 +101,7 @@ def producer(  # noqa: PLR0912, PLR0915  one loop, read from top to bottom
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, REPAIR: gl.constexpr, LENGTHS: gl.constexpr,
     LITERALS: gl.constexpr, RUNS: gl.constexpr,
     q_ptr, q_batch, q_head, q_token, computed_ptr, computed_rows, COPIES: gl.constexpr,
+    octaves, draw_phase, left, right, length_k, ZONES: gl.constexpr,
 ):  # fmt: skip
     """Load the queries, keys and values of every tile of this program, in the consumers' order."""
     first, end, total = tiles_to_do(starts_ptr, flag_ptr, batches, REPAIR)
@@ -135,14 +109,16 @@ def producer(  # noqa: PLR0912, PLR0915  one loop, read from top to bottom
     entry = first
     batch = 0
     where = gl.load(tiles_ptr + entry * 4)
-    count = tile_count(tiles_ptr, counts_ptr, entry, batch, tiles, LENGTHS)
+    count = tile_count(tiles_ptr, counts_ptr, entry, batch, tiles, 0, LENGTHS, False)
     intervals = gl.load(tiles_ptr + entry * 4 + 2)
     offset = gl.load(tiles_ptr + entry * 4 + 3)
     for turn in range(total):
         # Early, like everything that is read from memory here.
         next_entry, next_batch = advance(entry, batch, first, end)
         next_where = gl.load(tiles_ptr + next_entry * 4)
-        next_count = tile_count(tiles_ptr, counts_ptr, next_entry, next_batch, tiles, LENGTHS)
+        next_count = tile_count(
+            tiles_ptr, counts_ptr, next_entry, next_batch, tiles, 0, LENGTHS, False
+        )  # fmt: skip
         next_intervals = gl.load(tiles_ptr + next_entry * 4 + 2)
         next_offset = gl.load(tiles_ptr + next_entry * 4 + 3)
         head = high(where)
@@ -152,7 +128,7 @@ def producer(  # noqa: PLR0912, PLR0915  one loop, read from top to bottom
             # The sign marks repetitive heads.
             copied = offset < 0
             offset = offset & 0x7FFFFFFF
-        if LITERALS is None:
+        if LITERALS is None and not ZONES:
             run = gl.load(runs_ptr + offset)
         if copied:
             gather_queries(
@@ -165,7 +141,13 @@ def producer(  # noqa: PLR0912, PLR0915  one loop, read from top to bottom
                 mbarrier.wait(q_empty.index(slot), ((turn // 2) & 1) ^ 1)
                 row = low(where) * 128 + part * 64
                 load_tile(q_desc, batch, head, row, q_full.index(slot), q_tiles.index(slot))
-        if LITERALS is not None:
+        if ZONES:
+            number = load_zones(
+                k_desc, v_desc, k_tiles, v_tiles, k_full, k_empty, v_full, v_empty, octaves,
+                runs_ptr, batch, where, (count + draw_phase) & 127, intervals, offset, left, right,
+                (length_k + BLOCK_N - 1) // BLOCK_N, number, BLOCK_N, STAGES, LITERALS,
+            )  # fmt: skip
+        elif LITERALS is not None:
             literals = LITERALS(head, low(where))
             for position in range(blocks):
                 # The row's first block, then the others from the lowest: see `hopper_schedule`.

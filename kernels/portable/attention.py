@@ -14,7 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from calibatt_compiler.kernels.common.operands import check_operands, empty_output
+from calibatt_compiler.kernels.common.operands import (
+    check_operands,
+    check_specialisation,
+    empty_output,
+)
 from calibatt_compiler.kernels.common.pooling import pool
 from calibatt_compiler.kernels.common.row_copies import NO_COPIES, DeviceCopies
 from calibatt_compiler.kernels.portable.index_tables import index_tables
@@ -22,7 +26,6 @@ from calibatt_compiler.kernels.portable.launch import (
     STRIDES,
     DeviceKernel,
     LaunchConfig,
-    Softmax,
     aligned,
     call_arguments,
     grid,
@@ -42,6 +45,7 @@ from calibatt_compiler.kernels.portable.primitives import (
     store_rows,
 )
 from calibatt_compiler.kernels.portable.tiles import TileSettings
+from calibatt_compiler.kernels.request import KernelRequest
 from calibatt_compiler.plan.pattern import BlockPattern
 
 
@@ -285,25 +289,16 @@ class TableAttention(DeviceKernel):
     """
 
     kind = "triton-table"
-    reason: str | None = None
 
     def __init__(
-        self,
-        pattern: BlockPattern,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        head_dim: int,
-        settings: TileSettings | None = None,
-        softmax: Softmax = "auto",
+        self, request: KernelRequest[BlockPattern], settings: TileSettings | None = None
     ) -> None:
-        where: dict[str, Any] = {"device": device, "dtype": dtype, "head_dim": head_dim}
-        super().__init__(pattern, **where, settings=settings, softmax=softmax)
-        self.density = pattern.computed_density
-        self.tables = index_tables(pattern, device)
-        self.copies = DeviceCopies.upload(pattern, device)
+        super().__init__(request, settings)
+        self.density = self.pattern.computed_density
+        self.tables = index_tables(self.pattern, request.device)
+        self.copies = DeviceCopies.upload(self.pattern, request.device)
         fixed = self.config.softmax == "fixed"
-        self._repairs = torch.zeros(1, dtype=torch.int32, device=device) if fixed else None
+        self._repairs = torch.zeros(1, dtype=torch.int32, device=request.device) if fixed else None
 
     @property
     def table_bytes(self) -> int:
@@ -334,7 +329,7 @@ class TableAttention(DeviceKernel):
             KernelError: the operands don't fit the pattern or this kernel.
         """
         check_operands(self.pattern, q, k, v)
-        self.check_specialisation(q)
+        check_specialisation(q, self.request)
         q, k, v = (aligned(tensor, self.config) for tensor in (q, k, v))
         out = empty_output(q)
         q, arguments = call_arguments(q, k, v, out, scale, self.config)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
-from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from calibatt_compiler.kernels.common.uploads import Uploaded, to_device
+from calibatt_compiler.kernels.common.uploads import DeviceTableCache, Uploaded, to_device
 from calibatt_compiler.plan.intervals import (
     Intervals,
     expand,
@@ -105,18 +103,10 @@ def _reference(
     return found
 
 
-_lock = threading.Lock()
-_tables: WeakValueDictionary[tuple[str, str], IndexTables] = WeakValueDictionary()
+_tables: DeviceTableCache[IndexTables] = DeviceTableCache()
 
 
 def index_tables(pattern: BlockPattern, device: torch.device) -> IndexTables:
     """Tables of `pattern` on `device`, shared by the kernels of equal patterns while one lives."""
     key = (pattern.digest, str(device))
-    with _lock:
-        tables = _tables.get(key)
-    if tables is None:
-        made = IndexTables.upload(pattern, device)
-        with _lock:
-            tables = _tables.setdefault(key, made)
-    tables.uploaded.wait()  # perhaps by another thread, on another stream
-    return tables
+    return _tables.get(key, lambda: IndexTables.upload(pattern, device))

@@ -13,19 +13,16 @@ import torch
 from torch import Tensor
 
 from calibatt_compiler.errors import KernelError
-from calibatt_compiler.kernels.common.operands import check_specialisation
 from calibatt_compiler.kernels.portable.tiles import TileSettings, architecture, tile_settings
+from calibatt_compiler.kernels.request import KernelRequest, Softmax
 from calibatt_compiler.plan.pattern import BlockPattern
+from calibatt_compiler.plan.zones import ZonePattern
 
 STRIDES = tuple(f"stride_{tensor}{axis}" for tensor in "qkvo" for axis in "bhs")
 """Stride arguments of every portable kernel: tensors q, k, v, o by batch, head, token."""
 
 ALIGNMENT = 16
 """Bytes to which pointers and strides are aligned, so that every load moves 16 bytes at once."""
-
-
-Softmax = Literal["auto", "exact", "fixed"]
-"""As in `CompileOptions`; `fixed` insists on the fixed reference."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ class LaunchConfig:
 
 
 def launch_config(
-    pattern: BlockPattern,
+    pattern: BlockPattern | ZonePattern,
     *,
     arch: int,
     dtype: torch.dtype,
@@ -160,7 +157,7 @@ def tiled_config(
     return LaunchConfig(constexprs, options, tiles)
 
 
-def grid(pattern: BlockPattern, config: LaunchConfig, batch: int) -> tuple[int, int]:
+def grid(pattern: BlockPattern | ZonePattern, config: LaunchConfig, batch: int) -> tuple[int, int]:
     """Programs: tiles of queries by (batch, head)."""
     return -(-pattern.query_length // config.settings.m), batch * pattern.heads
 
@@ -237,36 +234,23 @@ class DeviceKernel:
     """What table and baked kernels have in common: pattern, configuration, device.
 
     Args:
-        pattern: which blocks to attend.
-        device: where the operands are: "cuda", or "cpu" under the Triton interpreter.
-        dtype: of q, k and v.
-        head_dim: elements a head.
+        request: what to serve; on a CPU, under the Triton interpreter.
         settings: tiles to use instead of the architecture's own.
-        softmax: as for `launch_config`.
     """
 
-    def __init__(
-        self,
-        pattern: BlockPattern,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        head_dim: int,
-        settings: TileSettings | None = None,
-        softmax: Softmax = "auto",
-    ) -> None:
-        self.pattern = pattern
-        self.device = device
-        self.dtype = dtype
-        self.head_dim = head_dim
-        self.arch = architecture(device)
+    reason: str | None = None
+
+    def __init__(self, request: KernelRequest[Any], settings: TileSettings | None = None) -> None:
+        self.request = request
+        self.pattern = request.pattern
+        self.arch = architecture(request.device)
         self.config = launch_config(
-            pattern,
+            request.pattern,
             arch=self.arch,
-            dtype=dtype,
-            head_dim=head_dim,
+            dtype=request.dtype,
+            head_dim=request.head_dim,
             settings=settings,
-            softmax=softmax,
+            softmax=request.softmax,
         )
 
     def flag(self) -> Tensor | None:
@@ -276,8 +260,4 @@ class DeviceKernel:
         """
         if self.config.softmax != "fixed":
             return None
-        return torch.zeros(1, dtype=torch.int32, device=self.device)
-
-    def check_specialisation(self, q: Tensor) -> None:
-        """Raise `KernelError` unless q has the dtype, head dim and device of this kernel."""
-        check_specialisation(q, device=self.device, dtype=self.dtype, head_dim=self.head_dim)
+        return torch.zeros(1, dtype=torch.int32, device=self.request.device)

@@ -107,6 +107,17 @@ def table_arguments(
     return pointers | dict.fromkeys(names, 16) | forms
 
 
+def zone_arguments(config: LaunchConfig, literals: Any = None) -> dict[str, Any]:
+    """The arguments of the kernel of zones, for `compile_offline`."""
+    from calibatt_compiler.kernels.portable.zones import RUN_TIME_SIZES
+
+    state = None if config.softmax == "exact" else torch.int32
+    pointers = {"flag_ptr": state, "repairs_ptr": state}
+    tables = {"rows_ptr": torch.int32, "runs_ptr": torch.int32}
+    forms = {"REPAIR": config.softmax == "repair", "LITERALS": literals}
+    return pointers | tables | dict.fromkeys(RUN_TIME_SIZES, 16) | forms
+
+
 def baked_arguments(config: LaunchConfig, *, copies: bool) -> dict[str, Any]:
     """A generated kernel's own run-time arguments, for `compile_offline`."""
     tables = {"computed_ptr": torch.int32, "targets_ptr": torch.int32} if copies else {}

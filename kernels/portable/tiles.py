@@ -11,6 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from calibatt_compiler.errors import KernelError
+from calibatt_compiler.plan.zones import ZonePattern
 
 if TYPE_CHECKING:
     import torch
@@ -150,6 +151,17 @@ def _family(arch: int) -> str:
     return "small"
 
 
+def check_head_dim(head_dim: int) -> None:
+    """Raise `KernelError` unless the portable kernels take a head dim."""
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise KernelError(
+            "no kernel for this head dimension",
+            expected=f"1 to {MAX_HEAD_DIM}",
+            got=head_dim,
+            remedy="leave this site out of the plan, so that it runs dense",
+        )
+
+
 def _limits(
     half: dict[str, tuple[tuple[int, TileSettings], ...]],
     single: tuple[tuple[int, TileSettings], ...],
@@ -158,19 +170,13 @@ def _limits(
     head_dim: int,
 ) -> TileSettings:
     """The table's row for a head dim, which it checks."""
-    if not 1 <= head_dim <= MAX_HEAD_DIM:
-        raise KernelError(
-            "no kernel for this head dimension",
-            expected=f"1 to {MAX_HEAD_DIM}",
-            got=head_dim,
-            remedy="leave this site out of the plan, so that it runs dense",
-        )
+    check_head_dim(head_dim)
     table = half[_family(arch)] if dtype.itemsize == 2 else single
     return next(settings for largest, settings in table if head_dim <= largest)
 
 
 def tile_settings(
-    pattern: BlockPattern, *, arch: int, dtype: torch.dtype, head_dim: int
+    pattern: BlockPattern | ZonePattern, *, arch: int, dtype: torch.dtype, head_dim: int
 ) -> TileSettings:
     """Choose tiles for a pattern.
 
@@ -183,7 +189,9 @@ def tile_settings(
     Raises:
         KernelError: head_dim out of range.
     """
-    special = pattern.weights is not None or pattern.pooled > 0
+    special = not isinstance(pattern, ZonePattern) and (
+        pattern.weights is not None or pattern.pooled > 0
+    )
     half = _HALF_PRECISION if special else _ATTENTION
     limits = _limits(half, _SINGLE_PRECISION, arch, dtype, head_dim)
     if special:

@@ -45,6 +45,7 @@ class ReferenceAttention:
     kind = "reference"
     reason = None
     table_bytes = 0
+    repairs = 0
 
     def __init__(self, pattern: BlockPattern) -> None:
         self.pattern = pattern

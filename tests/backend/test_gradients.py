@@ -9,17 +9,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
 import calibatt_compiler
-from calibatt_compiler import CalibrationConfig
+from calibatt_compiler import CalibrationConfig, calibration
 from calibatt_compiler.errors import KernelError
-from calibatt_compiler.plan import Plan
+from calibatt_compiler.plan import BlockPattern, Plan, RowCopies, Sampler, SitePatterns
 from calibatt_compiler.plan.order import TokenOrder
-
-WITH_COPIES = "repetitive"
+from calibatt_compiler.plan.text import fit_pattern
+from calibatt_compiler.runtime.site import SparseSite
 
 
 def compiled_with(case: Any, model: torch.nn.Module | None = None, **options: Any) -> Any:
@@ -46,8 +47,10 @@ def gradients(model: torch.nn.Module, call: Callable[[], torch.Tensor]) -> list[
 
 def same(found: list[torch.Tensor], expected: list[torch.Tensor], tolerance: float = 1e-5) -> None:
     assert len(found) == len(expected) > 10
+    most = max(want.norm() for want in expected)
     for got, want in zip(found, expected, strict=True):
-        assert (got - want).norm() <= tolerance * want.norm() + 1e-6
+        # Some are zero but for rounding: a bias of keys changes nothing.
+        assert (got - want).norm() <= tolerance * want.norm() + 1e-6 * most
 
 
 def check(case: Any, timestep: float = 500.0, **options: Any) -> Any:
@@ -63,9 +66,8 @@ def check(case: Any, timestep: float = 500.0, **options: Any) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.inductor
-@pytest.mark.parametrize("lowering", ["reference", "baked"])
-def test_gradients_through_inductor(wan: Any, lowering: str) -> None:
-    compiled = check(wan, lowering=lowering)
+def test_gradients_through_inductor(wan: Any) -> None:
+    compiled = check(wan, lowering="baked")
     assert calibatt_compiler.summary(compiled).sparse_calls == 2
 
 
@@ -83,8 +85,6 @@ def test_gradient_checkpointing_through_inductor(wan: Any) -> None:
     assert calibatt_compiler.summary(compiled).sparse_calls == 4
 
 
-@pytest.mark.slow
-@pytest.mark.inductor
 def test_one_process_with_and_without_gradients(wan: Any) -> None:
     case = trained(wan)
     compiled, expected = compiled_with(case), case.expanded(500.0).detach()
@@ -184,16 +184,57 @@ def test_a_second_derivative_is_refused_by_name(wan: Any) -> None:
         first.sum().backward()
 
 
-@pytest.mark.parametrize("inductor", [True, False])
-@pytest.mark.inductor
 @pytest.mark.slow
-def test_a_model_is_calibrated_outside_no_grad(wan: Any, inductor: bool) -> None:
+@pytest.mark.inductor
+@pytest.mark.parametrize("inductor", [True, False])
+def test_a_model_is_calibrated_where_gradients_are_recorded(wan: Any, inductor: bool) -> None:
     case = trained(wan)
     config = CalibrationConfig(block=(32, 32), progress=False, inductor=inductor)
     expected = gradients(case.model, lambda: case.dense(500.0))
-    with calibatt_compiler.calibration.calibration(case.model, config) as run, run.input():
-        for timestep in (900.0, 500.0):
-            found = gradients(case.model, lambda t=timestep: case.model(**case.arguments(t))[0])
-        plan = run.plan() if False else None
-    assert plan is None
+    with calibration(case.model, config) as run:
+        with run.input(), torch.enable_grad():
+            for timestep in (900.0, 500.0):
+                found = gradients(case.model, lambda t=timestep: case.model(**case.arguments(t))[0])
+        assert set(run.plan().sites) == set(case.sites)
     same(found, expected)
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("text", [6, 19])
+def test_a_site_with_text_token_order_and_copied_rows(
+    attend: Any, text: int, ordered: bool
+) -> None:
+    grid, order, length = (2, 5, 7), TokenOrder.parse("2x2x3"), 70 + 6
+    mask = torch.rand(2, 5, 5, generator=torch.Generator().manual_seed(1)) < 0.4
+    mask[..., 0] = mask[:, 0] = True  # the text's blocks
+    pattern = BlockPattern.from_mask(
+        mask | torch.eye(5, dtype=torch.bool),
+        query_length=length,
+        key_length=length,
+        block=(16, 16),
+        repetitive=np.array([False, True]),
+        copies=RowCopies(grid, 2, 6, order),
+    )
+    plan = Plan.create(
+        {"a": SitePatterns.share([pattern])},
+        grid=grid,
+        sampler=Sampler(timesteps=(900.0,)),
+        token_order=order,
+        text_policy="dense_first",
+    )
+    where: Any = {"device": torch.device("cpu"), "dtype": torch.float64, "head_dim": 8}
+    site = SparseSite(plan, "a", lowering="reference", **where)
+    q, k, v = (torch.randn(1, 70 + text, 2, 8).double().transpose(1, 2) for _ in range(3))
+    served = fit_pattern(pattern, (70 + text,) * 2, video=70, position="first")
+    found = order.tokens(grid, length=70 + text, first=text)
+    assert found is not None
+    tokens = torch.from_numpy(found)
+    grad = torch.randn_like(q)
+    with torch.enable_grad():
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        want = torch.autograd.grad(attend(served, plan, *inputs), inputs, grad)
+    operands = [x[:, :, tokens] if ordered else x for x in (grad, q, k, v)]
+    for got, expected in zip(
+        site.gradients(*operands, 900.0, 8**-0.5, ordered=ordered), want, strict=True
+    ):
+        assert torch.allclose(got, expected[:, :, tokens] if ordered else expected, atol=1e-12)

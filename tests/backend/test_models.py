@@ -69,14 +69,6 @@ def test_samples_at_different_timesteps_run_dense_and_are_counted(wan):
     assert dense["dense: samples of one batch at different timesteps"] == 2
 
 
-def test_works_outside_no_grad(wan):
-    wan.model.requires_grad_(True)
-    compiled = compiled_with(wan, lowering="reference")
-    with torch.enable_grad():
-        got = compiled(**wan.arguments(900.0))[0].detach()
-    assert torch.allclose(got, wan.expanded(900.0), atol=1e-4)
-
-
 def test_bfloat16_models_are_served_in_bfloat16(wan):
     expected = wan.expanded(900.0)
     wan.model.to(torch.bfloat16)
@@ -98,3 +90,15 @@ def test_the_monitor_is_in_the_summary(wan):
     assert all(row.drift.samples == 1 for row in summary.rows if row.status == "sparse")
     assert any(note.startswith("monitor: ") for note in summary.notes())
     assert summary.to_dict()["sites"][0]["drift"]["calibrated"] is None
+
+
+def test_another_sampler_is_in_the_summary(wan):
+    compiled = compiled_with(wan, lowering="reference")
+    for timestep in (900.0, 700.0, 200.0):
+        compiled(**wan.arguments(timestep))
+    summary = calibatt_compiler.summary(compiled)
+    (note,) = summary.samplers
+    assert "seen 900, 700, 200; the plan's 900, 500, 100" in note
+    assert note in summary.notes()
+    assert "sampler" in str(summary)
+    assert summary.to_dict()["samplers"] == [note]

@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 
 import calibatt_compiler
+from calibatt_compiler import backend
 from calibatt_compiler.errors import (
     CalibattError,
     CaptureError,
@@ -193,6 +194,24 @@ def test_inductor_compiles_once_for_all_plans(wan, tmp_path, monkeypatch):
         hits.append(counters["inductor"]["fxgraph_cache_hit"] - before)
         assert calibatt_compiler.summary(compiled).rows[0].density == plan.density(wan.sites[0])
     assert hits == [0, 1]
+
+
+@pytest.mark.inductor
+def test_code_compiled_for_other_operators_is_not_taken(wan, tmp_path, monkeypatch):
+    """As an older calibatt left it in Inductor's cache: forward or backward."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    wan.model.requires_grad_(True)
+    counters = torch._dynamo.utils.counters
+    hits = []
+    for digest in ("older", "newer", "newer"):
+        torch._dynamo.reset()
+        monkeypatch.setattr(backend, "operators_digest", lambda digest=digest: digest)
+        before = counters["inductor"]["fxgraph_cache_hit"]
+        compiled = torch.compile(wan.model, backend="calibatt", options={"plan": wan.plan})
+        compiled(**wan.arguments(900.0))[0].sum().backward()
+        hits.append(counters["inductor"]["fxgraph_cache_hit"] - before)
+    assert hits[:2] == [0, 0]
+    assert hits[2] >= 1
 
 
 def test_summary_fits_a_terminal_and_names_what_ran_dense(wan):

@@ -43,6 +43,35 @@ def test_the_check_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_check_of_zones_runs(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "attention.py"), "--check", "--masks", "zones"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path)],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (result,) = json.loads((tmp_path / "attention.json").read_text())["results"]
+    assert result["case"] == "tiny zones 0.40"
+    assert set(result["efficiency"]) == {"math", "cpu zones"}
+    assert result["notes"] == []
+
+
+@pytest.mark.parametrize("density", [0.12, 0.4])
+def test_zones_have_the_density_asked_for(density: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from attention_cases import Case, Size
+    from zone_cases import NUMBERS, make_zones
+
+    zones = make_zones(Case(Size("half", 16380, 780, heads=6), "zones", density))
+    assert zones.density == pytest.approx(density, rel=0.05)
+    assert zones.numbers.max() <= 4 * NUMBERS
+    assert len(set(zones.octaves.tolist())) > 3
+
+
+@pytest.mark.slow
 @pytest.mark.inductor
 @pytest.mark.parametrize(
     ("order", "more"),

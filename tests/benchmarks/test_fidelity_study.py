@@ -292,7 +292,7 @@ def test_the_study_goes_on_where_it_stopped(
     ):
         row = finished.results[setting.key(name, density, case)]
         budget = finished.results[setting.key("ours", density, case)]["density"]
-        if name not in ("pooled", "ordered", "sampled"):
+        if name not in ("pooled", "ordered", "sampled", "zones", "few-zones"):
             assert row["density"] == pytest.approx(budget), name
         assert row["density"] == pytest.approx(density, abs=0.17), name
         assert row["psnr"] > 10

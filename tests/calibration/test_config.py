@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import calibatt_compiler.calibration
-from calibatt_compiler.calibration import CalibrationConfig, Thresholds
+from calibatt_compiler.calibration import (
+    CalibrationConfig,
+    ObservationConfig,
+    RunConfig,
+    SelectionConfig,
+    StorageConfig,
+    Thresholds,
+)
 from calibatt_compiler.errors import OptionError
 
 
@@ -79,6 +87,28 @@ def test_a_setting_out_of_range_is_named(wrong: dict[str, object]) -> None:
 def test_lists_are_taken_for_tuples() -> None:
     config = CalibrationConfig(block=[64, 32], grid=[3, 4, 5])  # type: ignore[arg-type]
     assert (config.block, config.grid) == ((64, 32), (3, 4, 5))
+
+
+def test_settings_are_those_of_four_parts_each_of_one() -> None:
+    parts = (ObservationConfig, SelectionConfig, RunConfig, StorageConfig)
+    names = [each.name for part in parts for each in fields(part)]
+    assert sorted(names) == sorted(each.name for each in fields(CalibrationConfig))
+    for part in parts:
+        for each in fields(part):
+            assert getattr(part(), each.name) == getattr(CalibrationConfig(), each.name)
+
+
+def test_a_selection_is_taken_from_larger_settings() -> None:
+    config = CalibrationConfig(A=0.5, rho=0.7, sample_power=1.0, keep_energies=True)
+    selection = SelectionConfig.of(config)
+    assert selection == SelectionConfig(A=0.5, rho=0.7, sample_power=1.0)
+    assert selection.sampled
+    assert SelectionConfig.of(config, A=None, sample_power=None) == SelectionConfig(rho=0.7)
+    assert SelectionConfig(C=0.9).completed(Thresholds(0.1, 0.2, 3)) == Thresholds(0.1, 0.9, 3)
+    with pytest.raises(TypeError, match="block"):  # stored masks can't be given other blocks
+        SelectionConfig.of(config, block=(64, 64))
+    with pytest.raises(OptionError, match="rho"):
+        SelectionConfig.of(config, rho=2)
 
 
 def test_the_package_is_the_function_of_its_name() -> None:

@@ -147,7 +147,7 @@ def test_a_pipeline_without_branch_names_counts_first_calls(
         ("uncond", "unconditional"),
         ("pred_uncond", "unconditional"),
         ("uncond_stg", "unconditional"),
-        ("cond_uncond", "batched"),
+        ("cond_uncond", "paired"),
     ],
 )
 def test_branches_by_the_names_diffusers_gives(context: str, branch: str) -> None:

@@ -296,7 +296,11 @@ def test_tiles_of_tokens_need_fewer_blocks_and_what_is_kept_is_the_same_share() 
     for order in (TokenOrder((1, 4, 4)), RASTER):
         plan = plans["1x4x4"]
         made = Plan.create(
-            plan.sites, grid=plan.grid, sampler=plan.metadata.sampler, token_order=order
+            plan.sites,
+            grid=plan.grid,
+            sampler=plan.metadata.sampler,
+            token_order=order,
+            fixed_by=plan.metadata.fixed_by,
         )
         options = {"plan": made, "lowering": "reference"}
         sparse = torch.compile(model, backend="calibatt", options=options)(x, timestep=timestep)

@@ -18,14 +18,16 @@ import calibatt_compiler
 from calibatt_compiler.calibration import (
     CalibrationConfig,
     calibrate,
+    estimate,
     plan_from_run,
     zone_plan_from_run,
 )
-from calibatt_compiler.calibration.select.zones import group_of, seed_of
+from calibatt_compiler.calibration.select.zones import group_of
 from calibatt_compiler.calibration.store.run_folder import RunStore
 from calibatt_compiler.calibration.store.zone_sums import SQUARE_UNITS, GroupSums, ZoneSums, units
 from calibatt_compiler.errors import CalibrationError, OptionError
 from calibatt_compiler.plan import Plan
+from calibatt_compiler.plan.zone_draw import seed_of
 
 TIMESTEPS = (900.0, 700.0, 500.0, 300.0, 100.0)
 CONFIG = CalibrationConfig(
@@ -260,7 +262,10 @@ def test_settings_of_the_other_form_are_refused(model: Model) -> None:
 
 
 def test_a_pipeline_is_calibrated_for_zones_and_served(
-    tiny_wan_pipeline: Any, tiny_wan_arguments: dict[str, int], tmp_path: Path
+    tiny_wan_pipeline: Any,
+    tiny_wan_arguments: dict[str, int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pipe, out = tiny_wan_pipeline, tmp_path / "zones.calibatt"
     config = CalibrationConfig(block=(16, 16), form="zones", density=0.5)
@@ -274,6 +279,33 @@ def test_a_pipeline_is_calibrated_for_zones_and_served(
     finally:
         forbidden.remove()
     assert again == plan
+
+    model = pipe.transformer
+
+    def latents(lowering: str, kernel: str) -> Tensor:
+        torch._dynamo.reset()
+        options = {"plan": plan, "lowering": lowering}
+        pipe.transformer = torch.compile(model, backend="calibatt", options=options)
+        generator = torch.Generator().manual_seed(5)
+        try:
+            made: Tensor = pipe(
+                prompt="a bird", generator=generator, output_type="latent", **tiny_wan_arguments
+            ).frames
+            said = calibatt_compiler.summary(pipe.transformer)
+        finally:
+            pipe.transformer = model
+        rows = [row for row in said.rows if row.name in plan.sites]
+        assert [row.kernel for row in rows] == [kernel] * len(plan.sites)
+        assert all(row.sparse_calls and not row.dense_calls for row in rows)
+        return made
+
+    fast = latents("table", "native-cpu")
+    # What is around attention was compiled once; here it need not be.
+    monkeypatch.setattr(
+        "calibatt_compiler.backend._inductor", lambda gm, inputs, settings: gm.forward
+    )
+    plain = latents("reference", "reference")
+    assert (fast - plain).abs().max() < 1e-4 * plain.abs().max()
 
 
 def _forbidden(*_: object) -> None:
@@ -327,3 +359,19 @@ def test_one_process_and_two_make_the_same_plan(tiny_wan_folder: Path, tmp_path:
     assert len(digests) == 1
     files = list((tmp_path / "together.calibration" / "sums").iterdir())
     assert {path.name.split("-")[0] for path in files} == {"00000", "00001"}
+
+
+def test_costs_are_told_beforehand(
+    tiny_wan_pipeline: Any, tiny_wan_arguments: dict[str, int], tmp_path: Path
+) -> None:
+    pipe, out = tiny_wan_pipeline, tmp_path / "zones.calibatt"
+    config = CalibrationConfig(block=(16, 16), form="zones", step_groups=2)
+    prompts = ["a big rabbit runs", "the bird flies"]
+    told = estimate(pipe, prompts, [3, 4], out=out, config=config, **tiny_wan_arguments)
+    assert not list(tmp_path.iterdir())
+    calibrate(pipe, prompts, [3, 4], out=out, config=config, **tiny_wan_arguments)
+    folder = tmp_path / "zones.calibatt.calibration"
+    found = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    assert found <= told.run_bytes <= 1.5 * found
+    assert out.stat().st_size <= told.plan_bytes <= 20 * out.stat().st_size
+    assert told.host_bytes > 0

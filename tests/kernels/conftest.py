@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from calibatt_compiler.kernels.reference.attention import masked_dense_attention
+from calibatt_compiler.kernels.request import KernelRequest
 from calibatt_compiler.plan.copies import RowCopies
 from calibatt_compiler.plan.pattern import BlockPattern
 
@@ -216,7 +217,6 @@ def launches(interpreter: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     kernel = interpreter.Interpreted(hopper.hopper_attention)
     monkeypatch.setattr(hopper, "hopper_attention", kernel)
     monkeypatch.setattr(hopper, "hopper_counts", interpreter.Interpreted(hopper.hopper_counts))
-    monkeypatch.setattr(hopper, "hopper_serves", lambda *_: None)
     monkeypatch.setattr(
         "calibatt_compiler.kernels.hopper.launch.descriptor", interpreter.Descriptor
     )
@@ -229,8 +229,9 @@ def make() -> Callable[..., Any]:
     from calibatt_compiler.kernels.hopper.attention import HopperAttention
 
     def kernel(pattern: BlockPattern, dtype: torch.dtype, head_dim: int, **more: Any) -> Any:
-        where = {"device": torch.device("cpu"), "dtype": dtype, "head_dim": head_dim}
-        return HopperAttention(pattern, **where, **{"programs": 3, **more})
+        where = {"dtype": dtype, "head_dim": head_dim, "softmax": more.pop("softmax", "auto")}
+        request = KernelRequest(pattern, device=torch.device("cpu"), **where)
+        return HopperAttention(request, **{"programs": 3, **more})
 
     return kernel
 

@@ -5,15 +5,20 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from calibatt_compiler.errors import KernelError
-from calibatt_compiler.kernels.attention import FIXED_FROM, make_attention
+from calibatt_compiler.kernels.attention import attention_like, make_attention
 from calibatt_compiler.kernels.common.dense import dense_attention
+from calibatt_compiler.kernels.dispatch import FIXED_FROM, DeviceFacts
+from calibatt_compiler.kernels.request import KernelRequest
+from calibatt_compiler.kernels.tiered import Tier
 from calibatt_compiler.plan.pattern import BlockPattern
 
 CPU = torch.device("cpu")
 
 
 def make(pattern, lowering="baked", device=CPU, dtype=torch.float32, head_dim=64):
-    return make_attention(pattern, lowering=lowering, device=device, dtype=dtype, head_dim=head_dim)
+    return make_attention(
+        KernelRequest(pattern, lowering=lowering, device=device, dtype=dtype, head_dim=head_dim)
+    )
 
 
 @pytest.mark.parametrize("lowering", ["baked", "table"])
@@ -38,13 +43,6 @@ def test_every_lowering_agrees_with_dense_attention(
     assert_attention(make(pattern, lowering)(q, k, v), q, k, v, pattern)
 
 
-def test_unknown_devices_and_dtypes_are_refused(random_pattern):
-    with pytest.raises(KernelError, match="no block-sparse kernel for this device"):
-        make(random_pattern(), device=torch.device("meta"))
-    with pytest.raises(KernelError, match="floating-point"):
-        make(random_pattern(), dtype=torch.int32)
-
-
 def test_a_gpu_that_is_too_old_is_refused(random_pattern, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old GPU")
@@ -57,25 +55,46 @@ def test_a_gpu_that_is_too_old_is_refused(random_pattern, monkeypatch):
 @pytest.mark.parametrize("softmax", ["auto", "exact"])
 def test_the_softmax_option_reaches_the_portable_kernels(monkeypatch, lowering, softmax):
     asked = []
+    kernels = {"table": "portable.attention.TableAttention", "baked": "baked.attention.BakedTier"}
 
-    class Kernel:
-        def __init__(self, pattern, *, device, dtype, head_dim, softmax):
-            asked.append(softmax)
+    class Kernel(Tier):
+        reason = None
 
-    for name in ("portable.attention.TableAttention", "baked.attention.BakedAttention"):
-        monkeypatch.setattr(f"calibatt_compiler.kernels.{name}", Kernel)
-    monkeypatch.setattr("calibatt_compiler.kernels.attention.triton_serves", lambda *_: True)
+        def __init__(self, request, *_, **__):
+            super().__init__()
+            self.table = object()
+            asked.append(request.softmax)
+
+        def make(self):
+            return self.table
+
+    monkeypatch.setattr(f"calibatt_compiler.kernels.{kernels[lowering]}", Kernel)
+    ampere = DeviceFacts("cuda", 80)
+    monkeypatch.setattr(DeviceFacts, "of", classmethod(lambda cls, device: ampere))
     for length in (FIXED_FROM, FIXED_FROM - 1):
         make_attention(
-            BlockPattern.dense(1, 128, length),
-            lowering=lowering,
-            device=torch.device("cuda"),
-            dtype=torch.bfloat16,
-            head_dim=128,
-            hopper=False,
-            softmax=softmax,
+            KernelRequest(
+                BlockPattern.dense(1, 128, length),
+                lowering=lowering,
+                device=torch.device("cuda"),
+                dtype=torch.bfloat16,
+                head_dim=128,
+                softmax=softmax,
+            )
         )
     assert asked == [softmax, "exact"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_reference_serves_where_tables_do_not(random_pattern, monkeypatch, dtype):
+    """As in calibration, which takes what there is."""
+    ampere = DeviceFacts("cuda", 80)
+    monkeypatch.setattr(DeviceFacts, "of", classmethod(lambda cls, device: ampere))
+    kernel = attention_like(random_pattern(), torch.empty(1, 2, 3, 257, dtype=dtype))
+    assert kernel.kind == "reference"
+    monkeypatch.undo()
+    kernel = attention_like(random_pattern(), torch.empty(1, 2, 3, 64, dtype=dtype))
+    assert kernel.kind == "native-cpu"
 
 
 @pytest.mark.parametrize("permuted", [True, False])

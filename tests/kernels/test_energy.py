@@ -7,6 +7,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from calibatt_compiler.errors import KernelError
 from calibatt_compiler.kernels import energy as energy_module
 from calibatt_compiler.kernels.common import dense as dense_lse
+from calibatt_compiler.kernels.dispatch import DeviceFacts, fuses
 from calibatt_compiler.kernels.energy import attention_with_energy, block_energy
 from calibatt_compiler.kernels.reference.energy import reference_energy
 
@@ -164,7 +165,8 @@ def gpu_calls(monkeypatch):
     calls = []
     triton_energy = pytest.importorskip("calibatt_compiler.kernels.portable.energy_scores")
     fused = pytest.importorskip("calibatt_compiler.kernels.portable.energy_fused")
-    monkeypatch.setattr(energy_module, "triton_serves", lambda device, dtype: True)
+    ampere = DeviceFacts("cuda", 80)
+    monkeypatch.setattr(DeviceFacts, "of", classmethod(lambda cls, device: ampere))
 
     def scores_only(q, k, block, scale, lse):
         calls.append(("pass", tuple(q.shape), block, None if lse is None else tuple(lse.shape)))
@@ -242,7 +244,7 @@ def test_gpu_kernel_equals_the_definition(operands, accuracy, size, head_dim, dt
     lse = torch.logsumexp(q.double() @ k.double().mT * head_dim**-0.5, -1)
     accuracy(block_energy(q, k, block=block, lse=lse), exact, yardstick, factor=64).check()
     dense = scaled_dot_product_attention(q.double(), k.double(), v.double())
-    for fused in {False, energy_module.fuses(dtype, head_dim)}:
+    for fused in {False, fuses(dtype, head_dim)}:
         out, found = attention_with_energy(q, k, v, block=block, fused=fused)
         accuracy(found, exact, yardstick, factor=64).check()
         accuracy(out, dense, scaled_dot_product_attention(q, k, v)).check()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from calibatt_compiler.kernels.request import KernelSettings
 from calibatt_compiler.plan import BlockPattern, Plan, Sampler, SitePatterns
 from calibatt_compiler.plan.copies import RowCopies
 from calibatt_compiler.plan.order import TokenOrder
@@ -12,7 +13,7 @@ from calibatt_compiler.report.drift import MARGIN, Drift
 from calibatt_compiler.runtime import monitor
 from calibatt_compiler.runtime.monitor import KeptMassMonitor, kept_mass
 from calibatt_compiler.runtime.site import SparseSite
-from calibatt_compiler.runtime.token_order import rearrangement
+from calibatt_compiler.runtime.token_order import Rearrangements
 
 GRID = (2, 5, 8)
 HEADS = 3
@@ -46,7 +47,7 @@ def operands(length: int, batch: int = 2) -> list[torch.Tensor]:
 
 def make_site(plan: Plan, every: int) -> SparseSite:
     options = {"device": torch.device("cpu"), "dtype": torch.float32, "head_dim": 8}
-    return SparseSite(plan, "a", lowering="reference", monitor=every, **options)
+    return SparseSite(plan, "a", KernelSettings(lowering="reference", **options), monitor=every)
 
 
 @pytest.mark.parametrize("chunk", [1, 1 << 24])
@@ -63,7 +64,7 @@ def test_kept_mass_is_that_of_the_mask(order, row, chunk, monkeypatch):
         tokens = torch.arange(77)
     else:
         pattern = random_pattern(80)
-        sides = rearrangement(token_order, GRID, 80, text_first=False, device=q.device)
+        sides = Rearrangements().of(token_order, GRID, 80, text_first=False, device=q.device)
         tokens = torch.from_numpy(token_order.tokens(GRID))
     mask = pattern.token_mask()
     p = torch.softmax(q.double()[:, :, tokens] @ k.double()[:, :, tokens].mT * 0.7, -1)

@@ -212,3 +212,66 @@ def test_head_density():
 def test_sparkline():
     assert inspect.sparkline([0.0, 0.5, 1.0]) == "▁▅█"
     assert len(inspect.sparkline([0.3] * 50)) == 8
+
+
+def zone_plan() -> Plan:
+    """Two sites of zones in two step groups."""
+    row, column = torch.arange(6)[:, None], torch.arange(6)
+    maps = torch.stack([(row - column).abs(), (row - column).abs() // 2])[:, None].repeat(
+        1, 2, 1, 1
+    )
+    maps[1, 1] = column.expand(6, 6)
+    timesteps = [1000.0 - 100 * step for step in range(5)]
+    return Plan.from_zones({f"<{i}>": maps for i in range(2)}, (1, 6, 16), timesteps, (16, 16))
+
+
+def test_zones_are_told_in_facts_table_and_json():
+    plan = zone_plan()
+    facts = dict(inspect.facts(plan))
+    assert facts["zones"].startswith("2 step groups, each step draws its own sample")
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(inspect.terminal(plan))
+    assert " zones " in console.export_text()
+    for site in plan.sites.values():
+        by_step = [inspect.head_density(site.at(step)) for step in range(plan.steps)]
+        assert np.allclose(inspect.heads_density(site), np.mean(by_step, axis=0))
+    sites = json.loads(json.dumps(inspect.to_dict(plan)))["sites"]
+    for found, site in zip(sites, plan.sites.values(), strict=True):
+        assert site.zones is not None
+        for group, zones in zip(found["step_groups"], site.zones.zones, strict=True):
+            octaves = zones.map_octaves()
+            for head, shares in enumerate(group["octaves"]):
+                assert shares == [round(float((octaves[head] == k).mean()), 6) for k in range(8)]
+            assert group["density"] == zones.density
+            assert group["numbers"] == zones.numbers.tolist()
+    assert "step_groups" not in inspect.to_dict(random_plan())["sites"][0]
+
+
+def test_a_page_shows_octaves_and_what_a_step_draws(tmp_path: Path):
+    plan = zone_plan()
+    text = plan_page.write_page(plan, tmp_path / "plan.html").read_text("utf-8")
+    Page(text)
+    assert "what the step draws" in text
+    found = re.search(r'id="masks">(.*?)</script>', text, re.S)
+    assert found is not None
+    data = json.loads(found.group(1))
+    for name, site in data["sites"].items():
+        zones = plan.sites[name].zones
+        assert zones is not None
+        assert site["group"] == [0, 0, 0, 1, 1]
+        for step, index in enumerate(site["set"]):
+            octaves = zones.zones[zones.groups[step]].map_octaves()
+            for head in range(2):
+                mask = pixels(site["sets"][index]["png"][head])
+                assert ((mask > 127) == plan.block_mask(name, step)[head].numpy()).all()
+                shown = pixels(site["octaves"][site["group"][index]][head])
+                assert np.abs(shown / 255 - (1 - octaves[head] / 8)).max() < 0.04
+    assert "what the step draws" not in plan_page.write_page(
+        random_plan(), tmp_path / "masks.html"
+    ).read_text("utf-8")
+
+
+def pixels(png: str) -> np.ndarray:
+    """Opacity of a picture, uint8 (height, width)."""
+    picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGBA")
+    return np.asarray(picture)[..., 3].astype(np.int64)

@@ -12,14 +12,16 @@ import pytest
 import torch
 
 from calibatt_compiler.errors import KernelError
+from calibatt_compiler.kernels.dispatch import Choice
+from calibatt_compiler.kernels.request import KernelRequest, KernelSettings
 from calibatt_compiler.plan import BlockPattern, Plan, Sampler, SitePatterns
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.runtime import ops
 from calibatt_compiler.runtime import site as sites
 from calibatt_compiler.runtime import site_kernels as making
-from calibatt_compiler.runtime.device_queue import HostLane
-from calibatt_compiler.runtime.invocation import lookup, serving
-from calibatt_compiler.runtime.kernel_cache import KernelStore
+from calibatt_compiler.runtime.device_queue import HostQueue
+from calibatt_compiler.runtime.invocation import Invocation, Sites, lookup, running
+from calibatt_compiler.runtime.kernel_cache import KernelCache
 
 
 @pytest.mark.parametrize(
@@ -49,7 +51,7 @@ def test_attention_is_a_sound_operator():
     site = make_site(torch.eye(3, dtype=torch.bool).expand(1, 2, 3, 3))
     q, k, v = (torch.randn(1, 40, 2, 8).transpose(1, 2) for _ in range(3))
     timestep = torch.tensor(5.0, dtype=torch.float64)
-    with serving({"a": site}):
+    with running(Invocation(Sites({"a": site}))):
         torch.library.opcheck(ops.attention, (q, k, v, timestep, "a", 0.5))
 
 
@@ -57,7 +59,7 @@ def make_site(masks: torch.Tensor) -> sites.SparseSite:
     timesteps = [5.0 - i for i in range(len(masks))]
     plan = Plan.from_masks({"a": masks}, (1, 5, 8), timesteps, (16, 16))
     options = {"device": torch.device("cpu"), "dtype": torch.float32, "head_dim": 8}
-    return sites.SparseSite(plan, "a", lowering="reference", **options)
+    return sites.SparseSite(plan, "a", KernelSettings(lowering="reference", **options))
 
 
 def test_a_site_is_found_while_its_graph_runs_and_in_its_thread_alone():
@@ -69,8 +71,8 @@ def test_a_site_is_found_while_its_graph_runs_and_in_its_thread_alone():
             lookup("a")
         elsewhere.append(True)
 
-    with serving({"a": outer}):
-        with serving({"a": inner}):
+    with running(Invocation(Sites({"a": outer}))):
+        with running(Invocation(Sites({"a": inner}))):
             assert lookup("a") is inner
         assert lookup("a") is outer
         with pytest.raises(KernelError, match="without it"):
@@ -120,7 +122,7 @@ def test_a_site_brings_tokens_into_the_plans_order_and_back(tile, text, policy, 
         text_policy=policy,
     )
     options = {"device": torch.device("cpu"), "dtype": torch.float32, "head_dim": 8}
-    site = sites.SparseSite(plan, "a", lowering=lowering, **options)
+    site = sites.SparseSite(plan, "a", KernelSettings(lowering=lowering, **options))
     q, k, v = (torch.randn(2, length, 2, 8).transpose(1, 2) for _ in range(3))
     tokens = torch.from_numpy(order.tokens(grid, length=length, first=first))
     token_mask = torch.empty(2, length, length, dtype=torch.bool)
@@ -168,9 +170,9 @@ def test_kernels_are_made_when_their_step_comes(
     made: list[str] = []
     original = making.make_attention
 
-    def counted(pattern: BlockPattern, **where: Any) -> Any:
-        made.append(pattern.digest)
-        return original(pattern, **where)
+    def counted(request: KernelRequest[BlockPattern], choice: Choice) -> Any:
+        made.append(request.pattern.digest)
+        return original(request, choice)
 
     monkeypatch.setattr(making, "make_attention", counted)
     masks = stepped_masks(4)
@@ -178,11 +180,11 @@ def test_kernels_are_made_when_their_step_comes(
     Plan.from_masks({"a": masks}, (1, 6, 16), timesteps, (16, 16)).save(tmp_path / "p")
     plan = Plan.load(tmp_path / "p")
     options: Any = {"device": torch.device("cpu"), "dtype": torch.float32, "head_dim": 8}
-    site = sites.SparseSite(plan, "a", lowering="table", **options)
+    site = sites.SparseSite(plan, "a", KernelSettings(lowering="table", **options))
     digests = plan.sites["a"].digests
     assert made == [digests[0]]
-    assert site.kinds == ("native-cpu", "sdpa")
-    assert site.computed_density == pytest.approx(plan.density("a"))
+    assert site.counts.kinds == ("native-cpu", "sdpa")
+    assert site.counts.computed_density == pytest.approx(plan.density("a"))
     q, k, v = (torch.randn(1, 2, 96, 8) for _ in range(3))
     for timestep in (4.0, 4.0, 2.0, 1.0, 2.0):
         mask = masks[4 - int(timestep)].repeat_interleave(16, 1).repeat_interleave(16, 2)
@@ -195,11 +197,11 @@ def test_kernels_are_made_when_their_step_comes(
 
 def test_a_kernel_that_is_faster_serves_dense_patterns_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """In whichever order the tokens are: dense attention does not ask."""
-    monkeypatch.setattr(making, "dense_is_faster", lambda *where: True)
+    monkeypatch.setattr(making, "choose", lambda request, facts: Choice("native-cpu"))
     asked: list[int] = []
-    rearrangement = sites.rearrangement
+    of = sites.Rearrangements.of
     monkeypatch.setattr(
-        sites, "rearrangement", lambda *a, **kw: asked.append(1) or rearrangement(*a, **kw)
+        sites.Rearrangements, "of", lambda *a, **kw: asked.append(1) or of(*a, **kw)
     )
     patterns = [BlockPattern.from_mask(mask, block=(16, 16)) for mask in stepped_masks(2)]
     plan = Plan.create(
@@ -209,7 +211,7 @@ def test_a_kernel_that_is_faster_serves_dense_patterns_too(monkeypatch: pytest.M
         token_order=TokenOrder.parse("2x2x2"),
     )
     options: Any = {"device": torch.device("cpu"), "dtype": torch.float32, "head_dim": 8}
-    site = sites.SparseSite(plan, "a", lowering="table", **options)
+    site = sites.SparseSite(plan, "a", KernelSettings(lowering="table", **options))
     q, k, v = (torch.randn(1, 2, 96, 8) for _ in range(3))
     got = site.attend(q, k, v, 1.0, 8**-0.5)
     assert site.calls == {"native-cpu": 1}
@@ -225,12 +227,16 @@ def test_what_has_no_kernel_is_known_at_once() -> None:
     masks = stepped_masks(4).flip(0)
     plan = Plan.from_masks({"a": masks}, (1, 6, 16), [4.0, 3.0, 2.0, 1.0], (16, 16))
     options: Any = {"device": torch.device("cpu"), "head_dim": 8}
-    store = KernelStore(HostLane())
+    cache = KernelCache(HostQueue())
     with pytest.raises(KernelError, match="floating-point"):
-        sites.SparseSite(plan, "a", lowering="table", dtype=torch.int32, kernels=store, **options)
-    assert store.held("a") == []
-    sites.SparseSite(plan, "a", lowering="table", dtype=torch.float32, kernels=store, **options)
-    assert len(store.held("a")) == 1
+        sites.SparseSite(
+            plan, "a", KernelSettings(lowering="table", dtype=torch.int32, **options), kernels=cache
+        )
+    assert cache.held("a") == []
+    sites.SparseSite(
+        plan, "a", KernelSettings(lowering="table", dtype=torch.float32, **options), kernels=cache
+    )
+    assert len(cache.held("a")) == 1
 
 
 def test_tables_of_a_graph_that_is_gone_are_gone() -> None:

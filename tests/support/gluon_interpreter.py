@@ -10,6 +10,7 @@ every read out of bounds is an error.
 from __future__ import annotations
 
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -159,10 +160,25 @@ class SharedTiles:
 
     def store(self, value: np.ndarray) -> None:
         self.array[...] = value
-        _thread.unfenced = True
+        if self.shape == [1]:
+            _thread.unordered = True
+        else:
+            _thread.unfenced = True
 
-    def load(self, _: object) -> Tile:
-        return tile(self.array.copy())
+    def load(self, _: object) -> Any:
+        return Late(self) if self.shape == [1] else tile(self.array.copy())
+
+
+class Late:
+    """A number on its way from shared memory: it is there when something waits for it."""
+
+    def __init__(self, source: SharedTiles) -> None:
+        self.source = source
+        self.result: Tile | None = None
+
+    def finish(self) -> None:
+        assert not np.isnan(self.source.array).any(), "read before it was written"
+        self.result = tile(self.source.array.copy())
 
 
 class Pieces:
@@ -245,6 +261,16 @@ def fence() -> None:
     _thread.unfenced = False
 
 
+def order() -> None:
+    _thread.unordered = False
+
+
+def expect(barrier: Barrier, size: int) -> None:
+    """One lane arrives for its warp."""
+    assert not _thread.unordered, "written by other lanes than the one that arrives"
+    barrier.update(1, size)
+
+
 def arrive(barrier: Barrier, count: int) -> None:
     """What this warp wrote, others read through the asynchronous proxy."""
     assert not _thread.unfenced, "written to shared memory and not fenced"
@@ -282,7 +308,9 @@ def warpgroup_mma_wait(outstanding: int = 0, deps: Any = None) -> Any:
         _thread.products.pop(0).finish()
     results = []
     for dep in deps:
-        result = dep.result if isinstance(dep, Product) else dep
+        if isinstance(dep, Late):
+            dep.finish()
+        result = dep.result if isinstance(dep, Product | Late) else dep
         assert result is not None, "a product was used before it was waited for"
         results.append(result)
     return results[0] if len(results) == 1 else tuple(results)
@@ -298,8 +326,14 @@ def allocate(dtype: Any, shape: Sequence[int], layout: object) -> Any:
     return Barriers(shape[0]) if dtype == "int64" else SharedTiles(dtype, shape)
 
 
-def inline_asm(asm: str, _: str, operands: list[Any], *__: object, **___: object) -> Tile:
-    """The two pieces of PTX that the kernel has: 2^x, and rescaling."""
+def inline_asm(asm: Any, _: str, operands: list[Any], *__: object, **___: object) -> Any:
+    """The pieces of PTX that kernels have: 2^x, rescaling, and literals looked up by number."""
+    asm = getattr(asm, "value", asm)
+    if found := re.search(r"\.const \S+ \d+ \.b32 runs\[(\d+)\] = \{([^}]*)\}", asm):
+        words = [int(word) for word in found[2].split(",")]
+        assert len(words) == int(found[1])
+        assert 0 <= operands[0] < len(words), "literals read out of bounds"
+        return words[operands[0]]
     if asm.startswith("ex2.approx.ftz"):
         result = np.exp2(np.asarray(operands[0], np.float32))
         return tile(np.where(result < 2.0**-126, np.float32(0), result))
@@ -329,7 +363,8 @@ def warp_specialize(parts: Any, warps: object, registers: object) -> None:
 
     def run(function: Callable[..., None], arguments: Any) -> None:
         _thread.program, _thread.products = program, []
-        _thread.gathers, _thread.groups, _thread.unfenced = [], [], False
+        _thread.gathers, _thread.groups = [], []
+        _thread.unfenced = _thread.unordered = False
         try:
             with np.errstate(all="ignore"):
                 function(*arguments)
@@ -375,7 +410,7 @@ GL = SimpleNamespace(
 MBARRIER = SimpleNamespace(
     MBarrierLayout=layout,
     init=lambda barrier, count: barrier.init(count),
-    expect=lambda barrier, size: barrier.update(1, size),
+    expect=expect,
     arrive=arrive,
     wait=lambda barrier, phase, pred=True: barrier.wait(phase) if pred else None,
 )
@@ -396,6 +431,7 @@ NAMES = {
     "warpgroup_mma": warpgroup_mma,
     "warpgroup_mma_wait": warpgroup_mma_wait,
     "fence_async_shared": fence,
+    "warp_barrier": order,
 }
 
 
@@ -436,7 +472,8 @@ class Interpreted:
             named = {name: self.argument(value) for name, value in named.items()}
             for index in np.ndindex(*grid):
                 _thread.program = SimpleNamespace(index=index, failed=[])
-                _thread.gathers, _thread.groups, _thread.unfenced = [], [], False
+                _thread.gathers, _thread.groups = [], []
+                _thread.unfenced = _thread.unordered = False
                 with np.errstate(all="ignore"):
                     self.function(*positional, **named)
 

@@ -19,10 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 from triton import knobs
+from zone_patterns import zone_pattern
 
-from calibatt_compiler.kernels.baked import cache
+from calibatt_compiler.kernels.baked import cache, source_zones
 from calibatt_compiler.kernels.baked.compiler import KernelCompiler, KernelSpec
 from calibatt_compiler.kernels.baked.cover import EXACT
+from calibatt_compiler.kernels.common.zone_table import zone_table
 from calibatt_compiler.kernels.hopper.launch import HopperConfig
 from calibatt_compiler.kernels.hopper.offline import compile_counts, compile_hopper
 from calibatt_compiler.plan.copies import RowCopies
@@ -57,6 +59,15 @@ TABLES = {
     ),
     "fixed, D 64, copies": HopperConfig(128, 64, BF16, True, True, lse=True, copies=True),
     "fp16, D 64, copies, blocks of 64": HopperConfig(64, 64, FP16, False, True, copies=True),
+    "fixed, D 128, zones": HopperConfig(128, 128, BF16, True, False, zones=True),
+    "fixed, D 128, zones, everything": HopperConfig(
+        *(128, 128, BF16, True, True), lse=True, zones=True
+    ),
+    "exact, D 128, zones, everything": HopperConfig(
+        *(128, 128, FP16, False, True), lse=True, zones=True
+    ),
+    "fixed, D 64, zones": HopperConfig(128, 64, BF16, True, True, lse=True, zones=True),
+    "fp16, D 64, zones, blocks of 64": HopperConfig(64, 64, FP16, False, True, zones=True),
 }
 
 
@@ -100,6 +111,7 @@ def describe(kernel: Any) -> dict[str, Any]:
         "gathers": len(re.findall(r"\bLDGSTS\S*\.128\b", code)),
         "scatters": len(re.findall(r"\bSTG\S*\.128\b", code)),
         "register_moves": sorted(set(re.findall(r"USETMAXREG\S* (?:\w+, )?(0x\w+)", code))),
+        "literal_reads": len(re.findall(r"c\[0x3\]\[", code)),
         "exponentials": len(re.findall(r"\bMUFU\.EX2\b", code)),
     }
 
@@ -138,8 +150,24 @@ def build_literals(*, copies: bool = False) -> None:
         print(json.dumps(facts | describe(kernel)), flush=True)
 
 
+def build_zones() -> None:
+    """With as many runs as become literals; then again with others of them."""
+    for name, case in (("literals, zones", "text first"), ("literals, zones in part", "ragged")):
+        zones = zone_pattern(case)
+        table = zone_table(zones)
+        if "part" in name:
+            source_zones.generate_zones.__defaults__ = (int((table.heads == 0).sum()),)
+        start = time.perf_counter()
+        literals = source_zones.load_zones(zones, table, "hopper")
+        kernel = compile_hopper(TABLES["fixed, D 128, zones, everything"], literals=literals)
+        facts = {"name": name, "seconds": time.perf_counter() - start}
+        print(json.dumps(facts | describe(kernel)), flush=True)
+
+
 def main() -> None:
-    chosen = sys.argv[1:] or [*TABLES, "counts", "repair", "literals", "literals, copies"]
+    chosen = sys.argv[1:] or [
+        *TABLES, "counts", "repair", "literals", "literals, copies", "literals, zones"
+    ]  # fmt: skip
     for name, config in TABLES.items():
         if name in chosen:
             start = time.perf_counter()
@@ -154,6 +182,8 @@ def main() -> None:
     for copies in (False, True):
         if f"literals{', copies' if copies else ''}" in chosen:
             build_literals(copies=copies)
+    if "literals, zones" in chosen:
+        build_zones()
 
 
 if __name__ == "__main__":

@@ -18,10 +18,11 @@ import pytest
 import torch
 
 from calibatt_compiler.errors import KernelError
-from calibatt_compiler.kernels.baked.attention import BakedAttention
+from calibatt_compiler.kernels.baked.attention import baked_attention
 from calibatt_compiler.kernels.baked.cover import CoverLimits, cover_pattern
 from calibatt_compiler.kernels.portable.attention import TableAttention
 from calibatt_compiler.kernels.reference.attention import ReferenceAttention
+from calibatt_compiler.kernels.request import KernelRequest
 from calibatt_compiler.plan.copies import RowCopies
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.pattern import BlockPattern
@@ -102,9 +103,9 @@ def overflows() -> None:
     mask[2, 0, 3] = True
     made = pattern(mask, 150, 140, (32, 32))
     where: dict[str, Any] = {"device": CPU, "dtype": torch.float32, "head_dim": 32}
-    table = TableAttention(made, **where, softmax="fixed")
-    baked = BakedAttention(made, **where, softmax="fixed")
-    exact = TableAttention(made, **where, softmax="exact")
+    table = TableAttention(KernelRequest(made, **where, softmax="fixed"))
+    baked = baked_attention(KernelRequest(made, **where, softmax="fixed"))
+    exact = TableAttention(KernelRequest(made, **where, softmax="exact"))
     assert baked.kind == "triton-baked", baked.reason
     generator = torch.Generator().manual_seed(0)
     calm = [torch.randn(1, 3, n, 32, generator=generator) for n in (150, 140, 140)]
@@ -159,9 +160,11 @@ def which_softmax() -> None:
         (torch.float32, "auto", "exact"),
     ]:
         where: dict[str, Any] = {"device": CPU, "dtype": dtype, "head_dim": 64, "softmax": softmax}
-        assert TableAttention(plain, **where).config.softmax == expected
+        assert TableAttention(KernelRequest(plain, **where)).config.softmax == expected
     with pytest.raises(KernelError, match="fixed softmax reference"):
-        TableAttention(plain, device=CPU, dtype=torch.float16, head_dim=64, softmax="fixed")
+        TableAttention(
+            KernelRequest(plain, device=CPU, dtype=torch.float16, head_dim=64, softmax="fixed")
+        )
 
 
 def main() -> None:
@@ -177,8 +180,8 @@ def main() -> None:
         expected = ReferenceAttention(made)(q, k, v, scale=scale)
         for softmax in ("exact", "fixed"):
             where["softmax"] = softmax
-            table = TableAttention(made, **where)
-            baked = BakedAttention(made, **where)
+            table = TableAttention(KernelRequest(made, **where))
+            baked = baked_attention(KernelRequest(made, **where))
             assert baked.kind == "triton-baked", baked.reason
             first, second = (kernel(q, k, v, scale=scale) for kernel in (table, baked))
             assert torch.equal(first, second), name
@@ -192,7 +195,7 @@ def main() -> None:
             report(f"{name}, {softmax}", error, allowed)
         # By descriptors, with the keys past the end that they read as zero.
         tiles = replace(table.config.settings, descriptors=True)
-        by_tma = TableAttention(made, **where, settings=tiles)
+        by_tma = TableAttention(KernelRequest(made, **where), settings=tiles)
         assert by_tma.config.descriptors == (head_dim % 4 == 0)
         assert torch.equal(by_tma(q, k, v, scale=scale), first), name
 
@@ -204,27 +207,29 @@ def main() -> None:
     storage = torch.randn(3 * 2 * 150 * 64 * 2 + 1)
     q, k, v = storage[1:].view(3, 1, 2, 150, 128).unbind(0)
     strided = [x[..., ::2] for x in (q, k, v)]
-    kernel = TableAttention(made, device=CPU, dtype=torch.float32, head_dim=64)
+    kernel = TableAttention(KernelRequest(made, device=CPU, dtype=torch.float32, head_dim=64))
     error = (kernel(*strided) - ReferenceAttention(made)(*strided)).abs().max().item()
     report("strides", error, 5e-6)
     # One head's keys for all: TMA can't read them as they are.
     q, k, v = torch.randn(3, 1, 2, 150, 64)
     k = k[:, :1].expand(1, 2, 150, 64)
     tiles = replace(kernel.config.settings, descriptors=True)
-    by_tma = TableAttention(made, device=CPU, dtype=torch.float32, head_dim=64, settings=tiles)
+    by_tma = TableAttention(
+        KernelRequest(made, device=CPU, dtype=torch.float32, head_dim=64), settings=tiles
+    )
     assert torch.equal(by_tma(q, k, v), kernel(q, k, v))
 
     # A mask beyond the budget: what is denoted is what is computed, and both kernels agree.
     made = pattern(random_mask(2, 8, 8, 0.4, 5), 250, 250, (32, 32))
     q, k, v = (torch.randn(1, 2, 250, 64) for _ in range(3))
     where = {"device": CPU, "dtype": torch.float32, "head_dim": 64}
-    baked = BakedAttention(made, **where, limits=CoverLimits(24, widening=math.inf))
-    assert baked.added_density > 0
+    baked = baked_attention(KernelRequest(made, **where), limits=CoverLimits(24, widening=math.inf))
+    assert baked.tiers[0].added_density > 0
     assert baked.density > made.density
     superset = cover_pattern(made, CoverLimits(24, widening=math.inf)).pattern
     error = (baked(q, k, v) - ReferenceAttention(superset)(q, k, v)).abs().max().item()
     report("covered", error, 5e-6)
-    declined = BakedAttention(made, **where, limits=CoverLimits(24))
+    declined = baked_attention(KernelRequest(made, **where), limits=CoverLimits(24))
     assert declined.kind == "triton-table"
     assert declined.density == made.density
     assert declined.reason is not None
@@ -240,13 +245,13 @@ def main() -> None:
             weight=1 + 30 * draw if pooled != 1 else None, pooled=pooled,
         )  # fmt: skip
         q, k, v = (torch.randn(2, length, 3, 64).transpose(1, 2) for _ in range(3))
-        baked = BakedAttention(made, device=CPU, dtype=torch.float32, head_dim=64)
-        assert baked.kind == "triton-table"
-        assert "pooled keys" in str(baked.reason)
-        error = (baked(q, k, v) - ReferenceAttention(made)(q, k, v)).abs().max().item()
+        table = TableAttention(KernelRequest(made, device=CPU, dtype=torch.float32, head_dim=64))
+        error = (table(q, k, v) - ReferenceAttention(made)(q, k, v)).abs().max().item()
         name = f"weights, {length} keys, {pooled} pooled"
         report(name, error, 5e-6)
-        fixed = TableAttention(made, device=CPU, dtype=torch.float32, head_dim=64, softmax="fixed")
+        fixed = TableAttention(
+            KernelRequest(made, device=CPU, dtype=torch.float32, head_dim=64, softmax="fixed")
+        )
         error = (fixed(q, k, v) - ReferenceAttention(made)(q, k, v)).abs().max().item()
         report(f"{name}, fixed", error, 5e-6)
         assert fixed.repairs == 0
@@ -267,9 +272,10 @@ def main() -> None:
         q, k, v = (torch.randn(2, length, 4, head_dim).transpose(1, 2) for _ in range(3))
         where = {"device": CPU, "dtype": torch.float32, "head_dim": head_dim}
         where["softmax"] = "fixed"
-        baked, table = BakedAttention(made, **where), TableAttention(made, **where)
-        assert (baked.kind == "triton-baked") == (not weighted), baked.reason
-        out = baked(q, k, v)
+        table = TableAttention(KernelRequest(made, **where))
+        kernels = [table] if weighted else [baked_attention(table.request), table]
+        assert kernels[0].kind == ("triton-table" if weighted else "triton-baked")
+        out = kernels[0](q, k, v)
         assert torch.equal(out, table(q, k, v))
         error = (out - ReferenceAttention(made)(q, k, v)).abs().max().item()
         report(f"repetitive, {copies}", error, 5e-6)
@@ -277,8 +283,8 @@ def main() -> None:
         rest = torch.ones(length, dtype=torch.bool)
         rest[copies.computed(length).tolist()] = False
         q[:, [0, 2, 3]] = q[:, [0, 2, 3]].masked_fill(rest[:, None], torch.nan)
-        assert torch.equal(baked(q, k, v), out)
-        assert baked.repairs == 0
+        assert torch.equal(kernels[0](q, k, v), out)
+        assert kernels[0].repairs == 0
 
     # Inf and NaN: a query that sees nothing but -inf scores at first is still right.
     made = pattern(torch.ones(1, 1, 4).bool(), 32, 128, (32, 32))
@@ -286,7 +292,7 @@ def main() -> None:
         q, k, v = (torch.ones(1, 1, n, 64) for n in (32, 128, 128))
         k[:, :, :32, 0] = -float("inf")
         where = {"device": CPU, "dtype": torch.float32, "head_dim": 64, "softmax": softmax}
-        kernel = TableAttention(made, **where)
+        kernel = TableAttention(KernelRequest(made, **where))
         error = (kernel(q, k, v) - 1).abs().max().item()
         report(f"a block of -inf scores, {softmax}", error, 1e-6)
         assert kernel.repairs == (softmax == "fixed")

@@ -9,6 +9,8 @@ import json
 import os
 import subprocess
 import tempfile
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from triton import knobs
+from zone_patterns import many_runs
 
-from calibatt_compiler.kernels.baked import cache
+from calibatt_compiler.kernels.baked import cache, source_zones
 from calibatt_compiler.kernels.baked.compiler import KernelCompiler, KernelSpec
 from calibatt_compiler.kernels.baked.cover import EXACT
 from calibatt_compiler.kernels.common.operands import empty_output
 from calibatt_compiler.kernels.common.row_copies import NO_COPIES, DeviceCopies, copy_tables
+from calibatt_compiler.kernels.common.zone_table import zone_table
 from calibatt_compiler.kernels.portable.attention import table_attention
 from calibatt_compiler.kernels.portable.index_tables import IndexTables
 from calibatt_compiler.kernels.portable.launch import (
@@ -31,7 +35,12 @@ from calibatt_compiler.kernels.portable.launch import (
     key_sources,
     launch_config,
 )
-from calibatt_compiler.kernels.portable.offline import compile_offline, table_arguments
+from calibatt_compiler.kernels.portable.offline import (
+    compile_offline,
+    table_arguments,
+    zone_arguments,
+)
+from calibatt_compiler.kernels.portable.zones import zone_attention
 from calibatt_compiler.plan.copies import RowCopies
 from calibatt_compiler.plan.pattern import BlockPattern
 
@@ -103,8 +112,30 @@ def main() -> None:
                 kernel = compile_offline(table_attention, **where, config=form, extra=extra)
                 facts = {"kind": kind, "arch": arch, "head_dim": head_dim, **describe(kernel)}
                 print(json.dumps(facts))
+            for facts in zones(arch, head_dim):
+                print(json.dumps(facts))
         for pattern in (made, mixed):
             print(json.dumps(baked(pattern, arch, config)))
+
+
+def zones(arch: int, head_dim: int) -> Iterator[dict[str, Any]]:
+    """The kernel of zones, and with as many literals as one may have."""
+    some = many_runs(source_zones.MOST_RUNS - 8)
+    table = zone_table(some)
+    assert source_zones.literal_heads(some, table) == some.heads
+    where: dict[str, Any] = {"arch": arch, "dtype": torch.bfloat16}
+    config = launch_config(some, **where, head_dim=head_dim)
+    for kind, form in (("zones", config), ("zones, repair", config.repair()),
+                       ("zones, literals", config)):  # fmt: skip
+        literals = None
+        if kind == "zones, literals":
+            literals = source_zones.load_zones(some, table, "portable")
+        extra = zone_arguments(form, literals)
+        start = time.perf_counter()
+        kernel = compile_offline(zone_attention, **where, config=form, extra=extra)
+        seconds = time.perf_counter() - start
+        facts = {"kind": kind, "arch": arch, "head_dim": head_dim, "seconds": seconds}
+        yield facts | describe(kernel)
 
 
 def replace_heads(

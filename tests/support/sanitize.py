@@ -16,10 +16,11 @@ from gluon_control import run_control
 
 from calibatt_compiler.kernels.energy import block_energy
 from calibatt_compiler.kernels.hopper.attention import HopperAttention
-from calibatt_compiler.kernels.hopper.capability import hopper_serves
 from calibatt_compiler.kernels.hopper.energy import hopper_attention_and_energy
 from calibatt_compiler.kernels.portable.attention import TableAttention
 from calibatt_compiler.kernels.portable.energy_fused import triton_attention_and_energy
+from calibatt_compiler.kernels.portable.tiles import HOPPER, architecture
+from calibatt_compiler.kernels.request import KernelRequest
 from calibatt_compiler.plan.pattern import BlockPattern
 
 CUDA = torch.device("cuda", 0)
@@ -38,17 +39,21 @@ def main() -> None:
     pattern = BlockPattern.from_mask(mask, query_length=ROWS, key_length=KEYS)
     where = {"device": CUDA, "dtype": q.dtype, "head_dim": D}
     cases: dict[str, Callable[[], object]] = {
-        "table": lambda: TableAttention(pattern, **where)(q, k, v),
+        "table": lambda: TableAttention(KernelRequest(pattern, **where))(q, k, v),
         "energies": lambda: block_energy(q, k),
         "fused energies": lambda: triton_attention_and_energy(q, k, v, (128, 128), 0.125),
     }
-    if hopper_serves(CUDA, q.dtype, D, pattern) is None:
+    if architecture(CUDA) == HOPPER:
         spiked = q.clone()
         spiked[0, 0, 5] = 40.0 * k[0, 0, 460]
         cases |= {
-            "hopper fixed": lambda: HopperAttention(pattern, **where)(q, k, v),
-            "hopper exact": lambda: HopperAttention(pattern, softmax="exact", **where)(q, k, v),
-            "hopper repaired": lambda: HopperAttention(pattern, **where)(spiked, k, v),
+            "hopper fixed": lambda: HopperAttention(KernelRequest(pattern, **where))(q, k, v),
+            "hopper exact": lambda: HopperAttention(
+                KernelRequest(pattern, softmax="exact", **where)
+            )(q, k, v),
+            "hopper repaired": lambda: HopperAttention(KernelRequest(pattern, **where))(
+                spiked, k, v
+            ),
             "control": run_control,
             "control barrier": lambda: run_control(barrier=True),
             "hopper energies": lambda: hopper_attention_and_energy(q, k, v, (128, 128), 0.125),

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from calibatt_compiler.calibration.config import AUTO, CalibrationConfig, checked_config
+from calibatt_compiler.calibration.cost import zones
 from calibatt_compiler.calibration.cost.first_step import FirstStepClock
 from calibatt_compiler.calibration.cost.order_search import (
     survey_bytes,
@@ -35,7 +36,7 @@ from calibatt_compiler.calibration.store.energies import EnergyBuffer
 from calibatt_compiler.calibration.store.order_survey import stored
 from calibatt_compiler.calibration.store.ranks import Ranks
 from calibatt_compiler.calibration.store.records import InputRecord
-from calibatt_compiler.calibration.store.run_folder import RunStore, identity_text
+from calibatt_compiler.calibration.store.run_folder import RunStore, identity_text, record_text
 from calibatt_compiler.models import cfg_mode
 from calibatt_compiler.plan.order import RASTER
 
@@ -145,10 +146,11 @@ def estimate(
     sizes = Sizes(record, config.keep_energies, config.anchor_rows if scored else 0)
     about = about_pipeline(pipe)
     whole = identity.of_run(model.module, config, about, cfg_mode(pipe), arguments)
-    run_bytes = len(identity_text(whole).encode())
+    run_bytes = records_bytes = len(identity_text(whole).encode())
     for index, (seed, varying) in enumerate(inputs):
         what = identity.describe({"seed": seed, **varying})
         run_bytes += sizes.input_bytes(f"{index:05d}", what, scored=index < scored)
+        records_bytes += len(record_text(record.model_copy(update={"about": what})).encode())
     folder = run_folder(config, out)
     survey_seconds = 0.0
     if surveyed:
@@ -171,6 +173,12 @@ def estimate(
     thresholds |= config.refiner().thresholds()
     host_bytes = sizes.host_bytes(weighted=weighted)
     plan_bytes = sizes.plan_bytes(thresholds, len(inputs), weighted=weighted)
+    processes = Ranks.current().size if config.distributed else 1
+    if config.form == "zones":
+        groups = min(config.step_groups, record.schedule_steps)
+        run_bytes = records_bytes + zones.sums_bytes(record, groups, processes)
+        host_bytes = zones.host_bytes(record, groups)
+        plan_bytes = zones.plan_bytes(record, config)
     return Estimate(
         inputs=len(inputs),
         finished=_finished(folder, config, len(inputs)),
@@ -181,7 +189,7 @@ def estimate(
         host_bytes=host_bytes + (working if parameter.device.type == "cpu" else 0),
         run_bytes=run_bytes if folder is not None and config.keep_run else 0,
         plan_bytes=0 if out is None else plan_bytes,
-        processes=Ranks.current().size if config.distributed else 1,
+        processes=processes,
         scored=scored - _finished(folder, config, scored),
         survey_seconds=survey_seconds,
     )
@@ -208,15 +216,16 @@ def measure_step(
         model = replace(model, on_step=clock.on_step)
         probe = _Probe(model, EnergyBuffer(Path(folder) / "energies"))
         seed, varying = one
+        arguments = {**pipeline_arguments, **varying}
         with model.shown_to(probe):
             laps: list[tuple[float, ...]] = []
             for scored in (False, False) + (True, True) * (model.config.gamma is not None):
                 if device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats(device)
                 clock.ticks.clear()
-                probe.begin("00000", {}, samples_of(pipeline_arguments), scored=scored)
+                probe.begin("00000", {}, samples_of(arguments), scored=scored)
                 clock.tick()
-                clock.run(model.pipe, seed, {**pipeline_arguments, **varying})
+                clock.run(model.pipe, seed, arguments)
                 record = probe.whole()
                 laps.append(tuple(clock.ticks))
     steps = [end - first for _, first, end in laps]

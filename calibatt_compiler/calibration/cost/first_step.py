@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from calibatt_compiler.calibration.observe.pipelines import generate
-from calibatt_compiler.calibration.run import FirstStepDone
+from calibatt_compiler.calibration.observe.pipelines import FirstStepDone, generate
 
 
 class FirstStepClock:

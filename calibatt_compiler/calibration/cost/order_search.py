@@ -42,7 +42,7 @@ def surveyed_step_seconds(
     with model.shown_to(observer):
         for _ in range(2):
             clock.ticks.clear()
-            observer.begin("survey", {}, samples_of(arguments))
+            observer.begin("survey", {}, samples_of({**arguments, **varying}))
             clock.run(model.pipe, seed, {**arguments, **varying})
             observer.abandon()
     return clock.ticks[1] - clock.ticks[0]

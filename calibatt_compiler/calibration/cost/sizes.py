@@ -108,11 +108,18 @@ class Sizes:
         steps = len(self.record.timesteps)
         sites = tuple(self._site(size, steps, weighted) for size in self.record.sites)
         copied = any(map(self._copies, self.record.sites))
-        used = {KEPT_WEIGHTS: weighted, "repetition": copied}
+        fixed_by = self.record.fixed_by
+        model = self.record.model or ModelIdentity(class_name="", config_digest="0" * 64)
+        used = {
+            KEPT_WEIGHTS: weighted,
+            "repetition": copied,
+            "fixed_by": fixed_by is not None,
+            "model_entries": bool(model.entries),
+        }
         figures = ["best_20_percent_share", "input_kept_mass", SHARED]
         metadata = PlanMetadata(
             producer=PRODUCER,
-            model=self.record.model or ModelIdentity(class_name="", config_digest="0" * 64),
+            model=model,
             grid=self.record.grid,
             requires=tuple(name for name, whether in used.items() if whether),
             sampler=Sampler(
@@ -123,6 +130,7 @@ class Sizes:
             thresholds=dict(thresholds),
             inputs=CalibrationInputs(count=inputs, digest="0" * 64),
             quality=dict.fromkeys([*figures, *([SHARE] * (self.anchor_rows > 0))], 0.123456),
+            fixed_by=fixed_by,
             sites=sites,
         )
         arrays: dict[str, tuple[str, tuple[int, ...]]] = {}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -20,13 +20,22 @@ DYNAMO = {
 }
 
 
+@runtime_checkable
+class SeesModelCalls(Protocol):
+    """An observer that looks at the model's arguments too."""
+
+    def on_model_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Look at a call of the module, before it runs."""
+
+
 @contextmanager
 def observed(module: torch.nn.Module, observer: Recorder, inductor: bool | None) -> Iterator[None]:
     """Compile a module so that it shows its attention to an observer; undo it at the end.
 
     Args:
         module: what is observed.
-        observer: receives each captured graph, then each call.
+        observer: receives each captured graph, then each call; if it `SeesModelCalls`, those of the
+            module itself too.
         inductor: compile what is around attention; None: on a GPU yes, else no.
     """
     if inductor is None:
@@ -39,6 +48,9 @@ def observed(module: torch.nn.Module, observer: Recorder, inductor: bool | None)
     # before it, and a resumed run could differ from an undisturbed one in the last bit.
     backend = recording_backend(observer, inductor=inductor)
     module.compile(backend=backend, dynamic=False, **extra)
+    compiled = module._compiled_call_impl
+    if isinstance(observer, SeesModelCalls) and compiled is not None:
+        module._compiled_call_impl = _shown_to(observer, compiled)
     try:
         with torch._dynamo.config.patch(DYNAMO):
             yield
@@ -47,3 +59,12 @@ def observed(module: torch.nn.Module, observer: Recorder, inductor: bool | None)
             module.__dict__.pop("_compiled_call_impl", None)
         else:
             module._compiled_call_impl = previous
+
+
+def _shown_to(observer: SeesModelCalls, compiled: Callable[..., Any]) -> Callable[..., Any]:
+    # Around the compiled call, where Dynamo does not look.
+    def call(*args: Any, **kwargs: Any) -> Any:
+        observer.on_model_call(args, kwargs)
+        return compiled(*args, **kwargs)
+
+    return call

@@ -11,15 +11,19 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from calibatt_compiler.calibration.observe.repeated_samples import CallSamples
 from calibatt_compiler.calibration.select.repetition_scores import ARRAY, Scores
 from calibatt_compiler.calibration.store.records import InputRecord, SiteSize
 from calibatt_compiler.errors import CalibrationError
+from calibatt_compiler.plan.schema import FixedBy
 
-Branch = Literal["any", "unknown", "conditional", "unconditional", "batched"]
+Branch = Literal["any", "unknown", "conditional", "unconditional", "paired", "batched"]
 """Which branch of classifier-free guidance a model call is.
 
-`any`: every sample counts. `unknown`: a pipeline that does not say; its first call at a timestep
-is taken for the conditional one. `batched`: unconditional samples first, then conditional ones.
+`any`: every sample counts. `batched`: unconditional samples first, then conditional ones.
+`paired`: like `batched` where guidance is on, which it is if both halves of the batch hold the same
+noise; else all conditional. `unknown`: a pipeline that does not say; its first call at a timestep
+is taken for the conditional one, or for a paired one.
 """
 
 Key = tuple[str, int]
@@ -55,7 +59,7 @@ class InputObservation:
     Attributes:
         name: of the input.
         about: JSON values that say what it is.
-        samples: videos in it, if known; a batch of twice as many is both branches.
+        samples: videos in it, if known for certain; a batch of twice as many is both branches.
         reference: record of a finished input that this one must fit, if there is one.
         schedule: the sampler's steps, if known.
         timesteps: what the model was given, by first appearance.
@@ -69,6 +73,10 @@ class InputObservation:
         scored: whether they are.
         votes: masks by site and step.
         guided: whether a call of an unconditional branch was seen.
+        batched: whether a call held both branches.
+        call: what the model's call under way says of its samples, if it could be read.
+        fixed_by: what fixed the tokens of all its calls, but for coordinates.
+        coordinates: of tokens, by argument the digests that were seen.
     """
 
     name: str
@@ -87,6 +95,10 @@ class InputObservation:
     best_share: Counter[Key] = field(default_factory=Counter)
     votes: Counter[Key] = field(default_factory=Counter)
     guided: bool = False
+    batched: bool = False
+    call: CallSamples | None = None
+    fixed_by: FixedBy | None = None
+    coordinates: dict[str, set[str]] = field(default_factory=dict)
 
     def find_step(self, site: str, timestep: float) -> int | None:
         """Return the step of a timestep, or None if it is a new one.
@@ -124,21 +136,55 @@ class InputObservation:
         return step
 
     def counted(self, branch: Branch, site: str, step: int, batch: int) -> slice | None:
-        """Return the samples of a call on the conditional branch, or None if there are none."""
-        if branch == "any":
+        """Return the samples of a call on the conditional branch, or None if there are none.
+
+        Raises:
+            CalibrationError: samples of both branches can't be told apart.
+        """
+        if branch in ("any", "conditional"):
             return slice(0, None)
-        if branch == "unconditional":
+        if branch == "unconditional" or (branch == "unknown" and self.votes[site, step]):
             self.guided = True
             return None
-        if branch == "unknown" and self.votes[site, step]:
-            return None
-        # An unknown branch: only a known number of samples tells two branches from two videos.
-        may_double = branch == "batched" or (branch == "unknown" and self.samples is not None)
-        doubled = batch == 2 * self.samples if self.samples else batch % 2 == 0
-        if may_double and doubled:
-            self.guided = True
-            return slice(batch // 2, None)
-        return slice(0, None)
+        if not self._holds_both(branch, batch):
+            return slice(0, None)
+        self.guided = self.batched = True
+        if batch % 2:
+            raise CalibrationError(
+                f"samples of both branches of guidance can't be told apart at site {site}",
+                expected="attention over a batch, unconditional samples first",
+                got=f"a batch of {batch}",
+                remedy="calibrate without guidance: guidance_scale=1",
+            )
+        return slice(batch // 2, None)
+
+    def _holds_both(self, branch: Branch, batch: int) -> bool:
+        """Whether a call holds both branches. Attention may see the model's batch folded."""
+        call = self.call
+        if self.samples is not None:
+            for size in (call.batch if call else batch, batch):
+                if size == self.samples:
+                    return False
+                twice = size == 2 * self.samples
+                if twice and (branch == "batched" or call is None or call.copies % 2 == 0):
+                    return True
+            if branch == "batched":
+                raise CalibrationError(
+                    f"a batch of input {self.name} is neither one branch of guidance nor both",
+                    expected=f"{self.samples} samples, or {2 * self.samples}",
+                    got=call.batch if call else batch,
+                    remedy="say how many videos are generated at once: run.input(samples=...)",
+                )
+        if branch == "batched" or call is None:
+            return branch != "unknown" and batch % 2 == 0
+        if call.copies > 2:
+            raise CalibrationError(
+                f"a batch of input {self.name} holds more than two branches",
+                expected="unconditional samples, then conditional ones",
+                got=f"each sample {call.copies} times",
+                remedy="calibrate without guidance: guidance_scale=1",
+            )
+        return call.copies == 2
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """Masks, energies and scores by name, as the run folder stores them."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from calibatt_compiler.calibration.config import CalibrationConfig
 from calibatt_compiler.calibration.observe.attach import observed
 from calibatt_compiler.calibration.observe.observation import Branch, InputObservation, Schedule
+from calibatt_compiler.calibration.observe.repeated_samples import CallSamples
 from calibatt_compiler.calibration.select.repetition_scores import AttentionCall
 from calibatt_compiler.calibration.store.records import InputRecord, SiteSize
 from calibatt_compiler.capture import CaptureInfo
@@ -22,9 +23,12 @@ from calibatt_compiler.errors import CalibrationError
 from calibatt_compiler.kernels.common.dense import dense_attention
 from calibatt_compiler.kernels.energy import attention_with_energy
 from calibatt_compiler.models import text_position
-from calibatt_compiler.plan.order import TokenOrder
+from calibatt_compiler.plan.coordinates import OF_VIDEO, digest_of, grid_of
+from calibatt_compiler.plan.order import RASTER, TokenOrder
+from calibatt_compiler.plan.schema import FixedBy
 from calibatt_compiler.plan.text import TextPosition, other_text
-from calibatt_compiler.runtime.token_order import Rearrangement, rearrangement
+from calibatt_compiler.runtime.coordinates import video_part
+from calibatt_compiler.runtime.token_order import Rearrangement, Rearrangements
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +50,7 @@ class ObservedModel:
     @property
     def text(self) -> TextPosition | None:
         """Where text tokens stand in joint attention."""
-        return self.config.text or text_position(type(self.module).__name__)
+        return self.config.text or text_position(type(self.module))
 
     @contextmanager
     def shown_to(self, observer: Observer) -> Iterator[None]:
@@ -74,6 +78,7 @@ class Observer(ABC):
         self._text = model.text
         self._grids: list[tuple[int, int, int]] = []
         self._skips: dict[str, str] = {}
+        self._rearrangements = Rearrangements()
         self._sites: dict[str, SiteSize] = {}
         self._input: InputObservation | None = None
 
@@ -91,13 +96,72 @@ class Observer(ABC):
         finally:
             self.branch = previous
 
+    def on_model_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Look at a call of the model, before it runs: which samples does it hold?"""
+        if self._input is not None:
+            self._input.call = CallSamples.of(args, kwargs)
+
     def on_capture(self, capture: CaptureInfo) -> None:
         """Record the grid and the sites that can't be sparse."""
-        if capture.grid is not None and capture.grid not in self._grids:
-            self._grids.append(capture.grid)
         for site in capture.sites:
             if site.skip is not None:
                 self._skips[site.name] = site.skip
+        lengths = [site.query_length for site in capture.sites if site.skip is None]
+        grid = capture.grid
+        # What a rule reads of an unknown family's latents may be no grid of tokens.
+        if grid is not None and (capture.known or math.prod(grid) <= max(lengths, default=0)):
+            self._note_grid(grid)
+
+    def on_call(self, capture: CaptureInfo) -> None:
+        """Record what fixes the tokens of an input's call."""
+        if capture.fixed_by is not None and any(site.skip is None for site in capture.sites):
+            self._fix(capture.fixed_by)
+
+    def on_coordinates(self, name: str, coordinates: Tensor) -> None:
+        """Record where tokens stand: of the grid, if they are in raster order."""
+        run = self._input
+        if run is None:
+            return
+        grid = self._config.grid or (self._grids[0] if self._grids else None)
+        video = coordinates.numel() if grid is None else math.prod(grid)
+        placed = video_part(name, coordinates, video, self._text)
+        digest = None if placed is None else digest_of(placed)
+        if placed is None or digest is None:
+            return
+        if name in OF_VIDEO and (found := grid_of(placed)) is not None:
+            self._note_grid(found)
+        run.coordinates.setdefault(name, set()).add(digest)
+        if name in OF_VIDEO:
+            self._check_layout(FixedBy(grid="call", coordinates={name: digest}))
+
+    def _note_grid(self, grid: tuple[int, int, int]) -> None:
+        if grid not in self._grids:
+            self._grids.append(grid)
+
+    def _fix(self, fixed_by: FixedBy) -> None:
+        run = self._input
+        if run is not None:
+            self._check_layout(fixed_by)
+            run.fixed_by = fixed_by if run.fixed_by is None else run.fixed_by.agreed(fixed_by)
+
+    def _check_layout(self, now: FixedBy) -> None:
+        """Raise `CalibrationError` if a call lays its tokens out otherwise than those before it."""
+        run = self._input
+        assert run is not None
+        reference = None if self.reference is None else self.reference.fixed_by
+        for before in (self._layout_of(run), reference):
+            if before is not None and (what := before.contradicts(now)):
+                raise _another_size(run, "tokens laid out as in the calls before", what)
+
+    def _layout_of(self, run: InputObservation) -> FixedBy | None:
+        """Return what fixed the tokens of an input so far."""
+        if run.fixed_by is None:
+            return None
+        alike = {name: min(found) for name, found in run.coordinates.items() if len(found) == 1}
+        source: Literal["call", "settings", "length"] = "call" if self._grids else "length"
+        if self._config.grid is not None:
+            source = "settings"
+        return run.fixed_by.model_copy(update={"coordinates": alike, "grid": source})
 
     @abstractmethod
     def attend(
@@ -118,7 +182,8 @@ class Observer(ABC):
         Args:
             name: of the input.
             about: JSON values that say what it is.
-            samples: videos in it, if known; a batch of twice as many is both branches.
+            samples: videos in it, if known for certain; a batch of twice as many is both
+                branches.
         """
         self._input = InputObservation(name, about, samples, self.reference)
 
@@ -158,7 +223,14 @@ class Observer(ABC):
 
     def _rearrangement(self, x: Tensor) -> Rearrangement | None:
         length = x.shape[2]
-        return rearrangement(
+        if self._order() != RASTER and self._config.grid is None and not self._grids:
+            raise CalibrationError(
+                f"tokens can't be laid out in the order {self._order()} without their grid",
+                expected="a model whose grid can be read, or CalibrationConfig(grid=...)",
+                got="neither: the calls show only how many tokens there are",
+                remedy="pass grid=(frames, height, width) in tokens, or leave token_order out",
+            )
+        return self._rearrangements.of(
             self._order(),
             self._grid(length),
             length,

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, SupportsIndex
 
 import torch
 
@@ -14,13 +14,21 @@ from calibatt_compiler.arguments import described, known, require
 from calibatt_compiler.calibration.config import CalibrationConfig
 from calibatt_compiler.calibration.observe.observation import Branch, Schedule
 from calibatt_compiler.calibration.observe.observer import ObservedModel, Observer
-from calibatt_compiler.errors import CalibrationError, OptionError
+from calibatt_compiler.errors import CalibattError, CalibrationError, OptionError, PipelineError
 from calibatt_compiler.logs import logger
 from calibatt_compiler.models import unwrap
 
 log = logger("calibration")
 
 Prompt = str | Mapping[str, Any]
+
+
+class FirstStepDone(Exception):  # noqa: N818 - no error: it ends an input early
+    """Ends an input after its first step."""
+
+
+_TAKEN = ("generator", "callback_on_step_end")
+"""Arguments of a pipeline that a calibration sets itself."""
 
 
 def read_inputs(
@@ -48,7 +56,8 @@ def read_inputs(
             got=described(prompts),
             remedy='pass prompts=["...", "..."]; the paper takes 16 to 64 of them',
         )
-    taken = {"prompt", "generator", "callback_on_step_end"} & set(arguments)
+    own = [name for p in prompts if isinstance(p, Mapping) for name in p if name in _TAKEN]
+    taken = ({"prompt", *_TAKEN} & set(arguments)) | set(own)
     if taken:
         raise OptionError(
             f"calibration sets {', '.join(sorted(taken))} itself",
@@ -74,6 +83,7 @@ def read_inputs(
             got=f"{len(numbers)} seeds",
             remedy="pass one seed for each prompt; repeat a prompt to use it with several seeds",
         )
+    numbers = [_seed(number) for number in numbers]
     varying = [{"prompt": p} if isinstance(p, str) else dict(p) for p in prompts]
     if pipe is not None:
         _check_arguments(pipe, {*arguments, *(name for one in varying for name in one)})
@@ -91,6 +101,21 @@ def _check_arguments(pipe: object, names: Iterable[str]) -> None:
     all_names = [name for name in taken if name != "self"]
     kind = type(pipe).__name__
     known(sorted(map(str, names)), all_names, lambda name: f"{kind} does not take {name!r}")
+
+
+def _seed(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        number = None
+    else:
+        number = value.__index__()
+    if number is None or not -(2**63) <= number < 2**64:
+        raise OptionError(
+            "a seed is not usable",
+            expected="an integer of 64 bits",
+            got=repr(value),
+            remedy="pass seeds=0, or a list of integers",
+        )
+    return number
 
 
 def component_of(pipe: Any, name: str) -> torch.nn.Module:
@@ -126,15 +151,44 @@ def schedule_of(scheduler: Any) -> Schedule | None:
     return Schedule(timesteps=distinct, sigmas=levels, name=type(scheduler).__name__)
 
 
-def samples_of(arguments: Mapping[str, Any]) -> int:
-    """Return how many videos a call with these arguments makes."""
-    return int(arguments.get("num_videos_per_prompt") or 1)
+def samples_of(arguments: Mapping[str, Any]) -> int | None:
+    """Return how many videos a call with these arguments makes, if they say so for certain.
+
+    Only `latents` do: pipelines read prompts and `num_videos_per_prompt` each in its own way
+    (CogVideoX makes one video whatever the latter is). Noise that a pipeline draws by itself tells
+    its samples apart; see `Branch`.
+    """
+    latents = arguments.get("latents")
+    return len(latents) if isinstance(latents, torch.Tensor) and latents.dim() else None
 
 
 def generate(pipe: Any, seed: int, arguments: Mapping[str, Any]) -> Any:
-    """Run the pipeline on one input, to latents unless the arguments say otherwise."""
+    """Run the pipeline on one input, to latents unless the arguments say otherwise.
+
+    Raises:
+        PipelineError: the pipeline refuses its arguments, or fails.
+    """
     generator = torch.Generator("cpu").manual_seed(seed)
-    return pipe(**{"output_type": "latent", **arguments}, generator=generator)
+    with failures_named(pipe):
+        return pipe(**{"output_type": "latent", **arguments, "generator": generator})
+
+
+@contextmanager
+def failures_named(pipe: object) -> Iterator[None]:
+    """Turn what a pipeline raises into an error of ours, with its cause; ours go through."""
+    try:
+        yield
+    except (CalibattError, FirstStepDone):
+        raise
+    except Exception as error:
+        text = str(error).strip() or "no message"
+        raise PipelineError(
+            f"{type(pipe).__name__} failed",
+            expected="a pipeline that makes a video of these prompts and arguments",
+            got=f"{type(error).__name__}: {text}",
+            remedy="run the pipeline by itself with the same arguments; what was finished before "
+            "is kept",
+        ) from error
 
 
 @contextmanager
@@ -176,8 +230,8 @@ def branch_of(context: str) -> Branch:
     The names in use are `cond`, `uncond`, `cond_uncond` (one batch of both) and, with guiders,
     `pred_cond`, `pred_uncond`; other `uncond_*` are perturbed branches, which are not observed.
     """
-    if context == "cond_uncond":
-        return "batched"
+    if context == "cond_uncond":  # entered with guidance off too
+        return "paired"
     return "unconditional" if "uncond" in context else "conditional"
 
 

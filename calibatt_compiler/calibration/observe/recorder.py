@@ -113,11 +113,13 @@ class AttentionRecorder(EnergyObserver):
             schedule_steps=steps,
             thresholds={"A": thresholds.A, "C": thresholds.C, "k": thresholds.k},
             guided=run.guided,
+            batched=run.batched,
             sites=tuple(self._sites[name] for name in names),
             votes={name: tuple(run.votes[name, step] for step in order) for name in names},
             kept_mass=means(run.kept_mass),
             best_share=means(run.best_share),
             anchor_rows=self._config.anchor_rows if run.scored else 0,
+            fixed_by=self._layout_of(run),
         )
 
     def _observe(

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from calibatt_compiler.calibration.order_search.candidates import SquaredError
 from calibatt_compiler.calibration.select.selection import covering_mask
-from calibatt_compiler.kernels.attention import make_attention, triton_serves
-from calibatt_compiler.kernels.portable.tiles import MAX_HEAD_DIM
+from calibatt_compiler.kernels.attention import attention_like
 from calibatt_compiler.plan import BlockPattern
 from calibatt_compiler.plan.text import TextPosition, text_blocks
 from calibatt_compiler.runtime.token_order import Rearrangement
@@ -117,7 +116,8 @@ class Call:
                 block=block,
                 pooled=pooled,
             )
-            sparse = attend_by(pattern, q[one], self.k[one], self.v[one], self.scale)
+            kernel = attention_like(pattern, q)
+            sparse = kernel(q[one], self.k[one], self.v[one], scale=self.scale)
             square += (sparse.double() - out[one].double()).square().sum().item()
         return SquaredError(square, out.double().square().sum().item())
 
@@ -158,18 +158,3 @@ def at_density(energy: Tensor, density: float, always: Tensor | None) -> Tensor:
         else:
             high = middle
     return best
-
-
-def attend_by(pattern: BlockPattern, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Attend by a pattern, with the kernel that tables serve here, else by definition."""
-    fast = q.device.type == "cpu" or (
-        triton_serves(q.device, q.dtype) and q.shape[-1] <= MAX_HEAD_DIM
-    )
-    kernel = make_attention(
-        pattern,
-        lowering="table" if fast else "reference",
-        device=q.device,
-        dtype=q.dtype,
-        head_dim=q.shape[-1],
-    )
-    return kernel(q, k, v, scale=scale)

@@ -105,7 +105,7 @@ def survey_pipeline(
     observer = SurveyObserver(model)
     with model.shown_to(observer):
         for seed, varying in inputs:
-            observer.begin("survey", {}, samples_of(arguments))
+            observer.begin("survey", {}, samples_of({**arguments, **varying}))
             generate(model.pipe, seed, {**arguments, **varying})
             observer.finish()
             progress.finished()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from calibatt_compiler.calibration.store.records import InputRecord
 from calibatt_compiler.errors import CalibrationError, OptionError
 from calibatt_compiler.plan import Sampler
-from calibatt_compiler.plan.schema import TextPolicy
+from calibatt_compiler.plan.schema import CfgMode, FixedBy, TextPolicy
 
 
 def check_raised(record: InputRecord, raised: Mapping[str, float]) -> None:
@@ -34,10 +35,20 @@ def check_alike(first: InputRecord, other: InputRecord) -> None:
         expected, got = getattr(first, name), getattr(other, name)
         if expected != got:
             raise _unlike(first, other, f"{name} {expected}", f"{name} {got}")
+    if first.fixed_by is not None and other.fixed_by is not None:
+        differing = first.fixed_by.contradicts(other.fixed_by)
+        if differing:
+            raise _unlike(first, other, "tokens laid out alike", differing)
     sizes = {size.name: size for size in first.sites}, {size.name: size for size in other.sites}
     for name in sorted(sizes[0].keys() | sizes[1].keys()):
         if sizes[0].get(name) != sizes[1].get(name):
             raise _unlike(first, other, sizes[0].get(name), sizes[1].get(name))
+
+
+def fixed_by_all(records: Sequence[InputRecord]) -> FixedBy | None:
+    """Return what fixed the tokens of all inputs alike; None if it was not recorded of each."""
+    found = [record.fixed_by for record in records if record.fixed_by is not None]
+    return functools.reduce(FixedBy.agreed, found) if len(found) == len(records) else None
 
 
 def _unlike(first: InputRecord, other: InputRecord, expected: object, got: object) -> Exception:
@@ -79,3 +90,13 @@ def inputs_digest(about: Sequence[object], arguments: object) -> str:
     content = {"inputs": list(about), "arguments": arguments}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def guidance_of(records: Sequence[InputRecord], family: CfgMode) -> CfgMode:
+    """How guidance was run: as observed; what the family does only where records do not say."""
+    if any(record.batched for record in records):
+        return "batched"
+    guided = [record for record in records if record.guided]
+    if not guided:
+        return family if family == "embedded" else "none"
+    return family if all(record.batched is None for record in guided) else "separate"

@@ -15,6 +15,8 @@ from calibatt_compiler.calibration.config import SelectionConfig
 from calibatt_compiler.calibration.select.checks import (
     check_alike,
     check_raised,
+    fixed_by_all,
+    guidance_of,
     inputs_digest,
     sampler_of,
     text_policy_of,
@@ -130,7 +132,6 @@ def derive_plan(
         site = refiner.site(SitePatterns.share(by_step, size.head_dim))
         # Packed, since all sites of a large model don't fit into memory as bits.
         sites[size.name] = site.packed()
-    guided = any(record.guided for record in records)
     power = selection.sample_power
     return Plan.create(
         sites,
@@ -139,7 +140,7 @@ def derive_plan(
         model=first.model,
         token_order=TokenOrder.parse(first.token_order),
         text_policy=text_policy_of(first),
-        cfg="none" if cfg in ("separate", "batched") and not guided else cfg,
+        cfg=guidance_of(records, cfg),
         thresholds={
             **asdict(selected.thresholds),
             "rho": float(selection.rho),
@@ -158,6 +159,7 @@ def derive_plan(
             **repetition_figures(list(sites.values()), selection.gamma),
             **order_survey.figures(store.folder),
         },
+        fixed_by=fixed_by_all(records),
     )
 
 

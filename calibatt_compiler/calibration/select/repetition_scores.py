@@ -23,7 +23,6 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,17 +30,13 @@ import torch
 from torch import Tensor
 
 from calibatt_compiler.calibration.config import LEAST_GAMMA
-from calibatt_compiler.errors import KernelError
-from calibatt_compiler.kernels.attention import make_attention
+from calibatt_compiler.kernels.attention import attention_like
 from calibatt_compiler.kernels.common.row_similarity import row_similarity
 from calibatt_compiler.plan.copies import RowCopies
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.pattern import BlockPattern
 from calibatt_compiler.plan.text import TextPosition
 from calibatt_compiler.runtime.token_order import Rearrangement, attend_in_order
-
-if TYPE_CHECKING:
-    from calibatt_compiler.kernels.protocol import AttentionKernel
 
 ARRAY = "repetition"
 """Suffix of the array's name in the run folder."""
@@ -178,16 +173,7 @@ def _sparse(
     pattern = BlockPattern.from_mask(
         mask[vote, heads], query_length=q.shape[2], key_length=k.shape[2], block=block
     )
-    return attend_in_order(_kernel(pattern, q), q, k, v, call.scale, call.orders)[0]
-
-
-def _kernel(pattern: BlockPattern, q: Tensor) -> AttentionKernel:
-    """The fast kernel; where there is none, as in float64 on a GPU, the reference."""
-    where: dict[str, Any] = {"device": q.device, "dtype": q.dtype, "head_dim": q.shape[3]}
-    try:
-        return make_attention(pattern, lowering="table", **where)
-    except KernelError:
-        return make_attention(pattern, lowering="reference", **where)
+    return attend_in_order(attention_like(pattern, q), q, k, v, call.scale, call.orders)[0]
 
 
 def _relative_error(x: Tensor, other: Tensor) -> Tensor:

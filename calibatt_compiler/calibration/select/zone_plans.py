@@ -10,6 +10,7 @@ import numpy as np
 
 from calibatt_compiler.calibration.select.checks import (
     check_alike,
+    guidance_of,
     inputs_digest,
     sampler_of,
     text_policy_of,
@@ -19,7 +20,6 @@ from calibatt_compiler.calibration.select.zones import (
     ZoneMap,
     fit_zones,
     group_of,
-    seed_of,
 )
 from calibatt_compiler.calibration.store import order_survey
 from calibatt_compiler.calibration.store.records import InputRecord, SiteSize
@@ -31,6 +31,7 @@ from calibatt_compiler.plan import CalibrationInputs, Plan, SitePatterns
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.schema import TEXT_POSITIONS, CfgMode
 from calibatt_compiler.plan.text import TextPosition
+from calibatt_compiler.plan.zone_draw import seed_of
 from calibatt_compiler.plan.zone_form import video_blocks
 
 
@@ -123,7 +124,6 @@ def derive_zone_plan(
         ).packed()
         for index, size in enumerate(first.sites)
     }
-    guided = any(record.guided for record in records)
     return Plan.create(
         sites,
         grid=first.grid,
@@ -131,7 +131,7 @@ def derive_zone_plan(
         model=first.model,
         token_order=TokenOrder.parse(first.token_order),
         text_policy=policy,
-        cfg="none" if cfg in ("separate", "batched") and not guided else cfg,
+        cfg=guidance_of(records, cfg),
         thresholds=_settings(selection, found),
         inputs=CalibrationInputs(
             count=len(records),

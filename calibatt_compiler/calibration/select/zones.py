@@ -14,7 +14,6 @@ from calibatt_compiler.calibration.select.zone_price import (
 )
 from calibatt_compiler.calibration.zone_target import BUDGET, STEP_GROUPS, ZoneTarget
 from calibatt_compiler.plan.text import TextPosition
-from calibatt_compiler.plan.zone_draw import BITS, ROW
 from calibatt_compiler.plan.zone_form import video_blocks
 from calibatt_compiler.plan.zone_groups import HeadGroups, pack
 from calibatt_compiler.plan.zones import ZonePattern
@@ -112,8 +111,3 @@ def group_of(position: int, steps: int, groups: int = STEP_GROUPS) -> int:
     """Return the step group of a place in a schedule of so many steps."""
     groups = min(groups, steps)
     return min(position, steps - 1) * groups // steps
-
-
-def seed_of(site: int) -> int:
-    """Return the seed of the plan's site of a number: spread evenly, as rows are."""
-    return (site * ROW) % (1 << 32) >> 32 - BITS

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from calibatt_compiler.calibration.store.own_files import remove_spool
 from calibatt_compiler.files import naming
 
 
@@ -79,4 +79,4 @@ class EnergyBuffer:
     def clear(self) -> None:
         """Forget and delete everything, what a killed process left included."""
         self._entries = []
-        shutil.rmtree(self._folder, ignore_errors=True)
+        remove_spool(self._folder)

@@ -17,6 +17,9 @@ from calibatt_compiler.plan.schema import CfgMode
 _SAMPLES = 256
 """Elements of each parameter that its fingerprint looks at."""
 
+_SPREAD = 2_654_435_761
+"""2**32 over the golden ratio: multiples of it are spread evenly."""
+
 
 def weights_fingerprint(module: torch.nn.Module) -> str:
     """SHA-256 (hex) over the names, shapes, dtypes and some values of all weights.
@@ -40,7 +43,12 @@ def _bytes(tensor: Tensor, limit: int) -> bytes:
     flat = tensor.detach().reshape(-1)
     if flat.is_complex():
         flat = torch.view_as_real(flat).reshape(-1)
-    taken = flat[:: max(1, flat.numel() // limit)].contiguous().cpu()
+    step = max(1, flat.numel() // limit)
+    if step > 1:
+        # Each somewhere else in its part: equal steps would meet one column of a square matrix.
+        index = torch.arange(limit)
+        flat = flat[(index * step + index * _SPREAD % step).to(flat.device)]
+    taken = flat.contiguous().cpu()
     raw: bytes = taken.view(torch.uint8).numpy().tobytes()
     return raw
 

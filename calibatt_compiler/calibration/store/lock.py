@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 from pathlib import Path
 from typing import IO
 
 from calibatt_compiler.errors import CalibrationError
 from calibatt_compiler.files import naming
+
+_LONGEST = 400
+"""Characters that the content of a lock may have."""
 
 
 class FolderLock:
@@ -35,6 +39,15 @@ class FolderLock:
             CalibrationError: somebody works in it.
         """
         file = self._acquire(fcntl.LOCK_EX)
+        file.seek(0)
+        if not re.fullmatch(r"(\d+ on .*\n?)?", file.read(_LONGEST)):
+            file.close()
+            raise CalibrationError(
+                f"{self._path} is no lock of a calibration",
+                expected="a folder in which that name is free",
+                got="a file of something else",
+                remedy="choose another folder, or move that file",
+            )
         file.truncate(0)
         file.write(f"{os.getpid()} on {os.uname().nodename}\n")
         file.flush()
@@ -69,9 +82,30 @@ class FolderLock:
         except OSError:
             pass  # others work on
         else:
-            self._path.unlink(missing_ok=True)
+            if self._is(self._file):
+                self._path.unlink(missing_ok=True)
         self._file.close()
         self._file = None
+
+    def check(self) -> None:
+        """Return if the folder, where it is held at all, still is the one that was taken.
+
+        Raises:
+            CalibrationError: it was deleted or replaced.
+        """
+        if self._file is not None and not self._is(self._file):
+            raise CalibrationError(
+                "the run folder was deleted or replaced while the run was under way",
+                expected=f"{self._folder} as it was opened",
+                got=f"another {self._path.name} there, or none",
+                remedy="run the same command again; leave the folder alone until it is done",
+            )
+
+    def _is(self, file: IO[str]) -> bool:
+        try:
+            return os.fstat(file.fileno()).st_ino == self._path.stat().st_ino
+        except FileNotFoundError:
+            return False
 
     def _acquire(self, kind: int) -> IO[str]:
         while True:
@@ -82,7 +116,7 @@ class FolderLock:
             except OSError as error:
                 raise self._taken(file) from error
             # Whoever held it may have removed the file between our open and our lock.
-            if self._path.exists() and os.fstat(file.fileno()).st_ino == self._path.stat().st_ino:
+            if self._is(file):
                 return file
             file.close()
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from calibatt_compiler.plan.schema import ModelIdentity
+from calibatt_compiler.plan.schema import FixedBy, ModelIdentity
 
 
 class _Record(BaseModel):
@@ -42,6 +42,7 @@ class InputRecord(_Record):
         schedule_steps: T of eps(t).
         thresholds: A, C and k that the masks were selected with.
         guided: whether a call of an unconditional branch was seen.
+        batched: whether a call held both branches; None in records that do not say.
         sites: the observed attention calls.
         votes: for each site, how many masks each step has: one a sample, or more if both
             branches are observed or the sampler calls the model twice a step.
@@ -54,6 +55,7 @@ class InputRecord(_Record):
         form: what the run is for; of zones the arrays are sums over inputs, in `ZoneSums`, and
             there are no thresholds and no kept mass.
         step_groups: of zones, in how many parts the schedule is.
+        fixed_by: what fixed the tokens of its calls; None in runs of versions before.
         tensors: SHA-256 of each array in the file. `<site>@<step>` is uint8 (votes, heads,
             query_blocks, ceil(key_blocks / 8)); `<site>@<step>/energy` is float32 (votes, heads,
             query_blocks, key_blocks), if energies are kept; `<site>@<step>/repetition` is float32
@@ -74,6 +76,7 @@ class InputRecord(_Record):
     schedule_steps: int
     thresholds: dict[str, float]
     guided: bool
+    batched: bool | None = None
     sites: tuple[SiteSize, ...]
     votes: dict[str, tuple[int, ...]]
     kept_mass: dict[str, tuple[float, ...]]
@@ -81,6 +84,7 @@ class InputRecord(_Record):
     anchor_rows: int = 0
     form: Literal["masks", "zones"] = "masks"
     step_groups: int = 0
+    fixed_by: FixedBy | None = None
     tensors: dict[str, str] = Field(default_factory=dict)
 
     @property

@@ -17,7 +17,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from calibatt_compiler.arguments import require_path
+from calibatt_compiler.calibration.store import own_files
 from calibatt_compiler.calibration.store.lock import FolderLock
 from calibatt_compiler.calibration.store.order_survey import FILE as ORDER_FILE
 from calibatt_compiler.calibration.store.records import InputRecord
@@ -42,6 +42,8 @@ from calibatt_compiler.logs import logger
 log = logger("calibration")
 
 FORMAT = "calibatt-calibration-input"
+_MARKS = {"format", "model", "settings"}
+"""Keys that tell our run.json from one of something else."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -75,10 +77,9 @@ class RunStore:
             self.folder.mkdir(parents=True, exist_ok=True)
         self._lock.take()
         try:
-            if restart:
-                self._clear()
-            self._sweep()
-            self._check_identity(identity)
+            self._check_identity(identity, restart=restart)
+            own_files.sweep(self.folder)
+            own_files.sweep(self.folder / SUMS)
             if shared:
                 self._lock.share()
         except BaseException:
@@ -105,7 +106,7 @@ class RunStore:
             )
         self._lock.join()
         try:
-            self._check_identity(identity)
+            self._check_identity(identity, joining=True)
         except BaseException:
             self.close()
             raise
@@ -116,9 +117,11 @@ class RunStore:
         self._lock.release()
 
     def remove(self) -> None:
-        """Delete the folder and all in it."""
+        """Delete what the run wrote, and the folder if it holds nothing else."""
+        own_files.sweep(self.folder)
+        self._clear()
         self.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        own_files.remove_empty(self.folder)
 
     def identity(self) -> dict[str, Any]:
         """Return the JSON values that the run was begun with.
@@ -141,7 +144,8 @@ class RunStore:
     def names(self) -> list[str]:
         """Names of the finished inputs, sorted."""
         found = self.folder.glob("input-*.safetensors")
-        return sorted(path.name[len("input-") : -len(".safetensors")] for path in found)
+        names = (path.name[len("input-") : -len(".safetensors")] for path in found)
+        return sorted(name for name in names if _NAME.fullmatch(name))
 
     def has(self, name: str) -> bool:
         """Whether an input is finished."""
@@ -171,7 +175,11 @@ class RunStore:
         Args:
             record: what is known of it.
             tensors: its arrays by name.
+
+        Raises:
+            CalibrationError: the folder is not the one that was opened.
         """
+        self._lock.check()
         hashes = {name: _sha256(array) for name, array in tensors.items()}
         record = record.model_copy(update={"tensors": hashes})
         text = record_text(record)
@@ -240,42 +248,68 @@ class RunStore:
         )
 
     def _clear(self) -> None:
-        for path in self.folder.iterdir():
-            ours = path.name.startswith(("input-", ".input-", ".run-", ".order-"))
-            if ours or path.name in ("run.json", ORDER_FILE):
-                path.unlink()
-        shutil.rmtree(self.folder / SUMS, ignore_errors=True)
+        """Delete the finished inputs, and what the run is."""
+        for name in self.names():
+            path = self._path(name)
+            try:
+                with safe_open(path, framework="numpy") as opened:
+                    foreign = FORMAT not in (opened.metadata() or {})
+            except (SafetensorError, OSError, ValueError):
+                foreign = False  # a damaged one
+            if not foreign:
+                path.unlink(missing_ok=True)
+        for other in (ORDER_FILE, "run.json"):
+            (self.folder / other).unlink(missing_ok=True)
+        own_files.remove_sums(self.folder / SUMS)
+        self._records.clear()
 
-    def _sweep(self) -> None:
-        """Delete what killed processes left half-done."""
-        half_done = (*self.folder.glob(".*.tmp*"), *(self.folder / SUMS).glob(".*.tmp*"))
-        for leftover in (*half_done, *self.folder.glob("rank-*")):
-            leftover.unlink(missing_ok=True)
-        for spool in self.folder.glob("spool*"):
-            shutil.rmtree(spool, ignore_errors=True)
-
-    def _check_identity(self, identity: Mapping[str, Any]) -> None:
+    def _check_identity(
+        self, identity: Mapping[str, Any], *, restart: bool = False, joining: bool = False
+    ) -> None:
+        """Check that the folder is of this run; make it so if no input of another is finished."""
         path = self.folder / "run.json"
         wanted = json.loads(json.dumps(identity))
-        if not path.exists():
-            if self.names():
-                raise self._foreign("no run.json beside finished inputs", "a whole run folder")
-            write_text(path, identity_text(wanted))
-            return
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise self._foreign(
-                f"run.json does not parse: {error}", "a whole run folder"
-            ) from error
-        differing = _differences(found, wanted)
-        if differing:
+        found = self._found(wanted, damaged_too=restart)
+        differing = {} if found is None else _differences(found, wanted)
+        done = self.names()
+        if found is None and done and not restart:
+            raise self._foreign("no run.json beside finished inputs", "a whole run folder")
+        if differing and (done or joining) and not restart:
             was = {key: values[0] for key, values in differing.items()}
             now = {key: values[1] for key, values in differing.items()}
             raise self._foreign(f"now {now}", f"as the run was begun: {was}")
-        done = len(self.names())
-        if done:
-            log.info("going on with the run in %s: %d inputs are finished", self.folder, done)
+        if restart or differing:
+            if differing and not restart:
+                log.info("%s holds a run without a finished input: it begins anew", self.folder)
+            self._clear()
+        elif found is not None:
+            if done:
+                log.info(
+                    "going on with the run in %s: %d inputs are finished", self.folder, len(done)
+                )
+            return
+        write_text(path, identity_text(wanted))
+
+    def _found(self, wanted: Mapping[str, Any], *, damaged_too: bool) -> dict[str, Any] | None:
+        """Return what run.json says, if it is there.
+
+        Raises:
+            CalibrationError: it is not that of a calibration.
+        """
+        path = self.folder / "run.json"
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            if damaged_too and self.names():
+                return {}
+            raise self._foreign(
+                f"run.json does not parse: {error}", "a whole run folder"
+            ) from error
+        if not isinstance(found, dict) or not _MARKS & set(wanted) <= set(found):
+            raise self._foreign("a run.json of something else", "a run folder, or none")
+        return found
 
     def _foreign(self, got: str, expected: str) -> CalibrationError:
         return CalibrationError(

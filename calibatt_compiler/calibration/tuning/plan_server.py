@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from calibatt_compiler.backend import recording_backend
 from calibatt_compiler.calibration.observe.attach import DYNAMO
-from calibatt_compiler.capture import CaptureInfo
+from calibatt_compiler.capture import CaptureInfo, Recorder
 from calibatt_compiler.kernels.common.dense import dense_attention
+from calibatt_compiler.kernels.request import KernelSettings
 from calibatt_compiler.models import unwrap
 from calibatt_compiler.plan import Plan
-from calibatt_compiler.runtime.device_queue import lane_of
-from calibatt_compiler.runtime.kernel_cache import TABLE_BUDGET, KernelStore
+from calibatt_compiler.runtime.device_queue import queue_of
+from calibatt_compiler.runtime.kernel_cache import TABLE_BUDGET, KernelCache
 from calibatt_compiler.runtime.site import SparseSite
 
 BUDGET = 4 * TABLE_BUDGET
@@ -25,7 +26,7 @@ BUDGET = 4 * TABLE_BUDGET
 and making their tables anew would be timed too."""
 
 
-class PlanServer:
+class PlanServer(Recorder):
     """Serves a plan that can be exchanged; implements `calibatt_compiler.capture.Recorder`.
 
     The model is compiled as for a recording: every attention call asks here what to compute. So
@@ -36,7 +37,7 @@ class PlanServer:
     def __init__(self) -> None:
         self._plan: Plan | None = None
         self._sites: dict[tuple[str, str, torch.device, torch.dtype], SparseSite] = {}
-        self._stores: dict[tuple[str, torch.device], KernelStore] = {}
+        self._caches: dict[tuple[str, torch.device], KernelCache] = {}
 
     def use(self, plan: Plan | None) -> None:
         """Serve another plan from now on; None: all attention dense, by the stock kernel."""
@@ -45,7 +46,7 @@ class PlanServer:
     def forget(self) -> None:
         """Free the tables of all plans that were served."""
         self._sites.clear()
-        self._stores.clear()
+        self._caches.clear()
 
     def on_capture(self, capture: CaptureInfo) -> None:
         """Nothing to note: each call is looked at when it comes."""
@@ -65,20 +66,19 @@ class PlanServer:
             self._sites[key] = SparseSite(
                 plan,
                 site,
-                lowering="table",
-                device=q.device,
-                dtype=q.dtype,
-                head_dim=q.shape[3],
-                kernels=self._store(plan, q.device),
+                KernelSettings(
+                    device=q.device, dtype=q.dtype, head_dim=q.shape[3], lowering="table"
+                ),
+                kernels=self._cache(plan, q.device),
             )
         return self._sites[key].attend(q, k, v, timestep, scale)
 
-    def _store(self, plan: Plan, device: torch.device) -> KernelStore:
+    def _cache(self, plan: Plan, device: torch.device) -> KernelCache:
         """Sites are added as the first forward pass calls them: in the order of the graph."""
         key = (plan.digest, device)
-        if key not in self._stores:
-            self._stores[key] = KernelStore(lane_of(device), budget=BUDGET)
-        return self._stores[key]
+        if key not in self._caches:
+            self._caches[key] = KernelCache(queue_of(device), budget=BUDGET)
+        return self._caches[key]
 
 
 def _fits(plan: Plan, site: str, q: Tensor, k: Tensor) -> bool:

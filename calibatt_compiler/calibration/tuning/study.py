@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -191,16 +192,23 @@ class Study:
 
 
 def finished(path: Path) -> int:
-    """Return how many trials of a study are finished; 0 without a file. Changes nothing."""
+    """Return how many trials of a study are finished; 0 without a file.
+
+    Another process may be searching there: a copy of the journal's whole lines is read, and nothing
+    beside it is touched.
+    """
     if not path.exists():
         return 0
     optuna = _optuna()
-    names: list[str] = optuna.get_all_study_names(_storage(path))
-    if NAME not in names:
-        return 0
-    with _quiet(optuna):
-        study = optuna.load_study(study_name=NAME, storage=_storage(path))
-    states = [trial.state.name for trial in study.get_trials(deepcopy=False)]
+    content = path.read_bytes()
+    with tempfile.TemporaryDirectory(prefix="calibatt-") as folder, _quiet(optuna):
+        copy = Path(folder) / JOURNAL
+        copy.write_bytes(content[: content.rfind(b"\n") + 1])
+        storage = _storage(copy)
+        if NAME not in optuna.get_all_study_names(storage):
+            return 0
+        study = optuna.load_study(study_name=NAME, storage=storage)
+        states = [trial.state.name for trial in study.get_trials(deepcopy=False)]
     return states.count("COMPLETE")
 
 

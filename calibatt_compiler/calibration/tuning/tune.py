@@ -17,6 +17,7 @@ from calibatt_compiler.calibration.pipeline import calibrate
 from calibatt_compiler.calibration.select.derive import plan_from_run
 from calibatt_compiler.calibration.store import identity
 from calibatt_compiler.calibration.store.lock import FolderLock
+from calibatt_compiler.calibration.store.run_folder import RunStore
 from calibatt_compiler.calibration.tuning.config import TuningConfig
 from calibatt_compiler.calibration.tuning.pareto import (
     Point,
@@ -27,7 +28,7 @@ from calibatt_compiler.calibration.tuning.pareto import (
 )
 from calibatt_compiler.calibration.tuning.picture import write_front
 from calibatt_compiler.calibration.tuning.plan_server import PlanServer, served
-from calibatt_compiler.calibration.tuning.study import JOURNAL, Study
+from calibatt_compiler.calibration.tuning.study import JOURNAL, Study, finished
 from calibatt_compiler.calibration.tuning.trials import TIMING_STEPS, PlanEvaluator
 from calibatt_compiler.calibration.validation.validate import validate_run
 from calibatt_compiler.errors import CalibrationError, OptionError
@@ -91,6 +92,8 @@ def tuning_cost(
 ) -> TuningCost:
     """Tell what `tune` with the same arguments will cost. Runs two steps of the first input.
 
+    Changes nothing in `out`, where a search may be under way.
+
     Raises:
         CalibrationError: the pipeline can't be calibrated.
         OptionError: arguments that can't be used.
@@ -101,10 +104,7 @@ def tuning_cost(
     _check_form(config, tuning)
     scored = _scored(config, tuning)
     recording = estimate(pipe, prompts, seeds, config=scored, **pipeline_arguments)
-    journal = folder / "study.journal"
-    done = 0
-    if journal.exists():
-        done = len(Study(journal, tuning.space, SearchPoint(1, 1, 1, 1), tuning.seed).points())
+    done = finished(folder / JOURNAL)
     return TuningCost(recording, max(0, tuning.trials - done), 0 if tuning.proxy else tuning.videos)
 
 
@@ -283,7 +283,8 @@ def _check(
     about |= {name: getattr(config, name) for name in _OF_SELECTION}
     about |= {"inputs": [identity.describe({"seed": seed, **varying}) for seed, varying in inputs]}
     text = json.dumps(about, indent=2, sort_keys=True) + "\n"
-    if not path.exists():
+    begun = finished(folder / JOURNAL) or RunStore(folder / "recording").names()
+    if not begun or not path.exists():  # without anything finished it is nobody's
         write_text(path, text)
         return
     found = path.read_text(encoding="utf-8")

@@ -189,9 +189,11 @@ class KeptMass:
                 got=timestep,
                 remedy="validate with the sampler and the number of steps of the plan",
             )
-        pattern = self.plan.sites[site].at(step)
-        where = self.plan.text_position
-        if lengths is not None and where is not None:
+        patterns, where = self.plan.sites[site], self.plan.text_position
+        pattern = patterns.at(step)
+        if lengths is not None and patterns.zones is not None:
+            pattern = patterns.zones.fitted(step, lengths)
+        elif lengths is not None and where is not None:
             video = math.prod(self.plan.grid)
             pattern = fit_pattern(pattern, lengths, video=video, position=where)
         shares = kept_share(energy, pattern.mask().to(energy.device)).cpu().numpy()

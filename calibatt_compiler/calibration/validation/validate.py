@@ -35,7 +35,7 @@ from calibatt_compiler.calibration.validation.kept_mass import (
 )
 from calibatt_compiler.errors import CalibrationError, PlanMismatchError
 from calibatt_compiler.logs import logger
-from calibatt_compiler.models import identify
+from calibatt_compiler.models import identify, is_model
 from calibatt_compiler.plan import Plan
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.text import other_text
@@ -87,8 +87,9 @@ def validate(
         observer = PlanObserver(model, kept)
         with model.shown_to(observer):
             for index, (seed, varying) in enumerate(inputs):
-                observer.begin(f"{index:05d}", {}, samples_of(pipeline_arguments))
-                generate(pipe, seed, {**pipeline_arguments, **varying})
+                arguments = {**pipeline_arguments, **varying}
+                observer.begin(f"{index:05d}", {}, samples_of(arguments))
+                generate(pipe, seed, arguments)
                 observer.finish()
                 progress.finished()
     about = [identity.describe({"seed": seed, **varying}) for seed, varying in inputs]
@@ -211,7 +212,7 @@ def _planned(plan: Plan, size: SiteSize, block: tuple[int, int]) -> bool:
 
 def _check_model(plan: Plan, module: torch.nn.Module) -> None:
     expected, got = plan.metadata.model, identify(module)
-    if expected is not None and got != expected:
+    if expected is not None and not is_model(expected, module):
         raise PlanMismatchError(
             "the plan was made for another model",
             expected=f"{expected.class_name}, configuration {expected.config_digest[:16]}",

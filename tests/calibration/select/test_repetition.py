@@ -28,7 +28,7 @@ from calibatt_compiler.errors import CalibrationError
 from calibatt_compiler.kernels.common.row_similarity import row_similarity
 from calibatt_compiler.kernels.energy import block_energy
 from calibatt_compiler.plan.order import TokenOrder
-from calibatt_compiler.runtime.token_order import rearrangement
+from calibatt_compiler.runtime.token_order import Rearrangements
 
 GRID, TEXT = (2, 7, 9), 5
 VIDEO = math.prod(GRID)
@@ -54,7 +54,7 @@ def call(order: str, first: int, dtype: torch.dtype = torch.float32) -> tuple[An
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     out = (q.double() @ k.double().mT / 4).softmax(-1) @ v.double()
     where = {"text_first": first > 0, "device": torch.device("cpu")}
-    laid = rearrangement(TokenOrder.parse(order), GRID, TOKENS, **where)
+    laid = Rearrangements().of(TokenOrder.parse(order), GRID, TOKENS, **where)
     observed = [x if laid is None else laid.apply(x) for x in (q, k)]
     energy = block_energy(*observed, block=(16, 32), scale=0.25)
     mask, kept = covering_mask(energy, 0.6)

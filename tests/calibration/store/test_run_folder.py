@@ -77,7 +77,7 @@ def test_equal_inputs_make_equal_files(folder: Path) -> None:
 
 
 def test_leftovers_of_a_kill_are_cleared_and_do_not_count(folder: Path) -> None:
-    leftover = folder / ".input-00001-x.tmp.safetensors"
+    leftover = folder / ".input-00001-x1b2c3d4.tmp.safetensors"
     leftover.write_bytes(b"half")
     store = RunStore(folder).open(IDENTITY)
     assert store.names() == ["00000"]

@@ -24,6 +24,7 @@ from calibatt_compiler.calibration import (
     tuning_cost,
     validate_run,
 )
+from calibatt_compiler.calibration.store.lock import FolderLock
 from calibatt_compiler.calibration.tuning.pareto import (
     CEILING,
     Point,
@@ -127,6 +128,10 @@ def test_a_study_goes_on_as_if_undisturbed(tmp_path: Path) -> None:
         assert space.A[0] <= at.A <= at.C <= 0.999
         assert space.k[0] <= at.k <= space.k[1]
     assert len({each.settings for each in points}) == 14
+    # Names in files: searches of earlier versions go on.
+    attributes = whole._trials("COMPLETE")[0].user_attrs
+    assert set(attributes) == {"knobs", "density", "digest"}
+    assert attributes["knobs"] == points[0].to_dict()["knobs"] == asdict(points[0].settings)
     assert {each.settings.pooled for each in points} == {0, 1, 4}
     assert {each.settings.gamma for each in points} == {None, 0.87}
 
@@ -207,6 +212,35 @@ def test_cost_counts_pooled_keys(tiny_wan_pipeline: Any, arguments: dict[str, in
     )
     assert cost_of(plain) == pytest.approx(plain.density())
     assert cost_of(pooled) == pytest.approx(plain.density() + 4 / 32)
+
+
+def test_a_search_under_way_is_left_alone(
+    tiny_wan_pipeline: Any, arguments: dict[str, int], tmp_path: Path
+) -> None:
+    """Its costs can be told, and it can't be started twice."""
+    tuning = TuningConfig(trials=5)
+    lock = FolderLock(tmp_path)
+    lock.take()
+    study = Study(tmp_path / JOURNAL, tuning.space, SearchPoint(0.84, 0.99, 16.0, 0.5), tuning.seed)
+    for _ in range(2):
+        study.trial(score)
+    study._study.ask()  # a trial that runs
+    with (tmp_path / JOURNAL).open("ab") as file:
+        file.write(b'{"op_code": 6, "wor')  # a line that is being written
+    (tmp_path / f"{JOURNAL}.lock").touch()
+
+    def content() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    before = content()
+    common = {"config": CONFIG, "out": tmp_path, "tuning": tuning, **arguments}
+    cost = tuning_cost(tiny_wan_pipeline, PROMPTS, **common)
+    assert cost.trials == 3
+    assert content() == before
+    with pytest.raises(CalibrationError, match="another calibration works"):
+        tune(tiny_wan_pipeline, PROMPTS, **common)
+    assert content() == before
+    lock.release()
 
 
 def test_a_search_by_videos(

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from calibatt_compiler.errors import KernelError
 from calibatt_compiler.kernels.baked import attention as baked
-from calibatt_compiler.kernels.baked.attention import BakedAttention
+from calibatt_compiler.kernels.baked.attention import baked_attention
 from calibatt_compiler.kernels.baked.cache import get_entry
 from calibatt_compiler.kernels.baked.compiler import CompiledSource, KernelCompiler, KernelSpec
 from calibatt_compiler.kernels.baked.cover import EXACT, CoverError, CoverLimits
+from calibatt_compiler.kernels.request import KernelRequest
+from calibatt_compiler.kernels.tiered import TieredKernel
 from calibatt_compiler.plan.pattern import BlockPattern
 
 
@@ -37,15 +39,17 @@ class ManualCompiler(KernelCompiler):
 
 
 class RecordedLaunch:
-    """Stands for a kernel: returns its name's length everywhere, or fails."""
+    """Stands for a kernel: returns a value everywhere, or fails."""
+
+    table_bytes, repairs, reason, density = 0, 0, None, 0.5
 
     def __init__(self, value: float, error: Exception | None = None) -> None:
-        self.value, self.error, self.launched = value, error, False
+        self.value, self.error = value, error
+        self.kind = "triton-table" if value == 1 else "triton-baked"
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
         if self.error is not None:
             raise self.error
-        self.launched = True
         return torch.full_like(q, self.value)
 
 
@@ -60,26 +64,28 @@ def make(
     monkeypatch: pytest.MonkeyPatch,
     compiler: ManualCompiler,
     random_pattern: Callable[..., BlockPattern],
-) -> Callable[..., BakedAttention]:
-    """Make a BakedAttention for a GPU that is not there; tables stay on the CPU."""
+) -> Callable[..., TieredKernel]:
+    """Make a kernel for a GPU that is not there; tables stay on the CPU."""
     monkeypatch.setenv("CALIBATT_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("calibatt_compiler.kernels.portable.launch.architecture", lambda device: 90)
     monkeypatch.setattr(
         "calibatt_compiler.kernels.portable.attention.index_tables", lambda pattern, device: None
     )
 
-    def build(error: Exception | None = None, **limits: object) -> BakedAttention:
+    def build(error: Exception | None = None, **limits: object) -> TieredKernel:
         monkeypatch.setattr(baked, "_GeneratedKernel", lambda *_, **__: RecordedLaunch(2.0, error))
-        kernel = BakedAttention(
-            random_pattern(heads=2, query_length=300),
-            device=torch.device("cuda"),
-            dtype=torch.bfloat16,
-            head_dim=64,
+        kernel = baked_attention(
+            KernelRequest(
+                random_pattern(heads=2, query_length=300),
+                device=torch.device("cuda"),
+                dtype=torch.bfloat16,
+                head_dim=64,
+                softmax="exact",
+            ),
             compiler=compiler,
-            softmax="exact",  # a fixed reference has a counter on the device
-            **limits,  # type: ignore[arg-type]
+            **limits,
         )
-        kernel.table = RecordedLaunch(1.0)  # type: ignore[assignment]
+        kernel.tiers[1]._kernel = RecordedLaunch(1.0)
         return kernel
 
     return build
@@ -89,7 +95,7 @@ Q = torch.zeros(1, 2, 300, 64)
 
 
 def test_the_table_serves_until_the_kernel_is_compiled(
-    make: Callable[..., BakedAttention], compiler: ManualCompiler
+    make: Callable[..., TieredKernel], compiler: ManualCompiler
 ) -> None:
     kernel = make()
     assert kernel.kind == "triton-table"
@@ -104,7 +110,7 @@ def test_the_table_serves_until_the_kernel_is_compiled(
 
 
 def test_a_failed_kernel_leaves_the_table_and_its_reason(
-    make: Callable[..., BakedAttention], compiler: ManualCompiler
+    make: Callable[..., TieredKernel], compiler: ManualCompiler
 ) -> None:
     kernel = make()
     compiler.future.set_exception(KernelError("ptxas said no"))
@@ -115,7 +121,7 @@ def test_a_failed_kernel_leaves_the_table_and_its_reason(
 
 
 def test_a_cancelled_kernel_leaves_the_table(
-    make: Callable[..., BakedAttention], compiler: ManualCompiler
+    make: Callable[..., TieredKernel], compiler: ManualCompiler
 ) -> None:
     kernel = make()
     compiler.future.cancel()
@@ -125,7 +131,7 @@ def test_a_cancelled_kernel_leaves_the_table(
 
 
 def test_a_kernel_that_cannot_be_launched_leaves_the_table(
-    make: Callable[..., BakedAttention], compiler: ManualCompiler
+    make: Callable[..., TieredKernel], compiler: ManualCompiler
 ) -> None:
     kernel = make(error=RuntimeError("out of shared memory"))
     compiler.finish()
@@ -136,7 +142,7 @@ def test_a_kernel_that_cannot_be_launched_leaves_the_table(
 
 
 def test_wrong_operands_are_the_callers_error(
-    make: Callable[..., BakedAttention], compiler: ManualCompiler
+    make: Callable[..., TieredKernel], compiler: ManualCompiler
 ) -> None:
     kernel = make(error=KernelError("operands don't fit"))
     compiler.finish()
@@ -145,19 +151,19 @@ def test_wrong_operands_are_the_callers_error(
     assert kernel.kind == "triton-baked"
 
 
-def test_a_covered_mask_reports_what_it_adds(make: Callable[..., BakedAttention]) -> None:
-    exact = make()
+def test_a_covered_mask_reports_what_it_adds(make: Callable[..., TieredKernel]) -> None:
+    exact = make().tiers[0]
     assert exact.added_density == 0
-    covered = make(limits=CoverLimits(16, widening=math.inf))
+    covered = make(limits=CoverLimits(16, widening=math.inf)).tiers[0]
     assert covered.added_density > 0
-    assert covered.density == pytest.approx(exact.density + covered.added_density)
+    assert covered.table.density == pytest.approx(exact.table.density + covered.added_density)
 
 
 def test_a_cover_that_adds_too_much_is_declined(
-    make: Callable[..., BakedAttention], compiler: ManualCompiler
+    make: Callable[..., TieredKernel], compiler: ManualCompiler
 ) -> None:
     kernel = make(limits=CoverLimits(16, widening=0.01))
-    assert kernel.added_density == 0
+    assert kernel.tiers[0].added_density == 0
     assert kernel.reason is not None
     assert "16 literals" in kernel.reason
     assert not compiler.specs
@@ -165,7 +171,7 @@ def test_a_cover_that_adds_too_much_is_declined(
 
 
 def test_a_mask_of_too_many_literals_is_left_to_the_table(
-    make: Callable[..., BakedAttention], compiler: ManualCompiler
+    make: Callable[..., TieredKernel], compiler: ManualCompiler
 ) -> None:
     kernel = make()
     compiler.future.set_exception(CoverError("the mask takes more than 2048 literals"))
@@ -174,7 +180,7 @@ def test_a_mask_of_too_many_literals_is_left_to_the_table(
 
 
 def test_nothing_is_covered_while_a_model_waits(
-    make: Callable[..., BakedAttention], compiler: ManualCompiler, monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., TieredKernel], compiler: ManualCompiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     covered = []
     monkeypatch.setattr(
@@ -186,7 +192,7 @@ def test_nothing_is_covered_while_a_model_waits(
 
 
 def test_what_was_built_before_is_taken_first(
-    make: Callable[..., BakedAttention],
+    make: Callable[..., TieredKernel],
     compiler: ManualCompiler,
     random_pattern: Callable[..., BlockPattern],
     monkeypatch: pytest.MonkeyPatch,
@@ -194,16 +200,16 @@ def test_what_was_built_before_is_taken_first(
     """A cover that adds blocks serves from the first call on, or not at all: no bit changes."""
     built = CoverLimits(200, widening=0.5)
     monkeypatch.setattr(baked, "WIDENED", built)
-    assert make().added_density == 0
+    assert make().tiers[0].added_density == 0
     entry = get_entry(random_pattern(heads=2, query_length=300), built)
     kernel = make()
-    assert kernel.added_density == entry.covering.added_density
-    assert kernel.pattern.digest == entry.covering.pattern.digest
+    assert kernel.tiers[0].added_density == entry.covering.added_density
+    assert kernel.tiers[0].pattern.digest == entry.covering.pattern.digest
     assert compiler.specs[-1].limits == built
 
 
 def test_what_was_declined_before_is_not_tried_again(
-    make: Callable[..., BakedAttention],
+    make: Callable[..., TieredKernel],
     compiler: ManualCompiler,
     random_pattern: Callable[..., BlockPattern],
     monkeypatch: pytest.MonkeyPatch,
@@ -218,7 +224,7 @@ def test_what_was_declined_before_is_not_tried_again(
 
 
 def test_an_unwritable_cache_leaves_the_table(
-    make: Callable[..., BakedAttention], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    make: Callable[..., TieredKernel], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("")

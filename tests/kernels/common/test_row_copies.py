@@ -10,6 +10,7 @@ import torch
 
 from calibatt_compiler.kernels.common.row_copies import DeviceCopies, copy_tables
 from calibatt_compiler.kernels.portable.attention import TableAttention
+from calibatt_compiler.kernels.request import KernelRequest
 from calibatt_compiler.plan.copies import RowCopies
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.pattern import BlockPattern
@@ -95,9 +96,9 @@ def test_tables_count_among_those_of_a_kernel(
 ) -> None:
     where = {"device": CPU, "dtype": torch.float32, "head_dim": 64}
     pattern = random_pattern(repetitive=(True, False), copies=COPIES[0])
-    kernel = TableAttention(pattern, **where)
+    kernel = TableAttention(KernelRequest(pattern, **where))
     copies = DeviceCopies.upload(pattern, CPU)
     assert copies is not None
     assert kernel.table_bytes == kernel.tables.nbytes + copies.nbytes
-    plain = TableAttention(random_pattern(), **where)
+    plain = TableAttention(KernelRequest(random_pattern(), **where))
     assert plain.table_bytes == plain.tables.nbytes

@@ -1,7 +1,9 @@
 """The C++ kernel for CPUs: right everywhere, on any number of threads."""
 
+import dataclasses
 import threading
 
+import numpy as np
 import pytest
 import torch
 
@@ -250,6 +252,68 @@ def test_refuses_operands_of_another_kind(operands, random_pattern):
         kernel(*operands(head_dim=32))
     with pytest.raises(KernelError, match="float8"):
         make(random_pattern(), dtype=torch.float8_e4m3fn)
+
+
+def test_strided_tables_are_read_as_what_they_hold(operands, random_pattern, assert_attention):
+    q, k, v = operands(query_length=200, key_length=700)
+    for change in (np.asfortranarray, lambda x: np.repeat(x, 2, axis=-1)[..., ::2]):
+        for pooled in (0, 2):
+            pattern = random_pattern(query_length=200, key_length=700, pooled=pooled)
+            bits = change(pattern.bits)
+            assert not bits.flags.c_contiguous
+            strided = dataclasses.replace(pattern, bits=bits)
+            assert strided.digest == pattern.digest
+            assert torch.equal(make(strided)(q, k, v), make(pattern)(q, k, v))
+            assert_attention(make(strided)(q, k, v), q, k, v, pattern)
+
+
+def test_refuses_orders_that_are_none(operands, random_pattern):
+    q, k, v = operands(query_length=200, key_length=130)
+    kernel = make(random_pattern(query_length=200, key_length=130))
+    queries, keys = torch.arange(200).int(), torch.arange(130).int()
+    too_far, twice, negative = queries.clone(), queries.clone(), queries.clone()
+    too_far[3], twice[3], negative[3] = 10**9, 4, -(10**9)
+    for wrong in (
+        queries.long(),
+        queries[:-1],
+        queries[:, None],
+        torch.arange(400).int()[::2],
+        too_far,
+        twice,
+        negative,
+        queries.to("meta"),
+        queries.numpy(),
+        None,
+    ):
+        with pytest.raises(KernelError, match="query_tokens is no order"):
+            kernel.reordered(q, k, v, wrong, keys)
+        with pytest.raises(KernelError, match="key_tokens is no order"):
+            kernel.reordered(q, k, v, queries, wrong)
+
+
+def test_energies_refuse_what_does_not_fit(operands):
+    q, k, v = operands(query_length=100, key_length=70)
+    block = (32, 32)
+    lse = torch.zeros(q.shape[:3])
+    wrong = {
+        "fewer heads": (q, k[:, :1], v[:, :1], block, lse),
+        "another batch": (q, k.expand(2, -1, -1, -1), v.expand(2, -1, -1, -1), block, lse),
+        "head dim": (q, k[..., :16], v[..., :16], block, lse),
+        "dtype": (q, k.double(), v.double(), block, lse),
+        "dtype of v": (q, k, v.double(), block, lse),
+        "shorter v": (q, k, v[:, :, :10], block, lse),
+        "dimensions": (q[0], k[0], v[0], block, lse),
+        "empty": (q[:, :, :0], k, v, block, lse),
+        "no keys": (q, k[:, :, :0], v[:, :, :0], block, lse),
+        "device": (q, k.to("meta"), v, block, lse),
+        "block": (q, k, v, (0, 32), lse),
+        "ragged block": (q, k, v, (32, 24), lse),
+        "negative block": (q, k, v, (32, -32), lse),
+        "lse": (q, k, v, block, lse[..., :10]),
+    }
+    for arguments in wrong.values():
+        with pytest.raises(KernelError):
+            native_energy(*arguments[:4], 0.125, arguments[4])
 
 
 def test_without_a_compiler_the_error_says_what_to_do(random_pattern, monkeypatch):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from calibatt_compiler.errors import KernelError
 from calibatt_compiler.kernels.hopper import energy as hopper_energy
 
 BLOCK = (128, 128)
@@ -24,9 +23,7 @@ def launch(monkeypatch: pytest.MonkeyPatch) -> list[Exception | None]:
         return q, k
 
     monkeypatch.setattr(hopper_energy, "hopper_attention_and_energy", attend)
-    monkeypatch.setattr(hopper_energy, "hopper_serves", lambda *_: None)
-    monkeypatch.setattr(hopper_energy, "_failed", {})
-    monkeypatch.setattr(hopper_energy, "_served", set())
+    monkeypatch.setattr(hopper_energy, "_launches", {})
     return coming
 
 
@@ -38,7 +35,9 @@ def call() -> object:
 def test_an_error_of_the_first_launch_leaves_it_to_another_kernel(launch):
     launch[:] = [RuntimeError("no\n such instruction")]
     assert call() is None
-    assert hopper_energy._failed[KEY] == "no Hopper kernel: RuntimeError: no such instruction"
+    assert (
+        hopper_energy._launches[KEY].reason == "no Hopper kernel: RuntimeError: no such instruction"
+    )
     assert call() is None
     assert not launch, "it is not tried again"
 
@@ -48,12 +47,4 @@ def test_an_error_after_a_good_launch_is_raised(launch):
     assert call() is not None
     with pytest.raises(RuntimeError, match="illegal"):
         call()
-    assert not hopper_energy._failed
-
-
-@pytest.mark.parametrize("error", [KernelError("wrong operands"), torch.OutOfMemoryError("full")])
-def test_what_is_not_about_the_kernel_is_raised(launch, error):
-    launch[:] = [error]
-    with pytest.raises(type(error)):
-        call()
-    assert not hopper_energy._failed
+    assert hopper_energy._launches[KEY].reason is None

@@ -17,22 +17,23 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from calibatt_compiler.kernels.attention import make_attention
-from calibatt_compiler.kernels.baked.attention import BakedAttention
+from calibatt_compiler.kernels.baked.attention import baked_attention
 from calibatt_compiler.kernels.energy import attention_with_energy
 from calibatt_compiler.kernels.hopper import energy as hopper_energy
 from calibatt_compiler.kernels.hopper.attention import HopperAttention
-from calibatt_compiler.kernels.hopper.capability import device_reason, gluon_reason
-from calibatt_compiler.kernels.hopper.fallback import WithFallback
+from calibatt_compiler.kernels.hopper.capability import gluon_reason
 from calibatt_compiler.kernels.hopper.schedule import key_runs
+from calibatt_compiler.kernels.portable.tiles import HOPPER, architecture
 from calibatt_compiler.kernels.reference.energy import reference_energy
+from calibatt_compiler.kernels.request import KernelRequest
+from calibatt_compiler.kernels.tiered import TieredKernel
 from calibatt_compiler.plan.copies import RowCopies
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.pattern import BlockPattern
 
 CUDA = torch.device("cuda", 0)
-REASON = gluon_reason() or (
-    device_reason(CUDA) if torch.cuda.is_available() else "needs a CUDA device"
-)
+ON_HOPPER = torch.cuda.is_available() and architecture(CUDA) == HOPPER
+REASON = gluon_reason() or (None if ON_HOPPER else "needs a Hopper GPU")
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(REASON is not None, reason=str(REASON)),
@@ -95,7 +96,7 @@ def test_error_is_that_of_sdpa_and_bits_are_the_same_every_time(
         device=CUDA,
     )
     where: dict[str, Any] = {"device": CUDA, "dtype": dtype, "head_dim": head_dim}
-    kernel = HopperAttention(pattern, **where, softmax=softmax)
+    kernel = HopperAttention(KernelRequest(pattern, **where, softmax=softmax))
     out, lse = kernel.attend(q, k, v, return_lse=True)
     assert out.transpose(1, 2).is_contiguous()
     sample = torch.arange(rows) if rows < 1000 else torch.randperm(rows)[:400].sort().values
@@ -127,7 +128,7 @@ def test_spikes_are_repaired(
     nats = 250.0
     q[0, head, row], k[0, head, :, 0] = 0, 0
     q[0, head, row, 0] = k[0, head, key, 0] = math.sqrt(nats * math.sqrt(128))
-    kernel = HopperAttention(pattern, device=CUDA, dtype=BF16, head_dim=128)
+    kernel = HopperAttention(KernelRequest(pattern, device=CUDA, dtype=BF16, head_dim=128))
     out = kernel(q, k, v)
     exact = (q.double() @ k.double().mT / math.sqrt(128)).softmax(-1) @ v.double()
     yardstick = scaled_dot_product_attention(q, k, v)
@@ -135,7 +136,9 @@ def test_spikes_are_repaired(
     # rounded, which is 1 with a running maximum: as large an error as that of rounding the output.
     bound = 1.1 if kernel.repairs else 1.1 * math.sqrt(2)
     assert error(out, exact) <= bound * error(yardstick, exact)
-    exactly = HopperAttention(pattern, device=CUDA, dtype=BF16, head_dim=128, softmax="exact")
+    exactly = HopperAttention(
+        KernelRequest(pattern, device=CUDA, dtype=BF16, head_dim=128, softmax="exact")
+    )
     assert error(exactly(q, k, v), exact) <= 1.1 * error(yardstick, exact)
     # Only where the spike is not in the row's first block, its reference.
     assert kernel.repairs == (row // 128 != key // 128)
@@ -151,7 +154,9 @@ def test_what_is_not_finite_spreads_as_in_dense_attention(
     given[of][0, 0, 150, 7] = bad
     q, k, v = given
     pattern = BlockPattern.dense(2, 400, 400)
-    out = HopperAttention(pattern, device=CUDA, dtype=dtype, head_dim=64)(q, k, v).double()
+    out = HopperAttention(KernelRequest(pattern, device=CUDA, dtype=dtype, head_dim=64))(
+        q, k, v
+    ).double()
     exact = (q.double() @ k.double().mT / 8).softmax(-1) @ v.double()
     assert torch.equal(out.isnan(), exact.isnan())
     assert torch.equal(out.isinf(), exact.isinf())
@@ -164,7 +169,7 @@ def test_views_batches_and_scales(
     pattern = random_pattern(heads=3, query_length=700, block=(128, 128))
     fused = torch.randn(3, 700, 3, 3, 128, device=CUDA, dtype=BF16)
     q, k, v = (fused[:, :, i].transpose(1, 2) for i in range(3))
-    kernel = HopperAttention(pattern, device=CUDA, dtype=BF16, head_dim=128)
+    kernel = HopperAttention(KernelRequest(pattern, device=CUDA, dtype=BF16, head_dim=128))
     plain = kernel(*(x.contiguous() for x in (q, k, v)))
     assert torch.equal(kernel(q, k, v), plain)
     assert torch.equal(kernel(q[1:2], k[1:2], v[1:2]), plain[1:2])
@@ -180,7 +185,9 @@ def test_key_lengths(
     q, k, v = operands(batch=5, query_length=900, key_length=1300, dtype=BF16, device=CUDA)
     lengths = torch.tensor([1300, 1024, 650, 7, 0], device=CUDA)
     for softmax in ("exact", "fixed"):
-        kernel = HopperAttention(pattern, device=CUDA, dtype=BF16, head_dim=64, softmax=softmax)
+        kernel = HopperAttention(
+            KernelRequest(pattern, device=CUDA, dtype=BF16, head_dim=64, softmax=softmax)
+        )
         out, _ = kernel.attend(q, k, v, key_lengths=lengths)
         valid = torch.arange(1300, device=CUDA)[None] < lengths[:, None]
         mask = pattern.token_mask().to(CUDA)[None] & valid[:, None, None]
@@ -249,7 +256,7 @@ def test_weighted_blocks(
     sizes = {"query_length": 900, "key_length": 1300, "head_dim": head_dim}
     q, k, v = operands(**sizes, dtype=BF16, device=CUDA)
     where: dict[str, Any] = {"device": CUDA, "dtype": BF16, "head_dim": head_dim}
-    kernel = HopperAttention(pattern, **where, softmax=softmax)
+    kernel = HopperAttention(KernelRequest(pattern, **where, softmax=softmax))
     assert_attention(kernel(q, k, v), q, k, v, pattern, factor=1.1)
     assert kernel.repairs == 0
 
@@ -297,7 +304,9 @@ def test_repetitive_heads(
         copies=copies,
     )
     q, k, v = operands(batch=batch, **where, head_dim=head_dim, dtype=dtype, device=CUDA)
-    kernel = HopperAttention(pattern, device=CUDA, dtype=dtype, head_dim=head_dim, softmax=softmax)
+    kernel = HopperAttention(
+        KernelRequest(pattern, device=CUDA, dtype=dtype, head_dim=head_dim, softmax=softmax)
+    )
     out, lse = kernel.attend(q, k, v, return_lse=True)
     assert lse is not None
     mask = pattern.mask().to(CUDA)
@@ -342,7 +351,7 @@ def test_repetitive_heads_repaired_and_with_key_lengths(operands: Callable[..., 
         copies=copies,
     )
     q, k, v = operands(batch=3, query_length=1440, head_dim=128, dtype=BF16, device=CUDA)
-    kernel = HopperAttention(pattern, device=CUDA, dtype=BF16, head_dim=128)
+    kernel = HopperAttention(KernelRequest(pattern, device=CUDA, dtype=BF16, head_dim=128))
     lengths = torch.tensor([1440, 700, 0], device=CUDA)
     out, _ = kernel.attend(q, k, v, key_lengths=lengths)
     for item, valid in enumerate(lengths.tolist()):
@@ -389,16 +398,14 @@ def test_literals_give_the_bits_of_the_tables(
     )
     q, k, v = operands(batch=2, heads=3, query_length=1500, head_dim=128, dtype=BF16, device=CUDA)
     where: dict[str, Any] = {"device": CUDA, "dtype": BF16, "head_dim": 128}
-    baked = make_attention(pattern, lowering="baked", **where, hopper=True)
-    assert isinstance(baked, WithFallback)
-    baked = baked.kernel
-    assert isinstance(baked, BakedAttention)
+    baked = make_attention(KernelRequest(pattern, lowering="baked", **where, hopper=True))
+    assert isinstance(baked, TieredKernel)
     before = baked(q, k, v)
-    assert baked.wait(100), baked.reason
+    assert baked.serving.wait(100), baked.reason
     assert baked.kind == "hopper-baked"
     assert torch.equal(baked(q, k, v), before)
-    # So few keys take the exact form unless told otherwise (`attention.FIXED_FROM`).
-    tables = HopperAttention(baked.pattern, softmax="exact", **where)
+    # So few keys take the exact form unless told otherwise (`dispatch.FIXED_FROM`).
+    tables = HopperAttention(KernelRequest(baked.serving.serving.pattern, softmax="exact", **where))
     assert torch.equal(tables(q, k, v), before)
 
 
@@ -416,8 +423,8 @@ def test_literals_are_repaired_by_the_tables(
     later = next(x for x in pattern.mask()[0, 2].nonzero().flatten().tolist() if x != first)
     q[0, 0, 300] = 40.0 * k[0, 0, later * 128]
     where: dict[str, Any] = {"device": CUDA, "dtype": BF16, "head_dim": 128, "softmax": "fixed"}
-    baked = BakedAttention(pattern, **where, hopper=True)
-    table = HopperAttention(pattern, **where)
+    baked = baked_attention(KernelRequest(pattern, **where), "hopper")
+    table = HopperAttention(KernelRequest(pattern, **where))
     before = table(q, k, v)
     assert table.repairs == 1
     assert baked.wait(100), baked.reason
@@ -428,7 +435,7 @@ def test_literals_are_repaired_by_the_tables(
 def test_a_graph_replays_the_repair(operands: Callable[..., Operands]) -> None:
     pattern = BlockPattern.dense(2, 700, 700)
     q, k, v = operands(query_length=700, dtype=BF16, device=CUDA)
-    kernel = HopperAttention(pattern, device=CUDA, dtype=BF16, head_dim=64)
+    kernel = HopperAttention(KernelRequest(pattern, device=CUDA, dtype=BF16, head_dim=64))
     expected = kernel(q, k, v)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

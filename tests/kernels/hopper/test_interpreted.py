@@ -14,12 +14,13 @@ from torch import Tensor
 
 from calibatt_compiler.errors import KernelError
 from calibatt_compiler.kernels.baked.cover import CoverLimits
+from calibatt_compiler.kernels.request import KernelRequest
 from calibatt_compiler.plan.copies import RowCopies
 from calibatt_compiler.plan.pattern import BlockPattern
 
 pytest.importorskip("triton", reason="Gluon is part of triton")
 
-from calibatt_compiler.kernels.baked.attention import BakedAttention
+from calibatt_compiler.kernels.baked.attention import baked_attention
 from calibatt_compiler.kernels.baked.cache import get_entry
 from calibatt_compiler.kernels.baked.hopper_literals import HopperLiterals
 from calibatt_compiler.kernels.hopper import attention as hopper
@@ -298,19 +299,21 @@ def test_literals_give_the_bits_of_the_tables(
     q, k, v = operands(heads=3, query_length=400, key_length=700, dtype=torch.bfloat16)
     where = {"device": CPU, "dtype": torch.bfloat16, "head_dim": 64}
     monkeypatch.setattr(hopper, "multiprocessors", lambda _: 2)
-    baked = BakedAttention(pattern, **where, hopper=True)
+    baked = baked_attention(KernelRequest(pattern, **where), "hopper")
     assert baked.kind == "hopper-baked", baked.reason
-    assert baked.added_density == 0
-    assert torch.equal(baked(q, k, v), HopperAttention(pattern, **where)(q, k, v))
+    assert baked.tiers[0].added_density == 0
+    assert torch.equal(baked(q, k, v), HopperAttention(KernelRequest(pattern, **where))(q, k, v))
     assert baked.repairs == 0
     runs, row = key_runs(pattern), pattern.query_blocks + 1
     first = runs.starts[runs.offsets[row]]
     later = next(x for x in pattern.mask()[1, 1].nonzero().flatten().tolist() if x != first)
     spike(q, k, 130, later * block_n, 200.0)
-    assert torch.equal(baked(q, k, v), HopperAttention(pattern, **where)(q, k, v))
+    assert torch.equal(baked(q, k, v), HopperAttention(KernelRequest(pattern, **where))(q, k, v))
     assert baked.repairs == 1
     entry = get_entry(pattern, CoverLimits(512, widening=math.inf), "hopper")
-    literals = HopperLiterals(entry, HopperAttention(entry.covering.pattern, **where), **where)
+    literals = HopperLiterals(
+        entry, HopperAttention(KernelRequest(entry.covering.pattern, **where))
+    )
     assert literals.tables.runs.numel() == 1
     with pytest.raises(KernelError, match="literals: True"):
         literals.attend(q, k, v, key_lengths=torch.tensor([5]))

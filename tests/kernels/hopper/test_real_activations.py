@@ -14,10 +14,11 @@ pytest.importorskip("triton", reason="Gluon is part of triton")
 pytest.importorskip("diffusers")
 
 from calibatt_compiler.calibration.observe.attach import observed
-from calibatt_compiler.capture import CaptureInfo
+from calibatt_compiler.capture import CaptureInfo, Recorder
 from calibatt_compiler.cli.pipelines import load_pipeline
 from calibatt_compiler.kernels.common.dense import dense_attention
 from calibatt_compiler.kernels.hopper.attention import HopperAttention
+from calibatt_compiler.kernels.request import KernelRequest
 from calibatt_compiler.plan.pattern import BlockPattern
 
 MODEL = Path(__file__).parents[3] / "examples" / "tiny_wan" / "model"
@@ -26,7 +27,7 @@ Operands = tuple[Tensor, Tensor, Tensor]
 Flash = Callable[..., tuple[Tensor, Tensor]]
 
 
-class Keeper:
+class Keeper(Recorder):
     """Keeps the operands of each site's first and last call, in float32."""
 
     def __init__(self) -> None:
@@ -121,7 +122,8 @@ def test_on_a_gpu(
     device = torch.device("cuda", 0)
 
     def make(pattern: BlockPattern, dtype: torch.dtype, head_dim: int, **more: Any) -> Any:
-        return HopperAttention(pattern, device=device, dtype=dtype, head_dim=head_dim, **more)
+        where = {"dtype": dtype, "head_dim": head_dim, "softmax": more.pop("softmax", "auto")}
+        return HopperAttention(KernelRequest(pattern, device=device, **where), **more)
 
     for q, k, v in activations:
         check((q.to(device), k.to(device), v.to(device)), make, flash_attention, dtype, softmax)

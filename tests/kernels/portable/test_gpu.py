@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from calibatt_compiler.kernels.baked.attention import BakedAttention
+from calibatt_compiler.kernels.baked.attention import baked_attention
 from calibatt_compiler.kernels.baked.compiler import KernelCompiler, KernelSpec
 from calibatt_compiler.kernels.baked.cover import PORTABLE_INTERVALS
 from calibatt_compiler.kernels.portable.attention import TableAttention
 from calibatt_compiler.kernels.portable.tiles import architecture
 from calibatt_compiler.kernels.reference.attention import masked_dense_attention
+from calibatt_compiler.kernels.request import KernelRequest
 from calibatt_compiler.plan.copies import RowCopies
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.pattern import BlockPattern
@@ -64,13 +65,15 @@ def test_error_is_that_of_dense_attention_in_the_same_dtype(
         dtype=dtype,
         device=CUDA,
     )
-    kernel = TableAttention(pattern, device=CUDA, dtype=dtype, head_dim=head_dim)
+    kernel = TableAttention(KernelRequest(pattern, device=CUDA, dtype=dtype, head_dim=head_dim))
     out = kernel(q, k, v)
     assert_attention(out, q, k, v, pattern, factor=1.5)
     assert torch.equal(out, kernel(q, k, v))
     assert kernel.config.softmax == ("fixed" if dtype == torch.bfloat16 else "exact")
     assert kernel.repairs == 0
-    exact = TableAttention(pattern, device=CUDA, dtype=dtype, head_dim=head_dim, softmax="exact")
+    exact = TableAttention(
+        KernelRequest(pattern, device=CUDA, dtype=dtype, head_dim=head_dim, softmax="exact")
+    )
     assert_attention(exact(q, k, v), q, k, v, pattern, factor=1.5)
 
 
@@ -106,10 +109,10 @@ def test_repetitive_heads(
     )
     q, k, v = operands(batch=2, head_dim=128, dtype=dtype, device=CUDA, **shape)
     where = {"device": CUDA, "dtype": dtype, "head_dim": 128}
-    out = TableAttention(pattern, **where)(q, k, v)
+    out = TableAttention(KernelRequest(pattern, **where))(q, k, v)
     assert_attention(out, q, k, v, pattern, factor=1.5)
     if not weighted:
-        baked = BakedAttention(pattern, **where)
+        baked = baked_attention(KernelRequest(pattern, **where))
         assert baked.wait(240), baked.reason
         assert torch.equal(baked(q, k, v), out)
 
@@ -128,9 +131,9 @@ def test_table_and_baked_give_the_same_bits_and_the_launch_compiles_nothing(
         report = compiler.build([KernelSpec(pattern, torch.bfloat16, head_dim, architecture(CUDA))])
     assert not report.failed
     where = {"device": CUDA, "dtype": torch.bfloat16, "head_dim": head_dim}
-    baked = BakedAttention(pattern, **where)
-    assert baked.ready(), baked.reason
-    table = TableAttention(baked.pattern, **where)
+    baked = baked_attention(KernelRequest(pattern, **where))
+    assert baked.wait(0), baked.reason
+    table = TableAttention(KernelRequest(baked.serving.pattern, **where))
     q, k, v = operands(
         batch=2,
         heads=3,
@@ -146,7 +149,7 @@ def test_table_and_baked_give_the_same_bits_and_the_launch_compiles_nothing(
     assert torch.equal(out, expected)
     assert baked.kind == "triton-baked"
     # Nor where calls are repaired.
-    *_, last = baked.pattern.mask()[0, 0].nonzero()[:, 0].tolist()
+    *_, last = baked.serving.pattern.mask()[0, 0].nonzero()[:, 0].tolist()
     assert last > 0
     k[0, 0, 128 * last], q[0, 0, 5] = 12.0, 12.0
     expected = table(q, k, v)
@@ -163,8 +166,8 @@ def test_the_switch_from_table_to_baked_changes_no_bit(
         heads=2, query_length=2160, block=(64, 64), density=0.3, intervals=PORTABLE_INTERVALS
     )
     with KernelCompiler(workers=1) as compiler:
-        kernel = BakedAttention(
-            pattern, device=CUDA, dtype=torch.float16, head_dim=64, compiler=compiler
+        kernel = baked_attention(
+            KernelRequest(pattern, device=CUDA, dtype=torch.float16, head_dim=64), compiler=compiler
         )
         q, k, v = operands(heads=2, query_length=2160, dtype=torch.float16, device=CUDA)
         before = kernel(q, k, v)
@@ -198,9 +201,9 @@ def test_spikes_are_repaired(
     q[0, 2, row], k[0, 2, :, 0] = 0, 0
     q[0, 2, row, 0] = k[0, 2, key, 0] = math.sqrt(250 * math.sqrt(128))
     where: dict[str, Any] = {"device": CUDA, "dtype": torch.bfloat16, "head_dim": 128}
-    kernel: Any = TableAttention(pattern, **where)
+    kernel: Any = TableAttention(KernelRequest(pattern, **where))
     if lowering == "baked":
-        kernel = BakedAttention(pattern, **where)
+        kernel = baked_attention(KernelRequest(pattern, **where))
         assert kernel.wait(240), kernel.reason
     out = kernel(q, k, v)
     exact = masked_dense_attention(q.double(), k.double(), v.double(), pattern)
@@ -210,7 +213,7 @@ def test_spikes_are_repaired(
     accuracy(out, exact, yardstick, factor=1.5 if kernel.repairs else 1.5 * math.sqrt(2)).check()
     # Only where the spike is not in the first keys of the row's diagonal block, its reference.
     assert kernel.repairs == (row // 128 != key // 128)
-    exactly = TableAttention(pattern, **where, softmax="exact")
+    exactly = TableAttention(KernelRequest(pattern, **where, softmax="exact"))
     if kernel.repairs:
         assert torch.equal(out, exactly(q, k, v))
 
@@ -225,7 +228,9 @@ def test_what_is_not_finite_spreads_as_in_dense_attention(
     given[of][0, 0, 150, 7] = bad
     q, k, v = given
     pattern = BlockPattern.dense(2, 400, 400)
-    out = TableAttention(pattern, device=CUDA, dtype=dtype, head_dim=64)(q, k, v).double()
+    out = TableAttention(KernelRequest(pattern, device=CUDA, dtype=dtype, head_dim=64))(
+        q, k, v
+    ).double()
     exact = (q.double() @ k.double().mT / 8).softmax(-1) @ v.double()
     assert torch.equal(out.isnan(), exact.isnan())
     finite = exact.isfinite()
@@ -240,9 +245,9 @@ def test_a_graph_replays_the_repair(
     pattern = BlockPattern.dense(2, 700, 700)
     q, k, v = operands(query_length=700, dtype=torch.bfloat16, device=CUDA)
     where: dict[str, Any] = {"device": CUDA, "dtype": torch.bfloat16, "head_dim": 64}
-    kernel: Any = TableAttention(pattern, **where)
+    kernel: Any = TableAttention(KernelRequest(pattern, **where))
     if lowering == "baked":
-        kernel = BakedAttention(pattern, **where)
+        kernel = baked_attention(KernelRequest(pattern, **where))
         assert kernel.wait(240), kernel.reason
     expected = kernel(q, k, v)
     graph = torch.cuda.CUDAGraph()
@@ -271,7 +276,9 @@ def test_views_and_copies_of_operands_give_the_same_bits(
     pattern = random_pattern(heads=3, query_length=700, block=(128, 128), density=0.5)
     shape = {"batch": 2, "heads": 3, "query_length": 700, "head_dim": head_dim}
     q, k, v = operands(**shape, dtype=torch.bfloat16, device=CUDA)
-    kernel = TableAttention(pattern, device=CUDA, dtype=torch.bfloat16, head_dim=head_dim)
+    kernel = TableAttention(
+        KernelRequest(pattern, device=CUDA, dtype=torch.bfloat16, head_dim=head_dim)
+    )
     expected = kernel(q, k, v)
     assert torch.equal(kernel(*(x.contiguous() for x in (q, k, v))), expected)
     packed = torch.stack([q, k, v], 3).transpose(1, 2).contiguous()  # (B, S, H, 3, D)
@@ -289,7 +296,7 @@ def test_extreme_scores_do_what_dense_attention_does(
 ) -> None:
     pattern = BlockPattern.dense(2, 300, 300, block=(64, 64))
     q, k, v = operands(heads=2, query_length=300, dtype=torch.bfloat16, device=CUDA)
-    kernel = TableAttention(pattern, device=CUDA, dtype=torch.bfloat16, head_dim=64)
+    kernel = TableAttention(KernelRequest(pattern, device=CUDA, dtype=torch.bfloat16, head_dim=64))
     spiked = k.clone()
     spiked[:, :, 170] *= 60  # hundreds of nats above the rest
     assert_attention(kernel(q, spiked, v), q, spiked, v, pattern, factor=1.5)

@@ -26,6 +26,8 @@ def spilled(kernel: dict[str, Any]) -> int:
         # Two programs a multiprocessor leave 128 registers a thread. That is a few too few, and
         # still a fifth faster than one program: RESULTS.md, "Which form of the portable kernel".
         return 64
+    if kernel["arch"] == 100 and kernel["kind"] == "zones":
+        return 24  # of the table, which serves until its literals are compiled
     # mma.sync has its operands in registers, and the kernels take all that there are.
     return 16 if kernel["arch"] in (80, 89, 120) else 0
 
@@ -48,7 +50,7 @@ def test_machine_code_and_ahead_of_time_compilation(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(kernels) == 60
+    assert len(kernels) == 90
     for kernel in kernels:
         assert kernel["local"] == 0, kernel
         assert kernel["stack"] <= spilled(kernel), kernel

@@ -17,7 +17,7 @@ from calibatt_compiler.passes.rewrite import Layout, Permuted, Rewrite, SdpaCall
 from calibatt_compiler.passes.token_order.permute import permute_tokens
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.runtime.graph import CompiledGraph
-from calibatt_compiler.runtime.token_order import rearrangement
+from calibatt_compiler.runtime.token_order import Rearrangements
 
 GRID, VIDEO = (2, 3, 5), 30
 ORDER = TokenOrder((2, 1, 3))
@@ -42,7 +42,7 @@ class Causal:
         *,
         ordered: bool = False,
     ) -> Tensor:
-        laid = rearrangement(
+        laid = Rearrangements().of(
             ORDER, GRID, q.shape[2], text_first=self.text_first, device=torch.device("cpu")
         )
         assert laid is not None

@@ -1,0 +1,89 @@
+"""A kernel of zones at one step: what a call site holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from calibatt_compiler.plan.zones import ZonePattern
+
+
+class ZoneKernel(Protocol):
+    """Block-sparse attention by zones, at whatever step is asked for.
+
+    Attributes:
+        kind: as in `AttentionKernel`.
+        reason: likewise.
+        pattern: the zones.
+        table_bytes: likewise.
+    """
+
+    pattern: ZonePattern
+
+    @property
+    def kind(self) -> str:
+        """What serves."""
+
+    @property
+    def reason(self) -> str | None:
+        """Why another kernel than the one asked for serves."""
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of tables on the operands' device."""
+
+    @property
+    def repairs(self) -> int:
+        """Calls computed again because a fixed softmax reference overflowed."""
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, step: int, scale: float | None = None
+    ) -> Tensor:
+        """Return the attention output at a step; operands as for `AttentionKernel`."""
+
+
+@dataclass(frozen=True)
+class ZoneStep:
+    """An `AttentionKernel`: a kernel of zones with its step bound. Nothing is made for it.
+
+    Attributes:
+        kernel: of the site and step group.
+        step: the diffusion step.
+    """
+
+    kernel: ZoneKernel
+    step: int
+
+    @property
+    def kind(self) -> str:
+        """What serves."""
+        return self.kernel.kind
+
+    @property
+    def reason(self) -> str | None:
+        """Why another kernel than the one asked for serves."""
+        return self.kernel.reason
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of the tables, which all steps share."""
+        return self.kernel.table_bytes
+
+    @property
+    def repairs(self) -> int:
+        """Calls of all steps that were computed again; waits for the device."""
+        return self.kernel.repairs
+
+    @cached_property
+    def density(self) -> float:
+        """Blocks kept at this step / all blocks."""
+        zones = self.kernel.pattern
+        return zones.kept(self.step) / (zones.heads * zones.query_blocks * zones.key_blocks)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+        """Return the attention output; see `AttentionKernel`."""
+        return self.kernel(q, k, v, step=self.step, scale=scale)
