@@ -304,3 +304,20 @@ def test_any_failure_of_a_library_is_the_file_s(
         monkeypatch.setattr(file, "_parse", fail)
         with pytest.raises(PlanFormatError, match=type(error).__name__):
             Plan.load(tmp_path / "p")
+
+
+def test_the_digest_of_a_file_is_read_with_the_same_care(
+    tmp_path: Path, make_plan: Callable[..., Plan], record: dict[str, Any]
+) -> None:
+    make_plan().save(tmp_path / "good")
+    assert file.record_digest(tmp_path / "good") == make_plan().digest
+    for name in ("header of 90 MB", "lists", "depth"):
+        hostile(record)[name](tmp_path / "bad")
+        with pytest.raises(PlanFormatError):
+            file.record_digest(tmp_path / "bad")
+
+
+def test_a_grid_past_any_sequence_is_refused(make_plan: Callable[..., Plan]) -> None:
+    site = make_plan(sites=1, steps=1).sites["blocks.0.attn1"]
+    with pytest.raises(PlanError, match="no valid plan"):
+        Plan.create({"a": site}, grid=(1 << 20, 1 << 20, 1), sampler=Sampler(timesteps=(1.0,)))
