@@ -10,6 +10,7 @@ are hashed on the tensor's own device, without a wait for it.
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -92,6 +93,8 @@ def grid_of(coordinates: Tensor) -> tuple[int, int, int] | None:
     if len(counts) > 3:
         return None
     grid = (*[1] * (3 - len(counts)), *counts)
+    if math.prod(grid) != coordinates.shape[-1]:
+        return None
     axes = coordinates.shape[1]
     expected = {grid_digest(grid, axes), grid_digest(grid, axes, last=False)}
     return (grid[0], grid[1], grid[2]) if digest_of(coordinates) in expected else None

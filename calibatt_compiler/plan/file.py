@@ -11,10 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +37,8 @@ from calibatt_compiler.plan.stored import (
 )
 from calibatt_compiler.plan.stored_zones import StoredZones, ZoneSize
 from calibatt_compiler.plan.zone_checks import ARRAYS
+
+T = TypeVar("T")
 
 FORMAT = "calibatt-plan"
 HEADER_OF_SITE = 3_200
@@ -157,7 +159,7 @@ def read(
     for _ in range(ATTEMPTS):
         before = _identity(path)
         try:
-            return _read_any(path)
+            return _guarded(path, _read)
         except PlanFormatError:
             # safetensors opens the path twice, and another file may have come to stand there.
             if _identity(path) == before:
@@ -174,13 +176,13 @@ def _part(metadata: PlanMetadata, site: SiteRecord, codes: int) -> bounds.Part:
     return bounds.Part(site.name, _size(metadata, site), site.weighted, codes, drawn)
 
 
-def _read_any(path: Path) -> tuple[PlanMetadata, dict[str, StoredPatterns | DrawnPatterns]]:
-    """`_read`, whose every failure is that of the file, whatever the libraries raise."""
+def _guarded(path: Path, read: Callable[[Path], T]) -> T:
+    """Read a file whose header is not too large; every failure is that of the file."""
     try:
         problem = bounds.header_problem(path)
         if problem is not None:
             raise _damaged(path, problem)
-        return _read(path)
+        return read(path)
     except CalibattError:
         raise
     except Exception as error:
@@ -201,9 +203,12 @@ def record_digest(path: Path) -> str:
     Raises:
         PlanFormatError: not a plan, or its header is damaged.
     """
-    with _opened(path) as opened:
-        _, record = _lines(path, _entry(path, opened))
-    return digest(record)
+
+    def record(path: Path) -> str:
+        with _opened(path) as opened:
+            return _lines(path, _entry(path, opened))[1]
+
+    return digest(_guarded(path, record))
 
 
 def _entry(path: Path, opened: Any) -> str:

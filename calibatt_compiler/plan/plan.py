@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +17,10 @@ import pydantic
 import torch
 from torch import Tensor
 
-from calibatt_compiler.arguments import described, is_integers, require, require_path
+from calibatt_compiler.arguments import described, require, require_path
 from calibatt_compiler.errors import PlanError
 from calibatt_compiler.plan import file
+from calibatt_compiler.plan.mask_arguments import check_masks
 from calibatt_compiler.plan.order import RASTER, TokenOrder
 from calibatt_compiler.plan.own_zones import sites_of_octaves
 from calibatt_compiler.plan.pattern import BlockPattern
@@ -127,7 +127,7 @@ class Plan:
         Raises:
             PlanError: shapes, dtypes or lengths that don't fit, or a query block that keeps none.
         """
-        lengths = _check_types(masks, grid, block, lengths)
+        lengths = check_masks(masks, grid, block, lengths)
         sampler = _sampler(timesteps)
         steps, tokens = len(sampler.timesteps), math.prod(grid)
         sites = {}
@@ -438,40 +438,6 @@ class Plan:
             f"Plan({len(self._sites)} sites, {self.steps} steps, grid {self.grid}, "
             f"density {self.density():.3f}, digest {self.digest[:12]})"
         )
-
-
-def _check_types(
-    masks: object, grid: object, block: object, lengths: object
-) -> dict[str, tuple[int, int]]:
-    """Raise `PlanError` unless the arguments of `from_masks` are of their types; return lengths."""
-    numbers: dict[str, Any] = {
-        "error": PlanError,
-        "remedy": "give a tuple, such as grid=(21, 45, 80)",
-    }
-    require(
-        isinstance(masks, Mapping) and all(isinstance(name, str) for name in masks),
-        "masks",
-        masks,
-        "a mapping from names of sites to masks",
-        error=PlanError,
-    )
-    assert isinstance(masks, Mapping)
-    for name, mask in masks.items():
-        require(
-            isinstance(mask, Tensor),
-            f"mask of site {name}",
-            mask,
-            "torch.Tensor of torch.bool (steps, heads, query_blocks, key_blocks)",
-            error=PlanError,
-            remedy="torch.from_numpy makes a tensor of a numpy array",
-        )
-    require(is_integers(grid, 3), "grid", grid, "three integers", **numbers)
-    require(is_integers(block, 2), "block", block, "two integers", **numbers)
-    given = {} if lengths is None else lengths
-    fits = isinstance(given, Mapping) and all(is_integers(pair, 2) for pair in given.values())
-    require(fits, "lengths", lengths, "for each site two integers", error=PlanError)
-    assert isinstance(given, Mapping)
-    return dict(given)
 
 
 def _sampler(timesteps: Sequence[float]) -> Sampler:

@@ -91,7 +91,7 @@ class ModelIdentity(_Record):
 
     class_name: Text
     config_digest: Text
-    entries: tuple[Text, ...] = ()
+    entries: Annotated[tuple[Text, ...], Field(max_length=1_000, fail_fast=True)] = ()
 
     @model_serializer(mode="wrap")
     def _written(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -140,7 +140,10 @@ class FixedBy(_Record):
     """
 
     grid: Literal["call", "settings", "length"]
-    shapes: Annotated[Mapping[str, tuple[int | None, ...]], *_READ_ONLY] = _NOTHING
+    shapes: Annotated[
+        Mapping[str, Annotated[tuple[int | None, ...], Field(max_length=16, fail_fast=True)]],
+        *_READ_ONLY,
+    ] = _NOTHING
     integers: Annotated[Mapping[str, int], *_READ_ONLY] = _NOTHING
     coordinates: Annotated[
         Mapping[str, Annotated[str, Field(pattern="^[0-9a-f]{16}$")]], *_READ_ONLY
@@ -326,6 +329,8 @@ class PlanMetadata(_Record):
         shortest = min(min(site.query_length, site.key_length) for site in self.sites)
         if self.token_order != "raster" and shortest < math.prod(self.grid):
             raise ValueError(f"token_order is of {self.grid} tokens, a sequence has {shortest}")
+        if math.prod(self.grid) > MAX_LENGTH:
+            raise ValueError(f"a grid has at most {MAX_LENGTH} tokens, not {self.grid}")
         if self.token_order != "raster" and math.prod(self.grid) > MAX_ORDERED:
             raise ValueError(f"token_order is of at most {MAX_ORDERED} tokens, not {self.grid}")
         for site in self.sites:

@@ -233,6 +233,8 @@ def _load(pattern: BlockPattern, digest: str, folder: Path, target: Target) -> C
             raise CoverError(str(record["declined"]))
         _source(folder / "kernel.py", record["source_sha256"])
         cover = Cover.from_json(record["cover"])
+        if cover.to_json() != record["cover"]:
+            raise ValueError("the cover is not written as covers are")
         _check_cover(cover, pattern)
         denoted = denoted_pattern(cover, pattern)
         if denoted.digest != record["denoted"]:

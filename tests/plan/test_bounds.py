@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import struct
 import subprocess
 import sys
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from plan_files import deflate, write_plan
 
 from calibatt_compiler.errors import PlanError, PlanFormatError
 from calibatt_compiler.plan import BlockPattern, Plan, Sampler, SitePatterns, bounds, encoding, file
@@ -48,44 +47,6 @@ for path in sys.argv[2:]:
 """
 
 
-def write(
-    path: Path, record: Any, codes: dict[str, bytes], patterns: dict[str, Any], more: str = ""
-) -> None:
-    """Write a plan file of any content with checksums that fit it.
-
-    Args:
-        path: file to write.
-        record: the record, or its text.
-        codes: bytes of each tensor.
-        patterns: of the index, for each site; or the text of the index.
-        more: goes into the header as it is, before the tensors.
-    """
-    if not isinstance(patterns, str):
-        sites = {
-            name: {"sha256": hashlib.sha256(codes.get(name, b"")).hexdigest(), "patterns": entries}
-            for name, entries in patterns.items()
-        }
-        patterns = json.dumps(sites)
-    rest = f"{patterns}\n{record if isinstance(record, str) else json.dumps(record)}"
-    parts, at = (
-        [f'"__metadata__":{json.dumps({file.FORMAT: f"{file.digest(rest)}{chr(10)}{rest}"})}'],
-        0,
-    )
-    for name, code in codes.items():
-        end = at + len(code)
-        place = {"dtype": "U8", "shape": [len(code)], "data_offsets": [at, end]}
-        parts.append(f"{json.dumps(name)}:{json.dumps(place)}")
-        at = end
-    header = ("{" + more + ",".join(parts) + "}").encode()
-    header += b" " * (-len(header) % 8)
-    path.write_bytes(struct.pack("<Q", len(header)) + header + b"".join(codes.values()))
-
-
-def deflate(data: bytes) -> bytes:
-    packer = zlib.compressobj(9, zlib.DEFLATED, -15)
-    return packer.compress(data) + packer.flush()
-
-
 @pytest.fixture
 def record(make_plan: Callable[..., Plan]) -> dict[str, Any]:
     """The record of a plan of one site `a` and one step, to be changed."""
@@ -107,11 +68,11 @@ def hostile(record: dict[str, Any]) -> dict[str, Callable[[Path], None]]:
     """Files by name, each of which would take hundreds of megabytes or more."""
 
     def text(**change: Any) -> Callable[[Path], None]:
-        return lambda path: write(path, {**record, **change}, {"a": b""}, ONE_SITE)
+        return lambda path: write_plan(path, {**record, **change}, {"a": b""}, ONE_SITE)
 
     def large(method: str, code: bytes, **change: Any) -> Callable[[Path], None]:
         entries = [[["bits", method, len(code)]]]
-        return lambda path: write(path, site(record, **change), {"a": code}, {"a": entries})
+        return lambda path: write_plan(path, site(record, **change), {"a": code}, {"a": entries})
 
     length = 256 * 256 * 1024  # 64 MB: `LARGE` in blocks of 128 x 128
     wide = {**LARGE, "block_m": 128, "block_n": 128}
@@ -144,21 +105,21 @@ def hostile(record: dict[str, Any]) -> dict[str, Callable[[Path], None]]:
         "texts": text(requires=[f"{i:06d}" for i in range(MB // 2)]),
         "numbers": text(sampler={"timesteps": list(range(MB // 2))}),
         "wrong numbers": text(sampler={"timesteps": ["a"] * MB}),
-        "small numbers": lambda path: write(
+        "small numbers": lambda path: write_plan(
             path, site(record, steps=[0] * 2 * MB), {"a": b""}, ONE_SITE
         ),
         "figures": text(quality={f"{i:x}": "x" for i in range(MB)}),
         "unknown fields": text(**{f"{i:x}": 1 for i in range(MB)}),
         "sites": text(sites=record["sites"] * 20_000),
-        "depth": lambda path: write(path, "[" * 8 * MB, {"a": b""}, ONE_SITE),
-        "depth of objects": lambda path: write(path, '{"a":' * MB, {"a": b""}, ONE_SITE),
-        "index": lambda path: write(
+        "depth": lambda path: write_plan(path, "[" * 8 * MB, {"a": b""}, ONE_SITE),
+        "depth of objects": lambda path: write_plan(path, '{"a":' * MB, {"a": b""}, ONE_SITE),
+        "index": lambda path: write_plan(
             path, record, {"a": b""}, {"a": [[["bits", "raw", 0]]] * (MB // 4)}
         ),
-        "tensors": lambda path: write(
+        "tensors": lambda path: write_plan(
             path, record, {f"{i:x}": b"" for i in range(MB // 8)}, ONE_SITE
         ),
-        "escaped marks": lambda path: write(
+        "escaped marks": lambda path: write_plan(
             path, '{"a":[' + "[],".replace("[", "\\u005b") * MB, {"a": b""}, ONE_SITE
         ),
         "one text": text(producer="A" * 7 * MB),
@@ -166,17 +127,19 @@ def hostile(record: dict[str, Any]) -> dict[str, Callable[[Path], None]]:
         "gaps of nothing": large("gaps", deflate(bytes(8 * length)), **wide),
         "gaps that go on": large("gaps", deflate(b"\xff" * 8 * MB), **wide),
         "columns": large("deflate", deflate(b"\1" * length), heads=4096, query_length=1 << 18),
-        "rows that are copied": lambda path: write(path, tall, {"a": b"\1" * 13}, {"a": [flags]}),
-        "a long sequence with copied rows": lambda path: write(
+        "rows that are copied": lambda path: write_plan(
+            path, tall, {"a": b"\1" * 13}, {"a": [flags]}
+        ),
+        "a long sequence with copied rows": lambda path: write_plan(
             path,
             site({**record, "grid": [1, 1 << 24, 1], "requires": ["repetition"]}, **huge),
             {"a": b"\1" * 13},
             {"a": [flags]},
         ),
-        "a large grid in tiles": lambda path: write(
+        "a large grid in tiles": lambda path: write_plan(
             path, site({**record, **many}, query_length=1 << 24), {"a": b""}, ONE_SITE
         ),
-        "many large sites": lambda path: write(
+        "many large sites": lambda path: write_plan(
             path,
             {**record, "sites": sites},
             {f"s{i}": code for i in range(400)},
@@ -324,7 +287,7 @@ def test_a_record_without_a_field_is_no_surprise(
     del document[field]
     entries = {name: [list(map(list, e)) for e in s.entries] for name, s in stored.items()}
     codes = {name: s.code.tobytes() for name, s in stored.items()}
-    write(tmp_path / "p", document, codes, entries)
+    write_plan(tmp_path / "p", document, codes, entries)
     loaded = Plan.load(tmp_path / "p")
     assert torch.equal(loaded.block_mask("blocks.0.attn1", 0), plan.block_mask("blocks.0.attn1", 0))
 
@@ -341,3 +304,20 @@ def test_any_failure_of_a_library_is_the_file_s(
         monkeypatch.setattr(file, "_parse", fail)
         with pytest.raises(PlanFormatError, match=type(error).__name__):
             Plan.load(tmp_path / "p")
+
+
+def test_the_digest_of_a_file_is_read_with_the_same_care(
+    tmp_path: Path, make_plan: Callable[..., Plan], record: dict[str, Any]
+) -> None:
+    make_plan().save(tmp_path / "good")
+    assert file.record_digest(tmp_path / "good") == make_plan().digest
+    for name in ("header of 90 MB", "lists", "depth"):
+        hostile(record)[name](tmp_path / "bad")
+        with pytest.raises(PlanFormatError):
+            file.record_digest(tmp_path / "bad")
+
+
+def test_a_grid_past_any_sequence_is_refused(make_plan: Callable[..., Plan]) -> None:
+    site = make_plan(sites=1, steps=1).sites["blocks.0.attn1"]
+    with pytest.raises(PlanError, match="no valid plan"):
+        Plan.create({"a": site}, grid=(1 << 20, 1 << 20, 1), sampler=Sampler(timesteps=(1.0,)))
