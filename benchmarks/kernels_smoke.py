@@ -313,7 +313,7 @@ def measure(shape: Shape, sweep: bool) -> Result:
     dense = min(value for name, value in result.times.items() if name.startswith("sdpa"))
     for name, value in result.times.items():
         if not name.startswith("sdpa") and name != "energy":
-            density = baked.density if name == "baked" else pattern.density
+            density = kernel.density if name == "baked" else pattern.density
             result.efficiency[name] = density * dense / value
     return result
 
