@@ -25,9 +25,8 @@ def plan_of(timesteps) -> Plan:
 def make(timesteps, **options) -> tuple[sites.SparseSite, SamplerWatch]:
     plan = plan_of(timesteps)
     watch = SamplerWatch(plan)
-    settings = KernelSettings(
-        device=torch.device("cpu"), dtype=torch.float32, head_dim=8, lowering="reference"
-    )
+    given = {"device": torch.device("cpu"), "dtype": torch.float32, "head_dim": 8}
+    settings = KernelSettings(lowering="reference", **given)
     return sites.SparseSite(plan, "a", settings, watch=watch, **options), watch
 
 
