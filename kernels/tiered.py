@@ -181,7 +181,7 @@ class TieredZones(Tiers[ZoneKernel]):
         """The zones."""
         return self.serving.pattern
 
-    def at(self, step: int) -> AttentionKernel:
+    def at(self, step: int) -> ZoneStep:
         """Return the kernel at a step, by whichever tier is ready when it is called."""
         return ZoneStep(self, step)
 

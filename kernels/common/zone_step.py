@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from calibatt_compiler.kernels.protocol import AttentionKernel
     from calibatt_compiler.plan.zones import ZonePattern
 
 
@@ -47,7 +46,7 @@ class ZoneKernel(Protocol):
     def repairs(self) -> int:
         """Calls computed again because a fixed softmax reference overflowed."""
 
-    def at(self, step: int) -> AttentionKernel:
+    def at(self, step: int) -> ZoneStep:
         """Return the kernel at a step; it holds this one, and nothing else is made for it."""
 
     def __call__(

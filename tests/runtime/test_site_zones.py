@@ -127,5 +127,5 @@ def test_zones_that_contradict_the_record_are_not_served() -> None:
     assert zones is not None
     # The last step of the first group, while the kernel is made for its first.
     zones.kept = (*zones.kept[:2], zones.kept[2] + 1, *zones.kept[3:])
-    with pytest.raises(PlanFormatError, match="step 2 .* recorded"):
+    with pytest.raises(PlanFormatError, match=r"step 2 .* recorded"):
         site_of(plan)
