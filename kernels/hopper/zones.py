@@ -17,7 +17,7 @@ from calibatt_compiler.kernels.common.operands import (
 )
 from calibatt_compiler.kernels.common.uploads import Uploaded, to_device
 from calibatt_compiler.kernels.common.zone_step import ZoneStep
-from calibatt_compiler.kernels.common.zone_table import MAX_BLOCKS, ZoneTable, zone_table
+from calibatt_compiler.kernels.common.zone_table import ZoneTable, zone_table
 from calibatt_compiler.kernels.hopper.capability import operand_reason
 from calibatt_compiler.kernels.hopper.kernel import hopper_attention
 from calibatt_compiler.kernels.hopper.launch import (
@@ -59,7 +59,7 @@ class HopperZones:
         arch: 90.
 
     Raises:
-        KernelError: with the reason why the kernel can't serve (see `zones_reason`).
+        KernelError: with the reason why the kernel can't serve (see `operand_reason`).
     """
 
     reason: str | None = None
@@ -73,11 +73,11 @@ class HopperZones:
         order: Order = "starts",
     ) -> None:
         zones, device = request.pattern, request.device
-        reason = zones_reason(request.dtype, request.head_dim, zones)
+        reason = operand_reason(request.dtype, request.head_dim, zones)
         if reason is not None:
             raise KernelError(
                 "the Hopper kernel can't serve these zones",
-                expected="what `zones_reason` allows",
+                expected="what `operand_reason` allows",
                 got=reason,
                 remedy="take the portable kernel",
             )
@@ -189,13 +189,6 @@ class HopperZones:
                     **launch_options(),
                 )
         return out, lse
-
-
-def zones_reason(dtype: torch.dtype, head_dim: int, zones: ZonePattern) -> str | None:
-    """Why the Hopper kernel can't take zones with such operands, or None if it can."""
-    if max(zones.query_blocks, zones.key_blocks) > MAX_BLOCKS:
-        return f"the words of zones name at most {MAX_BLOCKS} blocks a side"
-    return operand_reason(dtype, head_dim, zones)
 
 
 def zone_config(request: KernelRequest[ZonePattern]) -> HopperConfig:
