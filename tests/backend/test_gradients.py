@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import calibatt_compiler
 from calibatt_compiler import CalibrationConfig, calibration
 from calibatt_compiler.errors import KernelError
+from calibatt_compiler.kernels.request import KernelSettings
 from calibatt_compiler.plan import BlockPattern, Plan, RowCopies, Sampler, SitePatterns
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.text import fit_pattern
@@ -223,7 +224,7 @@ def test_a_site_with_text_token_order_and_copied_rows(
         text_policy="dense_first",
     )
     where: Any = {"device": torch.device("cpu"), "dtype": torch.float64, "head_dim": 8}
-    site = SparseSite(plan, "a", lowering="reference", **where)
+    site = SparseSite(plan, "a", KernelSettings(lowering="reference", **where))
     q, k, v = (torch.randn(1, 70 + text, 2, 8).double().transpose(1, 2) for _ in range(3))
     served = fit_pattern(pattern, (70 + text,) * 2, video=70, position="first")
     found = order.tokens(grid, length=70 + text, first=text)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from calibatt_compiler.errors import PlanMismatchError
+from calibatt_compiler.kernels.request import KernelSettings
 from calibatt_compiler.plan import Plan
 from calibatt_compiler.runtime import site as sites
 from calibatt_compiler.runtime.sampler_watch import SamplerWatch, listed
@@ -25,7 +26,8 @@ def make(timesteps, **options) -> tuple[sites.SparseSite, SamplerWatch]:
     plan = plan_of(timesteps)
     watch = SamplerWatch(plan)
     given = {"device": torch.device("cpu"), "dtype": torch.float32, "head_dim": 8}
-    return sites.SparseSite(plan, "a", lowering="reference", watch=watch, **given, **options), watch
+    settings = KernelSettings(lowering="reference", **given)
+    return sites.SparseSite(plan, "a", settings, watch=watch, **options), watch
 
 
 def attend(site: sites.SparseSite, *timesteps: float) -> list[str]:
