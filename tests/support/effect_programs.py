@@ -24,8 +24,8 @@ from torch import Tensor, nn
 import calibatt_compiler
 from calibatt_compiler.kernels.reference.attention import masked_dense_attention
 from calibatt_compiler.plan import Plan
-from calibatt_compiler.plan.schema import FixedBy
 from calibatt_compiler.plan.order import TokenOrder
+from calibatt_compiler.plan.schema import FixedBy
 
 GRID, BLOCK = (2, 5, 7), (16, 16)
 TIMESTEPS = (900.0, 500.0, 100.0)
