@@ -9,7 +9,9 @@
 | CUDA, sm_90, unless `hopper=False` | bfloat16, float16 | table | `hopper-table` (Gluon) |
 | CUDA, sm_90, unless `hopper=False` | bfloat16, float16 | baked | `hopper-baked` (Gluon) |
 
-A pattern that keeps every block is left to `sdpa` where the request allows it.
+A pattern that keeps every block is left to `sdpa` where the request allows it. Octave zones have
+kernels of their own under the same conditions: `native-cpu-zones`, `triton-zones` and
+`hopper-zones`, the latter two with `-baked` where their runs are literals.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from calibatt_compiler.kernels.portable.tiles import (
 )
 from calibatt_compiler.kernels.request import AnyPattern, KernelRequest, Softmax, Target
 from calibatt_compiler.plan.stored import PatternOutline
+from calibatt_compiler.plan.zones import ZonePattern
 
 OLDEST = 80
 """Compute capability from which on the Triton kernels serve: Ampere."""
@@ -113,12 +116,12 @@ def choose(request: KernelRequest[AnyPattern], facts: DeviceFacts) -> Choice:
         _check_float(request.dtype)
         return Choice("reference")
     hopper = _hopper_reason(request, facts)
-    full = request.dense and pattern.full
+    full = request.dense and not isinstance(pattern, ZonePattern) and pattern.full
     if full and (hopper is not None or not request.lasting or pattern.key_length < DENSE_FROM):
         return Choice("sdpa")
     _check_float(request.dtype)
     if facts.type == "cpu":
-        return Choice("native-cpu")
+        return Choice("native-cpu-zones" if isinstance(pattern, ZonePattern) else "native-cpu")
     if facts.type != "cuda":
         raise KernelError(
             "there is no block-sparse kernel for this device",
@@ -138,12 +141,16 @@ def choose(request: KernelRequest[AnyPattern], facts: DeviceFacts) -> Choice:
     reason = None
     if request.hopper and facts.arch == HOPPER and hopper is not None:
         reason = f"no Hopper kernel: {hopper}"
+    softmax = "exact" if pattern.key_length < FIXED_FROM else request.softmax
+    family = "triton" if hopper is not None else "hopper"
+    if isinstance(pattern, ZonePattern):
+        baked = "-baked" if request.lowering == "baked" and request.lasting else ""
+        return Choice(f"{family}-zones{baked}", reason, softmax)
     # Neither dense attention nor what comes and goes is worth a kernel of its own.
     how = "baked" if request.lowering == "baked" and request.lasting and not full else "table"
     if how == "baked" and (pattern.weighted or pattern.pooled):
         how, reason = "table", "generated source has no weights and no pooled keys yet"
-    softmax = "exact" if pattern.key_length < FIXED_FROM else request.softmax
-    return Choice(f"{'hopper' if hopper is None else 'triton'}-{how}", reason, softmax)
+    return Choice(f"{family}-{how}", reason, softmax)
 
 
 def _check_float(dtype: torch.dtype) -> None:

@@ -18,11 +18,11 @@ Softmax = Literal["auto", "exact", "fixed"]
 Target = Literal["portable", "hopper"]
 """Whose kernels: the portable ones, or those for Hopper GPUs."""
 
-AnyPattern = BlockPattern | PatternOutline
-"""A pattern, or, to choose by, what is known of one that is not decoded."""
+AnyPattern = BlockPattern | PatternOutline | ZonePattern
+"""A pattern, of blocks or of zones, or, to choose by, what is known of one that is not decoded."""
 
-Form_co = TypeVar("Form_co", bound=AnyPattern | ZonePattern, covariant=True)
-Given = TypeVar("Given", bound=AnyPattern | ZonePattern)
+Form_co = TypeVar("Form_co", bound=AnyPattern, covariant=True)
+Given = TypeVar("Given", bound=AnyPattern)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from calibatt_compiler.errors import KernelError
+from calibatt_compiler.kernels.common.zone_step import ZoneKernel, ZoneStep
 from calibatt_compiler.kernels.protocol import AttentionKernel
 from calibatt_compiler.logs import logger
+from calibatt_compiler.plan.zones import ZonePattern
 
 log = logger("kernels")
 T = TypeVar("T")
+K = TypeVar("K", bound=AttentionKernel | ZoneKernel)
 
 
 class FirstLaunch:
@@ -59,7 +62,7 @@ class FirstLaunch:
         return found
 
 
-class Tier(FirstLaunch):
+class Tier(FirstLaunch, Generic[K]):
     """One of the kernels: not ready yet, ready, or failed.
 
     Args:
@@ -70,12 +73,12 @@ class Tier(FirstLaunch):
         reason: why it does not serve and never will; else None.
     """
 
-    def __init__(self, make: Callable[[], AttentionKernel] | None = None, what: str = "") -> None:
+    def __init__(self, make: Callable[[], K] | None = None, what: str = "") -> None:
         super().__init__(what)
         self._make = make
-        self._kernel: AttentionKernel | None = None
+        self._kernel: K | None = None
 
-    def kernel(self) -> AttentionKernel | None:
+    def kernel(self) -> K | None:
         """Return the kernel if it is ready."""
         if self.reason is not None:
             self._kernel = None
@@ -83,7 +86,7 @@ class Tier(FirstLaunch):
             self._kernel = self.make()
         return self._kernel
 
-    def make(self) -> AttentionKernel | None:
+    def make(self) -> K | None:
         """Make the kernel; None: it is not ready yet, or there is a `reason` that it won't be."""
         assert self._make is not None
         return self._make()
@@ -93,8 +96,8 @@ class Tier(FirstLaunch):
         return self.kernel() is not None
 
 
-class TieredKernel:
-    """Serves by the first tier that is ready; see `AttentionKernel`.
+class Tiers(Generic[K]):
+    """What kernels of several tiers have in common: the first tier that is ready serves.
 
     Args:
         tiers: the best first; the last is always ready.
@@ -104,13 +107,13 @@ class TieredKernel:
         tiers: these.
     """
 
-    def __init__(self, tiers: Sequence[Tier], reason: str | None = None) -> None:
+    def __init__(self, tiers: Sequence[Tier[K]], reason: str | None = None) -> None:
         self.tiers = tuple(tiers)
         self._reason = reason
         _ = self.serving  # what can't be made is known at once
 
     @property
-    def serving(self) -> AttentionKernel:
+    def serving(self) -> K:
         """What serves the next call."""
         return next(kernel for tier in self.tiers if (kernel := tier.kernel()) is not None)
 
@@ -149,14 +152,41 @@ class TieredKernel:
         """
         return self.tiers[0].wait(timeout)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
-        """Attend; see `AttentionKernel`."""
+    def _attend(self, call: Callable[[K], Tensor]) -> Tensor:
+        """Call the best kernel that is ready and can be launched."""
         for tier in self.tiers[:-1]:
             kernel = tier.kernel()
             if kernel is not None:
-                out = tier.attempt(partial(kernel, q, k, v, scale=scale))
+                out = tier.attempt(partial(call, kernel))
                 if out is not None:
                     return out
         last = self.tiers[-1].kernel()
         assert last is not None
-        return last(q, k, v, scale=scale)
+        return call(last)
+
+
+class TieredKernel(Tiers[AttentionKernel]):
+    """Serves by the first tier that is ready; see `AttentionKernel`."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+        """Attend; see `AttentionKernel`."""
+        return self._attend(lambda kernel: kernel(q, k, v, scale=scale))
+
+
+class TieredZones(Tiers[ZoneKernel]):
+    """The same for zones; see `ZoneKernel`."""
+
+    @property
+    def pattern(self) -> ZonePattern:
+        """The zones."""
+        return self.serving.pattern
+
+    def at(self, step: int) -> ZoneStep:
+        """Return the kernel at a step, by whichever tier is ready when it is called."""
+        return ZoneStep(self, step)
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, step: int, scale: float | None = None
+    ) -> Tensor:
+        """Attend; see `ZoneKernel`."""
+        return self._attend(lambda kernel: kernel(q, k, v, step=step, scale=scale))

@@ -126,7 +126,11 @@ EDGES: dict[str, str] = {
     "kernels.portable": "kernels.common kernels.request plan",
     "kernels.reference": "kernels.common plan",
     "kernels.request": "options plan",
-    "kernels.tiered": "kernels.protocol",
+    "kernels.tiered": "kernels.common kernels.protocol plan",
+    "kernels.zones": (
+        "kernels.baked kernels.common kernels.cpu kernels.dispatch kernels.hopper kernels.portable "
+        "kernels.reference kernels.request kernels.tiered plan"
+    ),
     "models": "plan",
     "options": "plan",
     "passes.bind_sites": "capture passes.rewrite",
@@ -144,7 +148,7 @@ EDGES: dict[str, str] = {
     "report": "binders dynamo pinned plan runtime",
     "runtime": (
         "capture options kernels.attention kernels.common kernels.dispatch kernels.gradients "
-        "kernels.protocol kernels.request plan"
+        "kernels.protocol kernels.request kernels.zones plan"
     ),
 }
 
@@ -152,7 +156,11 @@ PASS_LIST = "passes.pipeline"
 PASS_HELPERS = {"passes.graph", "passes.rewrite", "passes.writes"}
 
 # The reference defines what is right: it must not lean on what it is compared with.
-REFERENCE_MAY_IMPORT = {"kernels.common.operands", "kernels.common.pooling"}
+REFERENCE_MAY_IMPORT = {
+    "kernels.common.operands",
+    "kernels.common.pooling",
+    "kernels.common.zone_step",
+}
 
 # What a user waits for, or may not have: a function may import what stands on one of these.
 HEAVY = {"triton", "diffusers", "transformers", "matplotlib", "av", "PIL", "optuna", "rich"}

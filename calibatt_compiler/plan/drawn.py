@@ -82,6 +82,18 @@ class DrawnPatterns(Sequence[BlockPattern]):
     def __iter__(self) -> Iterator[BlockPattern]:
         return (self[step] for step in range(len(self)))
 
+    def group(self, index: int) -> ZonePattern:
+        """Return the zones of a step group, whose steps keep what was recorded.
+
+        Raises:
+            PlanFormatError: a step keeps other than was recorded.
+        """
+        zones = self.zones[index]
+        for step, group in enumerate(self.groups):
+            if group == index:
+                self._check(step, zones.kept(step))
+        return zones
+
     def fitted(self, step: int, to: tuple[int, int]) -> BlockPattern:
         """Return what a step draws where the text is of another length.
 
@@ -89,26 +101,37 @@ class DrawnPatterns(Sequence[BlockPattern]):
             step: the diffusion step.
             to: tokens on the query and the key side.
         """
-        key = (self.groups[step], *to)
+        return self.fitted_group(self.groups[step], to).draw(step)
+
+    def fitted_group(self, index: int, to: tuple[int, int]) -> ZonePattern:
+        """Return the zones of a step group where the text is of another length.
+
+        Args:
+            index: of the group.
+            to: tokens on the query and the key side.
+        """
+        key = (index, *to)
         with self._lock:
             if key not in self._fitted:
                 # Text lengths come and go with prompts; those of the last one are enough.
                 self._fitted = {k: zones for k, zones in self._fitted.items() if k[1:] == to}
-                self._fitted[key] = self.zones[self.groups[step]].with_lengths(*to)
-            zones = self._fitted[key]
-        return zones.draw(step)
+                self._fitted[key] = self.zones[index].with_lengths(*to)
+            return self._fitted[key]
 
     def _draw(self, step: int) -> BlockPattern:
         pattern = self.zones[self.groups[step]].draw(step)
-        if pattern.kept != self.kept[step]:
-            density = self.kept[step] / self.size.blocks
+        self._check(step, pattern.kept)
+        return pattern
+
+    def _check(self, step: int, kept: int) -> None:
+        if kept != self.kept[step]:
+            blocks = self.size.blocks
             raise PlanFormatError(
                 f"step {step} of a plan of zones does not draw what was recorded",
-                expected=f"the recorded density {density}",
-                got=pattern.density,
+                expected=f"the recorded density {self.kept[step] / blocks}",
+                got=kept / blocks,
                 remedy="copy or download the plan again, or calibrate again",
             )
-        return pattern
 
     @property
     def common(self) -> ZoneSize:

@@ -151,6 +151,19 @@ class ZonePattern(ZoneForm):
         """Kept blocks at a step over all heads."""
         return int(self.kept_rows(step).sum())
 
+    def density_at(self, step: int) -> float:
+        """Kept blocks / all blocks at a step; asked for at each call, so known from the first."""
+        phase = zone_draw.phase(step, self.seed)
+        found = self._densities.get(phase)
+        if found is None:
+            blocks = self.heads * self.query_blocks * self.key_blocks
+            found = self._densities[phase] = self.kept(step) / blocks
+        return found
+
+    @cached_property
+    def _densities(self) -> dict[int, float]:
+        return {}
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 (hex) over sizes, text, seed, formula and runs."""

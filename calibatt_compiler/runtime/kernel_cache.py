@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, S
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+from calibatt_compiler.kernels.common.zone_step import ZoneKernel
 from calibatt_compiler.kernels.protocol import AttentionKernel
 from calibatt_compiler.plan import Plan
 from calibatt_compiler.runtime.device_queue import DeviceQueue, Event
@@ -29,7 +30,10 @@ SAMPLED = 3
 """How many times that a plan of samples may hold: at 720p a site's tables are 17 MB, for its blocks
 have weights and hardly any neighbours. Of fewer, each pass of a step would have to make its own."""
 
-Kernel = AttentionKernel | None
+HeldKernel = AttentionKernel | ZoneKernel
+"""The kernel of a pattern, or of a step group of zones, which serves each of its steps."""
+
+Kernel = HeldKernel | None
 
 
 def table_budget(plan: Plan, megabytes: int | None) -> int:
@@ -52,7 +56,7 @@ class KernelFactory:
     """
 
     make: Callable[[int, Hashable], Kernel]
-    release: Callable[[AttentionKernel], object] = lambda kernel: None
+    release: Callable[[HeldKernel], object] = lambda kernel: None
 
 
 @dataclass
@@ -123,7 +127,7 @@ class KernelCache:
 
         Args:
             site: its name.
-            steps: for each diffusion step the index of its pattern.
+            steps: for each diffusion step the index of its pattern, or of its step group.
             factory: what makes its kernels.
         """
         with self._lock:
@@ -181,7 +185,7 @@ class KernelCache:
         if event is not None:  # another thread's calls have made it go: it ends with this call
             event.synchronize()
 
-    def held(self, site: str) -> list[AttentionKernel]:
+    def held(self, site: str) -> list[HeldKernel]:
         """Return the kernels of a site that are there now."""
         with self._lock:
             return [

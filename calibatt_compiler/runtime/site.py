@@ -82,12 +82,13 @@ class SparseSite:
         self.counts = SiteCounts(self._site, self._made.dense, self.monitor)
         self.calls = self.counts.calls
         self._kernels = KernelCache(queue_of(settings.device)) if kernels is None else kernels
-        first = next((index for index in self._steps if index not in self._made.dense), None)
-        kernel = None if first is None else self._made.make(first, None)
-        self._kernels.add(name, self._steps, KernelFactory(self._made.make, self.counts.release))
+        sparse = (s for s, index in enumerate(self._steps) if index not in self._made.dense)
+        first, held = next(sparse, None), self._made.held
+        kernel = None if first is None else self._made.make(held[first], None)
+        self._kernels.add(name, held, KernelFactory(self._made.make, self.counts.release))
         if first is not None and kernel is not None:
-            self._kernels.insert(name, first, kernel)
-            self.counts.note(first, kernel)
+            self._kernels.insert(name, held[first], kernel)
+            self.counts.note(self._steps[first], self._made.at(kernel, first))
 
     def attend(
         self,
@@ -110,10 +111,11 @@ class SparseSite:
             self.calls[step] += 1
             return dense_attention(q, k, v, scale)
         variant = self._variant(lengths)
-        kernel = self._kernels.get(self._name, step, variant)
-        if kernel is None:
+        held = self._kernels.get(self._name, step, variant)
+        if held is None:
             self.calls[DENSE_FULL] += 1
             return dense_attention(q, k, v, scale)
+        kernel = self._made.at(held, step)
         self.calls[kernel.kind] += 1
         if variant is None:
             self.counts.note(self._steps[step], kernel)

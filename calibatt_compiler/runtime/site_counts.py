@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from calibatt_compiler.kernels.common.zone_step import ZoneKernel
 from calibatt_compiler.kernels.protocol import AttentionKernel
 from calibatt_compiler.plan import SitePatterns
 from calibatt_compiler.runtime.monitor import KeptMassMonitor
@@ -43,7 +44,7 @@ class SiteCounts:
         """Record what serves a pattern."""
         self.served[index] = Served(kernel.kind, kernel.density, kernel.reason)
 
-    def release(self, kernel: AttentionKernel) -> None:
+    def release(self, kernel: AttentionKernel | ZoneKernel) -> None:
         """Keep what a kernel that goes has counted; waits for the GPU."""
         self.recomputed += kernel.repairs
 

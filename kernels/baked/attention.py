@@ -73,7 +73,7 @@ def baked_attention(
     return TieredKernel([baked, Tier(lambda: baked.table)], reason)
 
 
-class BakedTier(Tier):
+class BakedTier(Tier[AttentionKernel]):
     """A generated kernel, which is being compiled.
 
     Args:

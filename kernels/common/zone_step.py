@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
@@ -19,10 +18,17 @@ class ZoneKernel(Protocol):
         kind: as in `AttentionKernel`.
         reason: likewise.
         pattern: the zones.
+        density: expected density over steps.
         table_bytes: likewise.
     """
 
-    pattern: ZonePattern
+    @property
+    def pattern(self) -> ZonePattern:
+        """The zones."""
+
+    @property
+    def density(self) -> float:
+        """Expected density over steps."""
 
     @property
     def kind(self) -> str:
@@ -39,6 +45,9 @@ class ZoneKernel(Protocol):
     @property
     def repairs(self) -> int:
         """Calls computed again because a fixed softmax reference overflowed."""
+
+    def at(self, step: int) -> ZoneStep:
+        """Return the kernel at a step; it holds this one, and nothing else is made for it."""
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, step: int, scale: float | None = None
@@ -78,11 +87,10 @@ class ZoneStep:
         """Calls of all steps that were computed again; waits for the device."""
         return self.kernel.repairs
 
-    @cached_property
+    @property
     def density(self) -> float:
         """Blocks kept at this step / all blocks."""
-        zones = self.kernel.pattern
-        return zones.kept(self.step) / (zones.heads * zones.query_blocks * zones.key_blocks)
+        return self.kernel.pattern.density_at(self.step)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
         """Return the attention output; see `AttentionKernel`."""

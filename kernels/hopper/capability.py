@@ -10,6 +10,7 @@ from importlib import import_module
 
 import torch
 
+from calibatt_compiler.kernels.common.zone_table import MAX_BLOCKS as MAX_ZONE_BLOCKS
 from calibatt_compiler.plan.pattern import BlockPattern
 from calibatt_compiler.plan.stored import PatternOutline
 from calibatt_compiler.plan.zones import ZonePattern
@@ -76,7 +77,10 @@ def operand_reason(
         return f"it takes blocks of 128x128 and 128x64 tokens, not {block[0]}x{block[1]}"
     if max(pattern.query_blocks, pattern.key_blocks) > MAX_BLOCKS:
         return f"its tables name at most {MAX_BLOCKS} blocks a side"
-    if not isinstance(pattern, ZonePattern) and pattern.pooled:
+    if isinstance(pattern, ZonePattern):
+        if max(pattern.query_blocks, pattern.key_blocks) > MAX_ZONE_BLOCKS:
+            return f"the words of zones name at most {MAX_ZONE_BLOCKS} blocks a side"
+    elif pattern.pooled:
         return "it takes no pooled keys"
     return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from calibatt_compiler.kernels.dispatch import (
 from calibatt_compiler.kernels.request import AnyPattern, KernelRequest, KernelSettings
 from calibatt_compiler.plan import BlockPattern, RowCopies, SitePatterns
 from calibatt_compiler.plan.stored import PatternOutline
+from calibatt_compiler.plan.zones import ZonePattern
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 OTHER_GPUS = [80, 86, 89, 100, 120]
@@ -32,6 +34,19 @@ def outline(
     block: tuple[int, int] = (128, 128), tokens: int = FIXED_FROM, **more: Any
 ) -> PatternOutline:
     return PatternOutline(2, tokens, tokens, *block, **more)
+
+
+def zones(block: tuple[int, int] = (128, 128), tokens: int = FIXED_FROM) -> ZonePattern:
+    """One group of rows, one run: it keeps all."""
+    arrays = {
+        "group_rows": np.array([-(-tokens // block[0])], np.int32),
+        "diagonal": np.zeros(1, np.uint8),
+        "leads": np.zeros(1, np.int32),
+        "counts": np.ones(1, np.int32),
+        "cuts": np.zeros(0, np.int32),
+        "octaves": np.zeros(1, np.uint8),
+    }
+    return ZonePattern(1, tokens, tokens, *block, **arrays)
 
 
 def ask(pattern: AnyPattern, **settings: Any) -> KernelRequest[AnyPattern]:
@@ -187,6 +202,78 @@ def test_dense_attention_is_left_to_the_stock_kernel_unless_another_is_faster(
 def test_patterns_that_come_and_go_take_no_kernel_of_their_own() -> None:
     for arch, kernel in ((80, "triton-table"), (90, "hopper-table")):
         assert choose(ask(outline(), lasting=False), DeviceFacts("cuda", arch)) == Choice(kernel)
+
+
+@pytest.mark.parametrize(
+    ("facts", "settings", "pattern", "kernel", "reason"),
+    [
+        (DeviceFacts("cpu"), {}, {}, "native-cpu-zones", None),
+        (DeviceFacts("cpu"), {"dtype": FP64, "head_dim": 300}, {}, "native-cpu-zones", None),
+        *((DeviceFacts("cuda", arch), {}, {}, "triton-zones", None) for arch in OTHER_GPUS),
+        (DeviceFacts("cuda", 90), {}, {}, "hopper-zones", None),
+        (DeviceFacts("cuda", 90), {"dtype": FP16, "head_dim": 64}, {}, "hopper-zones", None),
+        (DeviceFacts("cuda", 90), {}, {"block": (128, 64)}, "hopper-zones", None),
+        (DeviceFacts("cuda", 90), {"dense": True}, {}, "hopper-zones", None),
+        (DeviceFacts("cuda", 90), {"hopper": False}, {}, "triton-zones", None),
+        (
+            DeviceFacts("cuda", 90),
+            {"dtype": FP32},
+            {},
+            "triton-zones",
+            "it takes bfloat16 and float16, not torch.float32",
+        ),
+        (
+            DeviceFacts("cuda", 90),
+            {},
+            {"block": (64, 64)},
+            "triton-zones",
+            "it takes blocks of 128x128 and 128x64 tokens, not 64x64",
+        ),
+        (
+            DeviceFacts("cuda", 90),
+            {},
+            {"tokens": 1 << 21},
+            "triton-zones",
+            "the words of zones name at most 16383 blocks a side",
+        ),
+        (DeviceFacts("cuda", 90, gluon="no"), {}, {}, "triton-zones", "no"),
+    ],
+)
+def test_zones_take_their_own_kernels_or_say_why_not(
+    facts: DeviceFacts,
+    settings: dict[str, Any],
+    pattern: dict[str, Any],
+    kernel: str,
+    reason: str | None,
+) -> None:
+    why = None if reason is None else f"no Hopper kernel: {reason}"
+    pattern_of_zones = zones(**pattern)
+    choice = choose(ask(pattern_of_zones, lowering="table", **settings), facts)
+    assert choice == Choice(kernel, why)
+    assert not choice.generated
+    baked = ask(pattern_of_zones, lowering="baked", **settings)
+    if facts.type == "cuda":
+        assert choose(replace(baked, lasting=False), facts) == choice
+        assert choose(baked, facts) == Choice(f"{kernel}-baked", why)
+        assert choose(baked, facts).generated
+        assert choose(baked, facts).target == choice.target
+    else:
+        assert choose(baked, facts) == choice
+    assert choice.target == ("hopper" if kernel == "hopper-zones" else "portable")
+    reference = ask(pattern_of_zones, lowering="reference", **settings)
+    assert choose(reference, facts) == Choice("reference")
+
+
+def test_zones_that_nothing_serves_are_an_error() -> None:
+    for facts in (DeviceFacts("meta"), DeviceFacts("cuda", 75)):
+        with pytest.raises(KernelError):
+            choose(ask(zones(), dense=True), facts)
+
+
+def test_zones_of_short_sequences_take_the_exact_softmax() -> None:
+    for tokens, expected in ((FIXED_FROM, "fixed"), (FIXED_FROM - 1, "exact")):
+        request = ask(zones(tokens=tokens), softmax="fixed")
+        assert choose(request, DeviceFacts("cuda", 90)).softmax == expected
 
 
 def test_what_is_known_undecoded_is_what_the_pattern_says() -> None:
