@@ -11,7 +11,7 @@
 
 A pattern that keeps every block is left to `sdpa` where the request allows it. Octave zones have
 kernels of their own under the same conditions: `native-cpu-zones`, `triton-zones` and
-`hopper-zones`.
+`hopper-zones`, the latter two with `-baked` where their runs are literals.
 """
 
 from __future__ import annotations
@@ -144,7 +144,8 @@ def choose(request: KernelRequest[AnyPattern], facts: DeviceFacts) -> Choice:
     softmax = "exact" if pattern.key_length < FIXED_FROM else request.softmax
     family = "triton" if hopper is not None else "hopper"
     if isinstance(pattern, ZonePattern):
-        return Choice(f"{family}-zones", reason, softmax)
+        baked = "-baked" if request.lowering == "baked" and request.lasting else ""
+        return Choice(f"{family}-zones{baked}", reason, softmax)
     # Neither dense attention nor what comes and goes is worth a kernel of its own.
     how = "baked" if request.lowering == "baked" and request.lasting and not full else "table"
     if how == "baked" and (pattern.weighted or pattern.pooled):

@@ -49,6 +49,10 @@ def make_zones(request: KernelRequest[ZonePattern], choice: Choice | None = None
 
 def _on_gpu(request: KernelRequest[ZonePattern], choice: Choice) -> ZoneKernel:
     """The kernel that was chosen for a GPU."""
+    if choice.generated:
+        from calibatt_compiler.kernels.baked.zones import baked_zones
+
+        return baked_zones(request, choice.target, reason=choice.reason)
     kernel: HopperZones | ZoneAttention
     if choice.target == "hopper":
         from calibatt_compiler.kernels.hopper.zones import HopperZones

@@ -13,6 +13,7 @@ from calibatt_compiler.build import PlanSpecs
 from calibatt_compiler.errors import PlanError
 from calibatt_compiler.kernels.baked.compiler import (
     AHEAD,
+    BuildReport,
     CompiledSource,
     KernelCompiler,
     KernelSpec,
@@ -142,3 +143,37 @@ class FakeWorker:
 
     def stop(self) -> None:
         """Nothing runs."""
+
+
+def zone_plan() -> Plan:
+    """Two sites of two step groups of zones."""
+    maps = torch.arange(3).expand(2, 2, 3, 3).clone()
+    maps[1] = maps[1].flip(-1)
+    return Plan.from_zones({"a": maps, "b": maps}, GRID, (5.0, 4.0, 3.0, 2.0, 1.0), (64, 64))
+
+
+def test_of_zones_each_step_group_is_compiled_and_all_its_steps_count(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    plan = zone_plan()
+    specs = PlanSpecs(plan, [80, 90], torch.bfloat16, 64)
+    # Seeds tell the sites apart.
+    assert len(specs) == len(list(specs)) == 8
+    assert all(spec in specs for spec in specs)
+    assert specs.count_steps(BuildReport()) == {"generated": 0, "table": 20, "dense": 0}
+    monkeypatch.setattr("calibatt_compiler.kernels.baked.compiler._Worker", FakeWorker)
+    with KernelCompiler(workers=1) as pool:
+        report = pool.build(specs)
+    assert specs.count_steps(report) == {"generated": 20, "table": 0, "dense": 0}
+    # Without the first group of one site: three steps.
+    site = plan.sites["a"]
+    report.ready.remove((site.digests[0], 64, 90))
+    assert specs.count_steps(report) == {"generated": 17, "table": 3, "dense": 0}
+
+
+def test_steps_of_masks_count_too(monkeypatch: pytest.MonkeyPatch):
+    specs = PlanSpecs(plan_of(), [90], torch.bfloat16)
+    monkeypatch.setattr("calibatt_compiler.kernels.baked.compiler._Worker", FakeWorker)
+    with KernelCompiler(workers=1) as pool:
+        report = pool.build(specs)
+    assert specs.count_steps(report) == {"generated": 5, "table": 3, "dense": 1}

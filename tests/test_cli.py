@@ -400,6 +400,10 @@ def test_build_compiles_each_pattern_once(
     assert list((tmp_path / "cache").rglob("*"))
     assert run(arguments) == 0
     assert "1 were there before" in capsys.readouterr().out
+    assert run([*arguments, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    # Of two sites one step each; the other keeps every block.
+    assert (said["generated"], said["table"], said["dense"]) == (2, 0, 2)
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ EDGES: dict[str, str] = {
     "kernels.request": "options plan",
     "kernels.tiered": "kernels.common kernels.protocol plan",
     "kernels.zones": (
-        "kernels.common kernels.cpu kernels.dispatch kernels.hopper kernels.portable "
+        "kernels.baked kernels.common kernels.cpu kernels.dispatch kernels.hopper kernels.portable "
         "kernels.reference kernels.request kernels.tiered plan"
     ),
     "models": "plan",

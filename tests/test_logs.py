@@ -69,7 +69,7 @@ class Model(torch.nn.Module):
     def forward(self, hidden_states, timestep):
         return self.attn(hidden_states) * timestep
 mask = torch.ones(1, 2, 2, 2, dtype=torch.bool)
-plan = calibatt_compiler.Plan.from_masks({"attn": mask}, (1, 4, 8), [500.0], (16, 16))
+plan = calibatt_compiler.Plan.from_masks({"attn": mask}, (1, 1, 32), [500.0], (16, 16))
 model = torch.compile(Model(), backend="calibatt", options={"plan": plan})
 with torch.no_grad():
     model(hidden_states=torch.randn(1, 32, 32), timestep=torch.tensor([500.0]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from typing import Annotated
@@ -55,6 +56,9 @@ def build(
             show_default=False,
         ),
     ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print as JSON how many steps of all sites what serves.")
+    ] = False,
 ) -> None:
     """Compile all GPU kernels of a plan ahead of time, into the cache on disk.
 
@@ -84,6 +88,12 @@ def build(
     with TerminalProgress() as progress, KernelCompiler(workers) as compiler:
         progress.start(f"compiling kernels, {compiler.workers} at a time", len(specs))
         report = compiler.build(specs, lambda *_: progress.advance())
+    if as_json:
+        said = {**specs.count_steps(report), "declined": report.declined, "failed": report.failed}
+        typer.echo(json.dumps(said, indent=2))
+        if report.failed:
+            raise typer.Exit(1)
+        return
     cached = sum(source.cached for source in report.compiled)
     console = PlainConsole(soft_wrap=True)
     console.print(

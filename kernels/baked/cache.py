@@ -68,9 +68,12 @@ _GENERATOR = (
     "baked/source_templates.py",
     "baked/source.py",
     "baked/source_hopper.py",
+    "baked/source_zones.py",
+    "common/zone_table.py",
     "portable/index_tables.py",
     "portable/primitives.py",
     "portable/attention.py",
+    "portable/zones.py",
     "hopper/primitives.py",
     "hopper/consumer.py",
     "hopper/loads.py",
@@ -81,27 +84,38 @@ _GENERATOR = (
 
 
 @dataclass(frozen=True)
-class CacheEntry:
-    """One generated kernel.
+class SourceEntry:
+    """One generated module.
 
     Attributes:
         digest: key of the entry.
         folder: where it lies.
-        covering: the cover, the mask it denotes, the density it adds.
         source_sha256: checksum of the generated module.
         target: whose source it is.
+        entry_point: name of the function that is taken from it.
     """
 
     digest: str
     folder: Path
-    covering: Covering
     source_sha256: str
-    target: Target = "portable"
+    target: Target
+    entry_point: str
 
     @property
     def source_path(self) -> Path:
         """The generated module."""
         return self.folder / "kernel.py"
+
+
+@dataclass(frozen=True)
+class CacheEntry(SourceEntry):
+    """One generated kernel.
+
+    Attributes:
+        covering: the cover, the mask it denotes, the density it adds.
+    """
+
+    covering: Covering
 
 
 @cache
@@ -245,7 +259,8 @@ def _load(pattern: BlockPattern, digest: str, folder: Path, target: Target) -> C
         if not abs(denoted.density - pattern.density - added) < 1e-9:
             raise ValueError("the added density is another")
         covering = Covering(cover, denoted, added)
-        return CacheEntry(digest, folder, covering, record["source_sha256"], target)
+        name = (codegen_hopper if target == "hopper" else codegen).ENTRY_POINT
+        return CacheEntry(digest, folder, record["source_sha256"], target, name, covering)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except CoverError:
@@ -313,15 +328,14 @@ def _load_module(path: Path, checksum: str) -> Any:
     return module
 
 
-def load_kernel(entry: CacheEntry) -> Any:
+def load_kernel(entry: SourceEntry) -> Any:
     """The jit function of an entry; one object a process, so that it compiles once.
 
     Raises:
         OSError: the source can't be read.
         ValueError: it is not the one that was checked.
     """
-    module = codegen_hopper if entry.target == "hopper" else codegen
-    return getattr(_load_module(entry.source_path, entry.source_sha256), module.ENTRY_POINT)
+    return getattr(_load_module(entry.source_path, entry.source_sha256), entry.entry_point)
 
 
 def variant_name(config: LaunchConfig, *, arch: int, dtype: torch.dtype) -> str:
@@ -337,7 +351,7 @@ def variant_name(config: LaunchConfig, *, arch: int, dtype: torch.dtype) -> str:
     )
 
 
-def record_compiled(entry: CacheEntry, variant: str, compiled: Any, seconds: float) -> None:
+def record_compiled(entry: SourceEntry, variant: str, compiled: Any, seconds: float) -> None:
     """Note that Triton's cache holds this variant, beside the entry or in a folder of the user's.
 
     Raises:
@@ -356,7 +370,7 @@ def record_compiled(entry: CacheEntry, variant: str, compiled: Any, seconds: flo
         write_text(private_dir() / entry.digest / f"{variant}.json", json.dumps(record))
 
 
-def is_compiled(entry: CacheEntry, variant: str) -> bool:
+def is_compiled(entry: SourceEntry, variant: str) -> bool:
     """Whether a launch of this variant would find its machine code."""
     folders = dict.fromkeys((entry.folder, private_dir() / entry.digest))
     return any(_is_compiled(folder / f"{variant}.json") for folder in folders)

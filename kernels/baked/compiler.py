@@ -27,9 +27,11 @@ import torch
 from calibatt_compiler.errors import KernelError
 from calibatt_compiler.kernels.baked.cover import EXACT, CoverError, CoverLimits
 from calibatt_compiler.kernels.baked.worker import encode_pattern
+from calibatt_compiler.kernels.baked.zone_jobs import encode_zones
 from calibatt_compiler.kernels.request import Softmax, Target
 from calibatt_compiler.logs import logger
 from calibatt_compiler.plan.pattern import BlockPattern
+from calibatt_compiler.plan.zones import ZonePattern
 
 log = logger("kernels")
 
@@ -45,16 +47,16 @@ class KernelSpec:
     """A kernel to be compiled.
 
     Attributes:
-        pattern: which blocks are kept.
+        pattern: which blocks are kept, or the zones of a step group.
         dtype: of the operands: float16, bfloat16 or float32.
         head_dim: of the operands.
         arch: compute capability as one number, such as 90.
-        limits: what its cover may take.
+        limits: what its cover may take; zones have none.
         target: whose kernel: the portable one, or Hopper's, which runs on sm_90 only.
         softmax: as in `CompileOptions`.
     """
 
-    pattern: BlockPattern
+    pattern: BlockPattern | ZonePattern
     dtype: torch.dtype
     head_dim: int
     arch: int
@@ -70,9 +72,12 @@ class KernelSpec:
 
     def job(self) -> str:
         """One line for a worker."""
+        pattern = self.pattern
         return json.dumps(
             {
-                "pattern": encode_pattern(self.pattern),
+                "pattern": encode_zones(pattern)
+                if isinstance(pattern, ZonePattern)
+                else encode_pattern(pattern),
                 "dtype": str(self.dtype).removeprefix("torch."),
                 "head_dim": self.head_dim,
                 "arch": self.arch,
@@ -113,11 +118,13 @@ class BuildReport:
         declined: reasons of those that are not to be, for their masks take too many literals, by
             pattern digest.
         failed: reasons of the others that are not ready, likewise.
+        ready: pattern digest, head dim and GPU generation of each spec that is ready.
     """
 
     compiled: list[CompiledSource] = field(default_factory=list)
     declined: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    ready: set[tuple[str, int, int]] = field(default_factory=set)
 
 
 class KernelCompiler:
@@ -183,30 +190,34 @@ class KernelCompiler:
         Specs are asked for as the workers come to them, a few at a time.
         """
         report = BuildReport()
-        waiting: dict[Future[CompiledSource], list[str]] = {}
+        waiting: dict[Future[CompiledSource], list[tuple[str, int, int]]] = {}
         told: set[Future[CompiledSource]] = set()
         done = 0
 
         def finish(futures: Iterable[Future[CompiledSource]]) -> None:
             nonlocal done
             for future in futures:
-                digests = waiting.pop(future)
+                asked = waiting.pop(future)
+                digest = asked[0][0]
+                if future.exception() is None:
+                    report.ready.update(asked)
                 if future not in told:
                     told.add(future)
                     try:
                         report.compiled.append(future.result())
                     except CoverError as error:
-                        report.declined[digests[0]] = str(error)
+                        report.declined[digest] = str(error)
                     except KernelError as error:
-                        report.failed[digests[0]] = str(error)
-                for _ in digests:
+                        report.failed[digest] = str(error)
+                for _ in asked:
                     done += 1
                     if on_progress is not None:
                         on_progress(done, len(specs))
 
         try:
             for spec in specs:
-                waiting.setdefault(self.submit(spec), []).append(spec.pattern.digest)
+                said = (spec.pattern.digest, spec.head_dim, spec.arch)
+                waiting.setdefault(self.submit(spec), []).append(said)
                 while len(waiting) > AHEAD * self.workers:
                     finish(wait(waiting, return_when=FIRST_COMPLETED).done)
             while waiting:

@@ -14,7 +14,6 @@ import sys
 import time
 import traceback
 import zlib
-from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -23,6 +22,7 @@ import torch
 
 from calibatt_compiler.kernels.baked.cache import (
     CacheEntry,
+    SourceEntry,
     get_entry,
     is_compiled,
     load_kernel,
@@ -30,6 +30,8 @@ from calibatt_compiler.kernels.baked.cache import (
     variant_name,
 )
 from calibatt_compiler.kernels.baked.cover import CoverError, CoverLimits
+from calibatt_compiler.kernels.baked.zone_entries import get_zone_entry
+from calibatt_compiler.kernels.baked.zone_jobs import Variants, decode_zones, zone_variants
 from calibatt_compiler.kernels.hopper.launch import hopper_config
 from calibatt_compiler.kernels.hopper.offline import compile_hopper
 from calibatt_compiler.kernels.portable.launch import launch_config
@@ -82,12 +84,10 @@ def decode_pattern(data: dict[str, Any]) -> BlockPattern:
 
 def compile_job(job: dict[str, Any]) -> dict[str, Any]:
     """Generate and compile one kernel; a kernel that is compiled already costs a look-up."""
-    pattern = decode_pattern(job["pattern"])
     start = time.perf_counter()
-    entry = get_entry(pattern, CoverLimits(**job["limits"]), job["target"])
-    variants = _hopper_variants if job["target"] == "hopper" else _portable_variants
+    entry, variants, added_density = _prepare(job)
     cached, names = True, []
-    for variant, compile_variant in variants(entry, pattern, job):
+    for variant, compile_variant in variants:
         names.append(variant)
         if not is_compiled(entry, variant):
             cached = False
@@ -96,13 +96,22 @@ def compile_job(job: dict[str, Any]) -> dict[str, Any]:
         "digest": entry.digest,
         "variant": " ".join(names),
         "source_path": str(entry.source_path),
-        "added_density": entry.covering.added_density,
+        "added_density": added_density,
         "seconds": time.perf_counter() - start,
         "cached": cached,
     }
 
 
-Variants = Iterator[tuple[str, Callable[[], Any]]]
+def _prepare(job: dict[str, Any]) -> tuple[SourceEntry, Variants, float]:
+    """Generate the source of a job; return it, what to compile of it, and what its cover adds."""
+    if "zones" in job["pattern"]:
+        zones = decode_zones(job["pattern"])
+        source = get_zone_entry(zones, job["target"])
+        return source, zone_variants(source, zones, job), 0.0
+    pattern = decode_pattern(job["pattern"])
+    entry = get_entry(pattern, CoverLimits(**job["limits"]), job["target"])
+    variants = _hopper_variants if job["target"] == "hopper" else _portable_variants
+    return entry, variants(entry, pattern, job), entry.covering.added_density
 
 
 def _portable_variants(entry: CacheEntry, pattern: BlockPattern, job: dict[str, Any]) -> Variants:

@@ -19,6 +19,7 @@ from calibatt_compiler.kernels.common.uploads import Uploaded
 from calibatt_compiler.kernels.portable.launch import fixed_reference, positive_scale
 from calibatt_compiler.kernels.request import Softmax
 from calibatt_compiler.plan.pattern import BlockPattern
+from calibatt_compiler.plan.zones import ZonePattern
 
 ALIGNMENT = 16
 """Bytes to which TMA wants pointers and strides aligned."""
@@ -124,7 +125,11 @@ class HopperConfig:
 
 
 def hopper_config(
-    pattern: BlockPattern, *, dtype: torch.dtype, head_dim: int, softmax: Softmax = "auto"
+    pattern: BlockPattern | ZonePattern,
+    *,
+    dtype: torch.dtype,
+    head_dim: int,
+    softmax: Softmax = "auto",
 ) -> HopperConfig:
     """The configuration that serves a pattern, without optional operands.
 
@@ -133,6 +138,8 @@ def hopper_config(
     """
     fixed = fixed_reference(dtype, softmax)
     ragged = pattern.key_length % pattern.block_n != 0
+    if isinstance(pattern, ZonePattern):
+        return HopperConfig(pattern.block_n, head_dim, dtype, fixed, ragged, zones=True)
     weighted, copies = pattern.weights is not None, pattern.repetitive is not None
     return HopperConfig(pattern.block_n, head_dim, dtype, fixed, ragged, weighted, copies=copies)
 

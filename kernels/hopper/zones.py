@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any, Literal
 
 import numpy as np
@@ -21,15 +22,15 @@ from calibatt_compiler.kernels.common.zone_table import ZoneTable, zone_table
 from calibatt_compiler.kernels.hopper.capability import operand_reason
 from calibatt_compiler.kernels.hopper.kernel import hopper_attention
 from calibatt_compiler.kernels.hopper.launch import (
-    HopperConfig,
     State,
     Tables,
     arguments,
+    hopper_config,
     launch_options,
     readable,
 )
 from calibatt_compiler.kernels.hopper.schedule import TILE_COST, assign
-from calibatt_compiler.kernels.portable.launch import fixed_reference, on_device
+from calibatt_compiler.kernels.portable.launch import on_device
 from calibatt_compiler.kernels.portable.tiles import multiprocessors
 from calibatt_compiler.kernels.request import KernelRequest
 from calibatt_compiler.plan.intervals import sums_before
@@ -82,14 +83,26 @@ class HopperZones:
                 remedy="take the portable kernel",
             )
         self.request, self.pattern = request, zones
-        self.kind = "hopper-zones" if literals is None else "hopper-zones-baked"
         self.density = zones.density
-        self.config = zone_config(request)
+        self.config = hopper_config(
+            zones, dtype=request.dtype, head_dim=request.head_dim, softmax=request.softmax
+        )
         table = zone_table(zones)
         self._edges = (table.left, table.right)
         self.tables = _tables(table, device, programs or multiprocessors(device), order, zones)
         self.literals = literals
         self._repairs = torch.zeros(1, dtype=torch.int32, device=device)
+
+    @property
+    def kind(self) -> str:
+        """What serves."""
+        return "hopper-zones" if self.literals is None else "hopper-zones-baked"
+
+    def with_literals(self, literals: Any) -> HopperZones:
+        """Return the same with literals; it shares the tables and counts the same calls."""
+        found = copy(self)
+        found.literals = literals
+        return found
 
     @property
     def table_bytes(self) -> int:
@@ -189,18 +202,6 @@ class HopperZones:
                     **launch_options(),
                 )
         return out, lse
-
-
-def zone_config(request: KernelRequest[ZonePattern]) -> HopperConfig:
-    """The configuration that serves zones, without optional operands.
-
-    Raises:
-        KernelError: a fixed reference for a dtype whose range is too small.
-    """
-    zones = request.pattern
-    fixed = fixed_reference(request.dtype, request.softmax)
-    ragged = zones.key_length % zones.block_n != 0
-    return HopperConfig(zones.block_n, request.head_dim, request.dtype, fixed, ragged, zones=True)
 
 
 def row_order(zones: ZonePattern, table: ZoneTable, order: Order) -> npt.NDArray[np.int64]:

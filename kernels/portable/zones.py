@@ -6,6 +6,7 @@ function that holds them as literals; both give the same bits.
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import torch
@@ -292,7 +293,6 @@ class ZoneAttention(DeviceKernel):
     ) -> None:
         super().__init__(request, settings)
         zones, device = request.pattern, request.device
-        self.kind = "triton-zones" if literals is None else "triton-zones-baked"
         self.density = zones.density
         table = zone_table(zones)
         self._rows, self._runs = (to_device(x, device) for x in (table.rows, table.runs))
@@ -300,6 +300,17 @@ class ZoneAttention(DeviceKernel):
         self.literals = literals
         self._repairs = torch.zeros(1, dtype=torch.int32, device=device)
         Uploaded(device).wait()
+
+    @property
+    def kind(self) -> str:
+        """What serves."""
+        return "triton-zones" if self.literals is None else "triton-zones-baked"
+
+    def with_literals(self, literals: Any) -> ZoneAttention:
+        """Return the same with literals; it shares the tables and counts the same calls."""
+        found = copy(self)
+        found.literals = literals
+        return found
 
     @property
     def table_bytes(self) -> int:

@@ -112,7 +112,7 @@ def test_subgraphs_of_other_operators_stay(
     name = "attention" if served else "elsewhere"
     lengths = None if served else {name: (128, 128)}
     mask = (mask | torch.eye(4, dtype=torch.bool)) if served else mask.new_ones(1, 2, 8, 8)
-    plan = Plan.from_masks({name: mask}, (1, 8, 8), [500.0], (16, 16), lengths=lengths)
+    plan = Plan.from_masks({name: mask}, (1, 1, 64), [500.0], (16, 16), lengths=lengths)
     compiled = torch.compile(
         model, backend="calibatt", fullgraph=True, options={"plan": plan, "lowering": "reference"}
     )

@@ -299,7 +299,7 @@ def test_a_pipeline_is_calibrated_for_zones_and_served(
         assert all(row.sparse_calls and not row.dense_calls for row in rows)
         return made
 
-    fast = latents("table", "native-cpu")
+    fast = latents("table", "native-cpu-zones")
     # What is around attention was compiled once; here it need not be.
     monkeypatch.setattr(
         "calibatt_compiler.backend._inductor", lambda gm, inputs, settings: gm.forward

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -250,6 +251,14 @@ def test_zones_take_their_own_kernels_or_say_why_not(
     choice = choose(ask(pattern_of_zones, lowering="table", **settings), facts)
     assert choice == Choice(kernel, why)
     assert not choice.generated
+    baked = ask(pattern_of_zones, lowering="baked", **settings)
+    if facts.type == "cuda":
+        assert choose(replace(baked, lasting=False), facts) == choice
+        assert choose(baked, facts) == Choice(f"{kernel}-baked", why)
+        assert choose(baked, facts).generated
+        assert choose(baked, facts).target == choice.target
+    else:
+        assert choose(baked, facts) == choice
     assert choice.target == ("hopper" if kernel == "hopper-zones" else "portable")
     reference = ask(pattern_of_zones, lowering="reference", **settings)
     assert choose(reference, facts) == Choice("reference")

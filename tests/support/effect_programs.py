@@ -25,6 +25,7 @@ import calibatt_compiler
 from calibatt_compiler.kernels.reference.attention import masked_dense_attention
 from calibatt_compiler.plan import Plan
 from calibatt_compiler.plan.order import TokenOrder
+from calibatt_compiler.plan.schema import FixedBy
 
 GRID, BLOCK = (2, 5, 7), (16, 16)
 TIMESTEPS = (900.0, 500.0, 100.0)
@@ -97,8 +98,10 @@ def plan_of(program: Program, names: list[str]) -> Plan:
         mask = torch.rand(len(TIMESTEPS), HEADS, blocks, blocks, generator=generator) < 0.4
         masks[name] = mask | torch.eye(blocks, dtype=torch.bool) | (program.plan == "full")
     plan = Plan.from_masks(masks, GRID, TIMESTEPS, BLOCK)
-    metadata = plan.metadata.model_copy(update={"token_order": program.order})
-    return Plan(metadata, plan.sites)
+    # What a calibration records of a model whose family is not known.
+    fixed_by = FixedBy(grid="settings", shapes={"hidden_states": (None, CHANNELS, *GRID)})
+    known = {"token_order": program.order, "fixed_by": fixed_by}
+    return Plan(plan.metadata.model_copy(update=known), plan.sites)
 
 
 def set_oracle(model: Model, plan: Plan, timestep: float) -> None:
