@@ -64,7 +64,7 @@ def plan(model: torch.nn.Module | None = None) -> Plan:
     patterns = [BlockPattern.from_mask(step, block=(16, 16)) for step in MASK]
     return Plan.create(
         {"layer": SitePatterns.share(patterns)},
-        grid=(1, 1, 48),
+        grid=(1, 1, 48),  # that of a model whose grid can't be read
         sampler=Sampler(timesteps=(900.0, 100.0)),
         model=None if model is None else identify(model),
     )

@@ -10,7 +10,7 @@ from typing import Any, Self, SupportsIndex
 
 import torch
 
-from calibatt_compiler.arguments import described, known, require
+from calibatt_compiler.arguments import described, known
 from calibatt_compiler.calibration.config import CalibrationConfig
 from calibatt_compiler.calibration.observe.observation import Branch, Schedule
 from calibatt_compiler.calibration.observe.observer import ObservedModel, Observer
@@ -74,8 +74,6 @@ def read_inputs(
             remedy="pass seeds=0",
         )
     numbers = [seeds + i for i in range(len(prompts))] if isinstance(seeds, int) else list(seeds)
-    whole = all(isinstance(seed, int) and not isinstance(seed, bool) for seed in numbers)
-    require(whole, "seeds", seeds, "integers")
     if len(numbers) != len(prompts):
         raise OptionError(
             "seeds don't match the prompts",

@@ -16,7 +16,7 @@ _LEFTOVER = re.compile(
 )
 _SPOOL = re.compile(r"spool(?:-\d+)?")
 _SUMS = re.compile(r"\d+-.+\.safetensors")
-_SPOOLED = re.compile(r"(?:kept-)?\d{6}\.npy")
+_SPOOLED = re.compile(r"(?:kept-|sums-)?\d{6}\.npy")
 
 
 def sweep(folder: Path) -> None:
