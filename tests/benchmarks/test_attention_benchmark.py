@@ -53,7 +53,7 @@ def test_the_check_of_zones_runs(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    (result,) = json.loads((tmp_path / "attention.json").read_text())["results"]
+    (result,) = json.loads((tmp_path / "attention.json").read_text())["rows"]
     assert result["case"] == "tiny zones 0.40"
     assert set(result["efficiency"]) == {"math", "cpu zones"}
     assert result["notes"] == []
