@@ -41,9 +41,7 @@ Lowering = Annotated[
         "reference: slow and plain.",
     ),
 ]
-_PROMPTS = (
-    'One a line, or JSON: a list of texts or of {"prompt": ..., "seed": ...}; .jsonl: one a line.'
-)
+_PROMPTS = 'One a line; or JSON (.jsonl: one a line) of texts or {"prompt": ..., "seed": ...}.'
 
 
 @dataclass(frozen=True)
