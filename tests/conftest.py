@@ -76,14 +76,3 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     }
     path = folder / "gpu-last-run.json"
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let tests of `unsettled.txt` fail: they did on another torch, or were not seen since.
-
-    The list is to be emptied: whoever sees one pass takes its line out, or mends what it found.
-    """
-    names = Path(__file__).with_name("unsettled.txt").read_text(encoding="utf-8").splitlines()
-    for item in items:
-        if item.nodeid in names:
-            item.add_marker(pytest.mark.xfail(reason="unsettled: tests/unsettled.txt"))
