@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from torch import Tensor
 
@@ -95,3 +96,39 @@ class ZoneStep:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
         """Return the attention output; see `AttentionKernel`."""
         return self.kernel(q, k, v, step=self.step, scale=scale)
+
+
+class GpuZones:
+    """What the GPU kernels of zones have in common: two sources of runs, repairs, steps.
+
+    Attributes:
+        family: begins the names of their kinds.
+        literals: generated function that gives a row's runs; None: the tables do.
+    """
+
+    family: ClassVar[str]
+    literals: Any
+    _repairs: Tensor
+
+    @property
+    def kind(self) -> str:
+        """What serves."""
+        return f"{self.family}-zones" + ("" if self.literals is None else "-baked")
+
+    def with_literals(self, literals: Any) -> Self:
+        """Return the same with literals; it shares the tables and counts the same calls."""
+        found = copy(self)
+        found.literals = literals
+        return found
+
+    @property
+    def repairs(self) -> int:
+        """Calls whose fixed softmax reference failed, and that were computed again.
+
+        Reading it waits for the device.
+        """
+        return int(self._repairs.item())
+
+    def at(self: ZoneKernel, step: int) -> ZoneStep:
+        """The kernel at a step, as call sites hold kernels."""
+        return ZoneStep(self, step)

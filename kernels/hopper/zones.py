@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import copy
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +16,7 @@ from calibatt_compiler.kernels.common.operands import (
     empty_output,
 )
 from calibatt_compiler.kernels.common.uploads import Uploaded, to_device
-from calibatt_compiler.kernels.common.zone_step import ZoneStep
+from calibatt_compiler.kernels.common.zone_step import GpuZones
 from calibatt_compiler.kernels.common.zone_table import ZoneTable, zone_table
 from calibatt_compiler.kernels.hopper.capability import operand_reason
 from calibatt_compiler.kernels.hopper.kernel import hopper_attention
@@ -41,7 +40,7 @@ Order = Literal["starts", "rows"]
 """How the rows of a head follow one another: see `row_order`."""
 
 
-class HopperZones:
+class HopperZones(GpuZones):
     """Block-sparse attention by zones; see `ZoneKernel`.
 
     Args:
@@ -65,6 +64,7 @@ class HopperZones:
 
     reason: str | None = None
     arch = 90
+    family = "hopper"
 
     def __init__(
         self,
@@ -94,32 +94,9 @@ class HopperZones:
         self._repairs = torch.zeros(1, dtype=torch.int32, device=device)
 
     @property
-    def kind(self) -> str:
-        """What serves."""
-        return "hopper-zones" if self.literals is None else "hopper-zones-baked"
-
-    def with_literals(self, literals: Any) -> HopperZones:
-        """Return the same with literals; it shares the tables and counts the same calls."""
-        found = copy(self)
-        found.literals = literals
-        return found
-
-    @property
     def table_bytes(self) -> int:
         """Bytes of its tables."""
         return self.tables.nbytes
-
-    @property
-    def repairs(self) -> int:
-        """Calls whose fixed softmax reference failed, and that were computed again.
-
-        Reading it waits for the device.
-        """
-        return int(self._repairs.item())
-
-    def at(self, step: int) -> ZoneStep:
-        """The kernel at a step, as call sites hold kernels."""
-        return ZoneStep(self, step)
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, step: int, scale: float | None = None

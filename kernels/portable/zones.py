@@ -6,7 +6,6 @@ function that holds them as literals; both give the same bits.
 
 from __future__ import annotations
 
-from copy import copy
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from calibatt_compiler.kernels.common.operands import (
     empty_output,
 )
 from calibatt_compiler.kernels.common.uploads import Uploaded, to_device
-from calibatt_compiler.kernels.common.zone_step import ZoneStep
+from calibatt_compiler.kernels.common.zone_step import GpuZones
 from calibatt_compiler.kernels.common.zone_table import zone_table
 from calibatt_compiler.kernels.portable.launch import (
     STRIDES,
@@ -266,7 +265,7 @@ def zone_attention(
     store_rows(o_head, stride_os, first, length_q, acc, total, TILE_M, HEAD_DIM, PADDED_DIM)
 
 
-class ZoneAttention(DeviceKernel):
+class ZoneAttention(GpuZones, DeviceKernel):
     """Block-sparse attention by zones; see `ZoneKernel`.
 
     Args:
@@ -285,6 +284,8 @@ class ZoneAttention(DeviceKernel):
 
     pattern: ZonePattern
 
+    family = "triton"
+
     def __init__(
         self,
         request: KernelRequest[ZonePattern],
@@ -302,32 +303,9 @@ class ZoneAttention(DeviceKernel):
         Uploaded(device).wait()
 
     @property
-    def kind(self) -> str:
-        """What serves."""
-        return "triton-zones" if self.literals is None else "triton-zones-baked"
-
-    def with_literals(self, literals: Any) -> ZoneAttention:
-        """Return the same with literals; it shares the tables and counts the same calls."""
-        found = copy(self)
-        found.literals = literals
-        return found
-
-    @property
     def table_bytes(self) -> int:
         """Bytes of its tables."""
         return self._rows.nbytes + self._runs.nbytes
-
-    @property
-    def repairs(self) -> int:
-        """Calls whose fixed softmax reference failed, and that were computed again.
-
-        Reading it waits for the device.
-        """
-        return int(self._repairs.item())
-
-    def at(self, step: int) -> ZoneStep:
-        """The kernel at a step, as call sites hold kernels."""
-        return ZoneStep(self, step)
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, step: int, scale: float | None = None
