@@ -12,7 +12,8 @@ Every variant is the same module under `torch.compile`; what differs is what ser
 tells what a layer costs without attention. Times are medians of rounds that interleave all
 variants in one process. With `--token-order` our kernels are timed twice more, by a plan of the
 same masks in that order: tokens permuted `once` a forward pass, through all layers, and
-`around` each site. Results are printed and written to OUT/dit_layer.json.
+`around` each site. Results are printed and written to OUT/dit_layer.json; what `--profile` finds to
+OUT/layer_profile.json.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -35,7 +36,7 @@ from attention_cases import SIZES, Case, make_pattern
 from attention_kernels import fa3_function
 from attention_timing import beat, calls
 from diffusers import WanTransformer3DModel
-from layer_profile import profile_call
+from layer_profile import CallProfile, profile_call
 from record import write_record
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -100,6 +101,7 @@ class Row:
     layers: int
     ms: dict[str, float]
     left_out: dict[str, str]
+    profiles: dict[str, CallProfile] = field(default_factory=dict)
 
     def speed_up(self, over: str) -> dict[str, float]:
         """How much faster each variant is than another one, whole layers."""
@@ -293,13 +295,15 @@ def measure(size: str, density: float, options: argparse.Namespace) -> Row:
             if turn:
                 times[name].append(took / options.layers)
     ms = {name: statistics.median(values) for name, values in times.items()}
+    profiles = {}
     if options.profile:
         for variant in chosen:
             with variant.running():
                 found = profile_call(runs[variant.name], on_gpu=on_gpu)
             print(f"  {variant.name}, profiled:\n{found.text(options.layers)}", flush=True)
+            profiles[variant.name] = found
             beat()
-    return Row(size, tokens, pattern.density, options.layers, ms, left_out)
+    return Row(size, tokens, pattern.density, options.layers, ms, left_out, profiles)
 
 
 def wait_for_kernels(variant: Any, name: str, seconds: float = 120.0) -> None:
@@ -386,11 +390,26 @@ def main() -> int:
         rows.append(measure(size, density, options))
         report(rows[-1])
         if options.out is not None:
-            device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-            order = str(options.token_order)
-            path = options.out / "dit_layer.json"
-            write_record(path, device, rows, mask=options.mask, token_order=order)
+            save(rows, options)
     return 0
+
+
+def save(rows: Sequence[Row], options: argparse.Namespace) -> None:
+    """Write what there is so far, profiles into a record of their own."""
+    device = torch.device("cuda" if torch.cuda.is_available() and not options.check else "cpu")
+    settings: dict[str, Any] = {"mask": options.mask, "token_order": str(options.token_order)}
+    settings |= {"check": options.check}
+    times = [{key: value for key, value in vars(row).items() if key != "profiles"} for row in rows]
+    write_record(options.out / "dit_layer.json", device, times, **settings)
+    profiles = [
+        {"size": row.size, "density": row.density, "layers": row.layers, "attention": name}
+        | {"kinds": found.kinds()}
+        | asdict(found)
+        for row in rows
+        for name, found in row.profiles.items()
+    ]
+    if profiles:
+        write_record(options.out / "layer_profile.json", device, profiles, **settings)
 
 
 if __name__ == "__main__":
