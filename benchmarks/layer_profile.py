@@ -14,7 +14,6 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-
 KINDS = {
     "attention": ("attention", "attn", "flash", "fmha", "sdpa", "hopper"),
     "matrix products": ("gemm", "nvjet", "cutlass", "cublas", "matmul", "addmm", "aten::mm"),

@@ -126,10 +126,10 @@ FIGURES = (
 _HEAD = """\
 # Performance
 
-The figures that users ask for. Made from the records in `benchmarks/results` by `make results`; not
-to be edited. Several rows or runs give the least and the greatest. All figures, with what misses its
-aim, are in [benchmarks/RESULTS.md](../benchmarks/RESULTS.md). A date in the place of a figure leads
-to one that was written by hand then and has no record yet.
+The figures that users ask for. Made from the records in `benchmarks/results` by `make results`;
+not to be edited. Several rows or runs give the least and the greatest. All figures, with what
+misses its aim, are in [benchmarks/RESULTS.md](../benchmarks/RESULTS.md). A date in the place of a
+figure leads to one that was written by hand then and has no record yet.
 
 | | figure | measured on |
 |---|---|---|

@@ -203,6 +203,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="a tiny video: shows that it runs")
     options = parser.parse_args()
     steps, changed = (1, CHECK) if options.check else (options.steps, {})
+    options.anchor_rows = 2 if options.check else options.anchor_rows
     config = CalibrationConfig(
         block=(32, 32),
         A=options.A,

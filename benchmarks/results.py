@@ -21,6 +21,7 @@ from pathlib import Path
 import charts
 import performance
 from catalogue import BENCHMARKS, Benchmark, Cells
+from performance import spread
 from record import Run, read_record
 
 from calibatt_compiler.files import write_text
@@ -167,8 +168,9 @@ def table_lines(benchmark: Benchmark, rows: Sequence[Sequence[Cells]]) -> list[s
         words = []
         for column in benchmark.columns:
             values = [each[column.title] for each in cells]
-            words.append(str(values[-1]) if column.key and isinstance(values[-1], str) else
-                         performance.spread([float(value) for value in values], column.digits))  # fmt: skip
+            named = column.key and isinstance(values[-1], str)
+            numbers = [] if named else [float(value) for value in values]
+            words.append(str(values[-1]) if named else spread(numbers, column.digits))
         lines.append(f"| {' | '.join(words)} |")
     return lines
 

@@ -67,16 +67,16 @@ def synthetic(args: argparse.Namespace) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randperm(len(starts), generator=generator)[: args.rows]
     print(f"grid {grid}, blocks of {args.block}, {args.text} text tokens, reaches {REACHES}")
-    rows = []
+    made: list[dict[str, Any]] = []
     for name in orders:
         tokens = TokenOrder.parse(name).tokens(grid)
         ordered = places if tokens is None else places[torch.from_numpy(tokens)]
         found = [density(ordered, reach, starts, rows, args.threshold) for reach in REACHES]
         mean = float(np.mean(found))
         print(f"{name:>10}", *(f"{x:.3f}" for x in found), f"mean {mean:.3f}", flush=True)
-        rows.append({"attention": "synthetic", "text": args.text, "order": name, "density": mean})
-        rows[-1]["by_reach"] = found
-    return rows
+        made.append({"attention": "synthetic", "text": args.text, "order": name, "density": mean})
+        made[-1]["by_reach"] = found
+    return made
 
 
 def model(args: argparse.Namespace) -> list[dict[str, Any]]:

