@@ -6,7 +6,8 @@
     python benchmarks/dit_layer.py --profile --variants fa3 "hopper table" none    where it goes
     python benchmarks/dit_layer.py --check                        no GPU: tiny, times mean nothing
 
-The model has true widths and random weights; all layers share one mask of `attention_cases.py`.
+The model has true widths and random weights; all layers share one mask of `attention_cases.py`,
+or for the variants with `zones` zones of the same density.
 Every variant is the same module under `torch.compile`; what differs is what serves self-attention:
 `stock` is Inductor with SDPA as torch picks it, `cudnn` with cuDNN's, `none` returns zeros, which
 tells what a layer costs without attention. Times are medians of rounds that interleave all
@@ -40,6 +41,7 @@ from layer_profile import CallProfile, profile_call
 from record import write_record
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from zone_cases import make_zones
 
 import calibatt_compiler
 from calibatt_compiler.passes import pipeline
@@ -50,14 +52,16 @@ from calibatt_compiler.plan.order import RASTER, TokenOrder
 TIMESTEP = 500.0
 ONCE = "permuted once a forward pass"
 VARIANTS = ("stock", "cudnn", "fa3", "table", "baked", "hopper table", "hopper exact",
-            "hopper baked", "none")  # fmt: skip
-CHECK_VARIANTS = ("stock", "table", "none")
+            "hopper baked", "zones table", "zones baked", "none")  # fmt: skip
+CHECK_VARIANTS = ("stock", "table", "zones table", "none")
 OURS: dict[str, dict[str, Any]] = {
     "table": {"lowering": "table", "hopper": False},
     "baked": {"lowering": "baked", "hopper": False},
     "hopper table": {"lowering": "table"},
     "hopper exact": {"lowering": "table", "softmax": "exact"},
     "hopper baked": {"lowering": "baked"},
+    "zones table": {"lowering": "table"},
+    "zones baked": {"lowering": "baked"},
 }
 
 
@@ -186,6 +190,11 @@ class Variant:
     around: bool = False
 
     @property
+    def form(self) -> str:
+        """Form of its plan."""
+        return "zones" if self.kind.startswith("zones") else "masks"
+
+    @property
     def name(self) -> str:
         """Shown in results."""
         if self.order == RASTER:
@@ -206,7 +215,7 @@ def variants(kinds: Sequence[str], order: TokenOrder) -> list[Variant]:
     """List all variants to be timed; our kernels in the other order, too, if one is given."""
     found = [Variant(kind) for kind in kinds]
     if order != RASTER:
-        ours = [kind for kind in kinds if kind in OURS]
+        ours = [kind for kind in kinds if kind in OURS and not kind.startswith("zones")]
         found += [Variant(kind, order, around) for kind in ours for around in (False, True)]
     return found
 
@@ -249,17 +258,20 @@ def measure(size: str, density: float, options: argparse.Namespace) -> Row:
         head_dim=scale.head_dim,
         block=(128, 128) if on_gpu else (32, 32),
     )
-    pattern = make_pattern(Case(shape, options.mask, density))
-    site = SitePatterns((pattern,), (0,), scale.head_dim)
+    case = Case(shape, options.mask, density)
+    pattern = make_pattern(case)
     chosen = variants(options.variants, options.token_order)
+    sites = {"masks": SitePatterns((pattern,), (0,), scale.head_dim)}
+    if any(variant.form == "zones" for variant in chosen):
+        sites["zones"] = SitePatterns.of_zones([make_zones(case)], (0,), scale.head_dim)
     plans = {
-        order: Plan.create(
-            {f"blocks.{layer}.attn1": site for layer in range(options.layers)},
+        (form, order): Plan.create(
+            {f"blocks.{layer}.attn1": sites[form] for layer in range(options.layers)},
             grid=scale.grid,
             sampler=Sampler(timesteps=(TIMESTEP,)),
             token_order=order,
         )
-        for order in {variant.order for variant in chosen}
+        for form, order in {(variant.form, variant.order) for variant in chosen}
     }
     arguments = {
         "hidden_states": torch.randn(1, 16, *scale.latent, device=device, dtype=dtype),
@@ -270,7 +282,7 @@ def measure(size: str, density: float, options: argparse.Namespace) -> Row:
     runs: dict[str, Callable[[], Any]] = {}
     left_out: dict[str, str] = {}
     for variant in chosen:
-        served = compiled(model, variant, plans[variant.order], tokens)
+        served = compiled(model, variant, plans[variant.form, variant.order], tokens)
 
         def run(served: Any = served) -> Any:
             return served(**arguments)

@@ -23,7 +23,7 @@ from calibatt_compiler.calibration.observe.recorder import AttentionRecorder
 from calibatt_compiler.calibration.observe.zone_recorder import ZoneRecorder
 from calibatt_compiler.calibration.order_search.search import Surveyor, settled
 from calibatt_compiler.calibration.select.derive import derive_plan
-from calibatt_compiler.calibration.select.zone_plans import derive_zone_plan
+from calibatt_compiler.calibration.select.zones.plans import derive_zone_plan
 from calibatt_compiler.calibration.store import identity
 from calibatt_compiler.calibration.store.energies import EnergyBuffer
 from calibatt_compiler.calibration.store.opening import opened

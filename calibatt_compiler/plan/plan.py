@@ -22,7 +22,6 @@ from calibatt_compiler.errors import PlanError
 from calibatt_compiler.plan import file
 from calibatt_compiler.plan.mask_arguments import check_masks
 from calibatt_compiler.plan.order import RASTER, TokenOrder
-from calibatt_compiler.plan.own_zones import sites_of_octaves
 from calibatt_compiler.plan.pattern import BlockPattern
 from calibatt_compiler.plan.schema import (
     TEXT_POSITIONS,
@@ -38,6 +37,7 @@ from calibatt_compiler.plan.schema import (
 from calibatt_compiler.plan.site import SitePatterns
 from calibatt_compiler.plan.site_records import check_sites, record_of, steps_of
 from calibatt_compiler.plan.text import TextPosition
+from calibatt_compiler.plan.zones.own import sites_of_octaves
 from calibatt_compiler.version import PRODUCER
 
 TIMESTEP_TOLERANCE = 2.0**-8

@@ -29,7 +29,7 @@ from calibatt_compiler.plan.copies import RowCopies
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.sizes import MAX_HEADS, MAX_LENGTH, MAX_ORDERED, MAX_SITES, MAX_STEPS
 from calibatt_compiler.plan.text import TextPosition
-from calibatt_compiler.plan.zone_draw import UNIT
+from calibatt_compiler.plan.zones.drawing import UNIT
 
 SCHEMA_VERSION: Literal[2] = 2
 KNOWN_FEATURES = frozenset(

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from calibatt_compiler.errors import PlanError
-from calibatt_compiler.plan.drawn import DrawnPatterns
 from calibatt_compiler.plan.pattern import BlockPattern
 from calibatt_compiler.plan.stored import (
     PatternOutline,
@@ -15,8 +14,9 @@ from calibatt_compiler.plan.stored import (
     StoredPatterns,
     repetitive_heads,
 )
-from calibatt_compiler.plan.stored_zones import StoredZones
 from calibatt_compiler.plan.zones import ZonePattern
+from calibatt_compiler.plan.zones.drawn import DrawnPatterns
+from calibatt_compiler.plan.zones.stored import StoredZones
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def hopper_attention(
     x 64 columns that are stored of a tile, all slots together.
 
     ZONES: tiles and runs are those of `zone_table`, and a step is drawn from them: draw_phase is
-    its `zone_draw.phase`, blocks `left` to `right` are the keys without text. LITERALS is then None
+    its `drawing.phase`, blocks `left` to `right` are the keys without text. LITERALS is then None
     or a function that gives the word of a run by its number.
     """
     # A stage more for values: PV of a block follows its QK by a block, so they leave later.

@@ -33,8 +33,8 @@ from calibatt_compiler.kernels.portable.launch import on_device
 from calibatt_compiler.kernels.portable.tiles import multiprocessors
 from calibatt_compiler.kernels.request import KernelRequest
 from calibatt_compiler.plan.intervals import sums_before
-from calibatt_compiler.plan.zone_draw import UNIT, phase
 from calibatt_compiler.plan.zones import ZonePattern
+from calibatt_compiler.plan.zones.drawing import UNIT, phase
 
 Order = Literal["starts", "rows"]
 """How the rows of a head follow one another: see `row_order`."""

@@ -41,8 +41,8 @@ from calibatt_compiler.kernels.portable.primitives import (
 )
 from calibatt_compiler.kernels.portable.tiles import TileSettings
 from calibatt_compiler.kernels.request import KernelRequest
-from calibatt_compiler.plan.zone_draw import phase
 from calibatt_compiler.plan.zones import ZonePattern
+from calibatt_compiler.plan.zones.drawing import phase
 
 RUN_TIME_SIZES = ("heads", "query_blocks", "length_q", "length_k", "draw_phase", "left", "right")
 """Integers that must not be specialised: no pattern and no step compiles a kernel of its own."""
@@ -129,7 +129,7 @@ def attend_zones(
     """Attend what the row of zones whose words are at `row_ptr` keeps at a step.
 
     Block number p of a row is the one in which its sum of rates reaches p + 1 wholes: see
-    `plan.zone_draw`. A block of octave k has the weight 2^k, so its scores are k more in units of
+    `drawing`. A block of octave k has the weight 2^k, so its scores are k more in units of
     log2: `maximum` is lowered by k for it instead. Returns the new acc, maximum and total.
     """
     where = tl.load(row_ptr)
@@ -232,7 +232,7 @@ def zone_attention(
     """Attention of TILE_M queries of one head over the key blocks that a step keeps.
 
     q, k, v, o, flag and repairs as for `table_attention`. rows int32 (heads * query_blocks, 4) and
-    runs int32: see `zone_table`. draw_phase: `zone_draw.phase` of the step. Blocks `left` to
+    runs int32: see `zone_table`. draw_phase: `drawing.phase` of the step. Blocks `left` to
     `right` are the keys without text. LITERALS: None, or a generated function that gives the word
     of a run by its number, in the place of `runs`.
     """

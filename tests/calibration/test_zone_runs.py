@@ -22,12 +22,12 @@ from calibatt_compiler.calibration import (
     plan_from_run,
     zone_plan_from_run,
 )
-from calibatt_compiler.calibration.select.zones import group_of
+from calibatt_compiler.calibration.select.zones.site import group_of
 from calibatt_compiler.calibration.store.run_folder import RunStore
 from calibatt_compiler.calibration.store.zone_sums import SQUARE_UNITS, GroupSums, ZoneSums, units
 from calibatt_compiler.errors import CalibrationError, OptionError
 from calibatt_compiler.plan import Plan
-from calibatt_compiler.plan.zone_draw import seed_of
+from calibatt_compiler.plan.zones.drawing import seed_of
 
 TIMESTEPS = (900.0, 700.0, 500.0, 300.0, 100.0)
 CONFIG = CalibrationConfig(

@@ -14,12 +14,12 @@ from calibatt_compiler.calibration.observe.observer import ObservedModel
 from calibatt_compiler.calibration.observe.recorder import BEST, AttentionRecorder
 from calibatt_compiler.calibration.select.repetition_scores import AttentionCall
 from calibatt_compiler.calibration.select.selection import best_share
-from calibatt_compiler.calibration.select.zones import group_of
+from calibatt_compiler.calibration.select.zones.site import group_of
 from calibatt_compiler.calibration.store.energies import EnergyBuffer
 from calibatt_compiler.calibration.store.records import InputRecord, SiteSize
 from calibatt_compiler.calibration.store.zone_sums import GroupSums, ZoneSums, units
 from calibatt_compiler.errors import CalibrationError
-from calibatt_compiler.plan.zone_form import video_blocks
+from calibatt_compiler.plan.zones.form import video_blocks
 
 
 class ZoneRecorder(AttentionRecorder):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from calibatt_compiler.plan.zone_draw import OCTAVES
+from calibatt_compiler.plan.zones.drawing import OCTAVES
 
 Floats = npt.NDArray[np.float64]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from calibatt_compiler.calibration.select.zone_fit import (
+from calibatt_compiler.calibration.select.zones.fit import (
     GROUP_ROWS,
     NUMBER_PRICE,
     SiteFit,
