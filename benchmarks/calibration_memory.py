@@ -1,4 +1,4 @@
-"""Calibrate a layer of a large model on operands that are drawn, and tell which memory that takes.
+"""Which memory calibrating a layer of a large model takes, on operands that are drawn.
 
     python benchmarks/calibration_memory.py --drawn     a layer of Wan 14B at 720p, 50 steps, CPU
     python benchmarks/calibration_memory.py             the same with its attention: needs a GPU
@@ -93,7 +93,7 @@ class DrawnEnergies:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Calibrate, and return what is to be told."""
+    """Calibrate, and return what was measured."""
     device = torch.device("cuda" if torch.cuda.is_available() and not options.drawn else "cpu")
     module = Layers(options, device)
     before, on_gpu = memory_mb("VmRSS"), 0
@@ -126,7 +126,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     blocks = -(-math.prod(options.grid) // options.block)
     masks = options.heads * blocks * -(-blocks // 8) * options.steps * options.layers / 1e6
     host = memory_mb("VmHWM") - before
-    told: dict[str, Any] = {
+    found: dict[str, Any] = {
         "energies": "drawn" if options.drawn else "computed",
         **{name: getattr(options, name) for name in ("layers", "heads", "steps", "inputs")},
         "tokens": math.prod(options.grid),
@@ -142,9 +142,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         + masks * (LAYERS / options.layers - 1),
     }
     if device.type == "cuda":
-        told["GPU memory before MB"] = on_gpu / 1e6
-        told["GPU memory beyond that MB"] = (torch.cuda.max_memory_allocated() - on_gpu) / 1e6
-    return told
+        found["GPU memory before MB"] = on_gpu / 1e6
+        found["GPU memory beyond that MB"] = (torch.cuda.max_memory_allocated() - on_gpu) / 1e6
+    return found
 
 
 def main() -> None:
@@ -164,13 +164,13 @@ def main() -> None:
     options.grid, options.block = (21, 45, 80), 128
     if options.small:
         options.grid, options.block, options.heads, options.steps = (2, 9, 16), 32, 2, 3
-    told = measure(options)
+    found = measure(options)
     if options.out is not None:
         on_gpu = torch.cuda.is_available() and not options.drawn
         device = torch.device("cuda" if on_gpu else "cpu")
         path = options.out / "calibration_memory.json"
-        write_record(path, device, [told], check=options.small)
-    for name, value in told.items():
+        write_record(path, device, [found], check=options.small)
+    for name, value in found.items():
         print(f"{name:44} {value:.4g}" if isinstance(value, float) else f"{name:44} {value}")
 
 

@@ -262,7 +262,7 @@ BENCHMARKS = (
     ),
     Benchmark(
         "repetition",
-        "Which heads of the demo's model are repetitive, and what does sharing their rows cost? "
+        "Which heads of the demo's model are row-shared, and what does sharing their rows cost? "
         "Shares are of all heads and steps.",
         "python benchmarks/repetition.py --out results",
         (*key("gamma", digits=2), Column("alike", 3), Column("no larger error", 3),

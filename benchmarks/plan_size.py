@@ -1,4 +1,4 @@
-"""Make a plan of a large model from synthetic masks, write it, open it, and tell what that takes.
+"""How large the plan of a large model is, and what making, writing and opening it takes.
 
     python benchmarks/plan_size.py                     Wan 14B at 720p, 50 steps: some minutes
     python benchmarks/plan_size.py --sites 2           two of its sites, the file's size scaled up
@@ -45,7 +45,7 @@ def site(video: Video, seed: int, steps: int, ragged: float, jitter: float) -> S
 
 
 def make(options: argparse.Namespace, video: Video, path: Path) -> dict[str, object]:
-    """Make a plan and write it; return what is to be told."""
+    """Make a plan and write it; return what was measured."""
     sites = {}
     start = time.perf_counter()
     for index in range(options.sites):
@@ -83,7 +83,7 @@ def make(options: argparse.Namespace, video: Video, path: Path) -> dict[str, obj
 
 
 def open_plan(path: Path) -> dict[str, object]:
-    """Open a plan and use it as a run of the sampler does; return what is to be told."""
+    """Open a plan and use it as a run of the sampler does; return what was measured."""
     before = _anonymous_mb()
     start = time.perf_counter()
     plan = Plan.load(path)
@@ -181,25 +181,25 @@ def main() -> None:
         video, options.sites, options.steps = SMALL, 3, 6
     with tempfile.TemporaryDirectory() as folder:
         path = options.keep or Path(folder) / "plan.calibatt"
-        told = make(options, video, path)
+        found = make(options, video, path)
         command = [sys.executable, __file__, "--open", str(path)]
         done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ)
     opened = json.loads(done.stdout)
-    assert opened["digest"] == told["digest"]
-    told.update(opened)
+    assert opened["digest"] == found["digest"]
+    found.update(opened)
     if not options.small:
-        told["file MB at 40 sites"] = 40 / options.sites * float(str(told["file MB"]))
+        found["file MB at 40 sites"] = 40 / options.sites * float(str(found["file MB"]))
     if options.out is not None:
         settings = {name: getattr(options, name) for name in ("ragged", "jitter", "seed")}
         write_record(
             options.out / "plan_size.json",
             torch.device("cpu"),
-            [told],
+            [found],
             check=options.small,
             **settings,
         )
     print(file=sys.stderr)
-    for name, value in told.items():
+    for name, value in found.items():
         print(f"{name:40} {value:.4g}" if isinstance(value, float) else f"{name:40} {value}")
 
 

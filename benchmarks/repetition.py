@@ -1,4 +1,4 @@
-"""Which heads of a video model are repetitive, and what copying their rows costs.
+"""Which heads of a video model are row-shared, and what copying their rows costs.
 
     python benchmarks/repetition.py --out results         the demo's model, two minutes on a CPU
     python benchmarks/repetition.py --check               a tiny video: shows that it runs
@@ -38,7 +38,7 @@ from calibatt_compiler.calibration.select.repetition_scores import (
 from calibatt_compiler.calibration.select.selection import select
 from calibatt_compiler.calibration.store.records import SiteSize
 from calibatt_compiler.kernels.common.row_similarity import FRAMES, row_similarity
-from calibatt_compiler.plan.copies import RowCopies
+from calibatt_compiler.plan.copies import AnchorRows
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "tiny_wan"
 GAMMAS = (0.95, 0.9, 0.87, 0.8, 0.7, 0.6, 0.5)
@@ -106,7 +106,7 @@ class ScoreObserver(EnergyObserver):
         size: SiteSize,
         energy: Tensor,
         call: AttentionCall,
-        copies: RowCopies,
+        copies: AnchorRows,
         threshold: float,
     ) -> tuple[npt.NDArray[np.float32], Tensor]:
         mask, kept = select(
@@ -185,8 +185,8 @@ def show(figures: Figures) -> None:
     for of, base in (*((n, 2) for n in (0, 1, 3, 4)), *((n, 3) for n in (0, 1, 2, 4))):
         error, dropped = others[base, 2:]
         counted = (dropped > 1e-6) & (others[of, 2] > 1e-9)
-        told = error * (others[of, 3] / np.maximum(dropped, 1e-6)) ** GROWTH
-        quantiles = np.quantile(told[counted] / others[of, 2][counted], (0.05, 0.5, 0.95))
+        predicted = error * (others[of, 3] / np.maximum(dropped, 1e-6)) ** GROWTH
+        quantiles = np.quantile(predicted[counted] / others[of, 2][counted], (0.05, 0.5, 0.95))
         print(
             f"{THRESHOLDS[of]:.2f} from {THRESHOLDS[base]:.2f}", *(f"{x:6.2f}" for x in quantiles)
         )

@@ -19,7 +19,7 @@ ORACLE, ROUTER, RANDOM = "oracle", "router", "random"
 TITLES = {
     OURS: "calibrated plan (ours)",
     ORDERED: "calibrated plan in token order {order} (ours)",
-    REPEATED: "calibrated, with repetitive heads (ours)",
+    REPEATED: "calibrated, with row-shared heads (ours)",
     SAMPLED: "calibrated, weighted sample (ours)",
     POOLED: "calibrated, 4 pooled keys a dropped block (ours)",
     ZONES: "octave zones (ours)",
