@@ -151,7 +151,7 @@ class Observer(ABC):
         reference = None if self.reference is None else self.reference.fixed_by
         for before in (self._layout_of(run), reference):
             if before is not None and (what := before.contradicts(now)):
-                raise _another_size(run, "tokens laid out as in the calls before", what)
+                raise _another_size(run, "the token layout of the calls before", what)
 
     def _layout_of(self, run: InputObservation) -> FixedBy | None:
         """Return what fixed the tokens of an input so far."""
@@ -169,7 +169,7 @@ class Observer(ABC):
     ) -> Tensor:
         """Compute dense attention and, where the call counts, observe it.
 
-        Shapes as in `calibatt_compiler.capture.Recorder`.
+        Shapes: see `calibatt_compiler.capture.Recorder`.
 
         Raises:
             CalibrationError: sizes or timesteps that don't fit the run, or attention that is not

@@ -40,8 +40,8 @@ def read_inputs(
     """Return the seed of each input, and its arguments that are not those of all inputs.
 
     Args:
-        prompts: as in `calibrate`.
-        seeds: as in `calibrate`.
+        prompts: see `calibrate`.
+        seeds: see `calibrate`.
         arguments: of the pipeline, common to all inputs.
         pipe: the pipeline, whose call must know each argument; None if it is not at hand.
 

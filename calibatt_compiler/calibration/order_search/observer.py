@@ -58,7 +58,7 @@ class SurveyObserver(Observer):
         )
 
     def begin(self, name: str, about: Mapping[str, Any], samples: int | None) -> None:
-        """Start an input; arguments as in `Observer.begin`."""
+        """Start an input; arguments: see `Observer.begin`."""
         super().begin(name, about, samples)
         self._calls.clear()
 
@@ -67,7 +67,7 @@ class SurveyObserver(Observer):
     ) -> Tensor:
         """Compute dense attention and, at a surveyed step, measure each order.
 
-        Shapes as in `calibatt_compiler.capture.Recorder`.
+        Shapes: see `calibatt_compiler.capture.Recorder`.
 
         Raises:
             CalibrationError: sizes that don't fit the run, or attention that is not finite.
