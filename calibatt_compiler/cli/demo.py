@@ -24,7 +24,7 @@ EXAMPLE = Path("examples") / "tiny_wan"
 BLOCK = 32
 A, RHO, POWER = 0.80, 0.5, 1.0
 """The demo's plan is a weighted sample of as many blocks as hold this share of attention at every
-step, the first one included. What was chosen otherwise is in benchmarks/RESULTS.md."""
+step, the first one included. What was chosen otherwise is in benchmarks/results/2026-11-27.md."""
 CURVE = (0.90, 0.70)
 """Other values of A, selected from the same recording, for the curve."""
 CPU_CALIBRATION, CPU_HELD_OUT = 8, 3

@@ -42,7 +42,7 @@ class PlanCoordinates:
         self._plan = plan
 
     def read(self, name: str, coordinates: Tensor) -> Tensor | None:
-        """As in `CoordinatesReader`."""
+        """See `CoordinatesReader`."""
         plan = self._plan
         placed = video_part(name, coordinates, math.prod(plan.grid), plan.text_position)
         if placed is None:
@@ -73,7 +73,7 @@ class RecordingCoordinates:
         self._record = record
 
     def read(self, name: str, coordinates: Tensor) -> Tensor | None:
-        """As in `CoordinatesReader`; nothing is compared."""
+        """See `CoordinatesReader`; nothing is compared."""
         self._record(name, coordinates)
         return None
 
