@@ -67,7 +67,7 @@ def baked_attention(
 ) -> TieredKernel:
     """Return block-sparse attention by a generated kernel, by tables until that is compiled.
 
-    Arguments as in `BakedTier` and `TieredKernel`.
+    Arguments: see `BakedTier` and `TieredKernel`.
     """
     baked = BakedTier(request, target, limits=limits, compiler=compiler)
     return TieredKernel([baked, Tier(lambda: baked.table)], reason)
@@ -204,7 +204,7 @@ class BakedTier(Tier[AttentionKernel]):
 
 
 class _GeneratedKernel(DeviceKernel):
-    """A launch of one generated kernel; where its fixed reference overflows, the table repairs."""
+    """A launch of one generated kernel; where its fixed shift overflows, the table repairs."""
 
     kind = "triton-baked"
 

@@ -12,7 +12,7 @@ from calibatt_compiler.kernels.hopper.launch import HopperConfig
 class HopperLiterals(HopperAttention):
     """The same with key blocks as literals in generated source; gives the same bits.
 
-    Where its fixed reference overflows, the tables repair: a repair is rare, and a launch that ends
+    Where its fixed shift overflows, the tables repair: a repair is rare, and a launch that ends
     at once need not be compiled for each pattern.
 
     Args:

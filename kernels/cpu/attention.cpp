@@ -74,7 +74,7 @@ inline int64_t token_at(const int32_t* tokens, int64_t position) {
   return tokens ? tokens[position] : position;
 }
 
-// Which queries the rows of a head are. A repetitive head has `count` rows, at the positions
+// Which queries the rows of a head are. A row-shared head has `count` rows, at the positions
 // `computed`; the output of each goes to its `targets`, (slots, count), up to a negative one.
 struct HeadRows {
   int64_t count;

@@ -159,7 +159,7 @@ def attend(
         tables: order, offsets, starts, ends, log weights, octaves.
         pooled: mean keys a dropped block.
         bits: kept blocks; with `pooled`.
-        copies: of repetitive heads, or None.
+        copies: of row-shared heads, or None.
         copy_sizes: their rows and slots.
     """
     q, k, v = operands

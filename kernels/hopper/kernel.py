@@ -4,7 +4,7 @@ Two consumer warpgroups compute (`hopper_consumer`), one warp loads through a ri
 and one stores (`hopper_transport`). Each program walks its own list of tiles, made on the host
 (`hopper_schedule`). A tile is one query block of 128 rows of one head; tensors are read and written
 in place through four-dimensional TMA descriptors, which also fill what lies past the end with
-zeros and drop what is written there. Only rows of repetitive heads are gathered and scattered one
+zeros and drop what is written there. Only rows of row-shared heads are gathered and scattered one
 by one, by the same two warps (COPIES).
 
     softmax(scale * q k^T) v    over the key blocks that a tile's row keeps
@@ -32,7 +32,7 @@ from calibatt_compiler.kernels.hopper.primitives import (
 from calibatt_compiler.kernels.hopper.transport import producer, storer
 
 COPY_SIZES = ("q_batch", "q_head", "q_token", "computed_rows", "stores")
-"""Integers that only patterns with repetitive heads have; None elsewhere."""
+"""Integers that only patterns with row-shared heads have; None elsewhere."""
 RUN_TIME_SIZES = ("batches", "heads", "tiles", "query_blocks", "length_q", "length_k")
 """Integers that must not be specialised: no pattern compiles a kernel of its own."""
 
@@ -61,7 +61,7 @@ def hopper_attention(
     query's sum of exponentials over the key block at each position of its tile. LITERALS: None, or
     a function that gives the key blocks of a row as literals, in RUNS intervals.
 
-    COPIES: tiles whose last word is negative are of repetitive heads. Their row i is the token
+    COPIES: tiles whose last word is negative are of row-shared heads. Their row i is the token
     `computed[i]`, int32 (computed_rows), and its output goes to those of the tokens
     `targets[:, i]`, int32 (slots, computed_rows), that are not below 0; computed_rows is a multiple
     of 128. lse holds such a head row by row. TMA can't gather rows, so q and o come as pointers,
@@ -155,7 +155,7 @@ def hopper_counts(
 ):  # fmt: skip
     """Count the key blocks of each tile that hold valid keys: counts int32 (B + 1, T).
 
-    Packed as in `tile_count`; the row past the last batch item repeats it. A tile without any
+    Packed for `tile_count`; the row past the last batch item repeats it. A tile without any
     valid key has count 0 and its first block masked. Grid: (tiles / TILES, batches + 1).
     """
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])

@@ -34,7 +34,7 @@ COPY_NAMES = (
     "q_ptr", "o_ptr", "q_batch", "q_head", "q_token",
     "computed_ptr", "targets_ptr", "computed_rows", "stores",
 )  # fmt: skip
-"""Arguments that only patterns with repetitive heads have."""
+"""Arguments that only patterns with row-shared heads have."""
 
 ZONE_SIZES = ("draw_phase", "left", "right")
 """Integers that only zones have; None elsewhere."""
@@ -56,13 +56,13 @@ class HopperConfig:
         block_n: keys a block: 64 or 128.
         head_dim: 64 or 128.
         dtype: bfloat16 or float16.
-        fixed: fixed softmax reference with a repair launch, else exact online softmax.
+        fixed: fixed softmax shift with a repair launch, else exact online softmax.
         ragged: the last key block is not whole.
         weighted: blocks of the pattern have weights.
         lse: the log-sum-exp is written.
         lengths: each batch item has a number of valid keys.
         energy: the sums of each query and key block are written.
-        copies: some heads are repetitive.
+        copies: some heads are row-shared.
         zones: tiles and runs are those of zones, a step is drawn from them.
     """
 
@@ -134,7 +134,7 @@ def hopper_config(
     """The configuration that serves a pattern, without optional operands.
 
     Raises:
-        KernelError: a fixed reference for a dtype whose range is too small.
+        KernelError: a fixed shift for a dtype whose range is too small.
     """
     fixed = fixed_reference(dtype, softmax)
     ragged = pattern.key_length % pattern.block_n != 0
@@ -195,8 +195,8 @@ class Tables:
         starts: int32 (programs + 1).
         runs: int32 (runs + 1).
         codes: of the weights of blocks, see `hopper_schedule.BlockCodes`; None without weights.
-        code_starts: likewise.
-        copies: what repetitive heads compute and copy, filled up to whole tiles, or None.
+        code_starts: see `hopper_schedule.BlockCodes`; None without weights.
+        copies: what row-shared heads compute and copy, filled up to whole tiles, or None.
         uploaded: behind their copies.
     """
 
@@ -241,7 +241,7 @@ class State:
     """What one call leaves behind on the device.
 
     Attributes:
-        flag: int32 (1), set where the fixed reference failed.
+        flag: int32 (1), set where the fixed shift failed.
         repairs: int32 (1), repairs so far.
     """
 
@@ -303,7 +303,7 @@ def arguments(
 
 
 def copy_arguments(q: Tensor, out: Tensor, copies: DeviceCopies | None) -> dict[str, Any]:
-    """Arguments that only patterns with repetitive heads have.
+    """Arguments that only patterns with row-shared heads have.
 
     Args:
         q: (B, H, Sq, D), readable by TMA.

@@ -46,7 +46,7 @@ def gather_queries(
     q_ptr, q_batch, q_head, q_token, computed_ptr, computed_rows, q_tiles, q_empty, batch, where,
     turn,
 ):  # fmt: skip
-    """Start copies of the queries that a repetitive head computes; see `queries_landed`.
+    """Start copies of the queries that a row-shared head computes; see `queries_landed`.
 
     TMA can't gather, and copies through registers would each wait for memory. Strides count 8
     elements: so the compiler knows that rows are aligned.
@@ -125,7 +125,7 @@ def producer(  # noqa: PLR0912, PLR0915  one loop, read from top to bottom
         blocks = low(count)
         copied: gl.constexpr = False
         if COPIES:
-            # The sign marks repetitive heads.
+            # The sign marks row-shared heads.
             copied = offset < 0
             offset = offset & 0x7FFFFFFF
         if LITERALS is None and not ZONES:
@@ -199,7 +199,7 @@ def scatter_output(
     o_ptr, targets_ptr, computed_rows, stores, q_tiles, q_empty, staged, batch, where, heads,
     length_q, turn,
 ):  # fmt: skip
-    """Store each row of a repetitive head to all tokens that take it, then give the slots back."""
+    """Store each row of a row-shared head to all tokens that take it, then give the slots back."""
     layout: gl.constexpr = gl.BlockedLayout([2, 8], [4, 8], [1, 1], [1, 0])
     strips: gl.constexpr = q_tiles.shape[4] // 64
     for part in gl.static_range(2):

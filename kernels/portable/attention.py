@@ -307,7 +307,7 @@ class TableAttention(DeviceKernel):
 
     @property
     def repairs(self) -> int:
-        """Calls whose fixed softmax reference failed, and that were computed again.
+        """Calls whose fixed softmax shift failed, and that were computed again.
 
         Reading it waits for the device.
         """

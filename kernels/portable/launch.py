@@ -33,7 +33,7 @@ class LaunchConfig:
         constexprs: the kernel's compile-time arguments by name.
         options: Triton's own launch options.
         settings: the tiles they are made from.
-        softmax: "exact": the running maximum; "fixed": a fixed reference and a flag; "repair": the
+        softmax: "exact": the running maximum; "fixed": a fixed shift and a flag; "repair": the
             running maximum, if the flag is set.
         descriptors: keys and values are passed as TMA descriptors.
     """
@@ -45,7 +45,7 @@ class LaunchConfig:
     descriptors: bool = False
 
     def repair(self) -> LaunchConfig:
-        """Of the launch behind one with a fixed reference."""
+        """Of the launch behind one with a fixed shift."""
         return replace(self, constexprs={**self.constexprs, "FIXED": False}, softmax="repair")
 
 
@@ -66,10 +66,10 @@ def launch_config(
         dtype: float16, bfloat16 or float32.
         head_dim: elements a head.
         settings: tiles to use instead of the table's, which must divide the blocks.
-        softmax: "auto" takes a fixed reference where `fixed_reference` allows it.
+        softmax: "auto" takes a fixed shift where `fixed_reference` allows it.
 
     Raises:
-        KernelError: dtype or head_dim that no portable kernel takes, or a fixed reference that is
+        KernelError: dtype or head_dim that no portable kernel takes, or a fixed shift that is
             insisted on where there is none.
     """
     check_dtype(dtype)
@@ -88,7 +88,7 @@ def launch_config(
 
 
 def fixed_reference(dtype: torch.dtype, softmax: Softmax) -> bool:
-    """Whether the softmax takes a fixed reference, with a repair behind it.
+    """Whether the softmax takes a fixed shift, with a repair behind it.
 
     It asks for the range of float32, which float16 lacks. "auto" leaves float32 itself exact: its
     products take no tensor core, so little would be gained.
@@ -254,7 +254,7 @@ class DeviceKernel:
         )
 
     def flag(self) -> Tensor | None:
-        """A flag for one call whose softmax has a fixed reference, else None.
+        """A flag for one call whose softmax has a fixed shift, else None.
 
         One a call: calls on other streams have theirs, and a graph replays its zero.
         """
