@@ -39,7 +39,7 @@ class Tokens:
     first: Size = 0
 
     def agrees(self, other: State) -> bool:
-        """Whether another value is permuted likewise."""
+        """Whether another value is permuted in the same way."""
         return isinstance(other, Tokens) and self.dim == other.dim and same(self.first, other.first)
 
 

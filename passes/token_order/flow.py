@@ -8,7 +8,7 @@ enters; where it must enter beside the video itself, the rules say (`Meeting`).
 
 Operators that write into a tensor are covered, as a permutation maps the places of a tensor one to
 one, those of its views too. But what is permuted at an entry or for an exit is a copy: into the
-memory of such a value nothing may be written afterwards. (Views are told by the memory of the fake
+memory of such a value nothing may be written afterwards. (Views are known by the memory of the fake
 tensors that Dynamo leaves with its nodes.)
 """
 

@@ -101,7 +101,7 @@ def _around(site: SdpaCall, video: int) -> int:
 
 
 def _numbers(*sizes: Size) -> int:
-    """Multiply sizes, those that may change as in the call that was captured."""
+    """Multiply sizes, those that may change with their values in the captured call."""
     return math.prod(size if isinstance(size, int) else size.node.hint or 1 for size in sizes)
 
 
