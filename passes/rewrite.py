@@ -126,7 +126,7 @@ class Binder(Protocol):
 
 @dataclass(frozen=True)
 class Rewrite:
-    """State between passes.
+    """TokenState between passes.
 
     Attributes:
         gm: the outer graph, rewritten in place.
