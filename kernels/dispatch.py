@@ -43,7 +43,7 @@ repair (61 microseconds of the host, measured beside an H100) outweighs what it 
 
 DENSE_FROM = 1 << 14
 """Keys from which on the Hopper kernel serves dense attention too: there a GPU is far from waiting
-for its host, and it was 1.27 times as fast as cuDNN's kernel at twice that (`benchmarks/results/2026-11-27.md`)."""
+for its host, and it was 1.27 times as fast as cuDNN's kernel at twice that."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
-"""How the portable kernels are called: operands, strides, constexprs. One place, so that a kernel
-compiled ahead of time has exactly the signature that the launch asks for.
+"""How the portable kernels are called: operands, strides, constexprs.
+
+One place for it: a kernel compiled ahead of time has the signature that the launch asks for.
 """
 
 from __future__ import annotations
