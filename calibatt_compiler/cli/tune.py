@@ -1,4 +1,4 @@
-"""`calibatt tune`."""
+"""The command `calibatt tune`: searches thresholds for a speed-up or a fidelity."""
 
 from __future__ import annotations
 

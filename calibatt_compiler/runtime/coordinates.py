@@ -1,4 +1,4 @@
-"""Are the tokens of a forward pass where the plan's are? Asked once a pass, on their device."""
+"""Compares, once a forward pass and on the device, where tokens stand with where the plan's do."""
 
 from __future__ import annotations
 

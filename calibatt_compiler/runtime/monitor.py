@@ -1,4 +1,4 @@
-"""Does the plan still fit? A few queries of a few calls are attended densely, and compared."""
+"""Monitors whether the plan still fits: a few queries are attended densely, and compared."""
 
 from __future__ import annotations
 

@@ -333,7 +333,7 @@ def test_a_form_without_a_plan_is_left_out(
         return frames
 
     monkeypatch.setattr(module.Study, "_video", served)
-    monkeypatch.setattr(module, "make", lambda name, bench: type("Method", (), {})())
+    monkeypatch.setattr(module, "make", lambda name, inputs: type("Method", (), {})())
     setting = Setting(
         arguments={**tiny_wan_arguments, "num_inference_steps": 2},
         calibration=[Case("a big rabbit", 1)],

@@ -14,7 +14,11 @@ from torch import Tensor
 
 from calibatt_compiler.calibration.config import CalibrationConfig
 from calibatt_compiler.calibration.observe.attach import observed
-from calibatt_compiler.calibration.observe.observation import Branch, InputObservation, Schedule
+from calibatt_compiler.calibration.observe.observation import (
+    Branch,
+    InputObservation,
+    SamplerSchedule,
+)
 from calibatt_compiler.calibration.observe.repeated_samples import CallSamples
 from calibatt_compiler.calibration.select.repetition_scores import AttentionCall
 from calibatt_compiler.calibration.store.records import InputRecord, SiteSize
@@ -44,7 +48,7 @@ class ObservedModel:
 
     module: torch.nn.Module
     config: CalibrationConfig
-    schedule: Callable[[], Schedule | None] = lambda: None
+    schedule: Callable[[], SamplerSchedule | None] = lambda: None
     on_step: Callable[[int, int | None], None] = lambda step, steps: None
 
     @property

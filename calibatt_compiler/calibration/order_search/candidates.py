@@ -64,9 +64,9 @@ def choose(density: Mapping[str, float], error: Mapping[str, float]) -> str:
       1.1 ms of a GPU with 2.5 TB/s, where a dense call takes some 40 ms and 40 % of it 16 ms. So
       7 % of the blocks only pay for it; longer videos need less, the CPU kernel nothing;
     - it has no larger output error than raster's where both keep as many blocks, by masks of
-      another input. Compact blocks hold more attention of the input that they are chosen on, but what
-      they hold differs more between inputs than what thin rows hold, and what they drop is all
-      far off. On `examples/tiny_wan`, of orders that keep the most attention some have a larger
+      another input. Compact blocks hold more attention of the input that they are chosen on, but
+      what they hold differs more between inputs than what thin rows hold, and what they drop is
+      all far off. On `examples/tiny_wan`, of orders that keep the most attention some have a larger
       error than raster order on prompts other than those calibrated on.
 
     Args:

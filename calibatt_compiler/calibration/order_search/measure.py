@@ -48,7 +48,7 @@ class SampledMasks:
 
 
 @dataclass(frozen=True)
-class Call:
+class SurveyCall:
     """The samples of one attention call that count.
 
     Attributes:
@@ -77,7 +77,9 @@ class Call:
     video: int
     text: TextPosition | None
 
-    def ordered(self, of_queries: Rearrangement | None, of_keys: Rearrangement | None) -> Call:
+    def ordered(
+        self, of_queries: Rearrangement | None, of_keys: Rearrangement | None
+    ) -> SurveyCall:
         """Return the same call with its tokens in another order."""
 
         def lay(x: Tensor, order: Rearrangement | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Validation: does a plan keep on other inputs what it kept on those that it was made from?"""
+"""Validation: compares what a plan keeps on other inputs with what it was to keep."""
 
 from __future__ import annotations
 
