@@ -1,4 +1,4 @@
-"""Where the time of one call goes: kernels by name, and how long the device waits.
+"""Where the time of one call goes: kernels by name and kind, and how long the device waits.
 
 `dit_layer.py --profile --out OUT` writes what it finds of a layer to OUT/layer_profile.json.
 """

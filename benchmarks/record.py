@@ -37,7 +37,8 @@ class Run:
         command: as it was called.
         rows: what was found, one dict a case.
         settings: what all rows have in common. `check=True`: a tiny run that shows that the script
-            works; its figures mean nothing and are not kept.
+            works; its figures mean nothing and are not kept. `load`: processes that wanted a
+            processor in the last 15 minutes, which tells how far to trust times of a CPU.
     """
 
     benchmark: str
@@ -73,7 +74,7 @@ def write_record(
         _versions(),
         " ".join(["python", os.path.relpath(sys.argv[0]), *map(_without_folder, sys.argv[1:])]),
         [asdict(row) if is_dataclass(row) else dict(row) for row in rows],  # type: ignore[arg-type]
-        settings,
+        {"load": round(os.getloadavg()[2], 1), **settings},
     )
     write_text(path, json.dumps(asdict(run), indent=1) + "\n")
 

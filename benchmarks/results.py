@@ -129,7 +129,8 @@ def section(benchmark: Benchmark, devices: Sequence[Sequence[Run]]) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in newest.versions.items())
         dates = sorted({run.date for run in runs})
         when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-        lines.append(f"**{newest.device}**, {when}, {plural(len(runs), 'run')}, {versions}.\n")
+        about = f"{when}, {plural(len(runs), 'run')}, {versions}.{busy(runs)}"
+        lines.append(f"**{newest.device}**, {about}\n")
         table = rows_of(benchmark, runs)
         lines += [*table_lines(benchmark, table), ""]
         for aim in benchmark.aims:
@@ -144,6 +145,14 @@ def section(benchmark: Benchmark, devices: Sequence[Sequence[Run]]) -> str:
         lines.append(f"![{benchmark.name}](results/{benchmark.name}/{PICTURE})\n")
     lines.append(f"    {benchmark.command}\n")
     return "\n".join(lines)
+
+
+def busy(runs: Sequence[Run]) -> str:
+    """Say how busy a CPU was beside the benchmark, where that is known."""
+    loads = [run.settings["load"] for run in runs if "load" in run.settings]
+    if not loads or "threads" not in runs[0].device:
+        return ""
+    return f" Processes that wanted a processor meanwhile: {spread(loads, 1)}."
 
 
 def rows_of(benchmark: Benchmark, runs: Sequence[Run]) -> list[list[Cells]]:
