@@ -38,8 +38,8 @@ OLDEST = 80
 CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 FIXED_FROM = 8192
-"""Keys from which on a fixed softmax shift is asked for. On short sequences the launch of its
-repair (61 microseconds of the host, measured beside an H100) outweighs what it saves."""
+"""Keys from which on a fixed softmax shift is asked for. On short sequences the launch that
+recomputes (61 microseconds of the host, measured beside an H100) outweighs what it saves."""
 
 DENSE_FROM = 1 << 14
 """Keys from which on the Hopper kernel serves dense attention too: there a GPU is far from waiting

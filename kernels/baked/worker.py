@@ -115,7 +115,7 @@ def _prepare(job: dict[str, Any]) -> tuple[SourceEntry, Variants, float]:
 
 
 def _portable_variants(entry: CacheEntry, pattern: BlockPattern, job: dict[str, Any]) -> Variants:
-    """The kernel of a portable entry and, with a fixed shift, the one that repairs."""
+    """The kernel of a portable entry and, with a fixed shift, the one that recomputes."""
     dtype, head_dim, copies = getattr(torch, job["dtype"]), job["head_dim"], pattern.repetitive
     arch: int = job["arch"]
     config = launch_config(
@@ -142,7 +142,7 @@ def _portable_variants(entry: CacheEntry, pattern: BlockPattern, job: dict[str, 
 
 
 def _hopper_variants(entry: CacheEntry, pattern: BlockPattern, job: dict[str, Any]) -> Variants:
-    """The kernels of a Hopper entry: with a fixed shift, also the one that repairs."""
+    """The kernels of a Hopper entry: with a fixed shift, also the one that recomputes."""
     config = hopper_config(
         pattern,
         dtype=getattr(torch, job["dtype"]),

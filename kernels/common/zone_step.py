@@ -99,7 +99,7 @@ class ZoneStep:
 
 
 class GpuZones:
-    """What the GPU kernels of zones have in common: two sources of runs, repairs, steps.
+    """What the GPU kernels of zones have in common: two sources of runs, recomputed calls, steps.
 
     Attributes:
         family: begins the names of their kinds.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from calibatt_compiler.kernels.common.row_copies import DeviceCopies
 from calibatt_compiler.kernels.common.uploads import Uploaded
-from calibatt_compiler.kernels.portable.launch import fixed_reference, positive_scale
+from calibatt_compiler.kernels.portable.launch import fixed_shift, positive_scale
 from calibatt_compiler.kernels.request import Softmax
 from calibatt_compiler.plan.pattern import BlockPattern
 from calibatt_compiler.plan.zones import ZonePattern
@@ -136,7 +136,7 @@ def hopper_config(
     Raises:
         KernelError: a fixed shift for a dtype whose range is too small.
     """
-    fixed = fixed_reference(dtype, softmax)
+    fixed = fixed_shift(dtype, softmax)
     ragged = pattern.key_length % pattern.block_n != 0
     if isinstance(pattern, ZonePattern):
         return HopperConfig(pattern.block_n, head_dim, dtype, fixed, ragged, zones=True)

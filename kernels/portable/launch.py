@@ -67,7 +67,7 @@ def launch_config(
         dtype: float16, bfloat16 or float32.
         head_dim: elements a head.
         settings: tiles to use instead of the table's, which must divide the blocks.
-        softmax: "auto" takes a fixed shift where `fixed_reference` allows it.
+        softmax: "auto" takes a fixed shift where `fixed_shift` allows it.
 
     Raises:
         KernelError: dtype or head_dim that no portable kernel takes, or a fixed shift that is
@@ -77,7 +77,7 @@ def launch_config(
     tiles = settings or tile_settings(pattern, arch=arch, dtype=dtype, head_dim=head_dim)
     blocks = {"ROW_TILES": pattern.block_m // tiles.m, "KEY_TILES": pattern.block_n // tiles.n}
     config = tiled_config(tiles, blocks, pattern.key_length, dtype=dtype, head_dim=head_dim)
-    fixed = fixed_reference(dtype, softmax)
+    fixed = fixed_shift(dtype, softmax)
     # TMA wants tokens that are aligned to 16 bytes.
     descriptors = tiles.descriptors and config.constexprs["ALIGN"] != 1
     return replace(
@@ -88,8 +88,8 @@ def launch_config(
     )
 
 
-def fixed_reference(dtype: torch.dtype, softmax: Softmax) -> bool:
-    """Whether the softmax takes a fixed shift, with a repair behind it.
+def fixed_shift(dtype: torch.dtype, softmax: Softmax) -> bool:
+    """Whether the softmax takes a fixed shift, with a launch that recomputes behind it.
 
     It asks for the range of float32, which float16 lacks. "auto" leaves float32 itself exact: its
     products take no tensor core, so little would be gained.

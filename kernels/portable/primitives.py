@@ -294,7 +294,7 @@ def attend_tile(
 def flag_overflow(flag_ptr, acc, total):
     """Set the flag unless every row sum (M,) is in range and all of acc (M, D) is finite.
 
-    Below 2^-60 or above 2^120 a fixed softmax shift is not trusted: the call is repaired.
+    Below 2^-60 or above 2^120 a fixed softmax shift is not trusted: the call is recomputed.
     """
     # 0 for what is finite, else NaN, which no comparison holds for.
     check = total + tl.sum(acc * 0.0, 1)

@@ -351,7 +351,7 @@ class ZoneAttention(GpuZones, DeviceKernel):
                     draw_phase=phase(step, zones.seed),
                     **self._edges,
                     REPAIR=repair,
-                    # A repair is rare, and its launch need not be compiled for each pattern.
+                    # Recomputing is rare, and its launch need not be compiled for each pattern.
                     LITERALS=None if repair else self.literals,
                     **config.constexprs,
                     **config.options,
