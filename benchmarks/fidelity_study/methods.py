@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fidelity_study.patterns import Budget, Choices, Family, peer_plan, random_plan
 from fidelity_study.plans import Form
-from fidelity_study.serve import Method, Planned, oracle, router
+from fidelity_study.serve import DenseBlocks, Method, Planned, oracle, router
 
 from calibatt_compiler.plan import Plan
 
@@ -15,6 +15,7 @@ OURS, ORDERED, REPEATED = "ours", "ordered", "repeated"
 SAMPLED, POOLED = "sampled", "pooled"
 ZONES, FEW_ZONES = "zones", "few-zones"
 ORACLE, ROUTER, RANDOM = "oracle", "router", "random"
+FLOOR = "floor"
 
 TITLES = {
     OURS: "calibrated plan (ours)",
@@ -30,6 +31,7 @@ TITLES = {
     "radial": "radial decay (Radial Attention)",
     "heads": "spatial and temporal heads (SVG)",
     RANDOM: "random",
+    FLOOR: "dense, by our kernel (the floor)",
 }
 """All methods, in the order of tables."""
 
@@ -90,5 +92,6 @@ def make(name: str, inputs: MethodInputs) -> Method:
         ORACLE: lambda: oracle(Budget.of(ours), ours),
         ROUTER: lambda: router(inputs.budget, ours),
         RANDOM: lambda: Planned(random_plan(inputs.budget, ours, RANDOM_SEED)),
+        FLOOR: lambda: DenseBlocks(next(iter(ours.sites.values())).size.block_m),
     }
     return others[name]()

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from fidelity_study.methods import FORMS, GAMMA, ORDERED, OURS, MethodInputs, make
+from fidelity_study.methods import FLOOR, FORMS, GAMMA, ORDERED, OURS, MethodInputs, make
 from fidelity_study.ours import OurPlans
 from fidelity_study.patterns import Choices, Family, families
 from fidelity_study.perceptual import Frames, Perceptual
@@ -93,8 +93,13 @@ class Study:
         return [name for name in keys if name not in self.results]
 
     def methods(self, density: float) -> list[str]:
-        """Names of what is compared at a density."""
-        return [name for name in self.setting.methods if f"{name}|{density:g}" not in self.absent]
+        """Names of what is compared at a density; the floor has none and stands at the first."""
+        return [
+            name
+            for name in self.setting.methods
+            if f"{name}|{density:g}" not in self.absent
+            and (name != FLOOR or density == self.setting.densities[0])
+        ]
 
     def _our_plans(self) -> dict[tuple[float, str], Plan]:
         ours = OurPlans(self.pipe, self.setting, self.folder)
