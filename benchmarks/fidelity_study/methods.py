@@ -20,7 +20,7 @@ FLOOR = "floor"
 TITLES = {
     OURS: "calibrated plan (ours)",
     ORDERED: "calibrated plan in token order {order} (ours)",
-    REPEATED: "calibrated, with repetitive heads (ours)",
+    REPEATED: "calibrated, with row-shared heads (ours)",
     SAMPLED: "calibrated, weighted sample (ours)",
     POOLED: "calibrated, 4 pooled keys a dropped block (ours)",
     ZONES: "octave zones (ours)",
@@ -58,7 +58,7 @@ RANDOM_SEED = 2026
 
 
 @dataclass(frozen=True)
-class Bench:
+class MethodInputs:
     """What methods of one density are made from.
 
     Attributes:
@@ -80,18 +80,18 @@ class Bench:
         return (Budget.even if self.even else Budget.of)(self.plans[OURS])
 
 
-def make(name: str, bench: Bench) -> Method:
+def make(name: str, inputs: MethodInputs) -> Method:
     """Return a method, ready to serve one video."""
-    ours = bench.plans[OURS]
-    if name in bench.plans:
-        return Planned(bench.plans[name])
-    if name in bench.families:
-        family, choices = bench.families[name], bench.choices[name]
-        return Planned(peer_plan(family, bench.budget, choices, ours))
+    ours = inputs.plans[OURS]
+    if name in inputs.plans:
+        return Planned(inputs.plans[name])
+    if name in inputs.families:
+        family, choices = inputs.families[name], inputs.choices[name]
+        return Planned(peer_plan(family, inputs.budget, choices, ours))
     others: dict[str, Callable[[], Method]] = {
         ORACLE: lambda: oracle(Budget.of(ours), ours),
-        ROUTER: lambda: router(bench.budget, ours),
-        RANDOM: lambda: Planned(random_plan(bench.budget, ours, RANDOM_SEED)),
+        ROUTER: lambda: router(inputs.budget, ours),
+        RANDOM: lambda: Planned(random_plan(inputs.budget, ours, RANDOM_SEED)),
         FLOOR: lambda: DenseBlocks(next(iter(ours.sites.values())).size.block_m),
     }
     return others[name]()

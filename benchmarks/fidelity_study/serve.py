@@ -36,7 +36,7 @@ class Method(Protocol):
     def attend(
         self, site: str, q: Tensor, k: Tensor, v: Tensor, timestep: float, scale: float
     ) -> Tensor:
-        """Attention of a call; arguments and result as in `calibatt_compiler.capture.Recorder`."""
+        """Attention of a call; arguments and result: see `calibatt_compiler.capture.Recorder`."""
 
     def density(self) -> float:
         """Key work of the calls served so far / that of dense attention."""

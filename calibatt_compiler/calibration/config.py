@@ -60,7 +60,7 @@ class ObservationConfig:
         text: where text tokens stand in the sequence of such a model: `first`, `last` or None.
         component: which module of the pipeline is calibrated; `transformer_2` is the low-noise
             model of Wan 2.2.
-        anchor_rows: rows a frame that a repetitive head computes: copy errors are recorded for
+        anchor_rows: rows a frame that a row-shared head computes: copy errors are recorded for
             them, if there is a `gamma`.
         similarity_inputs: how many inputs, the first ones, are scored for `gamma`.
     """
@@ -123,12 +123,12 @@ class SelectionConfig:
             stay. `calibatt_compiler.plan.merge_intervals` does the same to a finished plan.
         pooled: keys that each dropped block is pooled to: it then takes part as so many mean keys
             instead of not at all, which costs `pooled / block[1]` of dense attention; 0 drops it,
-            as in arXiv 2603.05503.
+            see arXiv 2603.05503.
         sample_power: keep of each row not the blocks of most energy but as many drawn by chance,
             in proportion to this power of their mean energy, each weighted by the inverse of its
-            chance: nothing is left out on average. `benchmarks/RESULTS.md` compares powers; 1
+            chance: nothing is left out on average. `docs/decisions/0007` compares powers; 1
             served a video model best. Needs `keep_energies`; None keeps the highest.
-        gamma: a head may be repetitive, that is compute a few rows of each frame and copy the
+        gamma: a head may be row-shared, that is compute a few rows of each frame and copy the
             others, if its rows attend alike by this score or more; in [0.5, 1], 0.87 in
             arXiv 2603.05503. `select.repetition` states the rule. None: no head is, and nothing is
             recorded for it.

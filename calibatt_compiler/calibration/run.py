@@ -186,7 +186,7 @@ class CalibrationRun:
 
         Args:
             first_step: runs the first step of that input; may raise `FirstStepDone`.
-            samples: as in `input`.
+            samples: see `input`.
         """
         if not self._recorder.joint or self._recorder.reference is not None:
             return
@@ -213,7 +213,7 @@ class CalibrationRun:
         A run for zones takes the settings of zones alone, and nothing is raised.
 
         Args:
-            raised: by site, what is added to its threshold, as in `plan_from_run`.
+            raised: by site, what is added to its threshold; see `plan_from_run`.
             names: the inputs that count; default all.
             **settings: of `SelectionConfig`, by name, in the place of the configured ones. Other
                 `A`, `C` and `k` need `keep_energies`, `gamma` a run that recorded repetition.

@@ -192,7 +192,7 @@ class Observation:
         int,
         option(
             ADVANCED,
-            "Rows of each frame that a repetitive head computes; the others copy them.",
+            "Rows of each frame that a row-shared head computes; the others copy them.",
             "ROWS",
         ),
     ] = 5

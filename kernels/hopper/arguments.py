@@ -71,7 +71,7 @@ class Results(NamedTuple):
     Attributes:
         flag_ptr: int32 (1), set where the fixed reference failed; read by the repair.
         repairs_ptr: int32 (1), calls that were repaired so far.
-        lse_ptr: float32 (B, H, Sq), natural log-sum-exp, of a repetitive head row by row; or None.
+        lse_ptr: float32 (B, H, Sq), natural log-sum-exp, of a row-shared head row by row; or None.
         sums_ptr: float32 (B, H, query_blocks, key_blocks | 1, 128), log2 of each query's sum of
             exponentials over the key block at each position of its tile; or None.
     """
@@ -94,7 +94,7 @@ class Sizes(NamedTuple):
 
 
 class RowPointers(NamedTuple):
-    """What repetitive heads read and write row by row, for TMA can't gather.
+    """What row-shared heads read and write row by row, for TMA can't gather.
 
     Tiles whose last word is negative are theirs.
 
@@ -133,7 +133,7 @@ class Draw(NamedTuple):
     """Numbers that draw a step from zones.
 
     Attributes:
-        phase: of the step, see `zone_draw.phase`.
+        phase: of the step, see `drawing.phase`.
         left: first key block without text.
         right: one past the last.
     """

@@ -44,7 +44,7 @@ class HopperZones(GpuZones):
     """Block-sparse attention by zones; see `ZoneKernel`.
 
     Args:
-        request: what to serve, as for `HopperAttention`; the softmax reference comes from each
+        request: what to serve, as for `HopperAttention`; the softmax shift comes from each
             row's lead.
         literals: generated function that gives the runs, see `baked.source_zones`; None: they are
             read from a table. Both give the same bits.
@@ -132,7 +132,7 @@ class HopperZones(GpuZones):
         """Attend, with the log-sum-exp if it is asked for.
 
         Args:
-            q: (B, H, Sq, D), as in a plain call.
+            q: (B, H, Sq, D).
             k: (B, H, Sk, D).
             v: (B, H, Sk, D).
             step: the diffusion step.

@@ -155,7 +155,7 @@ def attend_zones(
         runs_ptr, offset, runs, slide, left, right, key_blocks, 128,
         begin, end, before, reached, rate, walked, LITERALS,
     )  # fmt: skip
-    # One flat loop over all blocks, as in the table kernel; each tile is looked up while the one
+    # One flat loop over all blocks, like the table kernel's; each tile is looked up while the one
     # before is attended.
     after = (begin + ((127 - before) >> rate)) * KEY_TILES
     for position in tl.range(0, tiles):
@@ -269,7 +269,7 @@ class ZoneAttention(GpuZones, DeviceKernel):
     """Block-sparse attention by zones; see `ZoneKernel`.
 
     Args:
-        request: what to serve; a fixed softmax reference comes from each row's lead.
+        request: what to serve; a fixed softmax shift comes from each row's lead.
         settings: tiles to use instead of the architecture's own.
         literals: generated function that gives the runs, see `baked.source_zones`; None: they are
             read from a table. Both give the same bits.
@@ -351,7 +351,7 @@ class ZoneAttention(GpuZones, DeviceKernel):
                     draw_phase=phase(step, zones.seed),
                     **self._edges,
                     REPAIR=repair,
-                    # A repair is rare, and its launch need not be compiled for each pattern.
+                    # Recomputing is rare, and its launch need not be compiled for each pattern.
                     LITERALS=None if repair else self.literals,
                     **config.constexprs,
                     **config.options,

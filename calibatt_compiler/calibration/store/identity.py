@@ -95,7 +95,7 @@ def of_run(
 def describe(value: object) -> Any:
     """Return JSON values that tell an argument from any other of its kind.
 
-    Tensors, arrays and pictures are told by a hash of their content, other objects by their class
+    Tensors, arrays and pictures are known by a hash of their content, other objects by their class
     only.
     """
     if value is None or isinstance(value, (bool, int, str)):

@@ -217,7 +217,7 @@ def test_cost_counts_pooled_keys(tiny_wan_pipeline: Any, arguments: dict[str, in
 def test_a_search_under_way_is_left_alone(
     tiny_wan_pipeline: Any, arguments: dict[str, int], tmp_path: Path
 ) -> None:
-    """Its costs can be told, and it can't be started twice."""
+    """Its costs can be estimated, and it can't be started twice."""
     tuning = TuningConfig(trials=5)
     lock = FolderLock(tmp_path)
     lock.take()
