@@ -67,7 +67,7 @@ def baked_attention(
 ) -> TieredKernel:
     """Return block-sparse attention by a generated kernel, by tables until that is compiled.
 
-    Arguments as in `BakedTier` and `TieredKernel`.
+    Arguments: see `BakedTier` and `TieredKernel`.
     """
     baked = BakedTier(request, target, limits=limits, compiler=compiler)
     return TieredKernel([baked, Tier(lambda: baked.table)], reason)
@@ -204,7 +204,7 @@ class BakedTier(Tier[AttentionKernel]):
 
 
 class _GeneratedKernel(DeviceKernel):
-    """A launch of one generated kernel; where its fixed reference overflows, the table repairs."""
+    """A launch of one generated kernel; where its fixed shift overflows, the table recomputes."""
 
     kind = "triton-baked"
 
@@ -216,12 +216,12 @@ class _GeneratedKernel(DeviceKernel):
 
     @property
     def table_bytes(self) -> int:
-        """Those of the table kernel, which repairs."""
+        """Those of the table kernel, which recomputes."""
         return self.table.table_bytes
 
     @property
     def repairs(self) -> int:
-        """Counted by the table kernel, which repairs."""
+        """Counted by the table kernel, which recomputes."""
         return self.table.repairs
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:

@@ -75,6 +75,8 @@ _GENERATOR = (
     "portable/attention.py",
     "portable/zones.py",
     "hopper/primitives.py",
+    "hopper/arguments.py",
+    "hopper/aggregates.py",
     "hopper/consumer.py",
     "hopper/loads.py",
     "hopper/transport.py",
@@ -339,7 +341,7 @@ def load_kernel(entry: SourceEntry) -> Any:
 
 
 def variant_name(config: LaunchConfig, *, arch: int, dtype: torch.dtype) -> str:
-    """Name of what one source is compiled for, or of the table kernel that repairs its calls."""
+    """Name of what one source is compiled for, or of the table kernel that recomputes its calls."""
     import triton
 
     tiles, head_dim = config.settings, config.constexprs["HEAD_DIM"]

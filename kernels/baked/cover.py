@@ -46,12 +46,12 @@ same bits."""
 
 WIDENED = CoverLimits(widening=0.05)
 """What `calibatt build` generates. Literals are no faster than tables by more than that
-(RESULTS.md), so a cover that adds more is not worth it."""
+(`docs/decisions/0004`), so a cover that adds more is not worth it."""
 
 PORTABLE_INTERVALS = 6
 """Intervals that a row may have in a portable kernel. There every thread finds the next key tile by
 itself, with two operations an interval: with 14 of them the loop is a sixth longer than that of the
-table kernel, spills, and takes 16 % more time on an H100 (RESULTS.md); with 6 it is as long."""
+table kernel, spills, and takes 16 % more time on an H100 (decision 4); with 6 it is as long."""
 
 
 @dataclass(frozen=True)

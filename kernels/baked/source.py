@@ -144,7 +144,7 @@ _ATTEND = """\
             0.0, False, batch, head, FIXED, TMA,
         )
         key_tile += 1
-{leap}    if RAGGED_K:
+{jump}    if RAGGED_K:
         if ragged:
             acc, maximum, total = attend_tile(
                 q, k_head, v_head, stride_ks, stride_vs, {length_k} // TILE_N * TILE_N, {length_k},
@@ -172,11 +172,11 @@ def generate(cover: Cover, pattern: BlockPattern) -> str:
 
     Args:
         cover: the mask in symbolic form.
-        pattern: its lengths, block sizes and repetitive heads; the bits are not looked at.
+        pattern: its lengths, block sizes and row-shared heads; the bits are not looked at.
 
     Returns:
         Source of a module whose `baked_attention` takes the arguments of `triton_launch`, a flag
-        for a softmax with a FIXED reference and, if a head is repetitive, the tables of
+        for a softmax with a FIXED reference and, if a head is row-shared, the tables of
         `kernels.copies`. The flag is acted upon by `TableAttention.repair`.
 
     Raises:
@@ -199,7 +199,7 @@ def generate(cover: Cover, pattern: BlockPattern) -> str:
     kernel += [_HEADS, (_LOAD if copies is None else _GATHER).format(**lengths), _BEGIN]
     kernel.append(_reference(cover.max_intervals, pattern))
     kernel.append(_loop(cover.max_intervals))
-    kernel.append(_ATTEND.format(**lengths, leap=_leap(cover.max_intervals)))
+    kernel.append(_ATTEND.format(**lengths, jump=_jump(cover.max_intervals)))
     kernel.append((_STORE if copies is None else _SCATTER).format(**lengths))
     parts.append("\n" + "".join(kernel))
     return "\n".join(parts)
@@ -222,7 +222,7 @@ def _repetitive(pattern: BlockPattern) -> str:
 
 
 def _reference(intervals: int, pattern: BlockPattern) -> str:
-    """Lines that set `maximum` where the softmax takes a fixed reference; see `IndexTables`."""
+    """Lines that set `maximum` where the softmax takes a fixed shift; see `IndexTables`."""
     diagonal = f"row * {pattern.block_m} // {pattern.block_n}"
     return _REFERENCE.format(
         diagonal="row" if pattern.block_m == pattern.block_n else diagonal,
@@ -235,11 +235,11 @@ def _loop(intervals: int) -> str:
     """Lines before the loop over the tiles of all intervals, and its first."""
     lines = [*_look_up(intervals, "0", "    "), "    for position in tl.range(0, tiles):\n"]
     if intervals > 1:
-        lines.insert(0, "    # At the position `end` the loop leaps to another interval.\n")
+        lines.insert(0, "    # At the position `end` the loop jumps to the next interval.\n")
     return "".join(lines)
 
 
-def _leap(intervals: int) -> str:
+def _jump(intervals: int) -> str:
     """Lines that go on to the next interval where one ends."""
     if intervals == 1:
         return ""

@@ -1,7 +1,7 @@
 """One kernel for every pattern: it reads the kept key blocks from a table on the device.
 
 It never compiles per plan: lengths, heads and tables are run-time arguments. It also serves a site
-until that site's baked kernel is compiled, and repairs the calls of either whose fixed softmax
+until that site's baked kernel is compiled, and recomputes the calls of either whose fixed softmax
 reference overflowed.
 """
 
@@ -307,7 +307,7 @@ class TableAttention(DeviceKernel):
 
     @property
     def repairs(self) -> int:
-        """Calls whose fixed softmax reference failed, and that were computed again.
+        """Calls whose fixed softmax shift failed, and that were computed again.
 
         Reading it waits for the device.
         """

@@ -41,8 +41,8 @@ from calibatt_compiler.kernels.portable.primitives import (
 )
 from calibatt_compiler.kernels.portable.tiles import TileSettings
 from calibatt_compiler.kernels.request import KernelRequest
-from calibatt_compiler.plan.zone_draw import phase
 from calibatt_compiler.plan.zones import ZonePattern
+from calibatt_compiler.plan.zones.drawing import phase
 
 RUN_TIME_SIZES = ("heads", "query_blocks", "length_q", "length_k", "draw_phase", "left", "right")
 """Integers that must not be specialised: no pattern and no step compiles a kernel of its own."""
@@ -129,7 +129,7 @@ def attend_zones(
     """Attend what the row of zones whose words are at `row_ptr` keeps at a step.
 
     Block number p of a row is the one in which its sum of rates reaches p + 1 wholes: see
-    `plan.zone_draw`. A block of octave k has the weight 2^k, so its scores are k more in units of
+    `drawing`. A block of octave k has the weight 2^k, so its scores are k more in units of
     log2: `maximum` is lowered by k for it instead. Returns the new acc, maximum and total.
     """
     where = tl.load(row_ptr)
@@ -155,7 +155,7 @@ def attend_zones(
         runs_ptr, offset, runs, slide, left, right, key_blocks, 128,
         begin, end, before, reached, rate, walked, LITERALS,
     )  # fmt: skip
-    # One flat loop over all blocks, as in the table kernel; each tile is looked up while the one
+    # One flat loop over all blocks, like the table kernel's; each tile is looked up while the one
     # before is attended.
     after = (begin + ((127 - before) >> rate)) * KEY_TILES
     for position in tl.range(0, tiles):
@@ -232,7 +232,7 @@ def zone_attention(
     """Attention of TILE_M queries of one head over the key blocks that a step keeps.
 
     q, k, v, o, flag and repairs as for `table_attention`. rows int32 (heads * query_blocks, 4) and
-    runs int32: see `zone_table`. draw_phase: `zone_draw.phase` of the step. Blocks `left` to
+    runs int32: see `zone_table`. draw_phase: `drawing.phase` of the step. Blocks `left` to
     `right` are the keys without text. LITERALS: None, or a generated function that gives the word
     of a run by its number, in the place of `runs`.
     """
@@ -269,7 +269,7 @@ class ZoneAttention(GpuZones, DeviceKernel):
     """Block-sparse attention by zones; see `ZoneKernel`.
 
     Args:
-        request: what to serve; a fixed softmax reference comes from each row's lead.
+        request: what to serve; a fixed softmax shift comes from each row's lead.
         settings: tiles to use instead of the architecture's own.
         literals: generated function that gives the runs, see `baked.source_zones`; None: they are
             read from a table. Both give the same bits.
@@ -351,7 +351,7 @@ class ZoneAttention(GpuZones, DeviceKernel):
                     draw_phase=phase(step, zones.seed),
                     **self._edges,
                     REPAIR=repair,
-                    # A repair is rare, and its launch need not be compiled for each pattern.
+                    # Recomputing is rare, and its launch need not be compiled for each pattern.
                     LITERALS=None if repair else self.literals,
                     **config.constexprs,
                     **config.options,

@@ -121,7 +121,7 @@ def baked_attention(
             q, k_head, stride_ks, reference * KEY_TILES * TILE_N, 890, scale_log2,
             TILE_N, HEAD_DIM, PADDED_DIM, PRECISION, batch, head, TMA,
         )
-    # At the position `end` the loop leaps to another interval.
+    # At the position `end` the loop jumps to the next interval.
     key_tile = shift_0
     key_tile = tl.where(0 >= tiles_1, shift_1, key_tile)
     end = tiles

@@ -41,7 +41,7 @@ from calibatt_compiler.kernels.portable.offline import (
     zone_arguments,
 )
 from calibatt_compiler.kernels.portable.zones import zone_attention
-from calibatt_compiler.plan.copies import RowCopies
+from calibatt_compiler.plan.copies import AnchorRows
 from calibatt_compiler.plan.pattern import BlockPattern
 
 HEAD_DIMS = {89: (64, 128), 90: (64, 128)}
@@ -91,7 +91,7 @@ def main() -> None:
     archs = [int(arch) for arch in os.environ["CALIBATT_TEST_ARCHS"].split(",")]
     bf16 = torch.bfloat16
 
-    copies = RowCopies((2, 30, 24), 5, first=50)
+    copies = AnchorRows((2, 30, 24), 5, first=50)
     mixed = replace_heads(made, np.array([True, False]), copies)
     # Copied rows are code of the source, not of a generation: two of them, with TMA and without.
     patterns = {arch: (made, mixed) if arch in HEAD_DIMS else (made,) for arch in archs}
@@ -144,9 +144,9 @@ def zones(arch: int, head_dim: int) -> Iterator[dict[str, Any]]:
 
 
 def replace_heads(
-    pattern: BlockPattern, repetitive: npt.NDArray[np.bool_], copies: RowCopies
+    pattern: BlockPattern, repetitive: npt.NDArray[np.bool_], copies: AnchorRows
 ) -> BlockPattern:
-    """The pattern with some heads repetitive."""
+    """The pattern with some heads row-shared."""
     return BlockPattern.from_mask(
         pattern.mask(),
         query_length=pattern.query_length,

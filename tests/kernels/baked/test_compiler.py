@@ -24,7 +24,7 @@ from calibatt_compiler.kernels.baked.cover import CoverLimits
 from calibatt_compiler.kernels.baked.worker import decode_pattern, encode_pattern
 from calibatt_compiler.kernels.portable.launch import launch_config
 from calibatt_compiler.kernels.portable.tiles import TileSettings
-from calibatt_compiler.plan.copies import RowCopies
+from calibatt_compiler.plan.copies import AnchorRows
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.pattern import BlockPattern
 
@@ -124,7 +124,7 @@ def test_repetitive_heads_travel_to_the_workers_and_into_the_cache(
     random_pattern: Callable[..., BlockPattern],
 ) -> None:
     """Blocks that a cover would add to rows that are not computed are not counted."""
-    copies = RowCopies((1, 14, 20), 3, first=7, order=TokenOrder((1, 4, 4)))
+    copies = AnchorRows((1, 14, 20), 3, first=7, order=TokenOrder((1, 4, 4)))
     pattern = random_pattern(
         heads=3, query_length=300, density=0.7, repetitive=(False, True, True), copies=copies
     )

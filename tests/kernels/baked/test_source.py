@@ -17,7 +17,7 @@ from calibatt_compiler.kernels.baked.cover import cover_pattern
 from calibatt_compiler.kernels.baked.cover_template import Cover
 from calibatt_compiler.kernels.baked.source import generate
 from calibatt_compiler.kernels.baked.source_hopper import generate_hopper
-from calibatt_compiler.plan.copies import RowCopies
+from calibatt_compiler.plan.copies import AnchorRows
 from calibatt_compiler.plan.pattern import BlockPattern
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -61,7 +61,7 @@ def repetitive_heads() -> BlockPattern:
         key_length=570,
         block=(64, 64),
         repetitive=np.array([True, False, True, True, False]),
-        copies=RowCopies((2, 9, 31), 3, first=12),
+        copies=AnchorRows((2, 9, 31), 3, first=12),
     )
 
 
