@@ -75,15 +75,9 @@ def test_zones_have_the_density_asked_for(density: float, monkeypatch: pytest.Mo
 
 @pytest.mark.slow
 @pytest.mark.inductor
-@pytest.mark.parametrize(
-    ("order", "more"),
-    [("raster", set()), ("2x4xall", {"table 2x4xall once", "table 2x4xall around"})],
-)
-def test_the_check_of_layers_runs(
-    order: str, more: set[str], tmp_path: Path, section_of: Callable[[Path], str]
-) -> None:
+def test_the_check_of_layers_runs(tmp_path: Path, section_of: Callable[[Path], str]) -> None:
     command = [sys.executable, str(BENCHMARKS / "dit_layer.py"), "--check", "--out", str(tmp_path)]
-    command += ["--token-order", order, "--profile"]
+    command += ["--token-order", "2x4xall", "--profile"]
     done = subprocess.run(
         command,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
@@ -93,7 +87,8 @@ def test_the_check_of_layers_runs(
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (row,) = json.loads((tmp_path / "dit_layer.json").read_text())["rows"]
-    assert set(row["ms"]) == {"stock", "table", "none"} | more
+    orders = {"table 2x4xall once", "table 2x4xall around"}
+    assert set(row["ms"]) == {"stock", "table", "none"} | orders
     assert done.stdout.count("profiled:\n") == len(row["ms"])
     assert "x calibatt::attention" in done.stdout
     assert row["left_out"] == {}

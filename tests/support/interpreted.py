@@ -59,12 +59,12 @@ def cases() -> Iterator[Case]:
     """Name, pattern, batch, head dim, scale, size of the scores."""
     square = pattern(random_mask(2, 5, 5, 0.4, 0), 150, 150, (32, 32))
     yield "odd lengths", square, 1, 64, None, 1.0
-    yield "batch", square, 2, 64, None, 1.0
-    yield "head dim 128", square, 1, 128, None, 1.0
-    yield "head dim not a power of two", square, 1, 40, None, 1.0
-    yield "head dim without aligned rows", square, 1, 21, None, 1.0
-    yield "negative scale", square, 1, 64, -0.3, 1.0
-    yield "scale zero", square, 1, 64, 0.0, 1.0
+    small = pattern(random_mask(2, 3, 3, 0.6, 0), 90, 90, (32, 32))
+    yield "head dim 128", small, 1, 128, None, 1.0
+    yield "batch, head dim not a power of two", small, 2, 40, None, 1.0
+    yield "head dim without aligned rows", small, 1, 21, None, 1.0
+    yield "negative scale", small, 1, 64, -0.3, 1.0
+    yield "scale zero", small, 1, 64, 0.0, 1.0
     yield "scores far apart", square, 1, 64, None, 30.0
     tall = pattern(random_mask(3, 7, 2, 0.5, 1), 7 * 32 - 31, 100, (32, 64))
     yield "rectangular, one query in the last block", tall, 1, 64, None, 1.0
@@ -111,8 +111,8 @@ def overflows() -> None:
     calm = [torch.randn(1, 3, n, 32, generator=generator) for n in (150, 140, 140)]
     worst, repairs, calls = 0.0, 0, 0
     for head, query, key, nats in [
-        *((0, query, key, 200.0) for query in (3, 70, 149) for key in (5, 40, 100, 139)),
-        *((1, 40, key, 200.0) for key in (0, 35, 69, 101)),
+        *((0, query, key, 200.0) for query in (3, 149) for key in (5, 100, 139)),
+        *((1, 40, key, 200.0) for key in (0, 35, 101)),
         *((2, query, 100, 200.0) for query in (5, 140)),
         (0, 3, 100, 60.0),  # within the range of the reference
         (0, 3, 100, 95.0),  # above it

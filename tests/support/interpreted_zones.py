@@ -67,7 +67,7 @@ def main() -> None:
         for softmax in ("exact", "fixed"):
             table, literal = kernels(zones, softmax, head_dim)
             worst = 0.0
-            for step in (6, 77) if softmax == "exact" else (0,):
+            for step in ((6, 77)[number % 2],) if softmax == "exact" else (0,):
                 out = table(q, k, v, step=step)
                 assert torch.equal(literal.at(step)(q, k, v), out)
                 exact = ReferenceAttention(zones.draw(step))(q.double(), k.double(), v.double())
@@ -83,7 +83,7 @@ def main() -> None:
     v = torch.nn.functional.one_hot(block, 64).float().expand_as(v)
     table, _ = kernels(zones, "exact")
     worst = 0.0
-    for step in range(0, 128, 5):
+    for step in range(0, 128, 13):
         drawn = zones.draw(step)
         weight = torch.from_numpy(np.exp(drawn.log_weights())) * drawn.mask()
         weight = weight * block.bincount(minlength=zones.key_blocks)
