@@ -225,7 +225,7 @@ class CalibrationRun:
         names = self.finished if names is None else names
         selection = SelectionConfig.of(self.config, **settings)
         about: dict[str, Any] = {"cfg": self._cfg, "arguments": self._arguments}
-        if selection.form == "zones" and not raised:
+        if selection.zoned and not raised:
             return derive_zone_plan(self._store, names, selection.zones(), **about)
         return derive_plan(self._store, names, selection, raised=raised, **about)
 
@@ -303,7 +303,7 @@ def recording(
         buffer = EnergyBuffer(waiting)
         recorder = (
             ZoneRecorder(model, buffer, ZoneSums(store.folder, ranks.rank))
-            if config.form == "zones"
+            if config.zoned
             else AttentionRecorder(model, buffer)
         )
         if finished:

@@ -75,6 +75,8 @@ _GENERATOR = (
     "portable/attention.py",
     "portable/zones.py",
     "hopper/primitives.py",
+    "hopper/arguments.py",
+    "hopper/aggregates.py",
     "hopper/consumer.py",
     "hopper/loads.py",
     "hopper/transport.py",

@@ -20,12 +20,12 @@ from calibatt_compiler.kernels.common.operands import (
 )
 from calibatt_compiler.kernels.common.row_copies import DeviceCopies
 from calibatt_compiler.kernels.common.uploads import DeviceTableCache, Uploaded, to_device
+from calibatt_compiler.kernels.hopper.arguments import Results, TileTables
 from calibatt_compiler.kernels.hopper.capability import operand_reason
 from calibatt_compiler.kernels.hopper.kernel import hopper_attention, hopper_counts
 from calibatt_compiler.kernels.hopper.launch import (
     COUNT_TILES,
     HopperConfig,
-    State,
     Tables,
     arguments,
     hopper_config,
@@ -177,7 +177,7 @@ class HopperAttention:
             key_lengths: as for `attend`.
             lse: float32 (B, H, Sq), contiguous, or None; of a row-shared head row by row.
             sums: float32 (B, H, query_blocks, key_blocks | 1, 128), contiguous, or None;
-                for a pattern that keeps every block: see `hopper_kernel.hopper_attention`.
+                for a pattern that keeps every block: see `kernel.hopper_attention`.
 
         Raises:
             KernelError: the operands don't fit the pattern or this kernel.
@@ -194,9 +194,8 @@ class HopperAttention:
         with on_device(q):
             lengths, counts = self._counts(key_lengths, q.shape[0])
             given = arguments(
-                (q, k, v, out), self.tables, State(flag, self._repairs),
-                block_n=config.block_n, scale=scale, lse=lse, lengths=lengths, counts=counts,
-                sums=sums,
+                (q, k, v, out), self.tables, Results(flag, self._repairs, lse, sums),
+                block_n=config.block_n, scale=scale, lengths=lengths, counts=counts,
             )  # fmt: skip
             self._launch(config, given)
 
@@ -227,11 +226,14 @@ class HopperAttention:
             config: of that call.
             given: its arguments, of this kernel or of one of the same pattern and programs.
         """
-        self._run(config, {**given, **self.tables.arguments()}, repair=True)
+        shared = given["tables"]
+        assert isinstance(shared, TileTables)
+        own = self.tables.arguments(shared.counts_ptr, shared.lengths_ptr)
+        self._run(config, {**given, "tables": own}, repair=True)
 
     def _run(self, config: HopperConfig, given: dict[str, object], *, repair: bool) -> None:
         hopper_attention[(self.tables.programs,)](
-            **given, **config.constexprs(repair=repair), **self._indices(), **launch_options()
+            **given, VARIANT=config.variant(repair=repair), **self._indices(), **launch_options()
         )
 
     def _indices(self) -> dict[str, Any]:

@@ -247,8 +247,9 @@ def test_settings_of_the_other_form_are_refused(model: Model) -> None:
         {"form": "zones", "step_groups": 0},
         {"form": "zones", "zone_numbers": 1},
         {"form": "octaves"},
-        {"density": 0.2},
-        {"speed_up": 2.0},
+        {"form": "masks", "density": 0.2},
+        {"A": 0.9, "density": 0.2},
+        {"keep_energies": True, "speed_up": 2.0},
     ):
         with pytest.raises(OptionError) as caught:
             CalibrationConfig(**settings)  # type: ignore[arg-type]

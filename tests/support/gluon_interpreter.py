@@ -216,7 +216,9 @@ class Descriptor:
     def __init__(self, tensor: torch.Tensor, rows: int) -> None:
         self.tensor, self.rows = tensor, rows
         self.dtype = str(tensor.dtype).removeprefix("torch.")
-        self.block_type = SimpleNamespace(nbytes=rows * tensor.shape[3] * tensor.itemsize)
+        shape = [1, 1, rows, tensor.shape[3]]
+        nbytes = rows * tensor.shape[3] * tensor.itemsize
+        self.block_type = SimpleNamespace(shape=shape, nbytes=nbytes)
 
     def part(self, coordinates: Sequence[int]) -> torch.Tensor:
         batch, head, row, column = coordinates
@@ -448,6 +450,8 @@ def interpret(kernel: Any, known: dict[Any, Callable[..., Any]] | None = None) -
         value = source.__globals__.get(name)
         if name in NAMES:
             names[name] = NAMES[name]
+        elif getattr(value, "__triton_aggregate__", False):
+            names[name] = interpret_aggregate(value, known)
         elif hasattr(value, "fn"):
             names[name] = interpret(value, known)
         elif hasattr(value, "value"):
@@ -455,6 +459,16 @@ def interpret(kernel: Any, known: dict[Any, Callable[..., Any]] | None = None) -
         elif value is not None:
             names[name] = value
     return function
+
+
+def interpret_aggregate(kind: Any, known: dict[Any, Callable[..., Any]]) -> Any:
+    """Return a class of the same methods, interpreted, whose fields are given by name."""
+    if kind not in known:
+        methods = {name: method for name, method in vars(kind).items() if hasattr(method, "fn")}
+        known[kind] = stand_in = type(kind.__name__, (SimpleNamespace,), {})
+        for name, method in methods.items():
+            setattr(stand_in, name, interpret(method, known))
+    return known[kind]
 
 
 class Interpreted:
@@ -481,6 +495,8 @@ class Interpreted:
 
     @staticmethod
     def argument(value: Any) -> Any:
+        if hasattr(value, "_fields"):
+            return type(value)(*map(Interpreted.argument, value))
         if isinstance(value, torch.Tensor):
             return Pointer(Memory(value))
         return interpret(value) if hasattr(value, "fn") else value

@@ -81,7 +81,7 @@ def test_disk_is_told_within_a_tenth(
     tmp_path: Path,
 ) -> None:
     pipe, out = tiny_wan_pipeline, tmp_path / "p.calibatt"
-    config = CalibrationConfig(block=(16, 16), **settings)
+    config = CalibrationConfig(block=(16, 16), **{"form": "masks"} | settings)
     arguments = {**tiny_wan_arguments, **arguments}
     attributes = set(pipe.transformer.__dict__)
     told = estimate(pipe, PROMPTS, 3, out=out, config=config, **arguments)
