@@ -1,7 +1,7 @@
 """Gluon source for one cover: the function that tells the Hopper kernel's loading warp its keys.
 
 The kernel itself is not generated: it takes this function as a compile-time argument. See
-`hopper_transport.literal_block` for how its result is read.
+`transport.literal_block` for how its result is read.
 """
 
 from __future__ import annotations
