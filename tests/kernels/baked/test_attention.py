@@ -34,7 +34,7 @@ class ManualCompiler(KernelCompiler):
         return self.future
 
     def finish(self) -> None:
-        self.future.set_result(CompiledSource("d", "v", Path("p"), 0.0, 1.0, False))
+        self.future.set_result(CompiledSource("d", "v", Path("p"), 1.0, False))
 
 
 class RecordedLaunch:
