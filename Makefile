@@ -31,7 +31,7 @@ help:
 	@echo "make campaign  run the random tests of tests/campaigns, MINUTES each"
 	@echo "make lint    ruff and mypy only"
 	@echo "make format  let ruff rewrite the files"
-	@echo "make results write benchmarks/RESULTS.md from the records"
+	@echo "make results write benchmarks/RESULTS.md and docs/performance.md from the records"
 	@echo "make clean   remove the environment, caches and results"
 
 demo: $(VENV)/.demo

@@ -1,4 +1,4 @@
-"""Who takes part in `attention.py`: others' dense and sparse attention, and ours.
+"""Kernels that `attention.py` compares: dense and sparse attention of others, and ours.
 
 A contestant is made for a pattern and operands. One that can't be made says why; nothing is left
 out in silence.

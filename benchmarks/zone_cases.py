@@ -10,12 +10,12 @@ import torch
 from attention_cases import Case
 from attention_kernels import Contestant, Operands
 
-from calibatt_compiler.calibration.select.zone_fit import SiteFit
+from calibatt_compiler.calibration.select.zones.fit import SiteFit
 from calibatt_compiler.kernels.baked.source_zones import load_zones
 from calibatt_compiler.kernels.common.zone_table import zone_table
 from calibatt_compiler.kernels.request import KernelRequest
-from calibatt_compiler.plan.zone_groups import pack
 from calibatt_compiler.plan.zones import ZonePattern
+from calibatt_compiler.plan.zones.groups import pack
 
 HEADS = 4
 """Heads that are fitted; the others are the same again, with draws of their own."""

@@ -315,7 +315,11 @@ def test_an_interrupted_calibration_leaves_whole_files_and_says_how_to_go_on(
     assert f"1 of 2 inputs are kept in {folder}; the same command goes on" in said
     assert "Traceback" not in said
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
-    assert {path.name for path in folder.iterdir()} == {"run.json", "input-00000.safetensors"}
+    assert {path.name for path in folder.iterdir()} == {
+        "run.json",
+        "input-00000.safetensors",
+        "sums",
+    }
 
 
 def test_signals_end_a_command_once_and_are_not_lost(monkeypatch: pytest.MonkeyPatch):

@@ -18,6 +18,9 @@ CODE_LOADERS = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 # Whom everybody may import, and who import only one another.
 LEAVES = {"arguments", "errors", "files", "logs", "printable", "version"}
 
+# Folders that are one room with those below them: what lies there is of use to nobody else.
+WHOLE = ("plan", "calibration.select")
+
 # Every other import between rooms that is allowed. A room is a folder, or a file of a folder that
 # has folders below it. An edge that is missing here is a question: does data still flow one way,
 # plan -> passes -> kernels -> Inductor? An edge that nobody needs any more is removed.
@@ -267,6 +270,8 @@ def target(name: str) -> str:
 
 def room(module: str) -> str:
     """The folder of a module; a module of its own where folders lie beside it."""
+    if whole := next((name for name in WHOLE if f"{module}.".startswith(f"{name}.")), None):
+        return whole
     folder = module.rpartition(".")[0]
     if not folder or any(
         other.startswith(f"{folder}.") and other.count(".") > module.count(".") for other in MODULES

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from calibatt_compiler.calibration.pipeline import calibrate
     from calibatt_compiler.calibration.run import CalibrationRun, calibration
     from calibatt_compiler.calibration.select.derive import plan_from_run
-    from calibatt_compiler.calibration.select.zone_plans import zone_plan_from_run
+    from calibatt_compiler.calibration.select.zones.plans import zone_plan_from_run
     from calibatt_compiler.calibration.tuning.config import TuningConfig
     from calibatt_compiler.calibration.tuning.pareto import Tuning
     from calibatt_compiler.calibration.tuning.study import SearchSpace
@@ -78,7 +78,7 @@ _HOMES = {
     "tuning_cost": "tuning.tune",
     "validate": "validation.validate",
     "validate_run": "validation.validate",
-    "zone_plan_from_run": "select.zone_plans",
+    "zone_plan_from_run": "select.zones.plans",
 }
 
 

@@ -26,7 +26,6 @@ from safetensors.numpy import save_file
 from calibatt_compiler.errors import CalibattError, PlanError, PlanFormatError
 from calibatt_compiler.files import replacing
 from calibatt_compiler.plan import bounds
-from calibatt_compiler.plan.drawn import DrawnPatterns
 from calibatt_compiler.plan.schema import KNOWN_FEATURES, SCHEMA_VERSION, PlanMetadata, SiteRecord
 from calibatt_compiler.plan.stored import (
     KEPT_WEIGHTS,
@@ -35,8 +34,9 @@ from calibatt_compiler.plan.stored import (
     StoredPatterns,
     layout,
 )
-from calibatt_compiler.plan.stored_zones import StoredZones, ZoneSize
-from calibatt_compiler.plan.zone_checks import ARRAYS
+from calibatt_compiler.plan.zones.checks import ARRAYS
+from calibatt_compiler.plan.zones.drawn import DrawnPatterns
+from calibatt_compiler.plan.zones.stored import StoredZones, ZoneSize
 
 T = TypeVar("T")
 
@@ -376,7 +376,7 @@ def _size(metadata: PlanMetadata, site: SiteRecord) -> PatternSize:
 
 
 def _figures(site: SiteRecord) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Kept blocks and repetitive heads of each pattern, from those of the steps that use it."""
+    """Kept blocks and row-shared heads of each pattern, from those of the steps that use it."""
     of_step = zip(site.density, site.repetitive or [0] * len(site.steps), strict=True)
     by_pattern = dict(zip(site.steps, of_step, strict=True))
     figures = [by_pattern[index] for index in range(site.patterns)]

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from calibatt_compiler.errors import PlanError
-from calibatt_compiler.plan.drawn import DrawnPatterns
 from calibatt_compiler.plan.pattern import BlockPattern
 from calibatt_compiler.plan.stored import (
     PatternOutline,
@@ -15,8 +14,9 @@ from calibatt_compiler.plan.stored import (
     StoredPatterns,
     repetitive_heads,
 )
-from calibatt_compiler.plan.stored_zones import StoredZones
 from calibatt_compiler.plan.zones import ZonePattern
+from calibatt_compiler.plan.zones.drawn import DrawnPatterns
+from calibatt_compiler.plan.zones.stored import StoredZones
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class SitePatterns:
         return self.patterns.kept[index]
 
     def repetitive_at(self, step: int) -> int:
-        """Repetitive heads at a diffusion step."""
+        """Row-shared heads at a diffusion step."""
         index = self.steps[step]
         if isinstance(self.patterns, tuple):
             return repetitive_heads(self.patterns[index])
@@ -103,7 +103,7 @@ class SitePatterns:
 
     @property
     def repetitive_share(self) -> float:
-        """Share of the heads that are repetitive, mean over the steps."""
+        """Share of the heads that are row-shared, mean over the steps."""
         heads = sum(self.repetitive_at(step) for step in range(len(self.steps)))
         return heads / (self.size.heads * len(self.steps))
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from calibatt_compiler.files import write_text
 from calibatt_compiler.plan import BlockPattern, Plan
-from calibatt_compiler.plan.zone_draw import OCTAVES
 from calibatt_compiler.plan.zones import ZonePattern
+from calibatt_compiler.plan.zones.drawing import OCTAVES
 from calibatt_compiler.printable import escape, printable
 from calibatt_compiler.report import page
 from calibatt_compiler.report.inspect import facts, head_density, heads_density
@@ -117,7 +117,7 @@ def _pictures(plan: Plan, steps: list[int]) -> dict[str, Any]:
 
 
 def _copying(pattern: BlockPattern) -> list[int]:
-    """Heads that are repetitive."""
+    """Heads that are row-shared."""
     return [] if pattern.repetitive is None else np.flatnonzero(pattern.repetitive).tolist()
 
 

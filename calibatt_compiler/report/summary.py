@@ -40,7 +40,7 @@ class SiteRow:
         sparse_calls: calls served by a sparse kernel.
         dense_calls: calls served dense, by reason.
         reasons: why another kernel than the one asked for serves, by number of patterns.
-        repairs: calls computed again because a fixed softmax reference overflowed.
+        repairs: calls computed again because a fixed softmax shift overflowed.
         repetitive: share of the heads that copy rows, mean over steps.
         drift: what monitored calls keep; None if none was looked at.
     """

@@ -49,7 +49,7 @@ def baked_attention(
 ) -> TieredKernel:
     """Return block-sparse attention by a generated kernel, by tables until that is compiled.
 
-    Arguments as in `BakedTier` and `TieredKernel`.
+    Arguments: see `BakedTier` and `TieredKernel`.
     """
     baked = BakedTier(request, target, limits=limits, compiler=compiler)
     return TieredKernel([baked, Tier(lambda: baked.table)], reason)
@@ -167,7 +167,7 @@ class BakedTier(Tier[AttentionKernel]):
 class TableLiterals(TableAttention):
     """The table kernel with key blocks as literals in generated source; gives the same bits.
 
-    Where its fixed reference overflows, the table repairs.
+    Where its fixed shift overflows, the table recomputes.
 
     Args:
         entry: of the kernel cache, with target "portable".
@@ -183,7 +183,7 @@ class TableLiterals(TableAttention):
         self._literals = load_kernel(entry)
         self._intervals = entry.cover.max_intervals
         super().__init__(table.request)
-        self._repairs = table._repairs  # what repairs, counts
+        self._repairs = table._repairs  # what recomputes, counts
 
     def _indices(self) -> dict[str, Any]:
         return {"LITERALS": self._literals, "RUNS": self._intervals}

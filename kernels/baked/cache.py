@@ -328,7 +328,7 @@ def load_kernel(entry: SourceEntry) -> Any:
 
 
 def variant_name(config: LaunchConfig, *, arch: int, dtype: torch.dtype) -> str:
-    """Name of what one source is compiled for, or of the table kernel that repairs its calls."""
+    """Name of what one source is compiled for, or of the table kernel that recomputes its calls."""
     import triton
 
     tiles, head_dim = config.settings, config.constexprs["HEAD_DIM"]

@@ -44,7 +44,7 @@ EXACT = CoverLimits()
 PORTABLE_INTERVALS = 6
 """Intervals that a row may have in a portable kernel. There every thread finds the next key tile by
 itself, with two operations an interval: with 14 of them the loop is a sixth longer than that of the
-table kernel, spills, and takes 16 % more time on an H100 (RESULTS.md); with 6 it is as long."""
+table kernel, spills, and takes 16 % more time on an H100 (decision 4); with 6 it is as long."""
 
 
 class CoverError(KernelError):

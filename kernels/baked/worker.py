@@ -36,7 +36,7 @@ from calibatt_compiler.kernels.hopper.launch import hopper_config
 from calibatt_compiler.kernels.hopper.offline import compile_hopper
 from calibatt_compiler.kernels.portable.launch import LaunchConfig, launch_config
 from calibatt_compiler.kernels.portable.offline import compile_offline, table_arguments
-from calibatt_compiler.plan.copies import RowCopies
+from calibatt_compiler.plan.copies import AnchorRows
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.pattern import BlockPattern
 
@@ -74,7 +74,7 @@ def decode_pattern(data: dict[str, Any]) -> BlockPattern:
     copies = dict(data["copies"])
     repetitive = np.isin(np.arange(sizes["heads"]), copies.pop("heads"))
     order = TokenOrder.parse(copies.pop("order"))
-    rows_copied = RowCopies(tuple(copies.pop("grid")), order=order, **copies)
+    rows_copied = AnchorRows(tuple(copies.pop("grid")), order=order, **copies)
     return BlockPattern(**pattern, copies=rows_copied, repetitive=repetitive)
 
 
@@ -110,7 +110,7 @@ def _prepare(job: dict[str, Any]) -> tuple[SourceEntry, Variants]:
 
 
 def _portable_variants(entry: CacheEntry, pattern: BlockPattern, job: dict[str, Any]) -> Variants:
-    """The kernel of a portable entry and, with a fixed reference, the one that repairs."""
+    """The kernel of a portable entry and, with a fixed shift, the one that recomputes."""
     dtype, arch = getattr(torch, job["dtype"]), job["arch"]
     config = launch_config(
         pattern, arch=arch, dtype=dtype, head_dim=job["head_dim"], softmax=job["softmax"]
@@ -134,7 +134,7 @@ def _portable_variants(entry: CacheEntry, pattern: BlockPattern, job: dict[str, 
 
 
 def _hopper_variants(entry: CacheEntry, pattern: BlockPattern, job: dict[str, Any]) -> Variants:
-    """The kernels of a Hopper entry: with a fixed reference, also the one that repairs."""
+    """The kernels of a Hopper entry: with a fixed shift, also the one that recomputes."""
     config = hopper_config(
         pattern,
         dtype=getattr(torch, job["dtype"]),

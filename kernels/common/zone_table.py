@@ -1,7 +1,7 @@
 """Zones as kernels read them: one line of words a row of blocks, and the runs of all groups.
 
 The step is not in them. A kernel adds the step's phase to where a row's sum of rates begins, and
-draws the row's blocks by whole numbers as it walks the runs: see `plan.zone_draw`.
+draws the row's blocks by whole numbers as it walks the runs: see `plan.zones.drawing`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from calibatt_compiler.errors import KernelError
-from calibatt_compiler.plan import zone_draw
 from calibatt_compiler.plan.intervals import expand, sums_before
+from calibatt_compiler.plan.zones import drawing
 
 if TYPE_CHECKING:
     from calibatt_compiler.plan.zones import ZonePattern
@@ -76,7 +76,7 @@ def zone_table(zones: ZonePattern) -> ZoneTable:
     runs = zones.row_runs()
     units = runs.units()
     start = np.zeros((zones.heads, zones.query_blocks), np.int64)
-    start[:, top:bottom] = zone_draw.starts(zones.heads, bottom - top)
+    start[:, top:bottom] = drawing.starts(zones.heads, bottom - top)
     leads = zones.row_leads().reshape(-1).astype(np.int64)
     last = runs.octaves[runs.offsets[1:] - 1].astype(np.int64)
     drawn = start.reshape(-1) | units << 7 | last << 28

@@ -12,8 +12,8 @@ from torch import Tensor
 from calibatt_compiler.kernels.common.operands import check_operands
 from calibatt_compiler.kernels.common.zone_step import ZoneStep
 from calibatt_compiler.kernels.cpu.attention import Tables, attend, check_compiled_for, library
-from calibatt_compiler.plan.zone_draw import phase
 from calibatt_compiler.plan.zones import ZonePattern
+from calibatt_compiler.plan.zones.drawing import phase
 
 
 class CpuZones:

@@ -18,14 +18,14 @@ class Variant:
         block_n: keys a block.
         head_dim: 64 or 128.
         stages: key blocks in flight, a power of two; values have one more.
-        fixed: fixed softmax reference; its failure sets the flag.
+        fixed: fixed softmax shift; its failure sets the flag.
         repair: the launch that computes everything again by the exact form if the flag is set.
         ragged: keys end within a block.
         lengths: each batch item has a number of valid keys.
         weighted: blocks have weights.
         lse: the log-sum-exp is written.
         energy: the sums of each query and key block are written; every key block is kept.
-        copies: some heads are repetitive.
+        copies: some heads are row-shared.
         zones: tiles and runs are those of zones.
     """
 
@@ -69,9 +69,9 @@ class Results(NamedTuple):
     """Where a call leaves what is not its output: an argument of `hopper_attention`.
 
     Attributes:
-        flag_ptr: int32 (1), set where the fixed reference failed; read by the repair.
+        flag_ptr: int32 (1), set where the fixed shift failed; read by the repair.
         repairs_ptr: int32 (1), calls that were repaired so far.
-        lse_ptr: float32 (B, H, Sq), natural log-sum-exp, of a repetitive head row by row; or None.
+        lse_ptr: float32 (B, H, Sq), natural log-sum-exp, of a row-shared head row by row; or None.
         sums_ptr: float32 (B, H, query_blocks, key_blocks | 1, 128), log2 of each query's sum of
             exponentials over the key block at each position of its tile; or None.
     """
@@ -94,7 +94,7 @@ class Sizes(NamedTuple):
 
 
 class RowPointers(NamedTuple):
-    """What repetitive heads read and write row by row, for TMA can't gather.
+    """What row-shared heads read and write row by row, for TMA can't gather.
 
     Tiles whose last word is negative are theirs.
 
@@ -133,7 +133,7 @@ class Draw(NamedTuple):
     """Numbers that draw a step from zones.
 
     Attributes:
-        phase: of the step, see `zone_draw.phase`.
+        phase: of the step, see `drawing.phase`.
         left: first key block without text.
         right: one past the last.
     """

@@ -48,7 +48,7 @@ class HopperAttention:
         request: what to serve: bfloat16 or float16, head dim 64 or 128. softmax "fixed": the first
             block's row maximum is the reference of the softmax, and where that overflows a second
             launch repairs the result; "exact": online softmax; "auto": fixed for bfloat16. float16
-            lacks the range that a fixed reference needs.
+            lacks the range that a fixed shift needs.
         first_blocks: int (heads, query_blocks), the key block that each row starts at, if kept;
             default: the diagonal.
         programs: programs to run; default one a multiprocessor.
@@ -104,7 +104,7 @@ class HopperAttention:
 
     @property
     def repairs(self) -> int:
-        """Calls whose fixed softmax reference failed, and that were computed again.
+        """Calls whose fixed softmax shift failed, and that were computed again.
 
         Reading it waits for the device.
         """
@@ -140,7 +140,7 @@ class HopperAttention:
         """Attend, with what SDPA does not offer.
 
         Args:
-            q: (B, H, Sq, D), as in a plain call.
+            q: (B, H, Sq, D).
             k: (B, H, Sk, D).
             v: (B, H, Sk, D).
             scale: factor on the scores; default 1 / sqrt(D).
@@ -172,10 +172,10 @@ class HopperAttention:
         """Attend into given tensors.
 
         Args:
-            operands: q, k, v as in a plain call, and the output (B, H, Sq, D), readable by TMA.
+            operands: q, k, v of a plain call, and the output (B, H, Sq, D), readable by TMA.
             scale: factor on the scores; default 1 / sqrt(D).
             key_lengths: as for `attend`.
-            lse: float32 (B, H, Sq), contiguous, or None; of a repetitive head row by row.
+            lse: float32 (B, H, Sq), contiguous, or None; of a row-shared head row by row.
             sums: float32 (B, H, query_blocks, key_blocks | 1, 128), contiguous, or None;
                 for a pattern that keeps every block: see `hopper_kernel.hopper_attention`.
 
@@ -200,7 +200,7 @@ class HopperAttention:
             self._launch(config, given)
 
     def _spread(self, lse: Tensor) -> Tensor:
-        """Give each token of a repetitive head the log-sum-exp of the row that it takes.
+        """Give each token of a row-shared head the log-sum-exp of the row that it takes.
 
         The kernel has written it row by row. Not worth a place in the kernel: one number a row.
         """

@@ -4,7 +4,7 @@ Two consumer warpgroups compute (`hopper_consumer`), one warp loads through a ri
 and one stores (`hopper_transport`). Each program walks its own list of tiles, made on the host
 (`hopper_schedule`). A tile is one query block of 128 rows of one head; tensors are read and written
 in place through four-dimensional TMA descriptors, which also fill what lies past the end with
-zeros and drop what is written there. Only rows of repetitive heads are gathered and scattered one
+zeros and drop what is written there. Only rows of row-shared heads are gathered and scattered one
 by one, by the same two warps (`copies`).
 
     softmax(scale * q k^T) v    over the key blocks that a tile's row keeps

@@ -25,7 +25,7 @@ from calibatt_compiler.kernels.hopper.arguments import (
     TileTables,
     Variant,
 )
-from calibatt_compiler.kernels.portable.launch import fixed_reference, positive_scale
+from calibatt_compiler.kernels.portable.launch import fixed_shift, positive_scale
 from calibatt_compiler.kernels.request import Softmax
 from calibatt_compiler.plan.pattern import BlockPattern
 from calibatt_compiler.plan.zones import ZonePattern
@@ -56,13 +56,13 @@ class HopperConfig:
         block_n: keys a block: 64 or 128.
         head_dim: 64 or 128.
         dtype: bfloat16 or float16.
-        fixed: fixed softmax reference with a repair launch, else exact online softmax.
+        fixed: fixed softmax shift with a repair launch, else exact online softmax.
         ragged: the last key block is not whole.
         weighted: blocks of the pattern have weights.
         lse: the log-sum-exp is written.
         lengths: each batch item has a number of valid keys.
         energy: the sums of each query and key block are written.
-        copies: some heads are repetitive.
+        copies: some heads are row-shared.
         zones: tiles and runs are those of zones, a step is drawn from them.
     """
 
@@ -129,9 +129,9 @@ def hopper_config(
     """The configuration that serves a pattern, without optional operands.
 
     Raises:
-        KernelError: a fixed reference for a dtype whose range is too small.
+        KernelError: a fixed shift for a dtype whose range is too small.
     """
-    fixed = fixed_reference(dtype, softmax)
+    fixed = fixed_shift(dtype, softmax)
     ragged = pattern.key_length % pattern.block_n != 0
     if isinstance(pattern, ZonePattern):
         return HopperConfig(pattern.block_n, head_dim, dtype, fixed, ragged, zones=True)
@@ -190,8 +190,8 @@ class Tables:
         starts: int32 (programs + 1).
         runs: int32 (runs + 1).
         codes: of the weights of blocks, see `hopper_schedule.BlockCodes`; None without weights.
-        code_starts: likewise.
-        copies: what repetitive heads compute and copy, filled up to whole tiles, or None.
+        code_starts: see `hopper_schedule.BlockCodes`; None without weights.
+        copies: what row-shared heads compute and copy, filled up to whole tiles, or None.
         uploaded: behind their copies.
     """
 
@@ -273,7 +273,7 @@ def arguments(
 def row_arguments(
     q: Tensor, out: Tensor, copies: DeviceCopies | None
 ) -> tuple[RowPointers, RowSizes]:
-    """Arguments that only patterns with repetitive heads have.
+    """Arguments that only patterns with row-shared heads have.
 
     Args:
         q: (B, H, Sq, D), readable by TMA.

@@ -43,7 +43,7 @@ def load_zones(
     """Load what a row of zones keeps, its lead first; return the number of the next block.
 
     The words are those of a tile: see `zone_table`. sums: where the row's sum of rates begins, in
-    units of 1/128. See `plan.zone_draw` for the progression that a run keeps.
+    units of 1/128. See `plan.zones.drawing` for the progression that a run keeps.
     """
     BLOCK_N: gl.constexpr = tiles.VARIANT.block_n
     runs_ptr = tiles.tables.runs_ptr

@@ -86,7 +86,7 @@ def compile_hopper(
 
 
 def compile_counts(block_n: int, *, copies: bool = False) -> Any:
-    """Compile `hopper_counts` likewise."""
+    """Compile `hopper_counts`; see `compile_hopper`."""
     from triton.runtime.jit import MockTensor
 
     from calibatt_compiler.kernels.hopper.kernel import hopper_counts

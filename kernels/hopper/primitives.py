@@ -124,7 +124,7 @@ LIMIT = gl.constexpr(256.0)
 
 @gluon.jit
 def raised(reference, found, total):
-    """The softmax reference of rows once a block is there with maximum `found`.
+    """The softmax shift of rows once a block is there with maximum `found`.
 
     Any reference gives the same quotient, and rescaling costs, so it stays while it can. In a
     sparse row's 16 neighbours some maximum grows in half of all blocks; few of these keys matter

@@ -42,7 +42,7 @@ def pieces(tiles):
 
 @gluon.jit
 def gather_queries(rows, row_sizes, queries, batch, where, turn):
-    """Start copies of the queries that a repetitive head computes; see `queries_landed`.
+    """Start copies of the queries that a row-shared head computes; see `queries_landed`.
 
     TMA can't gather, and copies through registers would each wait for memory. Strides count 8
     elements: so the compiler knows that rows are aligned.
@@ -118,7 +118,7 @@ def producer(  # noqa: PLR0912, PLR0915  one loop, read from top to bottom
         blocks = low(count)
         copied: gl.constexpr = False
         if tiles.VARIANT.copies:
-            # The sign marks repetitive heads.
+            # The sign marks row-shared heads.
             copied = offset < 0
             offset = offset & 0x7FFFFFFF
         if LITERALS is None and not tiles.VARIANT.zones:
@@ -180,7 +180,7 @@ def producer(  # noqa: PLR0912, PLR0915  one loop, read from top to bottom
 
 @gluon.jit
 def scatter_output(rows, row_sizes, queries, tiles, batch, where, turn):
-    """Store each row of a repetitive head to all tokens that take it, then give the slots back."""
+    """Store each row of a row-shared head to all tokens that take it, then give the slots back."""
     layout: gl.constexpr = gl.BlockedLayout([2, 8], [4, 8], [1, 1], [1, 0])
     strips: gl.constexpr = queries.tiles.shape[4] // 64
     for part in gl.static_range(2):

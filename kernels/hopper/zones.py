@@ -33,8 +33,8 @@ from calibatt_compiler.kernels.portable.launch import on_device
 from calibatt_compiler.kernels.portable.tiles import multiprocessors
 from calibatt_compiler.kernels.request import KernelRequest
 from calibatt_compiler.plan.intervals import sums_before
-from calibatt_compiler.plan.zone_draw import UNIT, phase
 from calibatt_compiler.plan.zones import ZonePattern
+from calibatt_compiler.plan.zones.drawing import UNIT, phase
 
 Order = Literal["starts", "rows"]
 """How the rows of a head follow one another: see `row_order`."""
@@ -44,7 +44,7 @@ class HopperZones(GpuZones):
     """Block-sparse attention by zones; see `ZoneKernel`.
 
     Args:
-        request: what to serve, as for `HopperAttention`; the softmax reference comes from each
+        request: what to serve, as for `HopperAttention`; the softmax shift comes from each
             row's lead.
         literals: generated function that gives the runs, see `baked.source_zones`; None: they are
             read from a table. Both give the same bits.
@@ -132,7 +132,7 @@ class HopperZones(GpuZones):
         """Attend, with the log-sum-exp if it is asked for.
 
         Args:
-            q: (B, H, Sq, D), as in a plain call.
+            q: (B, H, Sq, D).
             k: (B, H, Sk, D).
             v: (B, H, Sk, D).
             step: the diffusion step.

@@ -1,8 +1,8 @@
 """Attention that reads the kept key blocks from a table on the device.
 
 It never compiles per plan: lengths, heads and tables are run-time arguments. So it serves a site
-until the same kernel with that site's literals in the place of the table is compiled, and repairs
-the calls of either whose fixed softmax reference overflowed.
+until the same kernel with that site's literals in the place of the table is compiled, and
+recomputes the calls of either whose fixed softmax shift overflowed.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class TableAttention(DeviceKernel):
 
     @property
     def repairs(self) -> int:
-        """Calls whose fixed softmax reference failed, and that were computed again.
+        """Calls whose fixed softmax shift failed, and that were computed again.
 
         Reading it waits for the device.
         """
@@ -127,7 +127,7 @@ class TableAttention(DeviceKernel):
             more |= {"POOLED": pattern.pooled, "parts": pattern.key_blocks * pattern.pooled}
             more |= {"pooled_k_ptr": pool(k, pattern), "pooled_v_ptr": pool(v, pattern)}
         if config.softmax != "repair":
-            # A repair is rare, and its launch need not be compiled for each pattern.
+            # Recomputing is rare, and its launch need not be compiled for each pattern.
             more |= self._indices()
         portable_attention[grid(pattern, config, q.shape[0])](
             q,

@@ -236,7 +236,7 @@ def portable_attention(
     None, or a generated function that gives the blocks to attend, in RUNS intervals.
 
     If ZONES, rows int32 (heads * query_blocks, 4) and runs int32 are those of `zone_table`,
-    draw_phase is `zone_draw.phase` of the step, and blocks `left` to `right` are the keys without
+    draw_phase is `drawing.phase` of the step, and blocks `left` to `right` are the keys without
     text. LITERALS: None, or a generated function that gives the word of a run by its number.
     """
     if REPAIR:

@@ -97,7 +97,7 @@ def table_arguments(
         entry: of the table's entries.
         weighted: blocks have weights.
         pooled: pooled keys a block.
-        copies: some heads are repetitive.
+        copies: some heads are row-shared.
         literals: generated function that gives the key blocks, or None for the table.
         runs: intervals that it gives.
     """

@@ -97,8 +97,8 @@ def attend_zones(
     """Attend what the row of zones whose words are at `row_ptr` keeps at a step.
 
     Block number p of a row is the one in which its sum of rates reaches p + 1 wholes: see
-    `plan.zone_draw`. A block of octave k has the weight 2^k, so its scores are k more in units of
-    log2: `maximum` is lowered by k for it instead. Returns the new acc, maximum and total.
+    `plan.zones.drawing`. A block of octave k has the weight 2^k, so its scores are k more in units
+    of log2: `maximum` is lowered by k for it instead. Returns the new acc, maximum and total.
     """
     where = tl.load(row_ptr)
     drawn = tl.load(row_ptr + 1)

@@ -26,15 +26,15 @@ from calibatt_compiler.kernels.portable.launch import (
 )
 from calibatt_compiler.kernels.portable.tiles import TileSettings
 from calibatt_compiler.kernels.request import KernelRequest
-from calibatt_compiler.plan.zone_draw import phase
 from calibatt_compiler.plan.zones import ZonePattern
+from calibatt_compiler.plan.zones.drawing import phase
 
 
 class ZoneAttention(GpuZones, DeviceKernel):
     """Block-sparse attention by zones; see `ZoneKernel`.
 
     Args:
-        request: what to serve; a fixed softmax reference comes from each row's lead.
+        request: what to serve; a fixed softmax shift comes from each row's lead.
         settings: tiles to use instead of the architecture's own.
         literals: generated function that gives the runs, see `baked.source_zones`; None: they are
             read from a table. Both give the same bits.
@@ -117,7 +117,7 @@ class ZoneAttention(GpuZones, DeviceKernel):
                     **self._edges,
                     ZONES=True,
                     REPAIR=repair,
-                    # A repair is rare, and its launch need not be compiled for each pattern.
+                    # Recomputing is rare, and its launch need not be compiled for each pattern.
                     LITERALS=None if repair else self.literals,
                     **config.constexprs,
                     **config.options,

@@ -22,7 +22,7 @@ from calibatt_compiler.calibration.observe.pipelines import branch_of
 from calibatt_compiler.calibration.store.run_folder import RunStore
 from calibatt_compiler.errors import CalibrationError, OptionError
 
-CONFIG = CalibrationConfig(block=(32, 32))
+CONFIG = CalibrationConfig(block=(32, 32), form="masks")
 PROMPTS = ["a big rabbit runs", "the bird flies"]
 
 

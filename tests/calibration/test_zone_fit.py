@@ -11,18 +11,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calibatt_compiler.calibration.select.zone_fit import SiteFit, SiteZones
-from calibatt_compiler.calibration.select.zone_lines import (
+from calibatt_compiler.calibration.select.zones.fit import SiteFit, SiteZones
+from calibatt_compiler.calibration.select.zones.lines import (
     Lines,
     absolute_lines,
     diagonal_lines,
     solve,
 )
-from calibatt_compiler.calibration.select.zone_price import ZonePricing, ZoneSource
+from calibatt_compiler.calibration.select.zones.price import ZonePricing, ZoneSource
 from calibatt_compiler.calibration.zone_target import ZoneTarget
 from calibatt_compiler.errors import OptionError
-from calibatt_compiler.plan.zone_groups import pack
 from calibatt_compiler.plan.zones import ZonePattern
+from calibatt_compiler.plan.zones.groups import pack
 
 Squares = npt.NDArray[np.float64]
 
@@ -205,7 +205,7 @@ def test_what_can_not_be_had_is_the_nearest():
 def test_what_is_held_does_not_change_the_plan(monkeypatch: pytest.MonkeyPatch):
     target = ZoneTarget(density=0.3)
     held = ZonePricing(sources(), budget=300)
-    monkeypatch.setattr("calibatt_compiler.calibration.select.zone_price.MEMORY", 0)
+    monkeypatch.setattr("calibatt_compiler.calibration.select.zones.price.MEMORY", 0)
     streamed = ZonePricing(sources(), budget=300)
     assert held.search(target) == streamed.search(target)
 

@@ -22,12 +22,12 @@ from calibatt_compiler.calibration import (
     plan_from_run,
     zone_plan_from_run,
 )
-from calibatt_compiler.calibration.select.zones import group_of
+from calibatt_compiler.calibration.select.zones.site import group_of
 from calibatt_compiler.calibration.store.run_folder import RunStore
 from calibatt_compiler.calibration.store.zone_sums import SQUARE_UNITS, GroupSums, ZoneSums, units
 from calibatt_compiler.errors import CalibrationError, OptionError
 from calibatt_compiler.plan import Plan
-from calibatt_compiler.plan.zone_draw import seed_of
+from calibatt_compiler.plan.zones.drawing import seed_of
 
 TIMESTEPS = (900.0, 700.0, 500.0, 300.0, 100.0)
 CONFIG = CalibrationConfig(
@@ -247,8 +247,9 @@ def test_settings_of_the_other_form_are_refused(model: Model) -> None:
         {"form": "zones", "step_groups": 0},
         {"form": "zones", "zone_numbers": 1},
         {"form": "octaves"},
-        {"density": 0.2},
-        {"speed_up": 2.0},
+        {"form": "masks", "density": 0.2},
+        {"A": 0.9, "density": 0.2},
+        {"keep_energies": True, "speed_up": 2.0},
     ):
         with pytest.raises(OptionError) as caught:
             CalibrationConfig(**settings)  # type: ignore[arg-type]

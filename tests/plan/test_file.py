@@ -53,7 +53,7 @@ def test_what_is_saved_comes_back(make_plan: Callable[..., Plan], tmp_path: Path
 
 
 def test_equal_plans_make_equal_files(make_plan: Callable[..., Plan], tmp_path: Path):
-    """Also after a way through a file: a plan can be told from another by its bytes alone."""
+    """Also after a way through a file: a plan can be known from another by its bytes alone."""
     path = tmp_path / "p"
     make_plan(sites=5).save(path)
     first = path.read_bytes()

@@ -16,15 +16,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from calibatt_compiler.errors import PlanError
-from calibatt_compiler.plan import zone_draw
-from calibatt_compiler.plan.zone_checks import ARRAYS
-from calibatt_compiler.plan.zones import ZonePattern
+from calibatt_compiler.plan.zones import ZonePattern, drawing
+from calibatt_compiler.plan.zones.checks import ARRAYS
 
 STEPS = [0, 1, 2, 3, 17, 64, 127, 128, 1000]
 
 
 def reference_start(head: int, row: int, step: int, seed: int = 0) -> int:
-    """Start of a row in 1/128, from the words of `plan.zone_draw` and in Python's integers."""
+    """Start of a row in 1/128, from the words of `plan.zones.drawing` and in Python's integers."""
     weyl = (head * 0xC13FA9A9 + row * 0x9E3779B9) % 2**32 // 2**25
     return (weyl + int(f"{step % 128:07b}"[::-1], 2) + seed) % 128
 
@@ -126,7 +125,7 @@ def test_each_form_of_the_draw_equals_the_reference(made: tuple[Tensor, ZonePatt
     text_rows[slice(*zones.rows)] = False
     assert expected[:, torch.from_numpy(text_rows)].all()
 
-    plain = zone_draw.sample(octaves.numpy(), zones.starts(step))
+    plain = drawing.sample(octaves.numpy(), zones.starts(step))
     assert np.array_equal(plain, expected.numpy())
 
     drawn = zones.draw(step)
@@ -187,7 +186,7 @@ def test_arrays_make_the_pattern_again(made: tuple[Tensor, ZonePattern]):
 
 def test_every_block_is_kept_at_its_rate():
     octaves = np.random.default_rng(0).integers(0, 8, (20, 50))
-    kept = sum(zone_draw.sample(octaves, np.full(20, start)).astype(int) for start in range(128))
+    kept = sum(drawing.sample(octaves, np.full(20, start)).astype(int) for start in range(128))
     assert np.array_equal(kept, 128 >> octaves), "over the starts, to the bit"
 
 
@@ -209,7 +208,7 @@ def test_steps_share_no_more_than_they_must():
 
 @pytest.mark.parametrize(("octave", "steps"), [(1, 2), (1, 8), (2, 4), (2, 8), (3, 4), (3, 16)])
 def test_errors_cancel_over_steps(octave: int, steps: int):
-    phases = np.array([zone_draw.phase(step) for step in range(50)])
+    phases = np.array([drawing.phase(step) for step in range(50)])
     at = (np.arange(128)[:, None] + phases) % 128
     error = (at + (128 >> octave) >= 128) * 2.0**octave - 1
     windows = np.lib.stride_tricks.sliding_window_view(error, steps, axis=1)
@@ -218,7 +217,7 @@ def test_errors_cancel_over_steps(octave: int, steps: int):
 
 
 def test_starts_are_spread_over_heads_and_rows():
-    found = zone_draw.starts(40, 591)
+    found = drawing.starts(40, 591)
     for line in (*found, *found.T):
         counts = np.histogram(line, bins=8, range=(0, 128))[0]
         assert abs(counts - len(line) / 8).max() <= 3

@@ -62,7 +62,7 @@ class Memory:
         return offsets
 
     def read(self, offsets: Any) -> Any:
-        """Values as in registers: integers, or floats of 32 bits."""
+        """Values of registers: integers, or floats of 32 bits."""
         values = self.flat[self.check(torch.as_tensor(np.asarray(offsets)).long())]
         return (values.float() if values.is_floating_point() else values).numpy()
 

@@ -23,7 +23,7 @@ from calibatt_compiler.kernels.baked.cover import CoverLimits
 from calibatt_compiler.kernels.portable.attention import TableAttention
 from calibatt_compiler.kernels.reference.attention import ReferenceAttention
 from calibatt_compiler.kernels.request import KernelRequest
-from calibatt_compiler.plan.copies import RowCopies
+from calibatt_compiler.plan.copies import AnchorRows
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.pattern import BlockPattern
 
@@ -33,11 +33,11 @@ Case = tuple[str, BlockPattern, int, int, float | None, float]
 
 REPETITIVE = [
     # copies, tokens, head dim, weighted, pooled
-    (RowCopies((2, 9, 8), 3), 144, 64, False, 0),
-    (RowCopies((3, 7, 5), 2, first=20), 130, 64, False, 0),
-    (RowCopies((3, 7, 5), 7, first=20), 130, 64, False, 0),
-    (RowCopies((1, 12, 12), 5, order=TokenOrder((1, 4, 4))), 150, 21, False, 0),
-    (RowCopies((2, 10, 6), 1, first=3, order=TokenOrder((2, 4, 4))), 125, 40, True, 2),
+    (AnchorRows((2, 9, 8), 3), 144, 64, False, 0),
+    (AnchorRows((3, 7, 5), 2, first=20), 130, 64, False, 0),
+    (AnchorRows((3, 7, 5), 7, first=20), 130, 64, False, 0),
+    (AnchorRows((1, 12, 12), 5, order=TokenOrder((1, 4, 4))), 150, 21, False, 0),
+    (AnchorRows((2, 10, 6), 1, first=3, order=TokenOrder((2, 4, 4))), 125, 40, True, 2),
 ]
 
 
@@ -253,7 +253,7 @@ def main() -> None:
         error = (fixed(q, k, v) - ReferenceAttention(made)(q, k, v)).abs().max().item()
         report(f"{name}, spike", error, 5e-6)
 
-    # Repetitive heads: grids that blocks don't divide, text on either side, tiles, odd head dims.
+    # Row-shared heads: grids that blocks don't divide, text on either side, tiles, odd head dims.
     for copies, length, head_dim, weighted, pooled in REPETITIVE:
         blocks = -(-length // 32)
         draw = torch.rand(4, blocks, blocks, generator=torch.Generator().manual_seed(0))

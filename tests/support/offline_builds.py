@@ -40,7 +40,7 @@ from calibatt_compiler.kernels.portable.offline import (
     table_arguments,
     zone_arguments,
 )
-from calibatt_compiler.plan.copies import RowCopies
+from calibatt_compiler.plan.copies import AnchorRows
 from calibatt_compiler.plan.pattern import BlockPattern
 
 
@@ -87,7 +87,7 @@ def main() -> None:
     archs = [int(arch) for arch in os.environ["CALIBATT_TEST_ARCHS"].split(",")]
     bf16 = torch.bfloat16
 
-    copies = RowCopies((2, 30, 24), 5, first=50)
+    copies = AnchorRows((2, 30, 24), 5, first=50)
     mixed = replace_heads(made, np.array([True, False]), copies)
     specs = [KernelSpec(pattern, bf16, 128, arch) for arch in archs for pattern in (made, mixed)]
     with KernelCompiler(workers=2) as compiler:
@@ -138,9 +138,9 @@ def zones(arch: int, head_dim: int) -> Iterator[dict[str, Any]]:
 
 
 def replace_heads(
-    pattern: BlockPattern, repetitive: npt.NDArray[np.bool_], copies: RowCopies
+    pattern: BlockPattern, repetitive: npt.NDArray[np.bool_], copies: AnchorRows
 ) -> BlockPattern:
-    """The pattern with some heads repetitive."""
+    """The pattern with some heads row-shared."""
     return BlockPattern.from_mask(
         pattern.mask(),
         query_length=pattern.query_length,

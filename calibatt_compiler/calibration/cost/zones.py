@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from calibatt_compiler.calibration.config import CalibrationConfig
-from calibatt_compiler.calibration.select.zone_price import MEMORY
+from calibatt_compiler.calibration.select.zones.price import MEMORY
 from calibatt_compiler.calibration.store.records import InputRecord, SiteSize
 from calibatt_compiler.calibration.store.zone_sums import KINDS
 

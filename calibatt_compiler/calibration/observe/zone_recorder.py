@@ -14,12 +14,12 @@ from calibatt_compiler.calibration.observe.observer import ObservedModel
 from calibatt_compiler.calibration.observe.recorder import BEST, AttentionRecorder
 from calibatt_compiler.calibration.select.repetition_scores import AttentionCall
 from calibatt_compiler.calibration.select.selection import best_share
-from calibatt_compiler.calibration.select.zones import group_of
+from calibatt_compiler.calibration.select.zones.site import group_of
 from calibatt_compiler.calibration.store.energies import EnergyBuffer
 from calibatt_compiler.calibration.store.records import InputRecord, SiteSize
 from calibatt_compiler.calibration.store.zone_sums import GroupSums, ZoneSums, units
 from calibatt_compiler.errors import CalibrationError
-from calibatt_compiler.plan.zone_form import video_blocks
+from calibatt_compiler.plan.zones.form import video_blocks
 
 
 class ZoneRecorder(AttentionRecorder):
@@ -59,6 +59,8 @@ class ZoneRecorder(AttentionRecorder):
         record, arrays = super().finish()
         for site, groups in self._sums.items():
             self._total.add(record.name, site, groups)
+        self._sums = {}
+        self._buffer.clear()
         about = {"form": "zones", "step_groups": self._config.step_groups}
         return record.model_copy(update={**about, "thresholds": {}, "kept_mass": {}}), arrays
 

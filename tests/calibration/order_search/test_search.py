@@ -265,7 +265,7 @@ def test_a_bare_module_is_told_what_to_do() -> None:
         survey(model, [], LOCAL)
 
 
-AUTO = CalibrationConfig(block=(16, 16), token_order="auto", progress=False)
+AUTO = CalibrationConfig(block=(16, 16), form="masks", token_order="auto", progress=False)
 
 
 def test_a_pipeline_is_surveyed_once(

@@ -1,4 +1,4 @@
-"""Calibrations of models with repetitive heads, from the recording to the plan."""
+"""Calibrations of models with row-shared heads, from the recording to the plan."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from calibatt_compiler.calibration import CalibrationConfig, calibrate, plan_fro
 from calibatt_compiler.calibration.store.run_folder import RunStore
 from calibatt_compiler.errors import CalibrationError, OptionError
 from calibatt_compiler.plan import BlockPattern, Plan, SitePatterns
-from calibatt_compiler.plan.copies import RowCopies
+from calibatt_compiler.plan.copies import AnchorRows
 from calibatt_compiler.plan.order import TokenOrder
 
 GRID = (2, 12, 7)
@@ -31,7 +31,7 @@ CONFIG = CalibrationConfig(
     block=(16, 16), A=0.7, C=0.9, k=2.0, grid=GRID, gamma=0.87, anchor_rows=3
 )
 EVERY = [True, False, False]
-"""Of the three heads of `Attention`, those that are repetitive."""
+"""Of the three heads of `Attention`, those that are row-shared."""
 
 
 class Attention(nn.Module):
@@ -99,7 +99,7 @@ def test_heads_whose_rows_attend_alike_copy_them(model: Model, order: str, tmp_p
     plan = observe(model, config)
     assert flags(plan) == [EVERY] * 6
     pattern = plan.sites["layers.0"].at(0)
-    assert pattern.copies == RowCopies(GRID, 3, 0, TokenOrder.parse(order))
+    assert pattern.copies == AnchorRows(GRID, 3, 0, TokenOrder.parse(order))
     assert pattern.numpy_mask()[0].sum() == 3 * 11  # 2 x 3 x 7 tokens over all 11 key blocks
     without = observe(model, replace(config, gamma=None))
     assert flags(without) == [[]] * 6
@@ -150,7 +150,7 @@ def test_text_before_the_video_is_always_computed(model: Model) -> None:
     plan = observe(model, config, 3, text=21)
     assert flags(plan) == [EVERY] * 6
     pattern = plan.sites["layers.0"].at(0)
-    assert pattern.copies == RowCopies(GRID, 3, 21)
+    assert pattern.copies == AnchorRows(GRID, 3, 21)
     assert pattern.numpy_mask()[0].sum() == 4 * 12  # 21 + 2 x 3 x 7 tokens
     dense = sample(model, 5, 21)
     compiled = copy.deepcopy(model)
@@ -197,7 +197,7 @@ def test_a_plan_is_made_again_with_or_without_repetition(model: Model, tmp_path:
 
 
 def test_scores_do_not_wait_for_the_number_of_steps(model: Model, tmp_path: Path) -> None:
-    """T is known only when the first input ends: its error is told from that of another mask."""
+    """T is known only when the first input ends: its error follows from another mask's."""
     found = []
     for name, steps in (("known", 3), ("unknown", None)):
         config = replace(CONFIG, num_steps=steps, run_folder=tmp_path / name)
@@ -251,7 +251,7 @@ def test_validation_leaves_repetitive_heads_out(model: Model, tmp_path: Path) ->
 
 
 def all_repetitive(pattern: BlockPattern) -> BlockPattern:
-    """The same pattern with all its heads repetitive."""
+    """The same pattern with all its heads row-shared."""
     return BlockPattern.from_mask(
         torch.ones_like(pattern.mask()),
         query_length=TOKENS,

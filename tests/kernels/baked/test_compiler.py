@@ -23,7 +23,7 @@ from calibatt_compiler.kernels.baked.cover import CoverLimits, denotes
 from calibatt_compiler.kernels.baked.worker import decode_pattern, encode_pattern
 from calibatt_compiler.kernels.portable.launch import launch_config
 from calibatt_compiler.kernels.portable.tiles import TileSettings
-from calibatt_compiler.plan.copies import RowCopies
+from calibatt_compiler.plan.copies import AnchorRows
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.pattern import BlockPattern
 
@@ -122,7 +122,7 @@ def test_repetitive_heads_travel_to_the_workers_and_into_the_cache(
     random_pattern: Callable[..., BlockPattern],
 ) -> None:
     """What a cover keeps in rows that are not computed does not count."""
-    copies = RowCopies((1, 14, 20), 3, first=7, order=TokenOrder((1, 4, 4)))
+    copies = AnchorRows((1, 14, 20), 3, first=7, order=TokenOrder((1, 4, 4)))
     pattern = random_pattern(
         heads=3, query_length=300, density=0.7, repetitive=(False, True, True), copies=copies
     )

@@ -7,8 +7,8 @@ import pytest
 from zone_patterns import CASES, many_runs, zone_pattern
 
 from calibatt_compiler.kernels.common.zone_table import ZoneTable, zone_table
-from calibatt_compiler.plan.zone_draw import phase
 from calibatt_compiler.plan.zones import ZonePattern
+from calibatt_compiler.plan.zones.drawing import phase
 
 
 def walk(zones: ZonePattern, table: ZoneTable, row: int, step: int) -> tuple[list[int], list[int]]:

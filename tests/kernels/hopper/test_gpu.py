@@ -27,7 +27,7 @@ from calibatt_compiler.kernels.portable.tiles import HOPPER, architecture
 from calibatt_compiler.kernels.reference.energy import reference_energy
 from calibatt_compiler.kernels.request import KernelRequest
 from calibatt_compiler.kernels.tiered import TieredKernel
-from calibatt_compiler.plan.copies import RowCopies
+from calibatt_compiler.plan.copies import AnchorRows
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.pattern import BlockPattern
 
@@ -273,12 +273,12 @@ def sources(pattern: BlockPattern, head: int) -> Tensor:
 @pytest.mark.parametrize(
     ("copies", "length", "keys", "heads", "head_dim", "block_n", "batch"),
     [
-        (RowCopies((1, 8, 16), 1), 128, 128, 1, 128, 128, 1),
-        (RowCopies((3, 13, 11), 2), 429, 90, 2, 128, 128, 1),
-        (RowCopies((2, 12, 20), 3, first=77), 700, 700, 3, 64, 128, 2),
-        (RowCopies((5, 16, 18), 5, order=TokenOrder((1, 8, 8))), 1441, 1441, 4, 128, 64, 3),
-        (RowCopies((4, 30, 52), 5), 6300, 6300, 12, 128, 128, 2),
-        (RowCopies((21, 30, 52), 5), 32760, 32760, 3, 128, 128, 1),
+        (AnchorRows((1, 8, 16), 1), 128, 128, 1, 128, 128, 1),
+        (AnchorRows((3, 13, 11), 2), 429, 90, 2, 128, 128, 1),
+        (AnchorRows((2, 12, 20), 3, first=77), 700, 700, 3, 64, 128, 2),
+        (AnchorRows((5, 16, 18), 5, order=TokenOrder((1, 8, 8))), 1441, 1441, 4, 128, 64, 3),
+        (AnchorRows((4, 30, 52), 5), 6300, 6300, 12, 128, 128, 2),
+        (AnchorRows((21, 30, 52), 5), 32760, 32760, 3, 128, 128, 1),
     ],
     ids=str,
 )
@@ -286,7 +286,7 @@ def sources(pattern: BlockPattern, head: int) -> Tensor:
 def test_repetitive_heads(
     operands: Callable[..., Operands],
     random_pattern: Callable[..., BlockPattern],
-    copies: RowCopies,
+    copies: AnchorRows,
     length: int,
     keys: int,
     heads: int,
@@ -314,7 +314,7 @@ def test_repetitive_heads(
     found, exact, yardstick, exact_lse = [], [], [], []
     for head in range(heads):
         taken = sources(pattern, head)[sample]
-        # All rows of a repetitive head keep all keys: the first stands for them.
+        # All rows of a row-shared head keep all keys: the first stands for them.
         repeats = pattern.repetitive is not None and pattern.repetitive[head]
         rows = torch.zeros_like(taken) if repeats else taken // 128
         keep = mask[head, rows.to(CUDA)].repeat_interleave(block_n, 1)[:, :keys]
@@ -342,7 +342,7 @@ def test_repetitive_heads(
 
 
 def test_repetitive_heads_repaired_and_with_key_lengths(operands: Callable[..., Operands]) -> None:
-    copies = RowCopies((3, 24, 20), 4)
+    copies = AnchorRows((3, 24, 20), 4)
     pattern = BlockPattern.from_mask(
         torch.ones(2, 12, 12, dtype=torch.bool),
         query_length=1440,
@@ -394,7 +394,7 @@ def test_literals_give_the_bits_of_the_tables(
         block=(128, 128),
         density=0.3,
         repetitive=repetitive,
-        copies=RowCopies((3, 20, 24), 4, first=13) if repetitive else None,
+        copies=AnchorRows((3, 20, 24), 4, first=13) if repetitive else None,
     )
     q, k, v = operands(batch=2, heads=3, query_length=1500, head_dim=128, dtype=BF16, device=CUDA)
     where: dict[str, Any] = {"device": CUDA, "dtype": BF16, "head_dim": 128}
@@ -404,7 +404,7 @@ def test_literals_give_the_bits_of_the_tables(
     assert baked.serving.wait(100), baked.reason
     assert baked.kind == "hopper-baked"
     assert torch.equal(baked(q, k, v), before)
-    # So few keys take the exact form unless told otherwise (`dispatch.FIXED_FROM`).
+    # So few keys take the exact form by default (`dispatch.FIXED_FROM`).
     tables = HopperAttention(KernelRequest(baked.serving.serving.pattern, softmax="exact", **where))
     assert torch.equal(tables(q, k, v), before)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from calibatt_compiler.errors import KernelError
 from calibatt_compiler.kernels.request import KernelRequest
-from calibatt_compiler.plan.copies import RowCopies
+from calibatt_compiler.plan.copies import AnchorRows
 from calibatt_compiler.plan.pattern import BlockPattern
 
 pytest.importorskip("triton", reason="Gluon is part of triton")
@@ -80,7 +80,7 @@ def test_every_row_is_attended(
 @pytest.mark.parametrize(
     ("row", "key", "nats", "repaired"),
     [
-        (3, 300, 60.0, False),  # within the range of the fixed reference
+        (3, 300, 60.0, False),  # within the range of the fixed shift
         (3, 300, 95.0, True),  # above it, in a later block
         (3, 332, 200.0, True),  # in the ragged last block
         (299, 5, 500.0, True),  # the last query, a block before its diagonal
@@ -293,7 +293,7 @@ def test_literals_give_the_bits_of_the_tables(
         block=(128, block_n),
         density=0.5,
         repetitive=repetitive,
-        copies=RowCopies((2, 10, 18), 4, first=13) if repetitive else None,
+        copies=AnchorRows((2, 10, 18), 4, first=13) if repetitive else None,
     )
     q, k, v = operands(heads=3, query_length=400, key_length=700, dtype=torch.bfloat16)
     where = {"device": CPU, "dtype": torch.bfloat16, "head_dim": 64}
@@ -394,7 +394,7 @@ def test_the_interpreter_finds_rows_that_are_not_there_yet(
         query_length=429,
         block=(128, 128),
         repetitive=(True, True),
-        copies=RowCopies((3, 13, 11), 2),
+        copies=AnchorRows((3, 13, 11), 2),
     )
     q, k, v = operands(query_length=429, dtype=torch.bfloat16)
     if missing == "fence":

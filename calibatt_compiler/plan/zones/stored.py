@@ -12,10 +12,10 @@ from calibatt_compiler.errors import PlanError, PlanFormatError
 from calibatt_compiler.plan import encoding
 from calibatt_compiler.plan.stored import Entries, PatternSize
 from calibatt_compiler.plan.text import TextPosition
-from calibatt_compiler.plan.zone_checks import ARRAYS
-from calibatt_compiler.plan.zone_draw import FORMULA
-from calibatt_compiler.plan.zone_form import video_blocks
 from calibatt_compiler.plan.zones import ZonePattern
+from calibatt_compiler.plan.zones.checks import ARRAYS
+from calibatt_compiler.plan.zones.drawing import FORMULA
+from calibatt_compiler.plan.zones.form import video_blocks
 
 MAX_RUNS = 1 << 24
 """Most runs of a pattern: above it a number is taken for damage."""
@@ -26,7 +26,7 @@ FREE_RUNS, RUNS_A_BYTE = 1 << 20, 32
 
 @dataclass(frozen=True)
 class ZoneSize:
-    """What all zone patterns of a site have in common; as in `ZonePattern`."""
+    """What all zone patterns of a site have in common; see `ZonePattern`."""
 
     size: PatternSize
     video: int = 0

@@ -10,8 +10,8 @@ from torch import Tensor
 from calibatt_compiler.errors import PlanError
 from calibatt_compiler.plan.schema import TEXT_POSITIONS, TextPolicy
 from calibatt_compiler.plan.site import SitePatterns
-from calibatt_compiler.plan.zone_draw import seed_of
 from calibatt_compiler.plan.zones import ZonePattern
+from calibatt_compiler.plan.zones.drawing import seed_of
 
 
 def sites_of_octaves(

@@ -10,13 +10,13 @@ import numpy.typing as npt
 
 from calibatt_compiler.plan.intervals import expand, sums_before
 from calibatt_compiler.plan.sizes import MAX_LENGTH
-from calibatt_compiler.plan.zone_draw import BITS, Ints
-from calibatt_compiler.plan.zone_form import ZoneForm
+from calibatt_compiler.plan.zones.drawing import BITS, Ints
+from calibatt_compiler.plan.zones.form import ZoneForm
 
 
 @dataclass(frozen=True)
 class RowRuns:
-    """The runs that each row crosses, row by row, as in a compressed row matrix.
+    """The runs that each row crosses, row by row, the way of a compressed row matrix.
 
     Attributes:
         offsets: int64 (heads * query_blocks + 1,).

@@ -1,6 +1,6 @@
 """Octave zones: rates 2^-k, constant over runs of key blocks that groups of rows share.
 
-A plan of zones stores runs; what a step keeps is drawn from them (`plan.zone_draw`). A kept block
+A plan of zones stores runs; what a step keeps is drawn from them (`drawing`). A kept block
 of octave k stands for 2^k blocks and has that weight, so nothing is left out on average, at
 whatever rates: the runs may be coarse.
 """
@@ -18,16 +18,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from calibatt_compiler.plan import weights, zone_draw
+from calibatt_compiler.plan import weights
 from calibatt_compiler.plan.intervals import expand, sums_before
 from calibatt_compiler.plan.pattern import BlockPattern
 from calibatt_compiler.plan.sizes import check_sizes
 from calibatt_compiler.plan.text import TextPosition, block_sources
-from calibatt_compiler.plan.zone_checks import ARRAYS, check, wrong
-from calibatt_compiler.plan.zone_draw import BITS, OCTAVES, UNIT, DrawnRuns, Ints
-from calibatt_compiler.plan.zone_form import ZoneForm, video_blocks
-from calibatt_compiler.plan.zone_groups import exact_groups
-from calibatt_compiler.plan.zone_rows import RowRuns, row_runs
+from calibatt_compiler.plan.zones import drawing
+from calibatt_compiler.plan.zones.checks import ARRAYS, check, wrong
+from calibatt_compiler.plan.zones.drawing import BITS, OCTAVES, UNIT, DrawnRuns, Ints
+from calibatt_compiler.plan.zones.form import ZoneForm, video_blocks
+from calibatt_compiler.plan.zones.groups import exact_groups
+from calibatt_compiler.plan.zones.rows import RowRuns, row_runs
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +57,7 @@ class ZonePattern(ZoneForm):
         video: tokens that are not text, on either side; 0 if there is no text.
         text: where text tokens stand.
         seed: added to every row's start, 0 to 127: tells sites apart.
-        formula: version of the drawing formula, `zone_draw.FORMULA`.
+        formula: version of the drawing formula, `drawing.FORMULA`.
 
     The arrays are read-only.
 
@@ -83,7 +84,7 @@ class ZonePattern(ZoneForm):
         """Draw what a step keeps, as progressions; kernels walk these."""
         runs = self.row_runs()
         start = self.starts(step).reshape(-1)
-        return zone_draw.progressions(
+        return drawing.progressions(
             runs.offsets, runs.begins, runs.ends, runs.octaves, start, self.row_leads().reshape(-1)
         )
 
@@ -104,8 +105,8 @@ class ZonePattern(ZoneForm):
         """Where the sum of each row begins at a step, int32 (heads, query_blocks), 0 to 127."""
         top, bottom = self.rows
         found = np.zeros((self.heads, self.query_blocks), np.int32)
-        found[:, top:bottom] = zone_draw.starts(self.heads, bottom - top)
-        return found + np.int32(zone_draw.phase(step, self.seed)) & np.int32(UNIT - 1)
+        found[:, top:bottom] = drawing.starts(self.heads, bottom - top)
+        return found + np.int32(drawing.phase(step, self.seed)) & np.int32(UNIT - 1)
 
     def row_leads(self) -> Ints:
         """Key block that each row visits first, int32 (heads, query_blocks); 0 in text rows."""
@@ -153,7 +154,7 @@ class ZonePattern(ZoneForm):
 
     def density_at(self, step: int) -> float:
         """Kept blocks / all blocks at a step; asked for at each call, so known from the first."""
-        phase = zone_draw.phase(step, self.seed)
+        phase = drawing.phase(step, self.seed)
         found = self._densities.get(phase)
         if found is None:
             blocks = self.heads * self.query_blocks * self.key_blocks
@@ -255,9 +256,9 @@ class ZonePattern(ZoneForm):
             query_length: tokens on the query side; default `query_blocks * block[0]`.
             key_length: tokens on the key side; default `key_blocks * block[1]`.
             block: tokens a query block, tokens a key block.
-            video: as in the class.
-            text: as in the class; blocks with text must have octave 0.
-            seed: as in the class.
+            video: see the class.
+            text: see the class; blocks with text must have octave 0.
+            seed: see the class.
 
         Raises:
             PlanError: another form, an octave out of range, or a row without octave 0.

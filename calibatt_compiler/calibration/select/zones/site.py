@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from calibatt_compiler.calibration.select.zone_fit import NUMBER_PRICE
-from calibatt_compiler.calibration.select.zone_price import (
+from calibatt_compiler.calibration.select.zones.fit import NUMBER_PRICE
+from calibatt_compiler.calibration.select.zones.price import (
     Priced,
     Squares,
     ZonePricing,
@@ -14,9 +14,9 @@ from calibatt_compiler.calibration.select.zone_price import (
 )
 from calibatt_compiler.calibration.zone_target import BUDGET, STEP_GROUPS, ZoneTarget
 from calibatt_compiler.plan.text import TextPosition
-from calibatt_compiler.plan.zone_form import video_blocks
-from calibatt_compiler.plan.zone_groups import HeadGroups, pack
 from calibatt_compiler.plan.zones import ZonePattern
+from calibatt_compiler.plan.zones.form import video_blocks
+from calibatt_compiler.plan.zones.groups import HeadGroups, pack
 
 
 @dataclass(frozen=True)

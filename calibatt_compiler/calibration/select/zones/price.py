@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from calibatt_compiler.calibration.select.zone_fit import (
+from calibatt_compiler.calibration.select.zones.fit import (
     GROUP_ROWS,
     NUMBER_PRICE,
     SiteFit,
@@ -69,8 +69,8 @@ class ZonePricing:
     Args:
         sources: of all sites and step groups, in order.
         budget: numbers a site may have at a step group.
-        number: as in `SiteFit`.
-        group_rows: as in `SiteFit`.
+        number: see `SiteFit`.
+        group_rows: see `SiteFit`.
     """
 
     sources: Sequence[ZoneSource]

@@ -1,4 +1,4 @@
-"""Whether arrays make a pattern of zones."""
+"""Checks of the arrays that make a pattern of zones."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import numpy as np
 
 from calibatt_compiler.errors import PlanError
 from calibatt_compiler.plan.sizes import MAX_LENGTH
-from calibatt_compiler.plan.zone_draw import FORMULA, OCTAVES, UNIT
-from calibatt_compiler.plan.zone_form import ZoneForm
+from calibatt_compiler.plan.zones.drawing import FORMULA, OCTAVES, UNIT
+from calibatt_compiler.plan.zones.form import ZoneForm
 
 ARRAYS = {
     "group_rows": np.int32,

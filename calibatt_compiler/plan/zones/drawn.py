@@ -10,8 +10,8 @@ from typing import overload
 from calibatt_compiler.errors import PlanError, PlanFormatError
 from calibatt_compiler.plan.pattern import BlockPattern
 from calibatt_compiler.plan.stored import CACHED, PatternSize
-from calibatt_compiler.plan.stored_zones import StoredZones, ZoneSize
 from calibatt_compiler.plan.zones import ZonePattern
+from calibatt_compiler.plan.zones.stored import StoredZones, ZoneSize
 
 
 @dataclass(eq=False)
@@ -159,7 +159,7 @@ class DrawnPatterns(Sequence[BlockPattern]):
 
     @property
     def repetitive(self) -> tuple[int, ...]:
-        """No head of any step is repetitive."""
+        """No head of any step is row-shared."""
         return (0,) * len(self)
 
     def packed(self) -> DrawnPatterns:

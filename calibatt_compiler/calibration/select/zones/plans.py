@@ -15,8 +15,8 @@ from calibatt_compiler.calibration.select.checks import (
     sampler_of,
     text_policy_of,
 )
-from calibatt_compiler.calibration.select.zone_price import Priced, Squares
-from calibatt_compiler.calibration.select.zones import (
+from calibatt_compiler.calibration.select.zones.price import Priced, Squares
+from calibatt_compiler.calibration.select.zones.site import (
     ZoneMap,
     fit_zones,
     group_of,
@@ -31,8 +31,8 @@ from calibatt_compiler.plan import CalibrationInputs, Plan, SitePatterns
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.schema import TEXT_POSITIONS, CfgMode
 from calibatt_compiler.plan.text import TextPosition
-from calibatt_compiler.plan.zone_draw import seed_of
-from calibatt_compiler.plan.zone_form import video_blocks
+from calibatt_compiler.plan.zones.drawing import seed_of
+from calibatt_compiler.plan.zones.form import video_blocks
 
 
 def zone_plan_from_run(
@@ -49,11 +49,11 @@ def zone_plan_from_run(
 
     Args:
         folder: `<plan>.calibration`, of a run with `form="zones"` or `keep_energies`.
-        density: as in `CalibrationConfig`; one of this and the next two.
-        speed_up: likewise.
-        error: likewise.
-        attention_share: likewise.
-        step_groups: likewise; a run for zones keeps those that it was recorded with.
+        density: see `CalibrationConfig`; one of this and the next two.
+        speed_up: see `CalibrationConfig`.
+        error: see `CalibrationConfig`.
+        attention_share: see `CalibrationConfig`.
+        step_groups: see `CalibrationConfig`; a run for zones keeps those that it was recorded with.
         numbers: `CalibrationConfig.zone_numbers`.
 
     Raises:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from calibatt_compiler.plan.intervals import expand, sums_before
 from calibatt_compiler.plan.text import TextPosition
-from calibatt_compiler.plan.zone_draw import FORMULA, Ints
+from calibatt_compiler.plan.zones.drawing import FORMULA, Ints
 
 
 def video_blocks(length: int, video: int, block: int, text: TextPosition | None) -> tuple[int, int]:

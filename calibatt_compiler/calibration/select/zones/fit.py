@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from calibatt_compiler.calibration.select.zone_lines import (
+from calibatt_compiler.calibration.select.zones.lines import (
     Floats,
     Solved,
     absolute_lines,
@@ -18,7 +18,7 @@ from calibatt_compiler.calibration.select.zone_lines import (
 )
 from calibatt_compiler.calibration.zone_target import BUDGET
 from calibatt_compiler.errors import OptionError
-from calibatt_compiler.plan.zone_groups import HeadGroups
+from calibatt_compiler.plan.zones.groups import HeadGroups
 
 GROUP_ROWS = (4, 16, 64, 256)
 """Rows a group that a head may have, beside all its rows."""
