@@ -133,7 +133,7 @@ class Draw(NamedTuple):
     """Numbers that draw a step from zones.
 
     Attributes:
-        phase: of the step, see `zone_draw.phase`.
+        phase: of the step, see `drawing.phase`.
         left: first key block without text.
         right: one past the last.
     """
