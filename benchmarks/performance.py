@@ -87,6 +87,8 @@ FIGURES = (
     Figure("The same beside FlashAttention-3", "dit_layer",
            matching(size="720p", attention="hopper table"), "x FlashAttention-3", "x",
            earlier=_LAYER),
+    Figure("The same with zones", "dit_layer", matching(size="720p", attention="zones table"),
+           "x FlashAttention-3", "x"),
     Figure("At 480p, beside FlashAttention-3", "dit_layer",
            matching(size="480p", attention="hopper table"), "x FlashAttention-3", "x",
            earlier=_LAYER),

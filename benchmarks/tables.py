@@ -45,13 +45,14 @@ def number(value: Any) -> float | str:
 def facts(*keys: str) -> Tabulate:
     """Make a table of everything that a row holds, a line each, named by the keys."""
 
-    def one(row: Row) -> Iterator[Cells]:
-        named: Cells = {key: number(row[key]) for key in keys}
-        for what, found in row.items():
-            if isinstance(found, int | float) and what not in keys and not isinstance(found, bool):
-                yield {**named, "what": what.replace("_", " "), "found": found}
+    def cells(run: Run) -> Iterator[Cells]:
+        for row in run.rows:
+            named: Cells = {key: number(row[key]) for key in keys}
+            for what, found in row.items():
+                if isinstance(found, int | float) and what not in keys:
+                    yield {**named, "what": what.replace("_", " "), "found": found}
 
-    return rowwise(one)
+    return cells
 
 
 def attention(row: Row) -> Iterator[Cells]:

@@ -115,9 +115,9 @@ class RowSizes(NamedTuple):
     """Numbers that go with `RowPointers`.
 
     Attributes:
-        q_batch: strides of q, in units of 8 elements.
-        q_head: likewise.
-        q_token: likewise.
+        q_batch: stride of q from item to item of the batch, in units of 8 elements.
+        q_head: from head to head, in these units.
+        q_token: from token to token, in these units.
         computed_rows: a multiple of 128.
         stores: pieces of 8 rows x 64 columns that are stored of a tile, all slots together.
     """

@@ -93,7 +93,7 @@ def test_the_check_of_layers_runs(
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (row,) = json.loads((tmp_path / "dit_layer.json").read_text())["rows"]
-    assert set(row["ms"]) == {"stock", "table", "none"} | more
+    assert set(row["ms"]) == {"stock", "table", "zones table", "none"} | more
     assert done.stdout.count("profiled:\n") == len(row["ms"])
     assert "x calibatt::attention" in done.stdout
     assert row["left_out"] == {}

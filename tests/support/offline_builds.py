@@ -43,6 +43,9 @@ from calibatt_compiler.kernels.portable.offline import (
 from calibatt_compiler.plan.copies import AnchorRows
 from calibatt_compiler.plan.pattern import BlockPattern
 
+HEAD_DIMS = {89: (64, 128), 90: (64, 128)}
+"""Of the generation with least shared memory and of that with its own loads; others have 128."""
+
 
 def resources(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -89,12 +92,14 @@ def main() -> None:
 
     copies = AnchorRows((2, 30, 24), 5, first=50)
     mixed = replace_heads(made, np.array([True, False]), copies)
-    specs = [KernelSpec(pattern, bf16, 128, arch) for arch in archs for pattern in (made, mixed)]
+    # Copied rows are code of the source, not of a generation: two of them, with TMA and without.
+    patterns = {arch: (made, mixed) if arch in HEAD_DIMS else (made,) for arch in archs}
+    specs = [KernelSpec(x, bf16, 128, arch) for arch in archs for x in patterns[arch]]
     with KernelCompiler(workers=2) as compiler:
         report = compiler.build(specs)
     assert not report.failed, report.failed
     for arch in archs:
-        for head_dim in (64, 128):
+        for head_dim in HEAD_DIMS.get(arch, (128,)):
             where: dict[str, Any] = {"arch": arch, "dtype": bf16}
             config = launch_config(made, **where, head_dim=head_dim)
             exact = launch_config(made, **where, head_dim=head_dim, softmax="exact")
@@ -113,7 +118,7 @@ def main() -> None:
                 print(json.dumps(facts))
             for facts in zones(arch, head_dim):
                 print(json.dumps(facts))
-        for pattern in (made, mixed):
+        for pattern in patterns[arch]:
             print(json.dumps(baked(pattern, arch, config)))
 
 
