@@ -30,6 +30,7 @@ from calibatt_compiler.calibration.tuning.picture import write_front
 from calibatt_compiler.calibration.tuning.plan_server import PlanServer, served
 from calibatt_compiler.calibration.tuning.study import JOURNAL, Study, finished
 from calibatt_compiler.calibration.tuning.trials import TIMING_STEPS, PlanEvaluator
+from calibatt_compiler.calibration.validation.kept_mass import Validation
 from calibatt_compiler.calibration.validation.validate import validate_run
 from calibatt_compiler.errors import CalibrationError, OptionError
 from calibatt_compiler.evaluation.compare import Progress, Silent
@@ -210,12 +211,13 @@ class _Search:
 
     def _try(self, at: SearchPoint, evaluator: PlanEvaluator) -> Point:
         plan = self.plan(at)
-        fidelity = (
-            round(validate_run(self._recording, plan).mean, 9)
-            if self._tuning.proxy
-            else evaluator.fidelity(plan)
-        )
+        fidelity = self._kept_mass(plan) if self._tuning.proxy else evaluator.fidelity(plan)
         return Point(at, fidelity, cost_of(plan), plan.density(), plan.digest)
+
+    def _kept_mass(self, plan: Plan) -> float:
+        found = validate_run(self._recording, plan)
+        assert isinstance(found, Validation)
+        return round(found.mean, 9)
 
 
 def _recording(config: CalibrationConfig | None, folder: Path) -> CalibrationConfig:

@@ -86,6 +86,8 @@ class ZonePricing:
         Density falls and error rises with the price, so the price is bracketed, and the bracket
         cut where a power law through its ends says.
         """
+        if target.price is not None:
+            return self.at(target.price)
         wanted = target.error if target.error is not None else target.wanted_density
         assert wanted is not None
 

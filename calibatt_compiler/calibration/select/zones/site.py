@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from calibatt_compiler.calibration.select.zones.fit import NUMBER_PRICE
 from calibatt_compiler.calibration.select.zones.price import (
@@ -33,6 +34,8 @@ class ZoneMap:
         video: tokens that are not text, if there is text.
         text: where it stands.
         seed: of the pattern.
+        factor: how many times as large the error is taken to be as the squares say. The price is
+            found without it, so that it makes this map denser, and no other one sparser.
     """
 
     heads: int
@@ -43,6 +46,7 @@ class ZoneMap:
     video: int = 0
     text: TextPosition | None = None
     seed: int = 0
+    factor: float = 1.0
 
     @property
     def rows(self) -> int:
@@ -56,18 +60,38 @@ class ZoneMap:
         left, right = video_blocks(self.lengths[1], self.video, self.block[1], self.text)
         return right - left
 
-    def source(self) -> ZoneSource:
-        """Return it as the pricing takes it."""
+    def source(self, *, raised: bool = True) -> ZoneSource:
+        """Return it as the pricing takes it, its squares multiplied by `factor`^2 if `raised`."""
+        raised = raised and self.factor != 1
         rows, columns = (
             -(-length // size) for length, size in zip(self.lengths, self.block, strict=True)
         )
         return ZoneSource(
-            self.squares,
+            partial(_times, self.squares, self.factor**2) if raised else self.squares,
             self.steps,
             rows=self.heads * rows,
             blocks=self.heads * rows * columns,
             text_blocks=self.heads * (rows * columns - self.rows * self.columns),
         )
+
+
+def _times(squares: Callable[[], Squares], factor: float) -> Squares:
+    return squares() * factor
+
+
+@dataclass(frozen=True)
+class FittedZones:
+    """The zones of a whole plan.
+
+    Attributes:
+        patterns: of each map.
+        variances: of each map, expected relative variance of a row's output, mean over all rows.
+        found: what the plan is.
+    """
+
+    patterns: list[ZonePattern]
+    variances: list[float]
+    found: Priced
 
 
 def fit_zones(
@@ -76,7 +100,7 @@ def fit_zones(
     *,
     budget: int = BUDGET,
     number: float = NUMBER_PRICE,
-) -> tuple[list[ZonePattern], Priced]:
+) -> FittedZones:
     """Fit the zones of a whole plan at one price.
 
     Args:
@@ -84,27 +108,32 @@ def fit_zones(
         target: what the plan is to be.
         budget: numbers a site may have at a step group.
         number: kept blocks that a number is worth at least.
-
-    Returns:
-        A pattern for each map, and what the plan is.
     """
     # Maps that are all text have nothing to choose; they are dense.
     open_ = [entry.rows * entry.columns > 0 for entry in maps]
-    sources = [entry.source() for entry, some in zip(maps, open_, strict=True) if some]
-    pricing = ZonePricing(sources, budget, number)
+    chosen = [entry for entry, some in zip(maps, open_, strict=True) if some]
+    if target.price is None and any(entry.factor != 1 for entry in chosen):
+        before = ZonePricing([entry.source(raised=False) for entry in chosen], budget, number)
+        target = ZoneTarget(price=before.search(target).price)
+    pricing = ZonePricing([entry.source() for entry in chosen], budget, number)
     found = pricing.search(target)
-    fits = pricing.fits(found.price)
-    patterns = []
+    fits = zip(pricing.sources, pricing.fits(found.price), strict=True)
+    patterns, variances = [], []
     for entry, some in zip(maps, open_, strict=True):
         sizes = (entry.heads, *entry.lengths, *entry.block)
-        heads = next(fits).heads if some else [HeadGroups.none(entry.rows)] * entry.heads
+        heads: Sequence[HeadGroups] = [HeadGroups.none(entry.rows)] * entry.heads
+        variance = 0.0
+        if some:
+            source, zones = next(fits)
+            heads, variance = zones.heads, zones.variance / source.rows
+        variances.append(variance)
         arrays = pack(heads, entry.rows, entry.columns)
         patterns.append(
             ZonePattern.from_arrays(
                 sizes, arrays, video=entry.video, text=entry.text, seed=entry.seed
             )
         )
-    return patterns, found
+    return FittedZones(patterns, variances, found)
 
 
 def group_of(position: int, steps: int, groups: int = STEP_GROUPS) -> int:
