@@ -213,8 +213,8 @@ class CalibrationRun:
         A run for zones takes the settings of zones alone.
 
         Args:
-            raised: by site, what is added to its threshold, or by how much its expected error is
-                multiplied; see `plan_from_run` and `zone_plan_from_run`.
+            raised: by site, what is added to its threshold, see `plan_from_run`, or of zones the
+                factor of its energies, see `zone_plan_from_run`.
             names: the inputs that count; default all.
             **settings: of `SelectionConfig`, by name, in the place of the configured ones. Other
                 `A`, `C` and `k` need `keep_energies`, `gamma` a run that recorded repetition.

@@ -56,9 +56,9 @@ def inspect(
         option(
             _VALIDATION,
             "Write the plan that keeps more at the flagged sites: masks selected again with "
-            "thresholds raised by what they lack, zones fitted again at the plan's price with the "
-            "expected errors raised to those found. Needs PLAN.calibration, of masks with "
-            "energies (--keep-energies).",
+            "thresholds raised by what they lack, zones fitted again at the plan's price, with "
+            "energies raised by what the error is above the expected one. Needs "
+            "PLAN.calibration, of masks with energies (--keep-energies).",
             "OUT",
             "--raise",
         ),

@@ -46,7 +46,7 @@ def measure(
 
 
 def raise_flagged(path: Path, plan: Plan, validation: AnyValidation, out: Path) -> str:
-    """Write the plan that a run gives with thresholds, or expected errors, of flagged sites raised.
+    """Write the plan that a run gives with thresholds, or energies, of flagged sites raised.
 
     Args:
         path: file of the plan; its run is in `<path>.calibration`.
@@ -68,7 +68,7 @@ def raise_flagged(path: Path, plan: Plan, validation: AnyValidation, out: Path) 
     raised = _mask_plan if masks else _zone_plan
     new = raised(f"{path}.calibration", plan, validation.raised())
     new.save(out)
-    what = "thresholds" if masks else "expected errors"
+    what = "thresholds" if masks else "energies"
     return (
         f"{printable(out)}: {what} of {len(validation.flagged)} sites raised, density "
         f"{new.density():.3f} instead of {plan.density():.3f}"
@@ -94,18 +94,13 @@ def _mask_plan(folder: str, plan: Plan, amounts: dict[str, float]) -> Plan:
 
 def _zone_plan(folder: str, plan: Plan, factors: dict[str, float]) -> Plan:
     from calibatt_compiler.calibration import zone_plan_from_run
-    from calibatt_compiler.calibration.zone_target import BUDGET, STEP_GROUPS
 
     used = plan.metadata.thresholds
     for name, value in _raised_before(plan).items():
         factors[name] = factors.get(name, 1.0) * value
-    return zone_plan_from_run(
-        folder,
-        raised=factors,
-        price=used.get("price"),
-        numbers=int(used.get("numbers", BUDGET)),
-        step_groups=int(used.get("step_groups", STEP_GROUPS)),
-    )
+    counts = {name: int(used[name]) for name in ("numbers", "step_groups") if name in used}
+    settings: dict[str, Any] = {"price": used.get("price"), **counts}
+    return zone_plan_from_run(folder, raised=factors, **settings)
 
 
 def _raised_before(plan: Plan) -> dict[str, float]:

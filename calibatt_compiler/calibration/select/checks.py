@@ -12,8 +12,8 @@ from calibatt_compiler.errors import CalibrationError, OptionError
 from calibatt_compiler.plan import Sampler
 from calibatt_compiler.plan.schema import CfgMode, FixedBy, TextPolicy
 
-MOST_FACTOR = 1e9
-"""By which the expected error of a site may be raised."""
+MOST_FACTOR = 1e6
+"""By which the energies of a site may be raised: beyond, all are kept that were ever seen."""
 
 
 def check_raised(record: InputRecord, raised: Mapping[str, float]) -> None:
@@ -32,7 +32,7 @@ def check_raised(record: InputRecord, raised: Mapping[str, float]) -> None:
 
 
 def check_factors(record: InputRecord, raised: Mapping[str, float]) -> None:
-    """Raise `OptionError` unless errors are raised by factors, of sites of this input."""
+    """Raise `OptionError` unless energies are raised by factors, of sites of this input."""
     names = {size.name for size in record.sites}
     wrong = {
         name: value
@@ -41,7 +41,7 @@ def check_factors(record: InputRecord, raised: Mapping[str, float]) -> None:
     }
     if wrong:
         raise OptionError(
-            "expected errors can't be raised so",
+            "energies can't be raised so",
             expected=f"factors from 1 to {MOST_FACTOR:g} for sites such as {min(names)!r}",
             got=wrong,
             remedy="pass ZoneValidation.raised() of a plan of this run",

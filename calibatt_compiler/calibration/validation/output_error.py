@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from calibatt_compiler.calibration.select.checks import MOST_FACTOR
 from calibatt_compiler.calibration.validation.observed import check_observed, planned_step
 from calibatt_compiler.plan import Plan
 from calibatt_compiler.plan.zones import ZonePattern
@@ -54,8 +55,8 @@ class SiteZoneValidation:
         steps: the plan's steps that were observed.
         errors: at each of them, of the mean over inputs, heads and query blocks; measured on
             sums of energies, of all steps of a group together.
-        expected: what the plan expected of its calibration inputs, over all steps; None if it does
-            not say.
+        expected: what the plan expected of its calibration inputs, over all steps, before any site
+            was raised; None if it does not say.
         worst_input: of an input at a step, the largest; None if measured on sums.
         worst_head: of a head at a step, the largest.
         worst_row: of a query block of a head, at a step of an input, the largest; None if
@@ -81,8 +82,8 @@ class SiteZoneValidation:
         return self.steps[int(np.argmax(self.errors))]
 
     @property
-    def factor(self) -> float:
-        """How many times the expected error it has; NaN if none is known."""
+    def ratio(self) -> float:
+        """Error / expected error; NaN if none is known."""
         if self.expected is None:
             return float("nan")
         return max(self.error, LEAST) / max(self.expected, LEAST)
@@ -112,7 +113,7 @@ class ZoneValidation:
 
         A site counts by its mean over inputs, steps, heads and query blocks.
         """
-        return tuple(site for site in self.sites if site.factor > 1 + self.margin)
+        return tuple(site for site in self.sites if site.ratio > 1 + self.margin)
 
     @property
     def error(self) -> float:
@@ -120,12 +121,14 @@ class ZoneValidation:
         return _root_mean_square([site.error for site in self.sites])
 
     def raised(self) -> dict[str, float]:
-        """How many times the expected error the flagged sites have, for another fit.
+        """Factors for the energies of flagged sites in another fit: the square of their ratio.
 
-        See `zone_plan_from_run(raised=...)`. The new plan expects that error, at the blocks that it
-        then keeps; inputs may differ in where their energy is, too: validate it again.
+        See `zone_plan_from_run(raised=...)`. At one price the best rate of a block is in proportion
+        to its energy, and its part of the variance to energy^2 / rate: to bring an error that is r
+        times the expected one back to it, rates must be r^2 times as high. Inputs may differ in
+        where their energy is, too, and octaves are steps: validate the new plan again.
         """
-        return {site.site: round(site.factor, 6) for site in self.flagged}
+        return {site.site: min(round(site.ratio**2, 6), MOST_FACTOR) for site in self.flagged}
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as plain values, for JSON."""
@@ -134,7 +137,7 @@ class ZoneValidation:
                 **asdict(site),
                 "error": site.error,
                 "worst_step": site.worst_step,
-                "factor": None if site.expected is None else site.factor,
+                "ratio": None if site.expected is None else site.ratio,
                 "flagged": site in self.flagged,
             }
             for site in self.sites

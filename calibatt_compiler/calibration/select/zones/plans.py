@@ -63,9 +63,10 @@ def zone_plan_from_run(
         price: what a kept block is worth, as a plan of this run records it in its thresholds.
         step_groups: see `CalibrationConfig`; a run for zones keeps those that it was recorded with.
         numbers: `CalibrationConfig.zone_numbers`.
-        raised: by site, how many times as large its error is as its calibration inputs say, such
-            as `ZoneValidation.raised()` of a plan of this run. The price is that of the plan
-            without it, so that these sites keep more blocks and no other site fewer.
+        raised: by site, a factor of at least 1 that its energies are multiplied by for the fit,
+            such as `ZoneValidation.raised()` of a plan of this run. The price is that of the plan
+            without it, so that these sites keep more blocks and no other site fewer; so are the
+            errors expected of sites that the plan records.
 
     Raises:
         CalibrationError: no run there, a damaged one, or energies needed but not kept.
@@ -185,7 +186,10 @@ def _settings(selection: ZoneSelection, fitted: FittedZones, *, raised: bool) ->
 def _site_errors(
     fitted: FittedZones, names: Sequence[str], of_step: Sequence[int]
 ) -> dict[str, float]:
-    """Root of each site's expected variance, mean over the steps; for `PlanMetadata.quality`."""
+    """Root of each site's expected variance, mean over the steps; for `PlanMetadata.quality`.
+
+    Of raised sites that of the plan before: what they promise, and validation holds them to.
+    """
     groups = len(fitted.variances) // len(names)
     found = {}
     for site, name in enumerate(names):

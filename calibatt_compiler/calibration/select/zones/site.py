@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from calibatt_compiler.calibration.select.zones.fit import NUMBER_PRICE
 from calibatt_compiler.calibration.select.zones.price import (
@@ -34,8 +33,8 @@ class ZoneMap:
         video: tokens that are not text, if there is text.
         text: where it stands.
         seed: of the pattern.
-        factor: how many times as large the error is taken to be as the squares say. The price is
-            found without it, so that it makes this map denser, and no other one sparser.
+        factor: see `ZoneSource`. The price is found without it, so that this map becomes denser
+            and no other one sparser.
     """
 
     heads: int
@@ -61,22 +60,18 @@ class ZoneMap:
         return right - left
 
     def source(self, *, raised: bool = True) -> ZoneSource:
-        """Return it as the pricing takes it, its squares multiplied by `factor`^2 if `raised`."""
-        raised = raised and self.factor != 1
+        """Return it as the pricing takes it, without its factor unless `raised`."""
         rows, columns = (
             -(-length // size) for length, size in zip(self.lengths, self.block, strict=True)
         )
         return ZoneSource(
-            partial(_times, self.squares, self.factor**2) if raised else self.squares,
+            self.squares,
             self.steps,
             rows=self.heads * rows,
             blocks=self.heads * rows * columns,
             text_blocks=self.heads * (rows * columns - self.rows * self.columns),
+            factor=self.factor if raised else 1.0,
         )
-
-
-def _times(squares: Callable[[], Squares], factor: float) -> Squares:
-    return squares() * factor
 
 
 @dataclass(frozen=True)
@@ -85,7 +80,8 @@ class FittedZones:
 
     Attributes:
         patterns: of each map.
-        variances: of each map, expected relative variance of a row's output, mean over all rows.
+        variances: of each map, expected relative variance of a row's output, mean over all rows;
+            what it would be at that price without its factor.
         found: what the plan is.
     """
 
@@ -112,12 +108,15 @@ def fit_zones(
     # Maps that are all text have nothing to choose; they are dense.
     open_ = [entry.rows * entry.columns > 0 for entry in maps]
     chosen = [entry for entry, some in zip(maps, open_, strict=True) if some]
-    if target.price is None and any(entry.factor != 1 for entry in chosen):
+    raised = [entry for entry in chosen if entry.factor != 1]
+    if target.price is None and raised:
         before = ZonePricing([entry.source(raised=False) for entry in chosen], budget, number)
         target = ZoneTarget(price=before.search(target).price)
     pricing = ZonePricing([entry.source() for entry in chosen], budget, number)
     found = pricing.search(target)
     fits = zip(pricing.sources, pricing.fits(found.price), strict=True)
+    unraised = ZonePricing([entry.source(raised=False) for entry in raised], budget, number)
+    promised = unraised.fits(found.price)
     patterns, variances = [], []
     for entry, some in zip(maps, open_, strict=True):
         sizes = (entry.heads, *entry.lengths, *entry.block)
@@ -125,7 +124,8 @@ def fit_zones(
         variance = 0.0
         if some:
             source, zones = next(fits)
-            heads, variance = zones.heads, zones.variance / source.rows
+            heads = zones.heads
+            variance = (zones if entry.factor == 1 else next(promised)).variance / source.rows
         variances.append(variance)
         arrays = pack(heads, entry.rows, entry.columns)
         patterns.append(
