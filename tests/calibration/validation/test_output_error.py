@@ -247,6 +247,13 @@ def test_other_attention_is_flagged_and_raising_mends_it(runs: Path, plan: Plan)
     }  # fmt: skip
     assert raised.density("layers.1") > plan.density("layers.1")
     assert raised.sites["layers.0"].digests == plan.sites["layers.0"].digests
+    # It is held to what the plan before promised; of its own inputs it expects less.
+    assert [site.expected for site in validate_run(own, raised).sites] == [
+        site.expected for site in first.sites
+    ]
+    error = raised.metadata.quality["expected_error"]
+    assert error == pytest.approx(validate_run(own, raised).error, abs=1e-6)
+    assert error < plan.metadata.quality["expected_error"]
     second = validate_run(runs / "shifted", raised)
     assert second.sites[0] == first.sites[0]
     assert second.sites[1].error < first.sites[1].error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from calibatt_compiler.calibration.select.zones.fit import NUMBER_PRICE
@@ -109,14 +109,19 @@ def fit_zones(
     open_ = [entry.rows * entry.columns > 0 for entry in maps]
     chosen = [entry for entry, some in zip(maps, open_, strict=True) if some]
     raised = [entry for entry in chosen if entry.factor != 1]
-    if target.price is None and raised:
-        before = ZonePricing([entry.source(raised=False) for entry in chosen], budget, number)
-        target = ZoneTarget(price=before.search(target).price)
+
+    def unraised(entries: Sequence[ZoneMap]) -> ZonePricing:
+        return ZonePricing([entry.source(raised=False) for entry in entries], budget, number)
+
+    promised: Iterator[float] = iter(())
+    if raised:
+        price = target.price or unraised(chosen).search(target).price
+        target = ZoneTarget(price=price)
+        # Now, so that their sums are not held beside those of all.
+        promised = iter([zones.variance for zones in unraised(raised).fits(price)])
     pricing = ZonePricing([entry.source() for entry in chosen], budget, number)
     found = pricing.search(target)
     fits = zip(pricing.sources, pricing.fits(found.price), strict=True)
-    unraised = ZonePricing([entry.source(raised=False) for entry in raised], budget, number)
-    promised = unraised.fits(found.price)
     patterns, variances = [], []
     for entry, some in zip(maps, open_, strict=True):
         sizes = (entry.heads, *entry.lengths, *entry.block)
@@ -125,7 +130,8 @@ def fit_zones(
         if some:
             source, zones = next(fits)
             heads = zones.heads
-            variance = (zones if entry.factor == 1 else next(promised)).variance / source.rows
+            variance = zones.variance if entry.factor == 1 else next(promised)
+            variance /= source.rows
         variances.append(variance)
         arrays = pack(heads, entry.rows, entry.columns)
         patterns.append(
