@@ -40,6 +40,7 @@ from calibatt_compiler.calibration.tuning.study import (
 )
 from calibatt_compiler.calibration.tuning.trials import TIMING_STEPS, PlanEvaluator
 from calibatt_compiler.calibration.tuning.zone_study import DensitySearch, ZoneStudy
+from calibatt_compiler.calibration.validation.kept_mass import Validation
 from calibatt_compiler.calibration.validation.validate import validate_run
 from calibatt_compiler.errors import CalibrationError
 from calibatt_compiler.evaluation.compare import Progress, Silent
@@ -254,12 +255,13 @@ class _Search:
 
     def _try(self, at: Settings, evaluator: PlanEvaluator) -> Point:
         plan = self.plan(at)
-        fidelity = (
-            round(validate_run(self._recording, plan).mean, 9)
-            if self._tuning.proxy
-            else evaluator.fidelity(plan)
-        )
+        fidelity = self._kept_mass(plan) if self._tuning.proxy else evaluator.fidelity(plan)
         return Point(at, fidelity, cost_of(plan), plan.density(), plan.digest)
+
+    def _kept_mass(self, plan: Plan) -> float:
+        found = validate_run(self._recording, plan)
+        assert isinstance(found, Validation)
+        return round(found.mean, 9)
 
 
 def _recording(
