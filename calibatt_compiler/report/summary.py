@@ -34,8 +34,8 @@ class SiteRow:
         name: of the site.
         status: `sparse`, or why it is not.
         density: kept blocks / all blocks, mean over steps; None where skipped.
-        computed_density: the same for what the kernels compute; above `density` where a pattern
-            was covered by a larger one.
+        computed_density: the same for what the kernels compute; above `density` by
+            pooled keys.
         kernel: kinds of kernel that serve it now.
         sparse_calls: calls served by a sparse kernel.
         dense_calls: calls served dense, by reason.
@@ -205,7 +205,7 @@ class Summary:
             + list(self.samplers)
             + [f"{n} calls {why}" for why, n in dense.most_common()]
             + [f"{n} patterns by another kernel: {why}" for why, n in reasons.most_common()]
-            + [f"{repairs} calls computed again: scores overflowed their softmax reference"]
+            + [f"{repairs} calls computed again: scores overflowed their softmax shift"]
             * (repairs > 0)
             + self._drift_notes()
         )

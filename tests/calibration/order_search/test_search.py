@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -15,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forked import Calibration
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -321,20 +319,11 @@ def test_two_processes_make_the_plan_of_one(
     tmp_path: Path,
 ) -> None:
     out = tmp_path / "two.calibatt"
-    run = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    command = ["-m", "calibatt_compiler", "calibrate", tiny_wan_folder, "--token-order", "auto"]
-    size = ["--height", "112", "--width", "144", "--frames", "9", "--steps", "3"]
-    size += ["--set", "max_sequence_length=16", "--block", "16", "--seed", "3"]
-    prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
-    done = subprocess.run(
-        [sys.executable, *run, *command, *size, *prompts, "--out", out],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    work = {"prompts": PROMPTS, "seeds": 3, "config": AUTO, **tiny_wan_arguments}
+    both = {"out": out, "meeting": tmp_path / "meeting", **work}
+    for rank in [Calibration(tiny_wan_folder, rank=rank, **both) for rank in range(2)]:
+        code, _, said = rank.result()
+        assert code == 0, said
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums may differ in the last bit with their number
     try:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forked import Calibration
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -262,48 +260,31 @@ def all_repetitive(pattern: BlockPattern) -> BlockPattern:
     )
 
 
-WORKER = """
-import sys
-import torch, torch.distributed as dist
-from diffusers import WanPipeline
-from calibatt_compiler.calibration import CalibrationConfig, calibrate
-
-folder, out, meeting, rank = sys.argv[1:]
-torch.set_num_threads(1)
-pipe = WanPipeline.from_pretrained(folder)
-if meeting:
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=int(rank), world_size=2)
-plan = calibrate(
-    pipe, ["a big rabbit runs", "the bird flies", "a small bird"], seeds=1, out=out,
-    config=CalibrationConfig(block=(16, 16), gamma=0.6, anchor_rows=2, similarity_inputs=2),
-    height=112, width=144, num_frames=9, num_inference_steps=2, max_sequence_length=16,
-)
-print(plan.metadata.quality["repetitive_heads"], plan.digest)
-"""
-
-
 @pytest.mark.slow
-def test_one_digest_from_one_and_two_processes(tiny_wan_pipeline: Any, tmp_path: Path) -> None:
+def test_one_digest_from_one_and_two_processes(
+    tiny_wan_folder: Path, tiny_wan_arguments: dict[str, int], tmp_path: Path
+) -> None:
     from diffusers import WanPipeline
 
-    tiny_wan_pipeline.save_pretrained(tmp_path / "model")
-    pipe = WanPipeline.from_pretrained(tmp_path / "model")
+    pipe = WanPipeline.from_pretrained(tiny_wan_folder)
     with torch.no_grad():  # uniform attention: all rows attend alike
         pipe.transformer.blocks[1].attn1.norm_q.weight.zero_()
-    pipe.save_pretrained(tmp_path / "model")
-
-    def start(out: str, meeting: str, rank: int) -> subprocess.Popen[str]:
-        arguments = [str(tmp_path / "model"), str(tmp_path / out), meeting, str(rank)]
-        return subprocess.Popen(
-            [sys.executable, "-c", WORKER, *arguments],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-
-    meeting = str(tmp_path / "meeting")
-    ranks = [start("alone", "", 0), start("both", meeting, 0), start("both", meeting, 1)]
-    printed = [rank.communicate(timeout=240)[0].split()[-2:] for rank in ranks]
+    pipe.save_pretrained(folder := tmp_path / "model")
+    work = {
+        "prompts": ["a big rabbit runs", "the bird flies", "a small bird"],
+        "seeds": 1,
+        "config": CalibrationConfig(block=(16, 16), gamma=0.6, anchor_rows=2, similarity_inputs=2),
+        **tiny_wan_arguments,
+        "num_inference_steps": 2,
+    }
+    both = {"out": tmp_path / "both", "meeting": tmp_path / "meeting", **work}
+    ranks = [Calibration(folder, out=tmp_path / "alone", **work)]
+    ranks += [Calibration(folder, rank=rank, **both) for rank in range(2)]
+    printed = []
+    for rank in ranks:
+        code, written, said = rank.result()
+        assert code == 0, said
+        printed.append(written.split()[-2:])
     assert printed[0] == printed[1] == printed[2]
     assert float(printed[0][0]) >= 0.5
     store = RunStore(tmp_path / "both.calibration")

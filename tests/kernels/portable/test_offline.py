@@ -50,7 +50,7 @@ def test_machine_code_and_ahead_of_time_compilation(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(kernels) == 90
+    assert len(kernels) == 63
     for kernel in kernels:
         assert kernel["local"] == 0, kernel
         assert kernel["stack"] <= spilled(kernel), kernel
