@@ -90,12 +90,14 @@ def tune(
 ) -> None:
     """Search the density of zones, or the thresholds of masks: fidelity against predicted time.
 
-    Records the prompts once, then tries plans made from that: each generates a video and is
-    compared with the dense one. The folder gets front.png, tuning.json and, with
-    --speed-up or --psnr, plan.calibatt. Says first what it will cost. An interrupted search goes on
-    if the same command is given again.
+    Records the prompts once, then tries plans made from that: each
+    generates a video and is compared with the dense one. The folder gets
+    front.png, tuning.json and, with --speed-up or --psnr, plan.calibatt.
+    Says first what it will cost. The same command goes on with an
+    interrupted search.
 
-    Example: calibatt tune ./wan --prompts prompts.txt --steps 50 --speed-up 1.3 --out search
+    Example: calibatt tune ./wan --prompts prompts.txt --steps 50
+    --speed-up 1.3 --out search
     """
     from calibatt_compiler.calibration import CalibrationConfig, TuningConfig, tuning_cost
     from calibatt_compiler.calibration import tune as run

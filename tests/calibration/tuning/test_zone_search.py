@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from calibatt_compiler import Plan
 from calibatt_compiler.calibration import (
@@ -30,7 +31,6 @@ from calibatt_compiler.calibration.tuning.trials import PlanEvaluator
 from calibatt_compiler.calibration.tuning.zone_study import DensitySearch, ZoneStudy
 from calibatt_compiler.cli.tables.tuning import cost_table, front_table
 from calibatt_compiler.errors import CalibrationError, OptionError
-from calibatt_compiler.terminal import PlainConsole
 
 pytest.importorskip("optuna", reason="the extra `tune`")
 
@@ -255,7 +255,7 @@ def test_a_search_of_zones(
 
     told = tuning_cost(tiny_wan_pipeline, PROMPTS, out=folder, tuning=TuningConfig(), **common)
     assert (told.trials, told.zoned, told.recording.finished) == (8, True, 2)
-    console = PlainConsole(width=200, record=True)
+    console = Console(width=200, record=True)
     console.print(cost_table(told))
     console.print(front_table(found))
     text = " ".join(console.export_text().split())
