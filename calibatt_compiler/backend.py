@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,17 +12,21 @@ from torch.fx import GraphModule
 from calibatt_compiler import models
 from calibatt_compiler.binders import PlanBinder, RecordingBinder
 from calibatt_compiler.calls import fixed_by, read_grid, transformer_of
-from calibatt_compiler.capture import CaptureInfo, Recorder
-from calibatt_compiler.dynamo import FrameInputs, frame_inputs
+from calibatt_compiler.capture import CaptureInfo, Recorder, SiteInfo
+from calibatt_compiler.dynamo import FrameInputs, frame_inputs, raise_recompile_limit
 from calibatt_compiler.errors import CalibattError, PlanMismatchError
 from calibatt_compiler.logs import logger
+from calibatt_compiler.model_call import ModelCallReader
 from calibatt_compiler.options import CompileOptions
+from calibatt_compiler.parts import PartBinder, PartSites, part_calls
 from calibatt_compiler.passes.pipeline import run_passes
 from calibatt_compiler.passes.rewrite import Rewrite, SdpaCall, Skip
 from calibatt_compiler.pinned import PinnedOptions
-from calibatt_compiler.report.summary import GraphReport, keep_report
+from calibatt_compiler.place import placed
+from calibatt_compiler.plan_sites import misfit_error, sites_of
+from calibatt_compiler.report.keep import ReportKeeper
 from calibatt_compiler.runtime.coordinates import PlanCoordinates, RecordingCoordinates
-from calibatt_compiler.runtime.graph import CompiledGraph
+from calibatt_compiler.runtime.graph import CompiledGraph, ServedGraph
 from calibatt_compiler.runtime.ops import operators_digest
 
 log = logger("passes")
@@ -52,22 +56,25 @@ def calibatt(
     """
     try:
         pinned = PinnedOptions.of(options, mode)
-        checked = pinned.options
-        inputs = frame_inputs(gm)
-        binder = PlanBinder(checked, inputs)
+        raise_recompile_limit()
+        plan, coordinates = pinned.options.plan, PlanCoordinates(pinned.options.plan)
+        model = plan.metadata.model
+        class_name = None if model is None else model.class_name
+        inputs = placed(frame_inputs(gm), class_name, plan.sites)
+        shared = None if inputs.place.root is None else sites_of(inputs.place.root, pinned)
+        part = inputs.is_part
+        binder = PlanBinder(pinned.options, inputs, shared if part else None)
         rewrite = run_passes(gm, inputs, binder)
-        _check(rewrite, binder, checked)
+        _check(rewrite, binder, pinned.options)
+        keeper = ReportKeeper(inputs, binder, pinned, rewrite.order_in_words())
+        locate = _parts(rewrite, lambda root: sites_of(root, pinned), keeper) if part else None
+        compiled = _inductor(gm, example_inputs, pinned.options.inductor)
     except CalibattError as error:
         return _raising(error)
-    compiled = CompiledGraph(
-        _inductor(gm, example_inputs, checked.inductor),
-        rewrite.entries(),
-        PlanCoordinates(checked.plan),
-    )
-    report = GraphReport(compiled, binder, pinned, rewrite.order_in_words())
-    # Of a function around a model, the model is asked for its summary.
-    keep_report(transformer_of(inputs) if inputs.module is None else inputs.module, report)
-    return compiled
+    graph = CompiledGraph(compiled, rewrite.entries(), coordinates, locate)
+    if locate is None:
+        keeper(None, "", graph.served)
+    return graph
 
 
 def recording_backend(recorder: Recorder, *, inductor: bool) -> Compiled:
@@ -77,19 +84,31 @@ def recording_backend(recorder: Recorder, *, inductor: bool) -> Compiled:
         recorder: told of each captured graph, then of each call.
         inductor: compile what is around attention; otherwise it runs as captured.
     """
+    coordinates = RecordingCoordinates(recorder.on_coordinates)
+    seen: dict[str, SiteInfo] = {}
+
+    def look(inputs: FrameInputs) -> None:
+        capture = _capture(inputs, seen.values())
+        recorder.on_capture(capture)
+        recorder.on_call(capture)
+
+    binder = RecordingBinder(recorder, ModelCallReader(None, coordinates, look), seen)
 
     def record(gm: GraphModule, example_inputs: Sequence[Any], **_: object) -> Compiled:
-        inputs = frame_inputs(gm)
+        inputs = placed(frame_inputs(gm))
         try:
-            rewrite = run_passes(gm, inputs, RecordingBinder(recorder))
-            capture = _capture(rewrite)
-            recorder.on_capture(capture)
+            rewrite = run_passes(gm, inputs, binder)
+            part = inputs.is_part
+            locate = _parts(rewrite, lambda root: binder, binder.skipped) if part else None
+            if not part:
+                capture = _capture(inputs, _sites(rewrite))
+                recorder.on_capture(capture)
         except CalibattError as error:
             return _raising(error)
         compiled = _inductor(gm, example_inputs, {}) if inductor else gm.forward
-        graph = CompiledGraph(
-            compiled, rewrite.entries(), RecordingCoordinates(recorder.on_coordinates)
-        )
+        graph = CompiledGraph(compiled, rewrite.entries(), coordinates, locate)
+        if part:
+            return graph
 
         def run(*args: Any) -> Any:
             recorder.on_call(capture)
@@ -98,6 +117,17 @@ def recording_backend(recorder: Recorder, *, inductor: bool) -> Compiled:
         return run
 
     return record
+
+
+def _parts(
+    rewrite: Rewrite,
+    binder: Callable[[torch.nn.Module], PartBinder],
+    report: Callable[[torch.nn.Module | None, str, ServedGraph], None],
+) -> PartSites | None:
+    """Return what tells the parts of a model that share a graph; None where it has no site."""
+    if not rewrite.calls:
+        return None
+    return PartSites(part_calls(rewrite), rewrite.inputs.place, binder, report)
 
 
 def _inductor(
@@ -126,18 +156,21 @@ def _raising(error: CalibattError) -> Compiled:
     return fail
 
 
-def _capture(rewrite: Rewrite) -> CaptureInfo:
-    module = transformer_of(rewrite.inputs)
+def _capture(inputs: FrameInputs, sites: Iterable[SiteInfo]) -> CaptureInfo:
+    module = transformer_of(inputs)
     return CaptureInfo(
         model=None if module is None else models.identify(module),
-        grid=_grid(rewrite.inputs),
+        grid=_grid(inputs),
         known=module is not None and models.family_of(type(module)) is not None,
-        fixed_by=fixed_by(rewrite.inputs),
-        sites=tuple(
-            replace(call.info, skip=decision.reason) if isinstance(decision, Skip) else call.info
-            for call, decision in zip(rewrite.calls, rewrite.decisions, strict=True)
-        ),
+        fixed_by=fixed_by(inputs),
+        sites=tuple(sites),
     )
+
+
+def _sites(rewrite: Rewrite) -> Iterator[SiteInfo]:
+    for call, decision in zip(rewrite.calls, rewrite.decisions, strict=True):
+        skip = decision.reason if isinstance(decision, Skip) else call.info.skip
+        yield replace(call.info, skip=skip)
 
 
 def _grid(inputs: FrameInputs) -> tuple[int, int, int] | None:
@@ -155,13 +188,7 @@ def _check(rewrite: Rewrite, binder: PlanBinder, options: CompileOptions) -> Non
     for name, reason in wrong:
         log.warning("%s runs dense: %s", name, reason)
     if wrong and options.on_mismatch == "error":
-        name, reason = wrong[0]
-        raise PlanMismatchError(
-            f"the plan does not fit {len(wrong)} of {len(rewrite.calls)} attention calls",
-            expected=binder.expectation,
-            got=f"{name}: {reason}",
-            remedy='calibrate for this size, or pass on_mismatch="dense" to run it dense',
-        )
+        raise misfit_error(wrong, len(rewrite.calls), binder.expectation)
     names = {call.info.name for call in rewrite.calls}
     plan = options.plan
     lengths = {site.query_length for site in plan.sites.values()}

@@ -36,7 +36,10 @@ def transformer_of(inputs: FrameInputs, class_name: str | None = None) -> torch.
         inputs: of the frame.
         class_name: its class, if known: it, or a class derived from it, comes first.
     """
-    chain = [] if inputs.module is None else [inputs.module]
+    if inputs.place.root is not None and class_name is None:
+        return inputs.place.root
+    chain = [] if inputs.place.root is None else [inputs.place.root]
+    chain += [] if inputs.module is None else [inputs.module]
     chain += [enclosing.module for enclosing in inputs.enclosing]
     for module in chain:
         if class_name is not None and models.is_class(type(module), class_name):
@@ -164,7 +167,7 @@ def _given(inputs: FrameInputs) -> Mapping[str, Any]:
         if name not in placing
         and not name.startswith(NOT_OF_VIDEO)
         and (
-            (isinstance(value, torch.Tensor) and name in inputs.placeholders and value.dim() > 1)
+            (isinstance(value, torch.Tensor) and inputs.reads(name) and value.dim() > 1)
             or _is_read(inputs, name)
         )
     }
