@@ -19,6 +19,9 @@ DEMO_ARGS ?=
 BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 PINS := pyproject.toml constraints.txt
+# A worker has a core of its own: more threads would only wait for one another.
+PYTEST = OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest \
+  --numprocesses=$(WORKERS) --dist=worksteal
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
 .PHONY: help demo test test-fast campaign lint format results clean
@@ -31,7 +34,7 @@ help:
 	@echo "make campaign  run the random tests of tests/campaigns, MINUTES each"
 	@echo "make lint    ruff and mypy only"
 	@echo "make format  let ruff rewrite the files"
-	@echo "make results write benchmarks/RESULTS.md from the records"
+	@echo "make results write benchmarks/RESULTS.md and docs/performance.md from the records"
 	@echo "make clean   remove the environment, caches and results"
 
 demo: $(VENV)/.demo
@@ -39,10 +42,10 @@ demo: $(VENV)/.demo
 
 # Neighbouring tests share fixtures: stealing keeps them on one worker until the other is idle.
 test: lint
-	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=worksteal --durations=20 $(TESTS)
+	$(PYTEST) --durations=20 $(TESTS)
 
 test-fast: lint
-	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=worksteal -m 'not slow and not inductor' $(TESTS)
+	$(PYTEST) -m 'not slow and not inductor' $(TESTS)
 
 # All of them run, and it fails if one does.
 campaign: $(VENV)/.dev

@@ -175,11 +175,11 @@ def report(result: Result, head_dim: int) -> None:
     sys.stdout.flush()
 
 
-def save(results: Sequence[Result], device: str, out: Path | None) -> None:
+def save(results: Sequence[Result], device: str, out: Path | None, *, check: bool) -> None:
     """Write what there is so far, and a picture of it."""
     if out is None:
         return
-    write_record(out / "attention.json", device, results)
+    write_record(out / "attention.json", device, results, check=check)
     picture(results, device, out / "attention.png")
 
 
@@ -287,7 +287,7 @@ def main() -> int:
         result = measure(case, names, device, dtype, rounds)
         report(result, case.size.head_dim)
         results.append(result)
-        save(results, name, options.out)
+        save(results, name, options.out, check=options.check)
     if options.check:
         compile_only()
     wrong = [f"{result.case}: {kernel}" for result in results for kernel in result.wrong]

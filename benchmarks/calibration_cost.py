@@ -106,7 +106,6 @@ def main() -> int:
     if options.check:
         options.sizes, options.layers, options.steps = ["tiny"], 1, 1
     device = torch.device("cpu" if options.check else "cuda")
-    name = "cpu" if options.check else torch.cuda.get_device_name()
     rows = []
     for size in options.sizes:
         row = measure(size, options, device)
@@ -117,7 +116,7 @@ def main() -> int:
             flush=True,
         )
         if options.out is not None:
-            write_record(options.out / "calibration_cost.json", name, rows)
+            write_record(options.out / "calibration_cost.json", device, rows, check=options.check)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Calibrate a layer of a large model on operands that are drawn, and tell which memory that takes.
+"""Which memory calibrating a layer of a large model takes, on operands that are drawn.
 
     python benchmarks/calibration_memory.py --drawn     a layer of Wan 14B at 720p, 50 steps, CPU
     python benchmarks/calibration_memory.py             the same with its attention: needs a GPU
@@ -8,13 +8,12 @@
 With `--drawn` attention is not computed and its energies are drawn: what is measured is recording,
 the run folder and the making of the plan. Without, energies are those of random queries and keys.
 Memory is what the process, or the GPU, holds at its peak beyond what it held before the
-calibration: the model and the operands of its layers.
+calibration: the model and the operands of its layers. Writes OUT/calibration_memory.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import tempfile
 import time
@@ -24,6 +23,7 @@ from unittest.mock import patch
 
 import torch
 from plan_size import memory_mb
+from record import write_record
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -93,7 +93,7 @@ class DrawnEnergies:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Calibrate, and return what is to be told."""
+    """Calibrate, and return what was measured."""
     device = torch.device("cuda" if torch.cuda.is_available() and not options.drawn else "cpu")
     module = Layers(options, device)
     before, on_gpu = memory_mb("VmRSS"), 0
@@ -126,30 +126,25 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     blocks = -(-math.prod(options.grid) // options.block)
     masks = options.heads * blocks * -(-blocks // 8) * options.steps * options.layers / 1e6
     host = memory_mb("VmHWM") - before
-    told: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "attention": "drawn" if options.drawn else "computed",
-        "layers, heads, steps, inputs": [
-            options.layers,
-            options.heads,
-            options.steps,
-            options.inputs,
-        ],
+    found: dict[str, Any] = {
+        "energies": "drawn" if options.drawn else "computed",
+        **{name: getattr(options, name) for name in ("layers", "heads", "steps", "inputs")},
         "tokens": math.prod(options.grid),
         "density of the plan": plan.density(),
         "seconds": time.perf_counter() - start,
-        "of which recording": recorded,
+        "seconds of recording": recorded,
         "run folder MB": files / 1e6,
         "masks of an input MB": masks,
         "host memory before MB": before,
         "host memory beyond that MB": host,
-        "of which while recording": peak_recording - before,
-        f"the same with the masks of {LAYERS} layers": host + masks * (LAYERS / options.layers - 1),
+        "of which while recording MB": peak_recording - before,
+        f"host memory with the masks of {LAYERS} layers MB": host
+        + masks * (LAYERS / options.layers - 1),
     }
     if device.type == "cuda":
-        told["GPU memory before MB"] = on_gpu / 1e6
-        told["GPU memory beyond that MB"] = (torch.cuda.max_memory_allocated() - on_gpu) / 1e6
-    return told
+        found["GPU memory before MB"] = on_gpu / 1e6
+        found["GPU memory beyond that MB"] = (torch.cuda.max_memory_allocated() - on_gpu) / 1e6
+    return found
 
 
 def main() -> None:
@@ -164,16 +159,18 @@ def main() -> None:
     parser.add_argument("--drawn", action="store_true", help="draw energies, compute no attention")
     parser.add_argument("--folder", type=Path, help="where the run folder is made")
     parser.add_argument("--small", action="store_true", help="a small video, 2 heads, 3 steps")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     options.grid, options.block = (21, 45, 80), 128
     if options.small:
         options.grid, options.block, options.heads, options.steps = (2, 9, 16), 32, 2, 3
-    told = measure(options)
-    if options.json:
-        print(json.dumps(told))
-        return
-    for name, value in told.items():
+    found = measure(options)
+    if options.out is not None:
+        on_gpu = torch.cuda.is_available() and not options.drawn
+        device = torch.device("cuda" if on_gpu else "cpu")
+        path = options.out / "calibration_memory.json"
+        write_record(path, device, [found], check=options.small)
+    for name, value in found.items():
         print(f"{name:44} {value:.4g}" if isinstance(value, float) else f"{name:44} {value}")
 
 

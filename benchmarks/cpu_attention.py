@@ -1,10 +1,11 @@
 """Time the CPU kernel against stock SDPA and FlexAttention, and block energies against SDPA.
 
-    python benchmarks/cpu_attention.py --tokens 2160 --threads 2
+    python benchmarks/cpu_attention.py --threads 2 --out results
+    python benchmarks/cpu_attention.py --check                    seconds: shows that it runs
 
 Prints, per density, medians in milliseconds of rounds that interleave all candidates, so that a
 busy machine disturbs them alike, the ratio dense / kernel, and the kernel's efficiency e =
-density x dense / kernel.
+density x dense / kernel. Writes OUT/cpu_attention.json.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
+from record import write_record
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
@@ -74,7 +78,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--without-flex", action="store_true", help="spare the C++ compiler")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--check", action="store_true", help="tiny: shows that it runs")
     options = parser.parse_args()
+    if options.check:
+        options.tokens, options.blocks, options.densities, options.rounds = 300, [64], [0.4], 1
+        options.without_flex = True
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     shape = (1, options.tokens, options.heads, options.head_dim)
@@ -84,38 +93,46 @@ def main() -> None:
     def dense() -> object:
         return scaled_dot_product_attention(q, k, v)
 
+    rows: list[dict[str, Any]] = []
     for block in options.blocks:
         for density in options.densities:
             pattern = random_pattern(options.heads, options.tokens, block, density)
             kernel = NativeCpuAttention(pattern, dtype=dtype, head_dim=options.head_dim)
             candidates: dict[str, Callable[[], object]] = {
-                "dense": dense,
+                "SDPA": dense,
                 "ours": lambda kernel=kernel: kernel(q, k, v),
             }
             if not options.without_flex:
                 torch.compiler.reset()
-                candidates["flex"] = flex_kernel(pattern, q, k, v)
+                candidates["FlexAttention"] = flex_kernel(pattern, q, k, v)
             ms = medians(candidates, options.rounds)
             row = "  ".join(
-                f"{name} {ms[name]:7.2f} ms (x{ms['dense'] / ms[name]:.2f}, "
-                f"e {pattern.density * ms['dense'] / ms[name]:.2f})"
+                f"{name} {ms[name]:7.2f} ms (x{ms['SDPA'] / ms[name]:.2f}, "
+                f"e {pattern.density * ms['SDPA'] / ms[name]:.2f})"
                 for name in ms
             )
             print(f"block {block:4d}  density {pattern.density:.2f}  {row}", flush=True)
+            rows.append({"block": block, "density": pattern.density, "ms": ms})
         size = (block, block)
         ms = medians(
             {
-                "dense": dense,
-                "energy": lambda size=size: block_energy(q, k, block=size),
-                "both": lambda size=size: attention_with_energy(q, k, v, block=size),
+                "SDPA": dense,
+                "energies alone": lambda size=size: block_energy(q, k, block=size),
+                "output and energies": lambda size=size: attention_with_energy(q, k, v, block=size),
             },
             options.rounds,
         )
         print(
-            f"block {block:4d}  energies {ms['energy']:.2f} ms, with output {ms['both']:.2f} ms, "
-            f"dense {ms['dense']:.2f} ms",
+            f"block {block:4d}  energies {ms['energies alone']:.2f} ms, with output "
+            f"{ms['output and energies']:.2f} ms, dense {ms['SDPA']:.2f} ms",
             flush=True,
         )
+        rows.append({"block": block, "density": 1.0, "ms": ms})
+    if options.out is not None:
+        settings = {name: getattr(options, name) for name in ("tokens", "heads", "head_dim")}
+        settings |= {"dtype": options.dtype, "rounds": options.rounds, "check": options.check}
+        path = options.out / "cpu_attention.json"
+        write_record(path, torch.device("cpu"), rows, **settings)
 
 
 if __name__ == "__main__":

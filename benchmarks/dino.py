@@ -1,12 +1,12 @@
 """How well block-sparse forms keep the attention of a real pretrained model, DINOv2-S/14.
 
     pip install -e '.[report,benchmarks]'
-    python benchmarks/dino.py --work /tmp/dino --minutes 15
+    python benchmarks/dino.py --work /tmp/dino --minutes 15 --out results
 
 Calibrates on frames of a film, measures on held-out frames of it and on photographs: the relative
 error of each layer's attention output (on its dense input) and of the final features (all layers at
 once), all methods at equal density. CPU, float32. Everything is cached below --work: run it again
-to go on where it stopped. Prints a table and writes the curves as a picture.
+to go on where it stopped. Prints a table, writes the curves as a picture and OUT/dino.json.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from pathlib import Path
 import torch
 from dino_study.check import difference
 from dino_study.footage import PHOTOS, film_frame, film_times, photograph, to_tensor
-from dino_study.report import draw, table
+from dino_study.report import draw, rows, table
 from dino_study.study import STAGES, Study
 from dino_study.vit import Dino
 from dino_study.weights import fetch_model, load_weights
+from record import write_record
 
 
 def film_image(folder: Path, seconds: float, pixels: int) -> torch.Tensor:
@@ -52,6 +53,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after these")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--picture", type=Path, help="where the curves go; default: below --work")
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     net = Dino().eval()
@@ -83,6 +85,10 @@ def main() -> None:
     finished = study.run(options.stages)
     print(table(study))
     draw(study, options.picture or folder / "curves.png")
+    if options.out is not None:
+        settings = {"pixels": options.pixels, "inputs": options.inputs, "block": study.block}
+        settings |= {"tests": list(images), "complete": finished}
+        write_record(options.out / "dino.json", torch.device("cpu"), rows(study), **settings)
     raise SystemExit(0 if finished else 3)
 
 

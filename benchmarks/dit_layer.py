@@ -13,7 +13,8 @@ Every variant is the same module under `torch.compile`; what differs is what ser
 tells what a layer costs without attention. Times are medians of rounds that interleave all
 variants in one process. With `--token-order` our kernels are timed twice more, by a plan of the
 same masks in that order: tokens permuted `once` a forward pass, through all layers, and
-`around` each site. Results are printed and written to OUT/dit_layer.json.
+`around` each site. Results are printed and written to OUT/dit_layer.json; what `--profile` finds to
+OUT/layer_profile.json.
 """
 
 from __future__ import annotations
@@ -26,19 +27,18 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from attention_cases import SIZES, Case, make_pattern
-from attention_kernels import fa3_function
 from attention_timing import beat, calls
 from diffusers import WanTransformer3DModel
-from layer_profile import profile_call
+from layer_profile import CallProfile, profile_call
 from record import write_record
-from torch import Tensor
+from swapped_attention import swapping
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from zone_cases import make_zones
 
@@ -104,59 +104,12 @@ class Row:
     layers: int
     ms: dict[str, float]
     left_out: dict[str, str]
+    profiles: dict[str, CallProfile] = field(default_factory=dict)
 
     def speed_up(self, over: str) -> dict[str, float]:
         """How much faster each variant is than another one, whole layers."""
         base = self.ms.get(over, math.nan)
         return {name: base / ms for name, ms in self.ms.items()}
-
-
-@torch.library.custom_op("calibatt_benchmark::fa3", mutates_args=())
-def fa3_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """FlashAttention-3 over (B, H, S, D)."""
-    result = fa3_function()(*(x.transpose(1, 2) for x in (q, k, v)))
-    out: Tensor = result[0] if isinstance(result, tuple) else result
-    return out.transpose(1, 2)
-
-
-@torch.library.custom_op("calibatt_benchmark::none", mutates_args=())
-def no_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Zeros in the place of attention: what is left is the rest of the layer."""
-    return torch.zeros_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(
-        1, 2
-    )
-
-
-@fa3_attention.register_fake
-@no_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    batch, heads, length, head_dim = q.shape
-    return q.new_empty(batch, length, heads, head_dim).transpose(1, 2)
-
-
-def swapping(operator: Any, tokens: int) -> Callable[..., Any]:
-    """Return a backend: Inductor, with an operator in the place of self-attention."""
-
-    def backend(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
-        from torch._inductor.compile_fx import compile_fx
-
-        for node in list(gm.graph.nodes):
-            if node.op != "call_function" or "scaled_dot_product" not in str(node.target):
-                continue
-            names = ("query", "key", "value")
-            given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-            operands = tuple(given[name] for name in names)
-            if operands[1].meta["example_value"].shape[2] != tokens:
-                continue
-            with gm.graph.inserting_before(node):
-                new = gm.graph.call_function(operator, operands)
-            new.meta = dict(node.meta)
-            node.replace_all_uses_with(new)
-            gm.graph.erase_node(node)
-        gm.recompile()
-        return compile_fx(gm, inputs)
-
-    return backend
 
 
 def make_model(scale: Scale, layers: int, device: torch.device, dtype: torch.dtype) -> Any:
@@ -288,7 +241,7 @@ def measure(size: str, density: float, options: argparse.Namespace) -> Row:
         try:
             with variant.compiling(), variant.running():
                 run()
-            wait_for_kernels(served, variant.kind)
+            wait_for_kernels(served, run, variant.kind)
             check_order(served, variant)
             beat()
         except Exception as error:
@@ -305,21 +258,27 @@ def measure(size: str, density: float, options: argparse.Namespace) -> Row:
             if turn:
                 times[name].append(took / options.layers)
     ms = {name: statistics.median(values) for name, values in times.items()}
+    profiles = {}
     if options.profile:
         for variant in chosen:
             with variant.running():
                 found = profile_call(runs[variant.name], on_gpu=on_gpu)
             print(f"  {variant.name}, profiled:\n{found.text(options.layers)}", flush=True)
+            profiles[variant.name] = found
             beat()
-    return Row(size, tokens, pattern.density, options.layers, ms, left_out)
+    return Row(size, tokens, pattern.density, options.layers, ms, left_out, profiles)
 
 
-def wait_for_kernels(variant: Any, name: str, seconds: float = 120.0) -> None:
-    """Wait until generated kernels serve, so that not their stand-in is timed."""
+def wait_for_kernels(
+    variant: Any, run: Callable[[], Any], name: str, seconds: float = 120.0
+) -> None:
+    """Call until generated kernels serve, so that not their stand-in is timed."""
     if "baked" not in name:
         return
     end = time.monotonic() + seconds
     while time.monotonic() < end:
+        run()  # the summary says what served the last call
+        beat()
         rows = [row for row in calibatt_compiler.summary(variant).rows if row.status == "sparse"]
         if all("baked" in row.kernel or row.reasons for row in rows):
             break
@@ -398,11 +357,26 @@ def main() -> int:
         rows.append(measure(size, density, options))
         report(rows[-1])
         if options.out is not None:
-            device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-            order = str(options.token_order)
-            path = options.out / "dit_layer.json"
-            write_record(path, device, rows, mask=options.mask, token_order=order)
+            save(rows, options)
     return 0
+
+
+def save(rows: Sequence[Row], options: argparse.Namespace) -> None:
+    """Write what there is so far, profiles into a record of their own."""
+    device = torch.device("cuda" if torch.cuda.is_available() and not options.check else "cpu")
+    settings: dict[str, Any] = {"mask": options.mask, "token_order": str(options.token_order)}
+    settings |= {"check": options.check}
+    times = [{key: value for key, value in vars(row).items() if key != "profiles"} for row in rows]
+    write_record(options.out / "dit_layer.json", device, times, **settings)
+    profiles = [
+        {"size": row.size, "density": row.density, "layers": row.layers, "attention": name}
+        | {"kinds": found.kinds()}
+        | asdict(found)
+        for row in rows
+        for name, found in row.profiles.items()
+    ]
+    if profiles:
+        write_record(options.out / "layer_profile.json", device, profiles, **settings)
 
 
 if __name__ == "__main__":

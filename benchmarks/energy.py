@@ -152,11 +152,11 @@ def report(result: Result) -> None:
     sys.stdout.flush()
 
 
-def save(results: Sequence[Result], device: str, out: Path | None) -> None:
+def save(results: Sequence[Result], device: str, out: Path | None, *, check: bool) -> None:
     """Write what there is so far."""
     if out is None:
         return
-    write_record(out / "energy.json", device, results)
+    write_record(out / "energy.json", device, results, check=check)
 
 
 def compile_only() -> None:
@@ -204,7 +204,7 @@ def main() -> int:
         rounds = 1 if options.check else options.rounds
         results.append(measure(size, names, device, rounds, sweep=options.sweep))
         report(results[-1])
-        save(results, name, options.out)
+        save(results, name, options.out, check=options.check)
     if options.check:
         compile_only()
     wrong = [f"{result.size}: {kernel}" for result in results for kernel in result.wrong]

@@ -1,4 +1,4 @@
-"""Who takes part in `energy.py`: dense attention of others, and what gives block energies."""
+"""Kernels that `energy.py` compares: dense attention of others, and what gives block energies."""
 
 from __future__ import annotations
 

@@ -1,20 +1,23 @@
 """What energies of a share of the queries do to the masks that calibration takes from them.
 
-    python benchmarks/energy_queries.py                       seconds on a CPU
+    python benchmarks/energy_queries.py --out results         seconds on a CPU
 
 Queries and keys are random, with the structure of a video model's: each head looks near in space
 and time, along the frames, at some columns, or anywhere. For each share: the mask that covers
 `threshold` of each row's energy, against the mask from all queries. Columns: density; blocks that
 only one of the two masks keeps, over the blocks of both; mass that the mask really keeps, on
-average and in the worst row.
+average and in the worst row. Writes OUT/energy_queries.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
+from typing import Any
 
 import torch
+from record import write_record
 from torch import Tensor
 
 from calibatt_compiler.calibration.select.selection import covering_mask
@@ -56,7 +59,7 @@ def effect(full: Tensor, energy: Tensor, threshold: float) -> dict[str, float]:
         "density": mask.float().mean().item(),
         "other": (mask ^ exact).sum().item() / (mask | exact).sum().item(),
         "mass": kept.mean().item(),
-        "least mass": kept.min().item(),
+        "least_mass": kept.min().item(),
     }
 
 
@@ -66,6 +69,7 @@ def main() -> None:
     parser.add_argument("--grid", nargs=3, type=int, default=(9, 20, 26))
     parser.add_argument("--block", type=int, default=128)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     block = (options.block, options.block)
     shares = (1, *(n for n in SHARES if options.block % n == 0))
@@ -75,12 +79,18 @@ def main() -> None:
         for n in shares
     }
     print(f"{math.prod(options.grid)} tokens, {len(REACHES)} heads, {options.seeds} seeds")
+    rows: list[dict[str, Any]] = []
     for threshold in THRESHOLDS:
         print(f"\nthreshold {threshold}\nqueries  density    other     mass  least mass")
         for n, energy in found.items():
             row = effect(found[1], energy, threshold)
+            rows.append({"threshold": threshold, "queries": f"1/{n}", **row})
             print(f"1/{n:<5d} {row['density']:9.4f}{row['other']:9.4f}{row['mass']:9.4f}"
-                  f"{row['least mass']:12.4f}")  # fmt: skip
+                  f"{row['least_mass']:12.4f}")  # fmt: skip
+    if options.out is not None:
+        path = options.out / "energy_queries.json"
+        settings = {"grid": options.grid, "block": options.block, "seeds": options.seeds}
+        write_record(path, torch.device("cpu"), rows, **settings)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Where the time of one call goes: kernels by name, and how long the device waits."""
+"""Where the time of one call goes: kernels by name and kind, and how long the device waits.
+
+`dit_layer.py --profile --out OUT` writes what it finds of a layer to OUT/layer_profile.json.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,12 @@ from typing import Any
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+
+KINDS = {
+    "attention": ("attention", "attn", "flash", "fmha", "sdpa", "hopper"),
+    "matrix products": ("gemm", "nvjet", "cutlass", "cublas", "matmul", "addmm", "aten::mm"),
+}
+"""What names of kernels hold, in any case; the first kind that fits counts."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +34,14 @@ class CallProfile:
     span: float
     idle: float
     by_name: dict[str, tuple[float, int]]
+
+    def kinds(self) -> dict[str, float]:
+        """Milliseconds by kind of kernel, of others, and of waiting."""
+        found = dict.fromkeys((*KINDS, "others"), 0.0)
+        for name, (ms, _) in self.by_name.items():
+            fits = (kind for kind, parts in KINDS.items() if any(p in name.lower() for p in parts))
+            found[next(fits, "others")] += ms
+        return {**found, "waiting": self.idle}
 
     def text(self, layers: int, longest: int = 14) -> str:
         """Say what a layer takes, one line a kernel."""

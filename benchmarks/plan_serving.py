@@ -264,8 +264,9 @@ def report(row: Any, options: argparse.Namespace, script: str) -> None:
     for name, found in vars(row).items():
         print(f"{name:24} {found:.4g}" if isinstance(found, float) else f"{name:24} {found}")
     if options.out is not None:
-        kind = "cpu" if options.check else torch.cuda.get_device_name()
-        write_record(options.out / Path(script).with_suffix(".json").name, kind, [row])
+        device = torch.device("cpu" if options.check else "cuda")
+        path = options.out / Path(script).with_suffix(".json").name
+        write_record(path, device, [row], samples=options.samples, check=options.check)
 
 
 def main() -> int:

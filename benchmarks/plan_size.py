@@ -1,4 +1,4 @@
-"""Make a plan of a large model from synthetic masks, write it, open it, and tell what that takes.
+"""How large the plan of a large model is, and what making, writing and opening it takes.
 
     python benchmarks/plan_size.py                     Wan 14B at 720p, 50 steps: some minutes
     python benchmarks/plan_size.py --sites 2           two of its sites, the file's size scaled up
@@ -6,7 +6,8 @@
 
 Masks are made and encoded site by site, so that memory holds one site's bits and all sites' codes.
 The plan is opened in a process of its own, whose memory is that of serving it. Masks of every step
-are compared with what was made, by the digests that are part of the plan.
+are compared with what was made, by the digests that are part of the plan. Writes
+OUT/plan_size.json.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from record import write_record
 from synthetic_masks import RAGGED, Video, site_masks
 
 from calibatt_compiler.kernels.hopper.schedule import key_runs, make_schedule
@@ -43,7 +45,7 @@ def site(video: Video, seed: int, steps: int, ragged: float, jitter: float) -> S
 
 
 def make(options: argparse.Namespace, video: Video, path: Path) -> dict[str, object]:
-    """Make a plan and write it; return what is to be told."""
+    """Make a plan and write it; return what was measured."""
     sites = {}
     start = time.perf_counter()
     for index in range(options.sites):
@@ -51,9 +53,8 @@ def make(options: argparse.Namespace, video: Video, path: Path) -> dict[str, obj
         sites[name] = site(
             video, options.seed + index, options.steps, options.ragged, options.jitter
         )
-        if not options.json:
-            took = time.perf_counter() - start
-            print(f"\r{index + 1} of {options.sites} sites, {took:.0f} s", end="", file=sys.stderr)
+        took = time.perf_counter() - start
+        print(f"\r{index + 1} of {options.sites} sites, {took:.0f} s", end="", file=sys.stderr)
     made = time.perf_counter() - start
     timesteps = tuple(1000.0 - 1000.0 * step / options.steps for step in range(options.steps))
     plan = Plan.create(sites, grid=video.grid, sampler=Sampler(timesteps=timesteps))
@@ -63,6 +64,9 @@ def make(options: argparse.Namespace, video: Video, path: Path) -> dict[str, obj
     first = next(iter(sites.values()))
     bitmap = first.size.heads * first.size.query_blocks * ((first.size.key_blocks + 7) // 8)
     return {
+        "sites": options.sites,
+        "steps": options.steps,
+        "tokens": video.tokens,
         "blocks a side": first.size.query_blocks,
         "density": round(plan.density(), 4),
         "patterns": sum(len(entry.patterns) for entry in sites.values()),
@@ -79,7 +83,7 @@ def make(options: argparse.Namespace, video: Video, path: Path) -> dict[str, obj
 
 
 def open_plan(path: Path) -> dict[str, object]:
-    """Open a plan and use it as a run of the sampler does; return what is to be told."""
+    """Open a plan and use it as a run of the sampler does; return what was measured."""
     before = _anonymous_mb()
     start = time.perf_counter()
     plan = Plan.load(path)
@@ -165,8 +169,8 @@ def main() -> None:
     parser.add_argument("--jitter", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--small", action="store_true", help="a small video, 3 sites, 6 steps")
-    parser.add_argument("--out", type=Path, help="keep the plan here")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--keep", type=Path, metavar="FILE", help="keep the plan here")
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--open", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.open is not None:
@@ -176,20 +180,26 @@ def main() -> None:
     if options.small:
         video, options.sites, options.steps = SMALL, 3, 6
     with tempfile.TemporaryDirectory() as folder:
-        path = options.out or Path(folder) / "plan.calibatt"
-        told = make(options, video, path)
+        path = options.keep or Path(folder) / "plan.calibatt"
+        found = make(options, video, path)
         command = [sys.executable, __file__, "--open", str(path)]
         done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ)
     opened = json.loads(done.stdout)
-    assert opened["digest"] == told["digest"]
-    told.update(opened)
-    if options.sites != 40 and not options.small:
-        told["file MB at 40 sites"] = 40 / options.sites * float(str(told["file MB"]))
-    if options.json:
-        print(json.dumps(told))
-        return
+    assert opened["digest"] == found["digest"]
+    found.update(opened)
+    if not options.small:
+        found["file MB at 40 sites"] = 40 / options.sites * float(str(found["file MB"]))
+    if options.out is not None:
+        settings = {name: getattr(options, name) for name in ("ragged", "jitter", "seed")}
+        write_record(
+            options.out / "plan_size.json",
+            torch.device("cpu"),
+            [found],
+            check=options.small,
+            **settings,
+        )
     print(file=sys.stderr)
-    for name, value in told.items():
+    for name, value in found.items():
         print(f"{name:40} {value:.4g}" if isinstance(value, float) else f"{name:40} {value}")
 
 

@@ -1,12 +1,14 @@
-"""Which heads of a video model are repetitive, and what copying their rows costs.
+"""Which heads of a video model are row-shared, and what copying their rows costs.
 
-    python benchmarks/repetition.py                       the demo's model, two minutes on a CPU
+    python benchmarks/repetition.py --out results         the demo's model, two minutes on a CPU
+    python benchmarks/repetition.py --check               a tiny video: shows that it runs
 
-Generates one video densely and scores every head at every step, as calibration does. Prints how
-alike rows attend; for several gamma the share of heads that are alike, of these the heads whose
-copied rows err no more than their blocks, those that cost less so, and both, which is what
-calibration takes; density with them and without; what a few frames instead of all change in the
-similarity; how well the error of one mask tells that of another; and the time it takes.
+Generates one video densely and scores every head at every step, which calibration does too. Prints
+how alike rows attend; for several gamma the share of heads that are alike, of these the heads whose
+copied rows have no larger output error than their blocks, those that cost less so, and both, which
+is what calibration takes; density with them and without; what a few frames instead of all change in
+the similarity; how well the error of one mask predicts that of another; and the time it takes.
+Writes what each gamma gives to OUT/repetition.json.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from record import write_record
 from torch import Tensor
 
 from calibatt_compiler.calibration import CalibrationConfig
@@ -35,12 +38,14 @@ from calibatt_compiler.calibration.select.repetition_scores import (
 from calibatt_compiler.calibration.select.selection import select
 from calibatt_compiler.calibration.store.records import SiteSize
 from calibatt_compiler.kernels.common.row_similarity import FRAMES, row_similarity
-from calibatt_compiler.plan.copies import RowCopies
+from calibatt_compiler.plan.copies import AnchorRows
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "tiny_wan"
 GAMMAS = (0.95, 0.9, 0.87, 0.8, 0.7, 0.6, 0.5)
 THRESHOLDS = (0.5, 0.7, 0.84, 0.9, 0.95)
 FEWER = (1, 2, 4)
+SHARES = ("alike", "no_larger_error", "costs_less", "both")
+CHECK = {"height": 64, "width": 96, "num_frames": 9}
 
 
 @dataclass
@@ -101,7 +106,7 @@ class ScoreObserver(EnergyObserver):
         size: SiteSize,
         energy: Tensor,
         call: AttentionCall,
-        copies: RowCopies,
+        copies: AnchorRows,
         threshold: float,
     ) -> tuple[npt.NDArray[np.float32], Tensor]:
         mask, kept = select(
@@ -115,7 +120,9 @@ class ScoreObserver(EnergyObserver):
         return measure(call, mask, kept, copies, self._config.block)[:, 0], mask
 
 
-def observe(folder: Path, config: CalibrationConfig, steps: int) -> tuple[Figures, float]:
+def observe(
+    folder: Path, config: CalibrationConfig, steps: int, **changed: int
+) -> tuple[Figures, float]:
     """Generate the first calibration video of the demo; return its figures and the seconds."""
     from calibatt_compiler.cli import pipelines
 
@@ -125,7 +132,7 @@ def observe(folder: Path, config: CalibrationConfig, steps: int) -> tuple[Figure
     pipe = pipelines.load_pipeline(str(folder), torch.device("cpu"), torch.float32)
     model = ObservedPipeline.of(pipe, config)
     observer = ScoreObserver(model)
-    arguments = {**settings, "num_inference_steps": steps, "prompt": case["prompt"]}
+    arguments = {**settings, **changed, "num_inference_steps": steps, "prompt": case["prompt"]}
     with model.shown_to(observer):
         observer.begin("00000", {}, 1)
         started = time.perf_counter()
@@ -133,36 +140,53 @@ def observe(folder: Path, config: CalibrationConfig, steps: int) -> tuple[Figure
     return observer.figures, time.perf_counter() - started
 
 
-def show(figures: Figures) -> None:
-    """Print the tables."""
+def rows(figures: Figures) -> list[dict[str, float | None]]:
+    """Return for each gamma the shares of heads; without one, the density alone."""
     similarity, copied, sparse, _ = np.concatenate(figures.scores, axis=1)
     density, cost = np.concatenate(figures.density), np.concatenate(figures.cost)
-    marks = (0, 0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 1)
-    print(f"{len(similarity)} heads and steps; quantiles", *(f"{mark:7.2f}" for mark in marks))
-    for name, values in (("similarity", similarity), ("copy error", copied)):
-        print(f"{name:25s}", *(f"{value:7.4f}" for value in np.quantile(values, marks)))
-    columns = ("alike", "errs no more", "costs less", "both", "density", "copy/sparse")
-    print("\ngamma", *(f"{column:>12s}" for column in columns))
+    found: list[dict[str, float | None]] = []
     for gamma in GAMMAS:
         alike = similarity >= gamma
         better, cheaper = alike & (copied <= sparse), alike & (cost < density)
         both = better & cheaper
-        ratio = np.median(copied[alike] / np.maximum(sparse[alike], 1e-12)) if alike.any() else 0
-        shares = [flags.mean() for flags in (alike, better, cheaper, both)]
-        figures_of = (*shares, np.where(both, cost, density).mean(), ratio)
-        print(f"{gamma:5.2f}", *(f"{figure:12.4f}" for figure in figures_of))
+        ratio = copied[alike] / np.maximum(sparse[alike], 1e-12)
+        shares = zip(SHARES, (alike, better, cheaper, both), strict=True)
+        found.append(
+            {
+                "gamma": gamma,
+                **{name: float(flags.mean()) for name, flags in shares},
+                "density": float(np.where(both, cost, density).mean()),
+                "copied_/_sparse_error": float(np.median(ratio)) if alike.any() else None,
+            }
+        )
+    return found
+
+
+def show(figures: Figures) -> None:
+    """Print the tables."""
+    similarity, copied, *_ = np.concatenate(figures.scores, axis=1)
+    density = np.concatenate(figures.density)
+    marks = (0, 0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 1)
+    print(f"{len(similarity)} heads and steps; quantiles", *(f"{mark:7.2f}" for mark in marks))
+    for name, values in (("similarity", similarity), ("copy error", copied)):
+        print(f"{name:25s}", *(f"{value:7.4f}" for value in np.quantile(values, marks)))
+    columns = (*SHARES, "density", "copied_/_sparse_error")
+    print("\ngamma", *(f"{column.replace('_', ' '):>21s}" for column in columns))
+    for row in rows(figures):
+        words = (f"{row[column] or 0:21.4f}" for column in columns)
+        print(f"{row['gamma']:5.2f}", *words)
     print(f"without: density {density.mean():.4f}\n\nframes  mean and largest change, gamma 0.87")
     *few, every = np.concatenate(figures.frames, axis=1)
     for frames, values in zip(FEWER, few, strict=True):
         change, other = abs(values - every), (values >= 0.87) != (every >= 0.87)
         print(f"{frames:6d} {change.mean():8.4f} {change.max():8.4f} {other.sum():5d} heads differ")
-    print(f"calibration takes {FRAMES}\n\nsparse error told from another threshold / measured")
+    print(f"calibration takes {FRAMES}\n\nsparse error predicted from another threshold / measured")
     others = np.concatenate(figures.others, axis=2)
     for of, base in (*((n, 2) for n in (0, 1, 3, 4)), *((n, 3) for n in (0, 1, 2, 4))):
         error, dropped = others[base, 2:]
         counted = (dropped > 1e-6) & (others[of, 2] > 1e-9)
-        told = error * (others[of, 3] / np.maximum(dropped, 1e-6)) ** GROWTH
-        quantiles = np.quantile(told[counted] / others[of, 2][counted], (0.05, 0.5, 0.95))
+        predicted = error * (others[of, 3] / np.maximum(dropped, 1e-6)) ** GROWTH
+        quantiles = np.quantile(predicted[counted] / others[of, 2][counted], (0.05, 0.5, 0.95))
         print(
             f"{THRESHOLDS[of]:.2f} from {THRESHOLDS[base]:.2f}", *(f"{x:6.2f}" for x in quantiles)
         )
@@ -175,7 +199,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--anchor-rows", type=int, default=5)
     parser.add_argument("--A", type=float, default=0.9)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--check", action="store_true", help="a tiny video: shows that it runs")
     options = parser.parse_args()
+    steps, changed = (1, CHECK) if options.check else (options.steps, {})
+    options.anchor_rows = 2 if options.check else options.anchor_rows
     config = CalibrationConfig(
         block=(32, 32),
         A=options.A,
@@ -185,9 +213,15 @@ def main() -> None:
         anchor_rows=options.anchor_rows,
         inductor=False,
     )
-    figures, seconds = observe(options.model, config, options.steps)
+    figures, seconds = observe(options.model, config, steps, **changed)
     show(figures)
     print(f"\nscoring took {figures.seconds:.1f} s; all of it, tables included, {seconds:.1f} s")
+    if options.out is not None:
+        without = float(np.concatenate(figures.density).mean())
+        settings = {"steps": steps, "A": options.A, "anchor_rows": options.anchor_rows}
+        settings |= {"density_without": without, "check": options.check}
+        path = options.out / "repetition.json"
+        write_record(path, torch.device("cpu"), rows(figures), **settings)
 
 
 if __name__ == "__main__":

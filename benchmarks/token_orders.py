@@ -1,13 +1,14 @@
 """Compare token orders: on synthetic local attention, and on a model by the survey of `auto`.
 
-    python benchmarks/token_orders.py synthetic --grid 21 30 52 --block 128
+    python benchmarks/token_orders.py synthetic --grid 21 30 52 --block 128 --out results
     python benchmarks/token_orders.py model examples/tiny_wan/model --block 32 --pooled 1
 
 `synthetic` takes attention that falls off with distance, exp(-|(df/a, dh/b, dw/c)|), for several
 reaches a, b, c in frames, rows and columns, and prints which share of the blocks covers a threshold
 of it, over sampled query blocks. `--text` puts so many tokens before the video, so that blocks
 begin elsewhere in the order. `model` prints what `calibatt calibrate --token-order auto` measures
-on the first two prompts of a file of settings such as `examples/tiny_wan/demo.json`.
+on the first two prompts of a file of settings such as `examples/tiny_wan/demo.json`. Both write
+OUT/token_orders.json.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from record import write_record
 from torch import Tensor
 
 from calibatt_compiler.calibration.order_search.candidates import candidates
@@ -53,8 +56,8 @@ def density(
     return float(np.mean(shares))
 
 
-def synthetic(args: argparse.Namespace) -> None:
-    """Print a line an order: density at each reach, and the mean."""
+def synthetic(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Print a line an order, density at each reach and the mean; return the rows."""
     grid: Grid = tuple(args.grid)
     orders = args.orders or [str(order) for order in candidates(grid, (args.block, args.block))]
     places = torch.from_numpy(np.indices(grid).reshape(3, -1).T.copy()).float()
@@ -64,15 +67,20 @@ def synthetic(args: argparse.Namespace) -> None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randperm(len(starts), generator=generator)[: args.rows]
     print(f"grid {grid}, blocks of {args.block}, {args.text} text tokens, reaches {REACHES}")
+    made: list[dict[str, Any]] = []
     for name in orders:
         tokens = TokenOrder.parse(name).tokens(grid)
         ordered = places if tokens is None else places[torch.from_numpy(tokens)]
         found = [density(ordered, reach, starts, rows, args.threshold) for reach in REACHES]
-        print(f"{name:>10}", *(f"{x:.3f}" for x in found), f"mean {np.mean(found):.3f}", flush=True)
+        mean = float(np.mean(found))
+        print(f"{name:>10}", *(f"{x:.3f}" for x in found), f"mean {mean:.3f}", flush=True)
+        made.append({"attention": "synthetic", "text": args.text, "order": name, "density": mean})
+        made[-1]["by_reach"] = found
+    return made
 
 
-def model(args: argparse.Namespace) -> None:
-    """Print what the survey finds."""
+def model(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Print what the survey finds, return the rows."""
     from calibatt_compiler.calibration import CalibrationConfig
     from calibatt_compiler.calibration.observe.pipelines import ObservedPipeline
     from calibatt_compiler.calibration.order_search.search import survey_pipeline
@@ -94,6 +102,12 @@ def model(args: argparse.Namespace) -> None:
     for name, share in found.density.items():
         print(f"{name:>10} density {share:.3f} error {found.error[name]:.3f}")
     print(f"taken: {found.chosen}")
+    name = f"{args.folder.resolve().parent.name}, {args.pooled} pooled keys"
+    return [
+        {"attention": name, "text": 0, "order": order, "density": share}
+        | {"error": found.error[order], "taken": order == str(found.chosen)}
+        for order, share in found.density.items()
+    ]
 
 
 def main() -> None:
@@ -113,9 +127,13 @@ def main() -> None:
     for command, run in ((first, synthetic), (second, model)):
         command.add_argument("--block", type=int, default=128)
         command.add_argument("--threshold", type=float, default=0.84)
+        command.add_argument("--out", type=Path)
         command.set_defaults(run=run)
     args = parser.parse_args()
-    args.run(args)
+    rows = [{"block": args.block, **row} for row in args.run(args)]
+    if args.out is not None:
+        settings = {"threshold": args.threshold, "grid": getattr(args, "grid", None)}
+        write_record(args.out / "token_orders.json", torch.device("cpu"), rows, **settings)
 
 
 if __name__ == "__main__":

@@ -37,8 +37,8 @@ def compile(
             mapping gives each its own by the name of its component, such as
             `{"transformer": "high.calibatt", "transformer_2": "low.calibatt"}`; those without one
             stay as they are.
-        fullgraph: as in `torch.compile`.
-        dynamic: as in `torch.compile`.
+        fullgraph: see `torch.compile`.
+        dynamic: see `torch.compile`.
         **options: see `CompileOptions`: `lowering`, `on_mismatch`, `inductor` and the like.
 
     Returns:

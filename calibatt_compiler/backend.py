@@ -81,7 +81,7 @@ def recording_backend(recorder: Recorder, *, inductor: bool) -> Compiled:
     """Return a backend that runs the model densely and shows each attention call to a recorder.
 
     Args:
-        recorder: told of each captured graph, then of each call.
+        recorder: receives each captured graph, then each call.
         inductor: compile what is around attention; otherwise it runs as captured.
     """
     coordinates = RecordingCoordinates(recorder.on_coordinates)

@@ -71,7 +71,7 @@ class Recorder(Protocol):
         """Compute dense attention for a site and observe it.
 
         Args:
-            site: name of the site, as in `SiteInfo`.
+            site: name of the site; see `SiteInfo`.
             q: (batch, heads, query_length, head_dim), any strides.
             k: (batch, heads, key_length, head_dim), any strides.
             v: like `k`.

@@ -132,7 +132,7 @@ def check_folder(
     Args:
         path: the folder.
         names: of the files.
-        inputs: as in `check_output`.
+        inputs: see `check_output`.
     """
     folder = Path(path)
     with naming(folder):

@@ -1,6 +1,6 @@
 """One switch for what is logged: `CALIBATT_LOGS=passes,kernels,calibration`, or `all`.
 
-Each area has a logger below `calibatt`. Named areas are told in full on stderr; without the
+Each area has a logger below `calibatt`. Named areas are shown in full on stderr; without the
 variable, Python's own settings of logging hold.
 """
 

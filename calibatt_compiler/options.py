@@ -36,7 +36,7 @@ class CompileOptions:
         inductor: settings handed on to Inductor, such as `{"max_autotune": True}`.
         hopper: take the kernel for Hopper GPUs where it serves, else the portable one.
         softmax: `auto`: in bfloat16 and from 8,192 keys on, GPU kernels keep one reference for
-            each row where that is exact to rounding, and repair where it is not; `exact`: the
+            each row where that is exact to rounding, and recompute where it is not; `exact`: the
             running maximum.
         monitor: of so many calls of a site, look at one: a few of its queries are attended densely,
             and the attention mass that the plan keeps of theirs stands in the summary beside the

@@ -33,7 +33,7 @@ class PinnedOptions(dict[str, Any]):
 
         Args:
             given: what the backend was given.
-            mode: likewise.
+            mode: that it was given.
 
         Raises:
             CalibattError: they can't be used. The call then equals no other, not even itself.

@@ -73,7 +73,7 @@ def _on_gpu(request: KernelRequest[BlockPattern], choice: Choice) -> AttentionKe
 def attention_like(pattern: BlockPattern, q: Tensor) -> AttentionKernel:
     """Return what serves a pattern by tables for operands such as `q`.
 
-    The reference where there is no such kernel, as in float64 on a GPU.
+    The reference where there is no such kernel, for instance for float64 on a GPU.
     """
     device, dtype = q.device, q.dtype
     request = KernelRequest(

@@ -38,12 +38,12 @@ OLDEST = 80
 CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 FIXED_FROM = 8192
-"""Keys from which on a fixed softmax reference is asked for. On short sequences the launch of its
-repair (61 microseconds of the host, measured beside an H100) outweighs what it saves."""
+"""Keys from which on a fixed softmax shift is asked for. On short sequences the launch that
+recomputes (61 microseconds of the host, measured beside an H100) outweighs what it saves."""
 
 DENSE_FROM = 1 << 14
 """Keys from which on the Hopper kernel serves dense attention too: there a GPU is far from waiting
-for its host, and it was 1.27 times as fast as cuDNN's kernel at twice that (`RESULTS.md`)."""
+for its host, and it was 1.27 times as fast as cuDNN's kernel at twice that."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Choice:
     """What serves a request.
 
     Attributes:
-        kernel: its kind, as in `AttentionKernel`; or `sdpa`, stock dense attention.
+        kernel: its kind, see `AttentionKernel`; or `sdpa`, stock dense attention.
         reason: why it is another one than was asked for; else None.
         softmax: which softmax to ask it for.
     """

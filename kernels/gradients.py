@@ -68,7 +68,7 @@ def attention_gradients(
 def _groups(pattern: BlockPattern, grad: Tensor) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """Walk heads of one kind: the heads, the positions they compute, and gradients there.
 
-    A repetitive head's output goes to several positions, whose gradients add up.
+    A row-shared head's output goes to several positions, whose gradients add up.
     """
     repetitive = pattern.repetitive
     of_blocks = np.ones(pattern.heads, np.bool_) if repetitive is None else ~repetitive

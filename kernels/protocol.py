@@ -17,7 +17,7 @@ class AttentionKernel(Protocol):
             superset covers the pattern.
         reason: why another kernel than the one asked for serves, and will go on to; else None.
         table_bytes: what its index tables take on the operands' device.
-        repairs: calls computed again because a fixed softmax reference overflowed; reading it waits
+        repairs: calls computed again because a fixed softmax shift overflowed; reading it waits
             for the device.
     """
 
@@ -39,7 +39,7 @@ class AttentionKernel(Protocol):
 
     @property
     def repairs(self) -> int:
-        """Calls computed again because a fixed softmax reference overflowed."""
+        """Calls computed again because a fixed softmax shift overflowed."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
         """Return the attention output.
@@ -80,7 +80,7 @@ class ReorderingKernel(Protocol):
             v: (B, H, Sk, D).
             query_tokens: int32 (Sq), contiguous, on the operands' device: the query that stands
                 at each position of the pattern.
-            key_tokens: int32 (Sk), likewise for keys and values.
+            key_tokens: int32 (Sk), the same for keys and values.
             scale: factor on the scores; default 1 / sqrt(D).
 
         Returns:

@@ -13,7 +13,7 @@ from calibatt_compiler.plan.stored import PatternOutline
 from calibatt_compiler.plan.zones import ZonePattern
 
 Softmax = Literal["auto", "exact", "fixed"]
-"""As in `CompileOptions`; `fixed` insists on a fixed softmax reference."""
+"""See `CompileOptions`; `fixed` insists on a fixed softmax shift."""
 
 Target = Literal["portable", "hopper"]
 """Whose kernels: the portable ones, or those for Hopper GPUs."""
@@ -33,9 +33,9 @@ class KernelSettings:
         device: of the operands.
         dtype: of the operands.
         head_dim: channels a head.
-        lowering: as in `CompileOptions`.
-        softmax: as in `CompileOptions`; `fixed` insists on a fixed softmax reference.
-        hopper: as in `CompileOptions`.
+        lowering: see `CompileOptions`.
+        softmax: see `CompileOptions`; `fixed` insists on a fixed softmax shift.
+        hopper: see `CompileOptions`.
     """
 
     device: torch.device
@@ -48,7 +48,7 @@ class KernelSettings:
     def request(
         self, pattern: Given, *, dense: bool = False, lasting: bool = True
     ) -> KernelRequest[Given]:
-        """Return the request for a kernel of a pattern; arguments as in `KernelRequest`."""
+        """Return the request for a kernel of a pattern; arguments: see `KernelRequest`."""
         return KernelRequest(pattern, dense=dense, lasting=lasting, **vars(self))
 
 

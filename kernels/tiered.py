@@ -141,7 +141,7 @@ class Tiers(Generic[K]):
 
     @property
     def repairs(self) -> int:
-        """Calls computed again because a fixed softmax reference overflowed."""
+        """Calls computed again because a fixed softmax shift overflowed."""
         return self.serving.repairs
 
     def wait(self, timeout: float | None = None) -> bool:

@@ -1,4 +1,4 @@
-"""The passes, in order."""
+"""The list of passes, in the order in which they run, and what runs them."""
 
 from __future__ import annotations
 

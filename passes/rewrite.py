@@ -129,7 +129,7 @@ class Binder(Protocol):
     """Decides what serves the sites of a graph.
 
     Attributes:
-        layout: of tokens in the patterns that serve; None: as in the model.
+        layout: of tokens in the patterns that serve; None: the model's own.
     """
 
     @property
@@ -145,7 +145,7 @@ class Binder(Protocol):
 
 @dataclass(frozen=True)
 class Rewrite:
-    """State between passes.
+    """TokenState between passes.
 
     Attributes:
         gm: the outer graph, rewritten in place.

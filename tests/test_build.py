@@ -18,7 +18,7 @@ from calibatt_compiler.kernels.baked.compiler import (
     KernelCompiler,
     KernelSpec,
 )
-from calibatt_compiler.plan import BlockPattern, Plan, RowCopies, Sampler, SitePatterns
+from calibatt_compiler.plan import AnchorRows, BlockPattern, Plan, Sampler, SitePatterns
 
 GRID = (1, 16, 12)
 STEPS = 3
@@ -74,7 +74,7 @@ def test_hopper_kernels_are_for_hopper_gpus():
 
 
 def test_repetitive_heads_are_compiled_at_any_density():
-    copies = RowCopies(GRID, 4)  # 48 of 192 queries
+    copies = AnchorRows(GRID, 4)  # 48 of 192 queries
     plain = pattern(1)
     one_block = BlockPattern.from_mask(
         torch.ones(1, 1, 1, dtype=torch.bool),
@@ -138,7 +138,7 @@ class FakeWorker:
     """Answers at once."""
 
     def run(self, job: str, timeout: float) -> dict[str, object]:
-        source = CompiledSource("d", "v", Path("s"), 0.0, 0.0, False)
+        source = CompiledSource("d", "v", Path("s"), 0.0, False)
         return {"ok": True, **vars(source), "source_path": "s"}
 
     def stop(self) -> None:

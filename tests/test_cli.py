@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from unittest import mock
 
@@ -15,7 +13,6 @@ import pytest
 import torch
 
 from calibatt_compiler.cli.app import run
-from calibatt_compiler.errors import OptionError, PipelineError
 from calibatt_compiler.evaluation.compare import Comparer
 from calibatt_compiler.plan import Plan
 
@@ -150,80 +147,6 @@ def test_interrupted_page_is_130_and_leaves_nothing(
     assert "interrupted" in capsys.readouterr().err
 
 
-def test_prompt_files(tmp_path: Path):
-    from calibatt_compiler.cli.pipelines import read_cases
-
-    text, listed = tmp_path / "p.txt", tmp_path / "p.json"
-    text.write_text("a fox\n\n  a bird  \n", encoding="utf-8")
-    listed.write_text(json.dumps(["a fox", {"prompt": "a bird", "seed": 77}]), encoding="utf-8")
-    assert [(c.prompt, c.seed) for c in read_cases(text, ["a cat"], 5)] == [
-        ("a fox", 5),
-        ("a bird", 6),
-        ("a cat", 7),
-    ]
-    assert [(c.prompt, c.seed) for c in read_cases(listed, None, 5)] == [
-        ("a fox", 5),
-        ("a bird", 77),
-    ]
-
-
-@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
-@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-def test_prompt_files_of_any_editor(tmp_path: Path, mark: bytes, end: str):
-    from calibatt_compiler.cli.pipelines import read_cases
-
-    odd = "a fox\u2028in\x85the\x0csnow"
-    contents = {
-        "p.txt": end.join([odd, "", "a bird"]),
-        "p.json": json.dumps([odd, "a bird"]),
-        "p.jsonl": end.join([json.dumps(odd), "", json.dumps({"prompt": "a bird", "seed": 6})]),
-        "p.NDJSON": end.join([json.dumps({"prompt": odd}, ensure_ascii=False), '"a bird"', ""]),
-    }
-    for name, content in contents.items():
-        (tmp_path / name).write_bytes(mark + content.encode())
-        found = [(case.prompt, case.seed) for case in read_cases(tmp_path / name, None, 5)]
-        assert found == [(odd, 5), ("a bird", 6)], name
-
-
-@pytest.mark.parametrize("seed", ["true", "1.0", '"1"', "null", "18446744073709551616", "1e3"])
-def test_seeds_that_are_no_integers(tmp_path: Path, seed: str):
-    from calibatt_compiler.cli.pipelines import read_cases
-
-    entry = f'{{"prompt": "a", "seed": {seed}}}'
-    for name, content in (("p.json", f"[{entry}]"), ("p.jsonl", entry)):
-        (tmp_path / name).write_text(content)
-        with pytest.raises(PipelineError, match="no prompt"):
-            read_cases(tmp_path / name, None, 0)
-
-
-@pytest.mark.parametrize(
-    "content", ["{", "{}", "[1]", '[{"seed": 1}]', '[{"prompt": "a", "x": 1}]']
-)
-def test_wrong_prompt_files(tmp_path: Path, content: str):
-    from calibatt_compiler.cli.pipelines import read_cases
-
-    for name in ("p.json", "p.jsonl"):
-        (tmp_path / name).write_text(content)
-        with pytest.raises(PipelineError):
-            read_cases(tmp_path / name, None, 0)
-
-
-def test_pipeline_arguments():
-    from calibatt_compiler.cli.pipelines import pipeline_arguments
-
-    class Pipe:
-        def __call__(self, prompt, height=1, width=1, negative_prompt=None, flag=False):
-            """Take what a pipeline takes."""
-
-    got = pipeline_arguments(
-        Pipe(), {"height": 64, "width": None}, ["flag=true", "negative_prompt=a=b", "width=3"]
-    )
-    assert got == {"height": 64, "width": 3, "flag": True, "negative_prompt": "a=b"}
-    for wrong in (["flag"], ["=1"], ["depth=3"]):
-        with pytest.raises(OptionError):
-            pipeline_arguments(Pipe(), {}, wrong)
-
-
 @pytest.fixture
 def demo_settings(tmp_path: Path, tiny_wan_arguments: dict[str, int]) -> Path:
     """Settings of a demo on the tiny pipeline."""
@@ -278,89 +201,6 @@ def test_demo_then_compare(
         code = run(["compare", str(tiny_wan_folder), plan_file, *arguments])
     assert code == 1, capsys.readouterr().err
     assert json.loads((again / "compare.json").read_text("utf-8"))["plans"][0]["label"] == "plan"
-
-
-@pytest.mark.parametrize(
-    ("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
-)
-def test_an_interrupted_calibration_leaves_whole_files_and_says_how_to_go_on(
-    tmp_path: Path, tiny_wan_folder: Path, number: int, expected: int
-):
-    """The finished input stays, to go on from; nothing half-written does."""
-    # A job started in the background inherits an ignored SIGINT: restore what a terminal gives.
-    code = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "signal.signal(signal.SIGHUP, signal.SIG_DFL); "
-        "from calibatt_compiler.cli import main; main()"
-    )
-    arguments = ["calibrate", tiny_wan_folder, "--out", tmp_path / "p.calibatt", "--block", "32"]
-    arguments += ["--prompt", "a bird", "--prompt", "a rabbit", "--set", "max_sequence_length=16"]
-    arguments += ["--height", "112", "--width", "144", "--frames", "9", "--steps", "60"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments), "--device", "cpu"],
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    folder = tmp_path / "p.calibatt.calibration"
-    try:
-        while process.poll() is None and not list(folder.glob("input-*")):
-            time.sleep(0.05)
-        process.send_signal(number)
-        _, said = process.communicate(timeout=300)
-    finally:
-        process.kill()
-    assert process.returncode == expected, said
-    assert "interrupted" in said
-    assert f"1 of 2 inputs are kept in {folder}; the same command goes on" in said
-    assert "Traceback" not in said
-    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
-    assert {path.name for path in folder.iterdir()} == {"run.json", "input-00000.safetensors"}
-
-
-def test_signals_end_a_command_once_and_are_not_lost(monkeypatch: pytest.MonkeyPatch):
-    from calibatt_compiler.cli import interruption
-
-    tidied: list[bool] = []
-    lost: list[object] = []
-    monkeypatch.setattr(sys, "unraisablehook", lost.append)
-    monkeypatch.setattr(interruption, "_AGAIN", 0.2)
-
-    def command() -> None:
-        with interruption.signals_interrupt(), interruption.said_if_interrupted(lambda: "kept"):
-            signal.raise_signal(signal.SIGHUP)
-            try:
-                signal.raise_signal(signal.SIGTERM)
-            finally:
-                signal.raise_signal(signal.SIGTERM)
-                time.sleep(0.5)
-                tidied.append(True)
-
-    class Last:
-        def __del__(self) -> None:
-            signal.raise_signal(signal.SIGTERM)
-
-    def losing() -> None:
-        with interruption.signals_interrupt():
-            Last()
-            for _ in range(100):
-                time.sleep(0.05)
-            pytest.fail("the signal was lost")
-
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-    try:
-        with pytest.raises(KeyboardInterrupt) as caught:
-            command()
-        with pytest.raises(KeyboardInterrupt) as again:
-            losing()
-    finally:
-        signal.signal(signal.SIGHUP, before)
-    assert tidied == [True]
-    assert len(lost) == 1
-    assert [interruption.exit_code(each.value) for each in (caught, again)] == [143, 143]
-    assert caught.value.__notes__ == ["kept"]
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    assert interruption.exit_code(KeyboardInterrupt()) == 130
 
 
 def test_plans_of_one_name_are_told_apart(tmp_path: Path):

@@ -69,6 +69,23 @@ def table(study: Study) -> str:
     return "\n".join([*lines, "", *_order_lines(study)])
 
 
+def rows(study: Study) -> list[dict[str, Any]]:
+    """Return a row for each density and method of the main order; None: not measured."""
+    return [
+        {
+            "density": density,
+            "method": method,
+            **{
+                f"layer,_{kind}": layer_error(study, MAIN_TILE, density, method, kind)
+                for kind in KINDS
+            },
+            **{f"features,_{kind}": feature_error(study, density, method, kind) for kind in KINDS},
+        }
+        for density in study.densities
+        for method in _methods(study, MAIN_TILE)
+    ]
+
+
 def _order_lines(study: Study) -> list[str]:
     names = [key.partition("|")[2] for key in study.results if key.startswith("order|")]
     if not names:

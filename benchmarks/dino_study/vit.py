@@ -1,7 +1,7 @@
 """DINOv2's vision transformer in plain torch, its attention replaceable by a hook.
 
-Architecture as in the published ViT-S/14 without registers: pre-norm blocks, layer scale, exact
-GELU, learned positions resized bicubically to the grid, one class token in front.
+The architecture is that of the published ViT-S/14 without registers: pre-norm blocks, layer scale,
+exact GELU, learned positions resized bicubically to the grid, one class token in front.
 """
 
 from __future__ import annotations

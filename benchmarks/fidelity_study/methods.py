@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fidelity_study.patterns import Budget, Choices, Family, peer_plan, random_plan
 from fidelity_study.plans import Form
-from fidelity_study.serve import Method, Planned, oracle, router
+from fidelity_study.serve import DenseBlocks, Method, Planned, oracle, router
 
 from calibatt_compiler.plan import Plan
 
@@ -15,11 +15,12 @@ OURS, ORDERED, REPEATED = "ours", "ordered", "repeated"
 SAMPLED, POOLED = "sampled", "pooled"
 ZONES, FEW_ZONES = "zones", "few-zones"
 ORACLE, ROUTER, RANDOM = "oracle", "router", "random"
+FLOOR = "floor"
 
 TITLES = {
     OURS: "calibrated plan (ours)",
     ORDERED: "calibrated plan in token order {order} (ours)",
-    REPEATED: "calibrated, with repetitive heads (ours)",
+    REPEATED: "calibrated, with row-shared heads (ours)",
     SAMPLED: "calibrated, weighted sample (ours)",
     POOLED: "calibrated, 4 pooled keys a dropped block (ours)",
     ZONES: "octave zones (ours)",
@@ -30,6 +31,7 @@ TITLES = {
     "radial": "radial decay (Radial Attention)",
     "heads": "spatial and temporal heads (SVG)",
     RANDOM: "random",
+    FLOOR: "dense, by our kernel (the floor)",
 }
 """All methods, in the order of tables."""
 
@@ -56,7 +58,7 @@ RANDOM_SEED = 2026
 
 
 @dataclass(frozen=True)
-class Bench:
+class MethodInputs:
     """What methods of one density are made from.
 
     Attributes:
@@ -78,17 +80,18 @@ class Bench:
         return (Budget.even if self.even else Budget.of)(self.plans[OURS])
 
 
-def make(name: str, bench: Bench) -> Method:
+def make(name: str, inputs: MethodInputs) -> Method:
     """Return a method, ready to serve one video."""
-    ours = bench.plans[OURS]
-    if name in bench.plans:
-        return Planned(bench.plans[name])
-    if name in bench.families:
-        family, choices = bench.families[name], bench.choices[name]
-        return Planned(peer_plan(family, bench.budget, choices, ours))
+    ours = inputs.plans[OURS]
+    if name in inputs.plans:
+        return Planned(inputs.plans[name])
+    if name in inputs.families:
+        family, choices = inputs.families[name], inputs.choices[name]
+        return Planned(peer_plan(family, inputs.budget, choices, ours))
     others: dict[str, Callable[[], Method]] = {
         ORACLE: lambda: oracle(Budget.of(ours), ours),
-        ROUTER: lambda: router(bench.budget, ours),
-        RANDOM: lambda: Planned(random_plan(bench.budget, ours, RANDOM_SEED)),
+        ROUTER: lambda: router(inputs.budget, ours),
+        RANDOM: lambda: Planned(random_plan(inputs.budget, ours, RANDOM_SEED)),
+        FLOOR: lambda: DenseBlocks(next(iter(ours.sites.values())).size.block_m),
     }
     return others[name]()

@@ -35,8 +35,8 @@ class Form:
 
     Attributes:
         pooled: keys that each dropped block is pooled to; their cost is part of the density.
-        sample_power: as in `CalibrationConfig`.
-        gamma: likewise; what repetitive heads spare is given to the others.
+        sample_power: see `CalibrationConfig`.
+        gamma: see `CalibrationConfig`; what row-shared heads spare is given to the others.
         zones: octave zones instead of masks.
         numbers: that zones may have a head; None: as calibration does.
     """

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-import json
 import math
 import platform
 import statistics
@@ -13,8 +11,8 @@ from typing import Any
 import torch
 from fidelity_study.methods import ORACLE, OURS, RANDOM, ROUTER
 from fidelity_study.study import Study
+from record import write_record
 
-from calibatt_compiler.evaluation.comparison import device_name, versions
 from calibatt_compiler.files import replacing, write_text
 
 METRICS = {
@@ -104,45 +102,69 @@ def draw(study: Study, path: Path) -> None:
     plt.close(figure)
 
 
-def record(study: Study) -> dict[str, Any]:
-    """Return everything as plain values."""
+def rows(study: Study) -> list[dict[str, Any]]:
+    """Return a row for each density and method measured: means and PSNR by video.
+
+    A PSNR of None is that of equal videos.
+    """
+    setting, found = study.setting, []
+    for density in setting.densities:
+        for method in setting.methods:
+            keys = [setting.key(method, density, case) for case in setting.held_out]
+            videos = [study.results[key]["psnr"] for key in keys if key in study.results]
+            if not videos:
+                continue
+            means = {metric: mean(study, method, density, metric) for metric in METRICS}
+            psnr = means["psnr"]
+            found.append(
+                {
+                    "model": model_name(study),
+                    "density": density,
+                    "name": method,
+                    "method": setting.title(method),
+                    **means,
+                    "psnr": psnr if psnr is not None and math.isfinite(psnr) else None,
+                    "measured_density": mean(study, method, density, "density"),
+                    "by_video": videos,
+                }
+            )
+    return found
+
+
+def model_name(study: Study) -> str:
+    """Return a model's name without the folder where it lies."""
+    path = Path(str(getattr(study.pipe, "name_or_path", "") or type(study.pipe).__name__))
+    return path.parent.name if path.name == "model" and path.parent.name else path.name
+
+
+def settings(study: Study) -> dict[str, Any]:
+    """Return what all rows have in common."""
     setting = study.setting
     return {
-        "schema": 1,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "model": str(getattr(study.pipe, "name_or_path", None) or type(study.pipe).__name__),
-        "device": device_name(torch.device(study.pipe._execution_device)),
         "dtype": str(study.pipe.transformer.dtype),
         "python": platform.python_version(),
-        "versions": versions(),
         "arguments": {name: repr(value) for name, value in setting.arguments.items()},
         "block": setting.block,
         "thresholds": {"C": setting.C, "k": setting.k, "rho": setting.rho},
         "calibration_prompts": len(setting.calibration),
         "held_out": [{"prompt": case.prompt, "seed": case.seed} for case in setting.held_out],
-        "methods": {method: setting.title(method) for method in setting.methods},
-        "means": {
-            f"{density:g}": {
-                method: {
-                    metric: value if value is None or math.isfinite(value) else "equal"
-                    for metric in (*METRICS, "density")
-                    for value in [mean(study, method, density, metric)]
-                }
-                for method in setting.methods
-            }
-            for density in setting.densities
-        },
         "peers_budget": "the same at each step" if setting.even else "our plan's, step by step",
         "absent": dict(study.absent),
-        "videos": dict(study.results),
         "complete": not study.missing(),
     }
 
 
-def write(study: Study) -> None:
+def write(study: Study, *, check: bool = False) -> None:
     """Write fidelity.json, .md and .png, or fidelity-even.*, into the study's folder."""
     name = "fidelity-even" if study.setting.even else "fidelity"
-    text = json.dumps(record(study), indent=1, allow_nan=False)
-    write_text(study.folder / f"{name}.json", text + "\n")
+    device = torch.device(study.pipe._execution_device)
+    write_record(
+        study.folder / f"{name}.json",
+        device,
+        rows(study),
+        benchmark="fidelity",
+        check=check,
+        **settings(study),
+    )
     write_text(study.folder / f"{name}.md", table(study) + "\n")
     draw(study, study.folder / f"{name}.png")

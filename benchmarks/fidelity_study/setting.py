@@ -1,4 +1,4 @@
-"""What is compared, and how."""
+"""Settings of a comparison: prompts, densities, thresholds, methods."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Setting:
         k: how fast it falls.
         rho: share of the inputs that must agree.
         token_order: a second order for our plan, such as `2x4x4`.
-        even: see `methods.Bench`.
+        even: see `methods.MethodInputs`.
         only: names of the methods to compare, of `methods.TITLES`; None: all.
         inductor: compile what is around attention.
     """

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from fidelity_study.methods import FORMS, GAMMA, ORDERED, OURS, Bench, make
+from fidelity_study.methods import FLOOR, FORMS, GAMMA, ORDERED, OURS, MethodInputs, make
 from fidelity_study.ours import OurPlans
 from fidelity_study.patterns import Choices, Family, families
 from fidelity_study.perceptual import Frames, Perceptual
@@ -75,9 +75,9 @@ class Study:
             plans = self._our_plans()
             peers = families(plans[self.setting.densities[0], OURS].grid, self.setting.block)
             with observed(self.pipe.transformer, self._switch, self.setting.inductor):
-                benches = self._benches(plans, peers)
+                by_density = self._inputs(plans, peers)
                 for case in self.setting.held_out:
-                    self._compare(case, benches)
+                    self._compare(case, by_density)
         except OutOfTimeError as reached:
             print(f"out of time before {reached}; run again to go on", flush=True)
         return not self.missing()
@@ -93,8 +93,13 @@ class Study:
         return [name for name in keys if name not in self.results]
 
     def methods(self, density: float) -> list[str]:
-        """Names of what is compared at a density."""
-        return [name for name in self.setting.methods if f"{name}|{density:g}" not in self.absent]
+        """Names of what is compared at a density; the floor has none and stands at the first."""
+        return [
+            name
+            for name in self.setting.methods
+            if f"{name}|{density:g}" not in self.absent
+            and (name != FLOOR or density == self.setting.densities[0])
+        ]
 
     def _our_plans(self) -> dict[tuple[float, str], Plan]:
         ours = OurPlans(self.pipe, self.setting, self.folder)
@@ -113,20 +118,22 @@ class Study:
                     print(f"{name} is left out: {why}", flush=True)
         return plans
 
-    def _benches(
+    def _inputs(
         self, plans: Mapping[tuple[float, str], Plan], peers: Mapping[str, Family]
-    ) -> dict[float, Bench]:
+    ) -> dict[float, MethodInputs]:
         """Put together what methods are made from, with the variants that heads have chosen."""
         even = self.setting.even
-        benches = {
-            density: Bench({n: p for (d, n), p in plans.items() if d == density}, peers, {}, even)
+        by_density = {
+            density: MethodInputs(
+                {n: p for (d, n), p in plans.items() if d == density}, peers, {}, even
+            )
             for density in self.setting.densities
         }
         ending = "-even.json" if even else ".json"
-        files = {density: self.folder / f"choices-{density:g}{ending}" for density in benches}
+        files = {density: self.folder / f"choices-{density:g}{ending}" for density in by_density}
         if not set(peers) & set(self.setting.methods):
-            return benches
-        missing = {d: bench.budget for d, bench in benches.items() if not files[d].exists()}
+            return by_density
+        missing = {d: inputs.budget for d, inputs in by_density.items() if not files[d].exists()}
         if missing:
             self._check_time("the choice of variants")
             profile = Profile(peers, missing, plans[self.setting.densities[0], OURS])
@@ -135,16 +142,16 @@ class Study:
                 chosen = {name: profile.choices(density, name) for name in peers}
                 write_text(files[density], json.dumps(chosen))
             print("variants of the peers' patterns are chosen", flush=True)
-        for density, bench in benches.items():
+        for density, inputs in by_density.items():
             read: dict[str, Choices] = json.loads(files[density].read_text("utf-8"))
-            benches[density] = replace(bench, choices=read)
-        return benches
+            by_density[density] = replace(inputs, choices=read)
+        return by_density
 
-    def _compare(self, case: Case, benches: Mapping[float, Bench]) -> None:
+    def _compare(self, case: Case, by_density: Mapping[float, MethodInputs]) -> None:
         """Measure all methods on one prompt and seed."""
         wanted = [
             (density, name)
-            for density in benches
+            for density in by_density
             for name in self.methods(density)
             if self.setting.key(name, density, case) not in self.results
         ]
@@ -154,7 +161,7 @@ class Study:
         features = None if self.perceptual is None else self.perceptual.features(dense)
         for density, name in wanted:
             self._check_time(self.setting.key(name, density, case))
-            method = make(name, benches[density])
+            method = make(name, by_density[density])
             began = time.monotonic()
             frames = self._video(case, method)
             seconds = time.monotonic() - began

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Self, TypeGuard, get_args
 
@@ -59,7 +60,7 @@ class ObservationConfig:
         text: where text tokens stand in the sequence of such a model: `first`, `last` or None.
         component: which module of the pipeline is calibrated; `transformer_2` is the low-noise
             model of Wan 2.2.
-        anchor_rows: rows a frame that a repetitive head computes: copy errors are recorded for
+        anchor_rows: rows a frame that a row-shared head computes: copy errors are recorded for
             them, if there is a `gamma`.
         similarity_inputs: how many inputs, the first ones, are scored for `gamma`.
     """
@@ -122,18 +123,19 @@ class SelectionConfig:
             stay. `calibatt_compiler.plan.merge_intervals` does the same to a finished plan.
         pooled: keys that each dropped block is pooled to: it then takes part as so many mean keys
             instead of not at all, which costs `pooled / block[1]` of dense attention; 0 drops it,
-            as in arXiv 2603.05503.
+            see arXiv 2603.05503.
         sample_power: keep of each row not the blocks of most energy but as many drawn by chance,
             in proportion to this power of their mean energy, each weighted by the inverse of its
-            chance: nothing is left out on average. `benchmarks/RESULTS.md` compares powers; 1
+            chance: nothing is left out on average. `docs/decisions/0007` compares powers; 1
             served a video model best. Needs `keep_energies`; None keeps the highest.
-        gamma: a head may be repetitive, that is compute a few rows of each frame and copy the
+        gamma: a head may be row-shared, that is compute a few rows of each frame and copy the
             others, if its rows attend alike by this score or more; in [0.5, 1], 0.87 in
             arXiv 2603.05503. `select.repetition` states the rule. None: no head is, and nothing is
             recorded for it.
-        form: `masks`: blocks that are kept, as above; `zones`: rates that are constant over runs of
-            blocks, of which each step draws a weighted sample (`plan.zones`). Zones take none of
-            the settings above, masks none of those below.
+        form: `zones`: rates that are constant over runs of blocks, of which each step draws a
+            weighted sample (`plan.zones`); `masks`: blocks that are kept, as in the paper. Zones
+            take none of the settings above, masks none of those below. None: `masks` if one of
+            theirs is given, else `zones`.
         density: of a plan of zones, expected kept blocks / all blocks, in (0, 1]. Default 0.25,
             unless `speed_up` or `error` is given instead.
         speed_up: wanted instead: predicted dense time / time of a step; needs `attention_share`.
@@ -153,7 +155,7 @@ class SelectionConfig:
     pooled: int = 0
     sample_power: float | None = None
     gamma: float | None = None
-    form: Form = "masks"
+    form: Form | None = None
     density: float | None = None
     speed_up: float | None = None
     error: float | None = None
@@ -185,25 +187,36 @@ class SelectionConfig:
 
     def _check_form(self) -> None:
         """Raise `OptionError` unless zones can be made as asked for, or are not asked for."""
-        if not is_one_of(self.form, get_args(Form)):
-            raise _error("form", "masks or zones", self.form)
+        if self.form is not None and not is_one_of(self.form, get_args(Form)):
+            raise _error("form", "masks, zones or None", self.form)
         for name, least in (("step_groups", 1), ("zone_numbers", 2)):
             value = getattr(self, name)
             if not (_integer(value) and value >= least):
                 raise _error(name, f"an integer of at least {least}", value)
-        defaults = {each.name: each.default for each in fields(SelectionConfig)}
-        for name in _OF_ZONES if self.form == "masks" else defaults.keys() - {*_OF_ZONES, "form"}:
-            value, default = getattr(self, name), defaults[name]
-            if value is not default and not (_number(value) and value == default):
-                expected = f"{default!r} with form={self.form!r}"
-                raise _error(name, expected, value)
-        if self.form == "zones":
+        form = "zones" if self.zoned else "masks"
+        for name in self._of_masks() if self.zoned else _changed(self, _OF_ZONES):
+            default = getattr(type(self), name)
+            raise _error(name, f"{default!r} with form={form!r}", getattr(self, name))
+        if self.zoned:
             self.zones()  # checks the ranges
+
+    def _of_masks(self) -> list[str]:
+        """Names of the settings given that say nothing of zones."""
+        names = (each.name for each in fields(SelectionConfig))
+        return _changed(self, [name for name in names if name not in (*_OF_ZONES, "form")])
+
+    @property
+    def zoned(self) -> bool:
+        """Whether a plan of zones is made."""
+        return self.form == "zones" or (self.form is None and not self._of_masks())
 
     @classmethod
     def of(cls, config: SelectionConfig, **changes: Any) -> Self:
         """Return this part of larger settings, with changes by name."""
-        return cls(**{each.name: getattr(config, each.name) for each in fields(cls)} | changes)
+        found = {each.name: getattr(config, each.name) for each in fields(cls)}
+        if not config.zoned:
+            found["form"] = "masks"  # perhaps for a setting that is no part of this
+        return cls(**found | changes)
 
     @property
     def sampled(self) -> bool:
@@ -312,12 +325,24 @@ class CalibrationConfig(ObservationConfig, SelectionConfig, RunConfig, StorageCo
             raise _error("pooled", f"0 or a divisor of {width}", self.pooled)
         if self.sampled and not self.keep_energies:
             raise _error("sample_power", "keep_energies=True beside it", "keep_energies=False")
-        if self.form == "zones" and self.keep_energies:
-            raise _error("keep_energies", "False: sums are kept instead", self.keep_energies)
+
+    def _of_masks(self) -> list[str]:
+        """Names of the settings given that say nothing of zones, for which sums are kept."""
+        return [*super()._of_masks(), *_changed(self, ["keep_energies"])]
 
 
 _OF_ZONES = ("density", "speed_up", "error", "attention_share", "step_groups", "zone_numbers")
 """Settings of `SelectionConfig` that say nothing of masks."""
+
+
+def _changed(config: SelectionConfig, names: Iterable[str]) -> list[str]:
+    """Those settings that are not the default."""
+    found = []
+    for name in names:
+        value, default = getattr(config, name), getattr(type(config), name)
+        if value is not default and not (_number(value) and value == default):
+            found.append(name)
+    return found
 
 
 def _number(value: object) -> TypeGuard[float]:

@@ -186,7 +186,7 @@ class CalibrationRun:
 
         Args:
             first_step: runs the first step of that input; may raise `FirstStepDone`.
-            samples: as in `input`.
+            samples: see `input`.
         """
         if not self._recorder.joint or self._recorder.reference is not None:
             return
@@ -213,7 +213,7 @@ class CalibrationRun:
         A run for zones takes the settings of zones alone, and nothing is raised.
 
         Args:
-            raised: by site, what is added to its threshold, as in `plan_from_run`.
+            raised: by site, what is added to its threshold; see `plan_from_run`.
             names: the inputs that count; default all.
             **settings: of `SelectionConfig`, by name, in the place of the configured ones. Other
                 `A`, `C` and `k` need `keep_energies`, `gamma` a run that recorded repetition.
@@ -225,7 +225,7 @@ class CalibrationRun:
         names = self.finished if names is None else names
         selection = SelectionConfig.of(self.config, **settings)
         about: dict[str, Any] = {"cfg": self._cfg, "arguments": self._arguments}
-        if selection.form == "zones" and not raised:
+        if selection.zoned and not raised:
             return derive_zone_plan(self._store, names, selection.zones(), **about)
         return derive_plan(self._store, names, selection, raised=raised, **about)
 
@@ -303,7 +303,7 @@ def recording(
         buffer = EnergyBuffer(waiting)
         recorder = (
             ZoneRecorder(model, buffer, ZoneSums(store.folder, ranks.rank))
-            if config.form == "zones"
+            if config.zoned
             else AttentionRecorder(model, buffer)
         )
         if finished:

@@ -1,4 +1,4 @@
-"""What a plan of zones is to be."""
+"""The goal that a plan of zones is fitted to: density, predicted speed-up or error."""
 
 from __future__ import annotations
 

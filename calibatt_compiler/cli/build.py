@@ -1,4 +1,4 @@
-"""`calibatt build`."""
+"""The command `calibatt build`: compiles a plan's kernels ahead of their first use."""
 
 from __future__ import annotations
 

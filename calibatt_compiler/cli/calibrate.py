@@ -1,4 +1,4 @@
-"""`calibatt calibrate`."""
+"""The command `calibatt calibrate`: observes a model and writes a plan."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`calibatt compare`."""
+"""The command `calibatt compare`: dense and sparse videos side by side, quality and time."""
 
 from __future__ import annotations
 

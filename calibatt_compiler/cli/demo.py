@@ -22,11 +22,9 @@ if TYPE_CHECKING:
 
 EXAMPLE = Path("examples") / "tiny_wan"
 BLOCK = 32
-A, RHO, POWER = 0.80, 0.5, 1.0
-"""The demo's plan is a weighted sample of as many blocks as hold this share of attention at every
-step, the first one included. What was chosen otherwise is in benchmarks/RESULTS.md."""
-CURVE = (0.90, 0.70)
-"""Other values of A, selected from the same recording, for the curve."""
+"""Tokens a block: the model's videos are short. All else is what `calibatt calibrate` does."""
+CURVE = (0.15, 0.40)
+"""Other densities, chosen from the same recording, for the curve."""
 CPU_CALIBRATION, CPU_HELD_OUT = 8, 3
 """How many prompts a CPU runs: what two cores do in ten minutes. A GPU runs all."""
 
@@ -142,9 +140,9 @@ def demo(
 def calibrate_plans(
     pipe: Any, cases: Sequence[Case], arguments: Mapping[str, Any], out: Path
 ) -> dict[str, Plan]:
-    """Calibrate once, and select blocks for each threshold of the curve from one recording.
+    """Calibrate for zones, at the default density and at those of the curve, and for masks.
 
-    The last plan is the paper's: as dense as the main one, of the blocks that hold most attention.
+    The last plan is the paper's: masks, by its thresholds.
 
     Args:
         pipe: the pipeline.
@@ -155,18 +153,22 @@ def calibrate_plans(
     Returns:
         Plans by label, the main one first.
     """
-    from calibatt_compiler.calibration import CalibrationConfig, calibrate, plan_from_run
+    from calibatt_compiler.calibration import CalibrationConfig, calibrate, zone_plan_from_run
 
-    config = CalibrationConfig(
-        block=(BLOCK, BLOCK), A=A, C=A, rho=RHO, sample_power=POWER, keep_energies=True
-    )
+    config = CalibrationConfig(block=(BLOCK, BLOCK))
     given = {**options.texts_and_seeds(cases), **arguments}
     main = calibrate(pipe, out=out, config=config, **given)
     run = f"{out}.calibration"
-    others = {f"A={a:g}": plan_from_run(run, config, A=a, C=a) for a in CURVE}
-    # Of as many blocks as the sample.
-    highest = plan_from_run(run, config, sample_power=None, share_steps=None)
-    return {f"A={A:g}": main, **others, f"A={A:g}, highest blocks": highest}
+    plans = {
+        f"{density:.0%} of the blocks": zone_plan_from_run(run, density=density)
+        for density in CURVE
+    }
+    masks = calibrate(pipe, config=replace(config, form="masks"), **given)
+    return {
+        f"{main.density():.0%} of the blocks": main,
+        **plans,
+        f"the paper's masks, {masks.density():.0%}": masks,
+    }
 
 
 def find(name: str) -> Path:

@@ -1,4 +1,4 @@
-"""`calibatt inspect`."""
+"""The command `calibatt inspect`: shows what is in a plan, and validates it."""
 
 from __future__ import annotations
 

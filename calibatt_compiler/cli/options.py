@@ -192,7 +192,7 @@ class Observation:
         int,
         option(
             ADVANCED,
-            "Rows of each frame that a repetitive head computes; the others copy them.",
+            "Rows of each frame that a row-shared head computes; the others copy them.",
             "ROWS",
         ),
     ] = 5
@@ -210,7 +210,7 @@ class Selection:
         float | None,
         option(
             _HOW,
-            "Attention to keep at late steps, 0 to 1: lower is sparser and faster. Default 0.84, "
+            "Of masks: attention to keep at late steps, 0 to 1: lower is sparser. Default 0.84, "
             "or 0.763 up to 8 steps.",
             "SHARE",
             "--A",
@@ -283,13 +283,13 @@ class Selection:
         ),
     ] = None
     form: Annotated[
-        str,
+        str | None,
         option(
             _HOW,
-            "masks, or zones of weighted blocks.",
+            "zones (default) or masks.",
             "FORM",
         ),
-    ] = "masks"
+    ] = None
     density: Annotated[
         float | None, option(_HOW, "Of zones: blocks to keep. Default 0.25.", "SHARE")
     ] = None

@@ -175,7 +175,7 @@ def _entries(path: Path) -> list[object]:
             got=f"{path}: {error}",
             remedy="check the path",
         ) from error
-    # A line ends as in any editor: str.splitlines would cut a prompt at U+2028 and others, too.
+    # Lines end where editors end them: str.splitlines would cut a prompt at U+2028 and others.
     lines = [line.strip() for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
     lines = [line for line in lines if line]
     suffix = path.suffix.lower()
@@ -245,7 +245,7 @@ def arguments_for_plan(
     """Return the arguments that were given, as `pipeline_arguments` does, the plan's for the rest.
 
     Raises:
-        OptionError: as `pipeline_arguments`; the number of steps is neither given nor told.
+        OptionError: as `pipeline_arguments`; the number of steps is neither given nor known.
     """
     arguments = arguments_of_plan(pipe, plan) | pipeline_arguments(pipe, named, settings)
     steps = "num_inference_steps"
@@ -260,10 +260,10 @@ def arguments_for_plan(
 
 
 def arguments_of_plan(pipe: Any, plan: Plan) -> dict[str, Any]:
-    """Return the size and the number of steps that a plan was made for, where they can be told.
+    """Return the size and the number of steps that a plan was made for, where they are known.
 
     A size in pixels is the latent grid times the patch times the decoder's compression. The steps
-    can't be told of a pipeline with two transformers, each of which has some of them.
+    aren't known of a pipeline with two transformers, each of which has some of them.
     """
     known = inspect.signature(type(pipe).__call__).parameters
     arguments: dict[str, Any] = {}

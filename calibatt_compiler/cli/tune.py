@@ -1,4 +1,4 @@
-"""`calibatt tune`."""
+"""The command `calibatt tune`: searches thresholds for a speed-up or a fidelity."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def tune(
         str,
         option(
             _SEARCH,
-            "Scores for repetitive heads to choose from, as of calibatt calibrate, and off for "
+            "Scores for row-shared heads to choose from, as of calibatt calibrate, and off for "
             "none, such as off,0.8,0.87.",
             "SCORE,...",
         ),
@@ -154,7 +154,7 @@ def _scores(text: str) -> tuple[float | None, ...]:
             "--gamma takes scores",
             expected="numbers and off with commas between, such as off,0.8,0.87",
             got=text,
-            remedy="leave it out for no repetitive heads",
+            remedy="leave it out for no row-shared heads",
         ) from error
 
 

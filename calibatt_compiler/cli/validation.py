@@ -30,7 +30,7 @@ def measure(
         inputs: prompts and seeds; read only if the model is run, as the next two.
         sampling: arguments of the pipeline.
         place: where the model runs.
-        margin: as in `calibatt_compiler.validate`.
+        margin: see `calibatt_compiler.validate`.
     """
     from calibatt_compiler.calibration import CalibrationConfig, validate, validate_run
     from calibatt_compiler.calibration.validation.kept_mass import check_margin

@@ -1,4 +1,4 @@
-"""What videos to generate."""
+"""The prompts and seeds that videos are generated from."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ from calibatt_compiler.report.summary import summary
 
 
 class Progress(Protocol):
-    """What is told how far a comparison has come."""
+    """Receives how far a comparison has come."""
 
     def start(self, what: str, total: int | None) -> None:
         """Begin something of `total` parts; None if nobody knows how many."""
@@ -145,7 +145,7 @@ def compare(
         cases: prompts and seeds; better none that the plans were calibrated on.
         plans: by label; the first is the main one.
         config: how.
-        progress: told how far it has come.
+        progress: receives how far it has come.
         on_video: given each case's index, the case, the dense frames, the main plan's frames, and
             their quality: to write the videos, of which none is kept in memory.
 

@@ -69,7 +69,7 @@ class StepWatch:
         self.steps: list[DenoisingStep] = []
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Take note of a call; a forward pre-hook of the model."""
+        """Record a call; a forward pre-hook of the model."""
         timestep = _timestep(module, args, kwargs)
         if timestep != self._timestep:
             self._on_step(self.count)

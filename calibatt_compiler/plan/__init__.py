@@ -1,6 +1,6 @@
 """The artefact: what calibration writes and every later stage reads."""
 
-from calibatt_compiler.plan.copies import RowCopies
+from calibatt_compiler.plan.copies import AnchorRows, RowCopies
 from calibatt_compiler.plan.intervals import Intervals
 from calibatt_compiler.plan.pattern import BlockPattern
 from calibatt_compiler.plan.plan import Plan
@@ -15,6 +15,7 @@ from calibatt_compiler.plan.schema import (
 from calibatt_compiler.plan.site import SitePatterns
 
 __all__ = [
+    "AnchorRows",
     "BlockPattern",
     "CalibrationInputs",
     "Intervals",

@@ -1,6 +1,6 @@
 """Where tokens stand: coordinates that a model is given for its rotary embeddings, as a digest.
 
-Some transformers are not told the size of a video but the coordinates of each token (LTX's
+Some transformers do not receive the size of a video but the coordinates of each token (LTX's
 `video_coords`, the `img_ids` of Flux). Two calls lay their tokens out alike if on each axis the
 same tokens have equal coordinates and the coordinates rise alike: their scale, such as frames a
 second, does not matter. So coordinates are brought to ranks, counted from 0 on each axis, and these

@@ -1,6 +1,6 @@
 """Spatial repetition: heads that compute a few rows of each frame and copy the others.
 
-In some heads all rows of a frame attend alike. Such a *repetitive* head computes the tokens of a
+In some heads all rows of a frame attend alike. Such a *row-shared* head computes the tokens of a
 few *anchor rows* of each frame, and each other row takes, column by column, the output of the
 anchor row nearest to it (arXiv 2603.05503). Text tokens are always computed.
 """
@@ -21,8 +21,8 @@ Positions = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
-class RowCopies:
-    """Which queries a repetitive head computes, and where each output goes.
+class AnchorRows:
+    """Which queries a row-shared head computes, and where each output goes.
 
     Row `i` of the `k = min(anchor_rows, height)` anchor rows of a frame is
     `floor((2 i + 1) * height / (2 k))`: the middle one of `k` equal parts. A row `y` copies the
@@ -94,8 +94,12 @@ class RowCopies:
         return f"{self.anchor_rows} rows of {grid} from {self.first} in {self.order}"
 
 
+RowCopies = AnchorRows
+"""The name of before, for one version."""
+
+
 @functools.lru_cache(maxsize=8)
-def _tables(copies: RowCopies, length: int) -> tuple[Positions, Positions]:
+def _tables(copies: AnchorRows, length: int) -> tuple[Positions, Positions]:
     if length < copies.first + copies.video:
         raise PlanError(
             "the rows of this grid are not in a sequence of this length",
@@ -131,7 +135,7 @@ def check_rows(
     Args:
         bits: uint8 (heads, query_blocks, bytes), of which any bit that is set is a kept block.
         computed: bool (heads, query_blocks).
-        repetitive: whether some head is repetitive.
+        repetitive: whether some head is row-shared.
     """
     kept = bits.any(axis=-1)
     empty = computed & ~kept
@@ -147,7 +151,7 @@ def check_rows(
     if repetitive and beyond.any():
         head, row = (int(i) for i in np.argwhere(beyond)[0])
         raise PlanError(
-            "a repetitive head keeps key blocks for rows that it does not compute",
+            "a row-shared head keeps key blocks for rows that it does not compute",
             expected=f"{int(computed[head].sum())} rows of blocks in head {head}",
             got=f"blocks in row {row}",
             remedy="build patterns with BlockPattern.from_mask",
@@ -155,12 +159,12 @@ def check_rows(
 
 
 def check_repetitive(
-    repetitive: npt.NDArray[np.bool_], heads: int, copies: RowCopies | None
+    repetitive: npt.NDArray[np.bool_], heads: int, copies: AnchorRows | None
 ) -> None:
     """Raise `PlanError` unless there is one flag a head, and copies for them; make it read-only."""
     if repetitive.dtype != np.bool_ or repetitive.shape != (heads,) or copies is None:
         raise PlanError(
-            "repetitive heads need one flag a head and the rows that they copy",
+            "row-shared heads need one flag a head and the rows that they copy",
             expected=f"bool ({heads},), and copies",
             got=f"{repetitive.dtype} {repetitive.shape}, copies {copies}",
             remedy="give BlockPattern.from_mask both repetitive and copies",

@@ -10,7 +10,7 @@ blocks. What results is written by one of
   unset bits: a byte below 255 ends it, a byte of 255 stands for 255 unset bits and goes on. Noise
   at the edges of masks takes this: Huffman codes of gaps come within some per cent of its entropy.
 
-Measured against lzma, zstandard and XOR with the row above in `benchmarks/RESULTS.md`.
+Measured against lzma, zstandard and XOR with the row above in `docs/decisions/0008`.
 """
 
 from __future__ import annotations

@@ -376,7 +376,7 @@ def _size(metadata: PlanMetadata, site: SiteRecord) -> PatternSize:
 
 
 def _figures(site: SiteRecord) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Kept blocks and repetitive heads of each pattern, from those of the steps that use it."""
+    """Kept blocks and row-shared heads of each pattern, from those of the steps that use it."""
     of_step = zip(site.density, site.repetitive or [0] * len(site.steps), strict=True)
     by_pattern = dict(zip(site.steps, of_step, strict=True))
     figures = [by_pattern[index] for index in range(site.patterns)]

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class Intervals:
-    """Runs of kept key blocks, row by row, as in a compressed sparse row matrix.
+    """Runs of kept key blocks, row by row, the way of a compressed sparse row matrix.
 
     Row `head * query_blocks + query_block` owns the runs `offsets[row]` to `offsets[row + 1]`;
     run `i` covers the key blocks `starts[i]` to `ends[i]` (exclusive). Runs of a row are sorted

@@ -3,7 +3,7 @@
 A model's sequence is in raster order: frame by frame, row by row. A block of consecutive tokens is
 then a few thin rows. Tokens taken tile by tile make blocks that are compact in space and time, and
 attention, which is local, needs fewer of them. Where tiles do not divide the grid, those at its
-edges are cut off, and all blocks behind them straddle two tiles; tokens taken rope by rope make
+edges are cut off, and all blocks behind them straddle two tiles; tokens taken strip by strip make
 blocks that are compact wherever they are cut.
 """
 
@@ -19,7 +19,7 @@ import numpy.typing as npt
 from calibatt_compiler.errors import PlanError
 
 ALL = "all"
-"""Stands for the size of a tile along which a rope runs."""
+"""Stands for the size of a tile along which a strip runs."""
 
 DENSITY, ERROR = "order_density:", "order_error:"
 """Begin the names of a survey's figures in a plan's `quality`; the order's name follows."""
@@ -40,7 +40,7 @@ class TokenOrder:
     Ropes run along one axis through the whole grid. The two other axes, of n tokens, are divided
     into p = max(1, floor(n / size + 1/2)) nearly equal parts: token x is in part floor(x p / n).
     Ropes are walked like a ploughed field: those of the first part of the earlier axis first, the
-    parts of the later axis forwards and backwards in turn; along its own axis every other rope is
+    parts of the later axis forwards and backwards in turn; along its own axis every other strip is
     walked backwards, each of its cross-sections in raster order.
 
     Attributes:
@@ -119,9 +119,9 @@ def _strips(grid: tuple[int, int, int], tile: Tile) -> npt.NDArray[np.int64]:
     count = {axis: parts(grid[axis], tile[axis] or 1) for axis in (earlier, later)}
     part = {axis: places[axis] * n // grid[axis] for axis, n in count.items()}
     walked = np.where(part[earlier] % 2, count[later] - 1 - part[later], part[later])
-    rope = part[earlier] * count[later] + walked
-    way = np.where(rope % 2, -places[along], places[along])
-    return np.lexsort((way, rope))
+    strip = part[earlier] * count[later] + walked
+    way = np.where(strip % 2, -places[along], places[along])
+    return np.lexsort((way, strip))
 
 
 def said(density: Mapping[str, float], error: Mapping[str, float]) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor
 from calibatt_compiler.arguments import is_integers, require
 from calibatt_compiler.errors import PlanError
 from calibatt_compiler.plan import weights as block_weights
-from calibatt_compiler.plan.copies import RowCopies, check_repetitive, check_rows
+from calibatt_compiler.plan.copies import AnchorRows, check_repetitive, check_rows
 from calibatt_compiler.plan.intervals import Intervals, runs_of, runs_of_bits
 from calibatt_compiler.plan.sizes import check_sizes
 
@@ -29,10 +29,10 @@ class BlockPattern:
     """Kept blocks of one attention call; what a kernel is generated from.
 
     Query block `r` holds the tokens `r * block_m` to `min((r + 1) * block_m, query_length)`, key
-    block `c` likewise with `block_n` and `key_length`; the two lengths are independent. The last
+    block `c` the same with `block_n` and `key_length`; the two lengths are independent. The last
     block of either may be ragged.
 
-    In a repetitive head query block `r` holds the positions `r * block_m` to `(r + 1) * block_m` of
+    In a row-shared head query block `r` holds the positions `r * block_m` to `(r + 1) * block_m` of
     `copies.computed(query_length)` instead; the query blocks past the last of these keep nothing
     and are not computed. Each token takes the output that `copies.sources` names.
 
@@ -49,12 +49,12 @@ class BlockPattern:
         pooled: keys that each dropped block is pooled to; 0 drops it. Sub-block `j` of `pooled`
             equal parts of a dropped block takes part as one key and one value, the means of its
             tokens, that count as many times as it has tokens.
-        copies: what repetitive heads compute and copy; may be there without such a head.
-        repetitive: bool (heads,), which heads are repetitive; None if none is. Read-only.
+        copies: what row-shared heads compute and copy; may be there without such a head.
+        repetitive: bool (heads,), which heads are row-shared; None if none is. Read-only.
 
     Raises:
         PlanError: sizes out of range, bits or weights of another shape, a query block with no
-            kept key block (its softmax would be empty), a repetitive head with weights or with
+            kept key block (its softmax would be empty), a row-shared head with weights or with
             blocks for rows that it does not compute.
     """
 
@@ -66,13 +66,13 @@ class BlockPattern:
     bits: npt.NDArray[np.uint8]
     weights: npt.NDArray[np.uint8] | None = None
     pooled: int = 0
-    copies: RowCopies | None = None
+    copies: AnchorRows | None = None
     repetitive: npt.NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
         check_sizes(self.heads, self.query_length, self.key_length, self.block_m, self.block_n)
         kinds: dict[str, Any] = {"error": PlanError}
-        for name, kind in (("bits", np.ndarray), ("weights", np.ndarray), ("copies", RowCopies)):
+        for name, kind in (("bits", np.ndarray), ("weights", np.ndarray), ("copies", AnchorRows)):
             value = getattr(self, name)
             fits = isinstance(value, kind) or (value is None and name != "bits")
             require(fits, name, value, kind.__name__, **kinds)
@@ -130,7 +130,7 @@ class BlockPattern:
         weight: Tensor | None = None,
         pooled: int = 0,
         repetitive: npt.NDArray[np.bool_] | None = None,
-        copies: RowCopies | None = None,
+        copies: AnchorRows | None = None,
     ) -> BlockPattern:
         """Pack a boolean block mask.
 
@@ -147,7 +147,7 @@ class BlockPattern:
 
         Raises:
             PlanError: not a boolean 3-D tensor, lengths that don't fit, an empty row, weights out
-                of range, or repetitive heads without copies.
+                of range, or row-shared heads without copies.
         """
         kinds: dict[str, Any] = {"error": PlanError}
         require(isinstance(mask, Tensor), "mask", mask, "torch.Tensor of torch.bool", **kinds)
@@ -239,7 +239,7 @@ class BlockPattern:
         return self.density + self.pooled / self.block_n * float(self.computed_rows().mean())
 
     def computed_rows(self) -> npt.NDArray[np.bool_]:
-        """Boolean (heads, query_blocks): False past the last row of a repetitive head."""
+        """Boolean (heads, query_blocks): False past the last row of a row-shared head."""
         rows = np.ones((self.heads, self.query_blocks), dtype=np.bool_)
         if self.repetitive is not None:
             assert self.copies is not None
@@ -289,14 +289,14 @@ class BlockPattern:
     def mask(self) -> Tensor:
         """Boolean tensor (heads, query_blocks, key_blocks) on the CPU; True is kept.
 
-        The rows of a repetitive head are those of the queries that it computes.
+        The rows of a row-shared head are those of the queries that it computes.
         """
         return torch.from_numpy(self.numpy_mask())
 
     def token_mask(self) -> Tensor:
         """Boolean tensor (heads, query_length, key_length): the mask expanded to tokens.
 
-        In a repetitive head a token that copies has the keys of the one that it copies.
+        In a row-shared head a token that copies has the keys of the one that it copies.
         Quadratic in the sequence length: for tests and references only.
         """
         mask = self.mask().repeat_interleave(self.block_n, 2)[..., : self.key_length]

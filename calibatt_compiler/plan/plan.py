@@ -192,8 +192,8 @@ class Plan:
             timesteps: what the model is given at each step, in sampling order.
             block: tokens a query block, tokens a key block.
             groups: for each step, the index of its map; default: as many steps to each, in order.
-            lengths: as in `from_masks`.
-            text: as in `PlanMetadata.text_policy`; default `none`, or `in_mask` where sequences
+            lengths: see `from_masks`.
+            text: see `PlanMetadata.text_policy`; default `none`, or `in_mask` where sequences
                 are longer than the grid. With `dense_first` and `dense_last` blocks with text have
                 octave 0, and any text length is served.
 
@@ -386,7 +386,7 @@ class Plan:
     def block_mask(self, site: str, step: int) -> Tensor:
         """Boolean (heads, query_blocks, key_blocks) of a site at a step; True is kept.
 
-        The rows of a repetitive head are those of the queries that it computes.
+        The rows of a row-shared head are those of the queries that it computes.
 
         Raises:
             PlanError: no such site or step.

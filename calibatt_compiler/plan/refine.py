@@ -17,7 +17,7 @@ from calibatt_compiler.plan.plan import Plan
 from calibatt_compiler.plan.site import SitePatterns
 
 SHARE_STEPS = 0.97
-"""Agreement from which on steps share one pattern, as in arXiv 2603.05503."""
+"""Agreement from which on steps share one pattern, see arXiv 2603.05503."""
 
 MERGE_BUDGET = 0.02
 """Density that merging may add, where it is asked for without a number."""
@@ -34,7 +34,7 @@ def share_steps(plan: Plan, tau: float = SHARE_STEPS) -> Plan:
     them all; else it begins a new group. Two masks agree if their intersection over union, counted
     over all heads, is at least `tau`. A mask lies within the OR, so its agreement with it is the
     quotient of their kept blocks: no step keeps more than 1 / tau times the blocks that it kept.
-    Steps share only if the same heads are repetitive in them.
+    Steps share only if the same heads are row-shared in them.
 
     Args:
         plan: is left as it is.
@@ -75,8 +75,8 @@ class Refiner:
     """Refines site after site, sharing before merging, and keeps account of what that adds.
 
     Attributes:
-        share_steps: as in the function of this name; None leaves it out.
-        merge_budget: as in `merge_intervals`; None leaves it out.
+        share_steps: see the function of this name; None leaves it out.
+        merge_budget: see `merge_intervals`; None leaves it out.
 
     Raises:
         OptionError: a value out of range.

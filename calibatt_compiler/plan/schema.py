@@ -25,7 +25,7 @@ from pydantic import (
 
 from calibatt_compiler.errors import PlanError
 from calibatt_compiler.plan.coordinates import OF_VIDEO
-from calibatt_compiler.plan.copies import RowCopies
+from calibatt_compiler.plan.copies import AnchorRows
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.sizes import MAX_HEADS, MAX_LENGTH, MAX_ORDERED, MAX_SITES, MAX_STEPS
 from calibatt_compiler.plan.text import TextPosition
@@ -180,7 +180,7 @@ class CalibrationInputs(_Record):
 
 
 class ZoneRecord(_Record):
-    """How the zones of a site are drawn; as in `ZonePattern`."""
+    """How the zones of a site are drawn; see `ZonePattern`."""
 
     formula: Literal[1] = 1
     seed: Annotated[int, Field(ge=0, lt=UNIT)] = 0
@@ -200,9 +200,9 @@ class SiteRecord(_Record):
         pooled: keys that each dropped block is pooled to; 0 drops it.
         weighted: whether kept blocks of some pattern have weights.
         head_forms: `blocks`: every head is a set of blocks; `mixed`: some head of some pattern is
-            repetitive.
-        anchor_rows: rows of a frame that repetitive heads compute; 0 if there is none.
-        repetitive: for each step, how many heads are repetitive; empty if there is none.
+            row-shared.
+        anchor_rows: rows of a frame that row-shared heads compute; 0 if there is none.
+        repetitive: for each step, how many heads are row-shared; empty if there is none.
         zones: how zones are drawn; None of masks.
         patterns: how many distinct patterns are stored, masks or zones.
         digests: `BlockPattern.digest` or `ZonePattern.digest` of each.
@@ -253,15 +253,15 @@ class SiteRecord(_Record):
 
     def _check_mixed(self) -> None:
         if not self.anchor_rows or not any(self.repetitive):
-            raise ValueError("mixed head_forms need anchor_rows and repetitive heads")
+            raise ValueError("mixed head_forms need anchor_rows and row-shared heads")
         if len(self.repetitive) != len(self.steps) or max(self.repetitive) > self.heads:
             raise ValueError("repetitive must have one entry a step, at most all heads")
         if len(set(zip(self.steps, self.repetitive, strict=True))) != self.patterns:
-            raise ValueError("steps of one pattern must have as many repetitive heads")
+            raise ValueError("steps of one pattern must have as many row-shared heads")
 
     @model_serializer(mode="wrap")
     def _written(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what is said of repetitive heads and of zones where there are none.
+        """Leave out what is said of row-shared heads and of zones where there are none.
 
         So plans without them keep the digests that they had before there were such.
         """
@@ -287,7 +287,7 @@ class PlanMetadata(_Record):
             as the model has them, frames x height x width of a tile, such as `2x8x8`, or of strips
             along one axis, such as `2x8xall`.
         text_policy: `none`: video tokens only; `in_mask`: text tokens are part of the sequence
-            and of its blocks; `dense_first`, `dense_last`: likewise, they stand first or last, and
+            and of its blocks; `dense_first`, `dense_last`: they are, stand first or last, and
             each of their blocks is kept, so that the plan serves other text lengths too.
         cfg: how classifier-free guidance is run: in two calls, in one batched call, embedded in
             the model, or not at all. Patterns come from the conditional branch.
@@ -355,8 +355,8 @@ class PlanMetadata(_Record):
             record.pop("fixed_by", None)
         return record
 
-    def copies(self, site: SiteRecord) -> RowCopies | None:
-        """Return what the repetitive heads of a site copy; None if there are none.
+    def copies(self, site: SiteRecord) -> AnchorRows | None:
+        """Return what the row-shared heads of a site copy; None if there are none.
 
         Raises:
             PlanError: the rows of the grid can't be found in the site's sequence.
@@ -366,14 +366,14 @@ class PlanMetadata(_Record):
         text = site.query_length - math.prod(self.grid)
         if text < 0 or (text and self.text_policy not in ("dense_first", "dense_last")):
             raise PlanError(
-                "repetitive heads need to know where the grid's tokens are",
+                "row-shared heads need to know where the grid's tokens are",
                 expected=f"queries of {self.grid} tokens; or with text, all its blocks kept, and "
                 "text_policy dense_first or dense_last",
                 got=f"{site.query_length} queries, text_policy {self.text_policy}",
-                remedy="leave repetitive heads out of this site",
+                remedy="leave row-shared heads out of this site",
             )
         first = text if self.text_policy == "dense_first" else 0
-        return RowCopies(self.grid, site.anchor_rows, first, TokenOrder.parse(self.token_order))
+        return AnchorRows(self.grid, site.anchor_rows, first, TokenOrder.parse(self.token_order))
 
     def zone_text(self, site: SiteRecord) -> tuple[int, TextPosition | None]:
         """Return `video` and `text` of a site's zones: video tokens, and where text stands."""

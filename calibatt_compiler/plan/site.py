@@ -89,7 +89,7 @@ class SitePatterns:
         return self.patterns.kept[index]
 
     def repetitive_at(self, step: int) -> int:
-        """Repetitive heads at a diffusion step."""
+        """Row-shared heads at a diffusion step."""
         index = self.steps[step]
         if isinstance(self.patterns, tuple):
             return repetitive_heads(self.patterns[index])
@@ -103,7 +103,7 @@ class SitePatterns:
 
     @property
     def repetitive_share(self) -> float:
-        """Share of the heads that are repetitive, mean over the steps."""
+        """Share of the heads that are row-shared, mean over the steps."""
         heads = sum(self.repetitive_at(step) for step in range(len(self.steps)))
         return heads / (self.size.heads * len(self.steps))
 

@@ -37,15 +37,15 @@ def record_of(name: str, site: SitePatterns) -> SiteRecord:
 
 
 def _check_copies(metadata: PlanMetadata, sites: Mapping[str, SitePatterns]) -> None:
-    """Raise `PlanError` if repetitive heads copy other rows than those of the plan's video."""
+    """Raise `PlanError` if row-shared heads copy other rows than those of the plan's video."""
     for record in metadata.sites:
         expected, got = metadata.copies(record), sites[record.name].size.copies
         if expected is not None and got != expected:
             raise PlanError(
-                f"the repetitive heads of site {record.name!r} copy the rows of another video",
+                f"the row-shared heads of site {record.name!r} copy the rows of another video",
                 expected=expected,
                 got=got,
-                remedy="make their RowCopies from grid, text and token order of the plan",
+                remedy="make their AnchorRows from grid, text and token order of the plan",
             )
 
 

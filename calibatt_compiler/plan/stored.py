@@ -14,7 +14,7 @@ from pydantic import Field
 
 from calibatt_compiler.errors import PlanFormatError
 from calibatt_compiler.plan import encoding
-from calibatt_compiler.plan.copies import RowCopies
+from calibatt_compiler.plan.copies import AnchorRows
 from calibatt_compiler.plan.pattern import BlockPattern
 
 CACHED = 2
@@ -33,7 +33,7 @@ Entries = tuple[tuple[Entry, ...], ...]
 
 @dataclass(frozen=True)
 class PatternSize:
-    """What all patterns of a site have in common; as in `BlockPattern`."""
+    """What all patterns of a site have in common; see `BlockPattern`."""
 
     heads: int
     query_length: int
@@ -41,7 +41,7 @@ class PatternSize:
     block_m: int
     block_n: int
     pooled: int = 0
-    copies: RowCopies | None = None
+    copies: AnchorRows | None = None
 
     @classmethod
     def of(cls, pattern: BlockPattern) -> PatternSize:
@@ -116,7 +116,7 @@ def pattern_of(size: PatternSize, arrays: Mapping[str, npt.NDArray[Any]]) -> Blo
     """
     repetitive = arrays.get("repetitive")
     if repetitive is not None and (repetitive > 1).any():
-        raise ValueError("a flag of a repetitive head is neither 0 nor 1")
+        raise ValueError("a flag of a row-shared head is neither 0 nor 1")
     return BlockPattern(
         size.heads,
         size.query_length,
@@ -138,7 +138,7 @@ def _kept(bits: npt.NDArray[np.uint8], columns: int) -> npt.NDArray[np.int64]:
 
 
 def repetitive_heads(pattern: BlockPattern) -> int:
-    """Return how many heads of a pattern are repetitive."""
+    """Return how many heads of a pattern are row-shared."""
     return 0 if pattern.repetitive is None else int(pattern.repetitive.sum())
 
 
@@ -154,12 +154,12 @@ class StoredPatterns(Sequence[BlockPattern]):
         entries: what the codes are.
         digests: `BlockPattern.digest` of each pattern.
         kept: kept blocks of each pattern.
-        repetitive: repetitive heads of each pattern.
+        repetitive: row-shared heads of each pattern.
         source: what is named if something is wrong.
 
     Raises:
         PlanFormatError: when an item is asked for: it is not what was stored.
-        PlanError: likewise: it makes no pattern.
+        PlanError: the array makes no pattern.
     """
 
     size: PatternSize
@@ -301,7 +301,7 @@ class StoredPatterns(Sequence[BlockPattern]):
             density = self.kept[index] / self.size.blocks
             raise self._wrong(index, f"the recorded density {density}", pattern.density)
         if repetitive_heads(pattern) != self.repetitive[index]:
-            expected = f"{self.repetitive[index]} repetitive heads"
+            expected = f"{self.repetitive[index]} row-shared heads"
             raise self._wrong(index, expected, repetitive_heads(pattern))
         return pattern
 

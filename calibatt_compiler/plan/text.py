@@ -59,7 +59,7 @@ def fit_mask(
     Args:
         mask: bool (..., query_blocks, key_blocks), of sequences with text.
         lengths: tokens on the query and the key side.
-        to: likewise, of the new sequences; more than `video` each.
+        to: the same of the new sequences; more than `video` each.
         video: video tokens in either.
         block: tokens a query block, tokens a key block.
         position: where the text stands.
@@ -99,7 +99,7 @@ def fit_pattern(
 ) -> BlockPattern:
     """Carry a pattern over to sequences with other text lengths; see `fit_mask`.
 
-    Repetitive heads attend all keys from the rows that they compute, as calibration makes them.
+    Row-shared heads attend all keys from the rows that they compute, as calibration makes them.
 
     Raises:
         PlanError: its blocks have weights, which were made for the blocks of its own length.

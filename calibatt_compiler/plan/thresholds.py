@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Numbers of `eps(t) = A + (C - A) * exp(-k * t / T)`; names as in arXiv 2603.05503.
+    """Numbers of `eps(t) = A + (C - A) * exp(-k * t / T)`; names: see arXiv 2603.05503.
 
     Attributes:
         A: share of attention mass to keep at late steps.

@@ -81,9 +81,9 @@ def check(
         )
     if repetitive is not None and codes[repetitive].any():
         raise PlanError(
-            "a repetitive head has weights",
+            "a row-shared head has weights",
             expected="weights in heads that are sets of blocks alone",
             got=f"weights in head {int(np.flatnonzero(repetitive & codes.any((1, 2)))[0])}",
-            remedy="pass weight 1 for the blocks of repetitive heads",
+            remedy="pass weight 1 for the blocks of row-shared heads",
         )
     codes.setflags(write=False)

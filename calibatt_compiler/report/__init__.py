@@ -1,1 +1,1 @@
-"""What the backend tells of a plan and of a compiled model: summaries, tables, pages."""
+"""What the backend reports of a plan and of a compiled model: summaries, tables, pages."""

@@ -55,7 +55,7 @@ def facts(plan: Plan) -> list[tuple[str, str]]:
     if said_of_zones := _zones(plan):
         pairs.insert(-2, ("zones", said_of_zones))
     if repetition := _repetition(plan):
-        pairs.insert(-2, ("repetitive heads", repetition))
+        pairs.insert(-2, ("row-shared heads", repetition))
     quality = dict(metadata.quality)
     surveyed = orders_surveyed(plan)
     if surveyed is not None:
@@ -189,7 +189,7 @@ def _zones(plan: Plan) -> str:
 
 
 def _repetition(plan: Plan) -> str:
-    """What the repetitive heads of a plan compute, in words; empty if there are none."""
+    """What the row-shared heads of a plan compute, in words; empty if there are none."""
     share = sum(site.repetitive_share * site.heads for site in plan.sites.values())
     share /= sum(site.heads for site in plan.sites.values())
     counts = {site.anchor_rows for site in plan.metadata.sites if site.anchor_rows}

@@ -117,7 +117,7 @@ def _pictures(plan: Plan, steps: list[int]) -> dict[str, Any]:
 
 
 def _copying(pattern: BlockPattern) -> list[int]:
-    """Heads that are repetitive."""
+    """Heads that are row-shared."""
     return [] if pattern.repetitive is None else np.flatnonzero(pattern.repetitive).tolist()
 
 

@@ -34,13 +34,13 @@ class SiteRow:
         name: of the site.
         status: `sparse`, or why it is not.
         density: kept blocks / all blocks, mean over steps; None where skipped.
-        computed_density: the same for what the kernels compute; above `density` where a pattern
-            was covered by a larger one.
+        computed_density: the same for what the kernels compute; above `density` by
+            pooled keys.
         kernel: kinds of kernel that serve it now.
         sparse_calls: calls served by a sparse kernel.
         dense_calls: calls served dense, by reason.
         reasons: why another kernel than the one asked for serves, by number of patterns.
-        repairs: calls computed again because a fixed softmax reference overflowed.
+        repairs: calls computed again because a fixed softmax shift overflowed.
         repetitive: share of the heads that copy rows, mean over steps.
         drift: what monitored calls keep; None if none was looked at.
     """

@@ -1,4 +1,4 @@
-"""Are the tokens of a forward pass where the plan's are? Asked once a pass, on their device."""
+"""Compares, once a forward pass and on the device, where tokens stand with where the plan's do."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class PlanCoordinates:
         self._plan = plan
 
     def read(self, name: str, coordinates: Tensor) -> Tensor | None:
-        """As in `CoordinatesReader`."""
+        """See `CoordinatesReader`."""
         plan = self._plan
         placed = video_part(name, coordinates, math.prod(plan.grid), plan.text_position)
         if placed is None:
@@ -73,7 +73,7 @@ class RecordingCoordinates:
         self._record = record
 
     def read(self, name: str, coordinates: Tensor) -> Tensor | None:
-        """As in `CoordinatesReader`; nothing is compared."""
+        """See `CoordinatesReader`; nothing is compared."""
         self._record(name, coordinates)
         return None
 

@@ -16,7 +16,7 @@ import torch
 MOST_THREADS = 4
 """Threads that make kernels ahead, at most. One of them takes longer for the tables of a weighted
 sample than a GPU does for a call with them; four get three times as much done, six hardly more:
-Python's lock is held for a part of the work (`benchmarks/RESULTS.md`, Serving a large plan)."""
+Python's lock is held for a part of the work (`docs/decisions/0012`)."""
 
 
 class Event(Protocol):

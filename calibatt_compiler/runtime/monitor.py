@@ -1,4 +1,4 @@
-"""Does the plan still fit? A few queries of a few calls are attended densely, and compared."""
+"""Monitors whether the plan still fits: a few queries are attended densely, and compared."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class KeptMassMonitor:
 
     One in `every` calls is sampled, on average: call n if the fractional part of n times the
     golden ratio, shifted by a number of the site's own, is below 1 / every. Of the m-th sampled
-    call one query block is looked at, likewise chosen, in all heads. No random numbers are drawn,
+    call one query block is looked at, chosen so too, in all heads. No random numbers are drawn,
     and a GPU is not waited for.
 
     Args:
@@ -106,7 +106,7 @@ def kept_mass(
 
     Returns:
         float64 scalar on the operands' device: mean over samples, queries and heads that are not
-        repetitive.
+        row-shared.
     """
     judged = np.ones(pattern.heads, np.bool_)
     if pattern.repetitive is not None:

@@ -51,7 +51,7 @@ def host_timestep_of(timestep: Tensor, coordinates: Sequence[Tensor], names: str
     """Return what `host_timestep` does, after a look at where the tokens of the call stand.
 
     Args:
-        timestep: as in `host_timestep`.
+        timestep: see `host_timestep`.
         coordinates: of the tokens; see `runtime.coordinates`.
         names: of the arguments that they are, with commas between them.
 
@@ -201,13 +201,13 @@ def attention_backward(
 
     Args:
         grad: gradient of the output, (batch, heads, query_length, head_dim), any strides.
-        q: as in `attention`, like all that follow.
-        k: likewise.
-        v: likewise.
-        timestep: likewise.
-        site: likewise.
-        scale: likewise.
-        ordered: likewise.
+        q: see `attention`.
+        k: see `attention`.
+        v: see `attention`.
+        timestep: see `attention`.
+        site: see `attention`.
+        scale: see `attention`.
+        ordered: see `attention`.
 
     Returns:
         Gradients of q, k and v, laid out as the output of `attention`.

@@ -1,4 +1,4 @@
-"""Is the sampler that of the plan? Each timestep that comes is compared with the plan's steps."""
+"""Compares the timesteps that come with the plan's steps, to notice another sampler."""
 
 from __future__ import annotations
 

@@ -42,8 +42,8 @@ class SparseSite:
         plan: the plan.
         name: of the site.
         settings: what its kernels have in common.
-        monitor: as in `CompileOptions`.
-        on_mismatch: as in `CompileOptions`.
+        monitor: see `CompileOptions`.
+        on_mismatch: see `CompileOptions`.
         watch: what remembers the timesteps of the graph; None: they are not compared.
         kernels: where the kernels of the graph are held; default: a cache of its own.
 
@@ -103,7 +103,7 @@ class SparseSite:
         """Attention at a timestep: sparse where the plan has a step near it, else dense.
 
         Dense attention is the same for any order of tokens. So only kernels of patterns ask
-        whether the operands are `ordered` as in the plan; if not, they are brought into its order.
+        whether the operands are `ordered` the plan's way; if not, they are brought into its order.
         """
         lengths = (q.shape[2], k.shape[2])
         step = self._step(timestep, lengths)
@@ -146,7 +146,7 @@ class SparseSite:
         *,
         ordered: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As in `Site`: over the plan's blocks, though a kernel may have covered a few more."""
+        """See `Site`: over the plan's blocks, though a kernel may have covered a few more."""
         lengths = (q.shape[2], k.shape[2])
         step = self._step(timestep, lengths)
         if isinstance(step, str) or self._made.is_full(self._steps[step]):
@@ -174,7 +174,7 @@ class SparseSite:
                 frames, height, width = self._plan.grid
                 raise PlanMismatchError(
                     f"the plan does not fit a call of {self._name}",
-                    expected=f"tokens laid out as in calibration, {frames} x {height} x {width}",
+                    expected=f"the token layout of calibration, {frames} x {height} x {width}",
                     got=DENSE_TOKENS.removeprefix("dense: "),
                     remedy='calibrate for this size, or pass on_mismatch="dense" to run it dense',
                 )
@@ -235,7 +235,7 @@ class SparseSite:
 
     @property
     def repairs(self) -> int:
-        """Calls computed again because a fixed softmax reference overflowed; waits for the GPU."""
+        """Calls computed again because a fixed softmax shift overflowed; waits for the GPU."""
         kernels = self._kernels.held(self._name)
         return self.counts.recomputed + sum(kernel.repairs for kernel in kernels)
 
@@ -307,5 +307,5 @@ class RecordingSite:
         *,
         ordered: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As in `Site`; of dense attention, and not observed."""
+        """See `Site`; of dense attention, and not observed."""
         return attention_gradients(grad, q, k, v, None, scale)

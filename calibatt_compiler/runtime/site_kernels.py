@@ -60,7 +60,7 @@ class SiteKernelFactory:
         return index in self._full
 
     def pattern(self, index: int, lengths: Hashable) -> BlockPattern:
-        """Return a pattern, completed for `lengths` as in `make`."""
+        """Return a pattern, completed for `lengths`; see `make`."""
         if lengths is None:
             return self._site.patterns[index]
         to = cast("tuple[int, int]", lengths)
@@ -80,7 +80,7 @@ class SiteKernelFactory:
         """Return the kernel of a pattern or step group; None: stock dense attention serves it.
 
         Args:
-            index: of the pattern, or of the step group, as in `held`.
+            index: of the pattern, or of the step group; see `held`.
             lengths: tokens on the query and key side, where the text is of another length than the
                 plan's and the pattern is to be completed; else None.
 

@@ -1,4 +1,4 @@
-"""The timestep's way to the host: sent when a forward pass begins, read at its first site.
+"""Copies the timestep to the host: sent when a forward pass begins, read at its first site.
 
 A site's kernel is chosen on the host, by the value of a tensor on the device. To read it at once
 would leave the device idle until the host has queued its next work. So it is copied behind what is

@@ -53,7 +53,7 @@ class KernelSpec:
         arch: compute capability as one number, such as 90.
         limits: what its cover may take; zones have none.
         target: whose kernel: the portable one, or Hopper's, which runs on sm_90 only.
-        softmax: as in `CompileOptions`.
+        softmax: see `CompileOptions`.
     """
 
     pattern: BlockPattern | ZonePattern
@@ -96,7 +96,6 @@ class CompiledSource:
         digest: key of its entry in the kernel cache.
         variant: what it was compiled for.
         source_path: the generated module.
-        added_density: blocks added by the cover / all blocks.
         seconds: time that covering, generating and compiling took.
         cached: it had been compiled before.
     """
@@ -104,7 +103,6 @@ class CompiledSource:
     digest: str
     variant: str
     source_path: Path
-    added_density: float
     seconds: float
     cached: bool
 
@@ -117,7 +115,7 @@ class BuildReport:
         compiled: kernels that are ready, those from the cache included.
         declined: reasons of those that are not to be, for their masks take too many literals, by
             pattern digest.
-        failed: reasons of the others that are not ready, likewise.
+        failed: reasons of the others that are not ready, by pattern digest.
         ready: pattern digest, head dim and GPU generation of each spec that is ready.
     """
 
@@ -191,7 +189,7 @@ class KernelCompiler:
         """
         report = BuildReport()
         waiting: dict[Future[CompiledSource], list[tuple[str, int, int]]] = {}
-        told: set[Future[CompiledSource]] = set()
+        reported: set[Future[CompiledSource]] = set()
         done = 0
 
         def finish(futures: Iterable[Future[CompiledSource]]) -> None:
@@ -201,8 +199,8 @@ class KernelCompiler:
                 digest = asked[0][0]
                 if future.exception() is None:
                     report.ready.update(asked)
-                if future not in told:
-                    told.add(future)
+                if future not in reported:
+                    reported.add(future)
                     try:
                         report.compiled.append(future.result())
                     except CoverError as error:

@@ -12,7 +12,7 @@ from calibatt_compiler.kernels.hopper.launch import HopperConfig
 class HopperLiterals(HopperAttention):
     """The same with key blocks as literals in generated source; gives the same bits.
 
-    Where its fixed reference overflows, the tables repair: a repair is rare, and a launch that ends
+    Where its fixed shift overflows, the tables recompute: that is rare, and a launch that ends
     at once need not be compiled for each pattern.
 
     Args:
@@ -27,14 +27,14 @@ class HopperLiterals(HopperAttention):
 
     def __init__(self, entry: CacheEntry, table: HopperAttention) -> None:
         self._literals = load_kernel(entry)
-        self._intervals = entry.covering.cover.max_intervals
+        self._intervals = entry.cover.max_intervals
         self._table = table
         super().__init__(table.request)
-        self._repairs = table._repairs  # what repairs, counts
+        self._repairs = table._repairs  # what recomputes, counts
 
     @property
     def table_bytes(self) -> int:
-        """Those of the table kernel, which repairs."""
+        """Those of the table kernel, which recomputes."""
         return self._table.table_bytes
 
     def _indices(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""How the compiling process is told of zones, and what it compiles for them."""
+"""What the compiling process receives of zones, and what it compiles for them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def decode_zones(data: dict[str, Any]) -> ZonePattern:
 
 
 def zone_variants(entry: SourceEntry, zones: ZonePattern, job: dict[str, Any]) -> Variants:
-    """The kernel with literals and, with a fixed reference, the one that repairs, by tables."""
+    """The kernel with literals and, with a fixed shift, the one that recomputes, by tables."""
     dtype, head_dim, arch = getattr(torch, job["dtype"]), job["head_dim"], job["arch"]
     if job["target"] == "hopper":
         hopper = hopper_config(zones, dtype=dtype, head_dim=head_dim, softmax=job["softmax"])
@@ -64,10 +64,8 @@ def _hopper(config: Any, entry: SourceEntry, repair: bool) -> Callable[[], Any]:
 
 def _portable(config: Any, entry: SourceEntry, arch: int, dtype: torch.dtype) -> Callable[[], Any]:
     def compile_kernel() -> Any:
-        from calibatt_compiler.kernels.portable.zones import zone_attention
-
         literals = None if config.softmax == "repair" else load_kernel(entry)
         extra = zone_arguments(config, literals)
-        return compile_offline(zone_attention, arch=arch, dtype=dtype, config=config, extra=extra)
+        return compile_offline(arch=arch, dtype=dtype, config=config, extra=extra)
 
     return compile_kernel

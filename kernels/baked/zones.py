@@ -45,7 +45,7 @@ def baked_zones(
 ) -> TieredZones:
     """Return attention by zones with literals, by tables until that is compiled.
 
-    Arguments as in `ZoneTier` and `TieredZones`.
+    Arguments: see `ZoneTier` and `TieredZones`.
     """
     baked = ZoneTier(request, target, compiler=compiler)
     return TieredZones([baked, Tier(lambda: baked.table)], reason)

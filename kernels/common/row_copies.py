@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from calibatt_compiler.kernels.common.uploads import DeviceTableCache, Uploaded, to_device
-from calibatt_compiler.plan.copies import RowCopies
+from calibatt_compiler.plan.copies import AnchorRows
 from calibatt_compiler.plan.pattern import BlockPattern
 
 
 @dataclass(frozen=True, eq=False)
 class CopyTables:
-    """What a repetitive head computes and where it stores it.
+    """What a row-shared head computes and where it stores it.
 
     Attributes:
         computed: int32 (n,), the positions that are computed, increasing.
@@ -31,7 +31,7 @@ class CopyTables:
 
 
 def copy_tables(pattern: BlockPattern) -> CopyTables | None:
-    """Return the tables of a pattern, None if no head is repetitive."""
+    """Return the tables of a pattern, None if no head is row-shared."""
     if pattern.repetitive is None:
         return None
     assert pattern.copies is not None
@@ -39,7 +39,7 @@ def copy_tables(pattern: BlockPattern) -> CopyTables | None:
 
 
 @functools.lru_cache(maxsize=32)
-def _tables(copies: RowCopies, length: int) -> CopyTables:
+def _tables(copies: AnchorRows, length: int) -> CopyTables:
     computed, sources = copies.computed(length), copies.sources(length)
     order = np.argsort(sources, kind="stable")
     source = sources[order]
@@ -65,7 +65,7 @@ class DeviceCopies:
     """A pattern's copied rows on a device.
 
     Attributes:
-        repetitive: uint8 (heads,), which heads are repetitive.
+        repetitive: uint8 (heads,), which heads are row-shared.
         shared: what these compute and copy.
     """
 
@@ -92,7 +92,7 @@ class DeviceCopies:
     def upload(
         cls, pattern: BlockPattern, device: torch.device, *, whole: int = 1
     ) -> DeviceCopies | None:
-        """Return the tables of a pattern on a device, None if no head is repetitive.
+        """Return the tables of a pattern on a device, None if no head is row-shared.
 
         They are filled up to a multiple of `whole` rows: by the last row, which no token takes from
         there.
@@ -113,14 +113,5 @@ class DeviceCopies:
         shared = _shared.get((pattern.copies, pattern.query_length, whole, str(device)), make)
         return cls(to_device(pattern.repetitive.view(np.uint8), device), shared)
 
-
-NO_COPIES: dict[str, Any] = {
-    "repetitive_ptr": None,
-    "computed_ptr": None,
-    "targets_ptr": None,
-    "computed_rows": 0,
-    "slots": 0,
-}
-"""Arguments of a kernel for patterns without repetitive heads."""
 
 _shared: DeviceTableCache[_Shared] = DeviceTableCache()

@@ -16,11 +16,11 @@ class ZoneKernel(Protocol):
     """Block-sparse attention by zones, at whatever step is asked for.
 
     Attributes:
-        kind: as in `AttentionKernel`.
-        reason: likewise.
+        kind: see `AttentionKernel`.
+        reason: see `AttentionKernel`.
         pattern: the zones.
         density: expected density over steps.
-        table_bytes: likewise.
+        table_bytes: see `AttentionKernel`.
     """
 
     @property
@@ -45,7 +45,7 @@ class ZoneKernel(Protocol):
 
     @property
     def repairs(self) -> int:
-        """Calls computed again because a fixed softmax reference overflowed."""
+        """Calls computed again because a fixed softmax shift overflowed."""
 
     def at(self, step: int) -> ZoneStep:
         """Return the kernel at a step; it holds this one, and nothing else is made for it."""
@@ -99,7 +99,7 @@ class ZoneStep:
 
 
 class GpuZones:
-    """What the GPU kernels of zones have in common: two sources of runs, repairs, steps.
+    """What the GPU kernels of zones have in common: two sources of runs, recomputed calls, steps.
 
     Attributes:
         family: begins the names of their kinds.
@@ -123,7 +123,7 @@ class GpuZones:
 
     @property
     def repairs(self) -> int:
-        """Calls whose fixed softmax reference failed, and that were computed again.
+        """Calls whose fixed softmax shift failed, and that were computed again.
 
         Reading it waits for the device.
         """

@@ -1,9 +1,9 @@
 // Block-sparse attention on a CPU, and block energies from the same scores.
 //
 // `native_cpu.py` puts before this text: VALUE (float or double, what is computed in), ELEMENT (what
-// the operands hold), HEAD_DIM (elements a head) and PADDED_DIM (those, rounded up to LANES).
+// the operands hold), HEAD_DIM (elements a head) and PADDED_DIM (those, rounded up to PANEL_KEYS).
 //
-// Keys are packed once a call, transposed in panels of LANES keys, so that scores of LANES keys are
+// Keys are packed once a call, transposed in panels of PANEL_KEYS keys, so that scores of PANEL_KEYS keys are
 // one row of vectors, whatever interval they belong to. A tile of ROWS queries then walks the kept
 // intervals of its row in steps of at most STEP keys: scores, online softmax, product with the
 // values. Scores, queries and the accumulator of a tile stay in the first-level cache.
@@ -23,8 +23,8 @@ namespace {
 using Vec = at::vec::Vectorized<VALUE>;
 
 constexpr int64_t WIDTH = Vec::size();
-constexpr int64_t LANES = 16;                        // keys a panel: blocks are multiples of it
-constexpr int64_t PANEL_VECTORS = LANES / WIDTH;
+constexpr int64_t PANEL_KEYS = 16;                        // keys a panel: blocks are multiples of it
+constexpr int64_t PANEL_VECTORS = PANEL_KEYS / WIDTH;
 constexpr int64_t ROWS = 32;                         // queries a tile
 constexpr int64_t STEP = 64;                         // most keys a softmax update
 #ifdef CPU_CAPABILITY_AVX512
@@ -37,13 +37,13 @@ constexpr int64_t PANELS = std::max<int64_t>(1, MOST / PANEL_VECTORS);
 constexpr int64_t OUTPUT_VECTORS = PADDED_DIM / WIDTH;
 constexpr VALUE NOTHING = -std::numeric_limits<VALUE>::infinity();
 
-static_assert(LANES % WIDTH == 0 && PADDED_DIM % LANES == 0 && STEP % LANES == 0);
+static_assert(PANEL_KEYS % WIDTH == 0 && PADDED_DIM % PANEL_KEYS == 0 && STEP % PANEL_KEYS == 0);
 
 struct Sizes {
   int64_t batch, heads, length_q, length_k, block_m, block_n;
   int64_t query_blocks() const { return (length_q + block_m - 1) / block_m; }
   int64_t key_blocks() const { return (length_k + block_n - 1) / block_n; }
-  int64_t padded_keys() const { return (length_k + LANES - 1) / LANES * LANES; }
+  int64_t padded_keys() const { return (length_k + PANEL_KEYS - 1) / PANEL_KEYS * PANEL_KEYS; }
 };
 
 // Strides in elements of batch, head and token; the head dimension is contiguous.
@@ -74,7 +74,7 @@ inline int64_t token_at(const int32_t* tokens, int64_t position) {
   return tokens ? tokens[position] : position;
 }
 
-// Which queries the rows of a head are. A repetitive head has `count` rows, at the positions
+// Which queries the rows of a head are. A row-shared head has `count` rows, at the positions
 // `computed`; the output of each goes to its `targets`, (slots, count), up to a negative one.
 struct HeadRows {
   int64_t count;
@@ -88,24 +88,24 @@ struct HeadRows {
   }
 };
 
-// Keys (length_k, HEAD_DIM) to panels [key / LANES][HEAD_DIM][LANES]; keys past the end are zero.
+// Keys (length_k, HEAD_DIM) to panels [key / PANEL_KEYS][HEAD_DIM][PANEL_KEYS]; keys past the end are zero.
 void pack_keys(
     const ELEMENT* keys, int64_t stride, const int32_t* tokens, int64_t first, int64_t length,
     VALUE* panel) {
-  const int64_t inside = std::min(LANES, length - first);
+  const int64_t inside = std::min(PANEL_KEYS, length - first);
   for (int64_t lane = 0; lane < inside; ++lane) {
     const ELEMENT* key = keys + token_at(tokens, first + lane) * stride;
-    for (int64_t d = 0; d < HEAD_DIM; ++d) panel[d * LANES + lane] = static_cast<VALUE>(key[d]);
+    for (int64_t d = 0; d < HEAD_DIM; ++d) panel[d * PANEL_KEYS + lane] = static_cast<VALUE>(key[d]);
   }
-  for (int64_t lane = inside; lane < LANES; ++lane)
-    for (int64_t d = 0; d < HEAD_DIM; ++d) panel[d * LANES + lane] = 0;
+  for (int64_t lane = inside; lane < PANEL_KEYS; ++lane)
+    for (int64_t d = 0; d < HEAD_DIM; ++d) panel[d * PANEL_KEYS + lane] = 0;
 }
 
 // Values (length_k, HEAD_DIM) to rows of PADDED_DIM, zero from HEAD_DIM on.
 void pack_values(
     const ELEMENT* values, int64_t stride, const int32_t* tokens, int64_t first, int64_t length,
     VALUE* rows) {
-  const int64_t inside = std::min(LANES, length - first);
+  const int64_t inside = std::min(PANEL_KEYS, length - first);
   for (int64_t lane = 0; lane < inside; ++lane) {
     VALUE* row = rows + lane * PADDED_DIM;
     const ELEMENT* value = values + token_at(tokens, first + lane) * stride;
@@ -125,7 +125,7 @@ inline void score_panels(const VALUE* q, const VALUE* panels, VALUE* p) {
 #pragma GCC unroll 16
     for (int64_t n = 0; n < N * PANEL_VECTORS; ++n)
       keys[n] = Vec::loadu(
-          panels + (n / PANEL_VECTORS) * HEAD_DIM * LANES + d * LANES + n % PANEL_VECTORS * WIDTH);
+          panels + (n / PANEL_VECTORS) * HEAD_DIM * PANEL_KEYS + d * PANEL_KEYS + n % PANEL_VECTORS * WIDTH);
 #pragma GCC unroll 16
     for (int64_t row = 0; row < GROUP; ++row) {
       const Vec query(q[row * HEAD_DIM + d]);
@@ -138,21 +138,21 @@ inline void score_panels(const VALUE* q, const VALUE* panels, VALUE* p) {
     for (int64_t n = 0; n < N * PANEL_VECTORS; ++n) sums[row][n].store(p + row * STEP + n * WIDTH);
 }
 
-// Scores of a tile against `panels` panels of keys, the last `panels * LANES - keys` of them out.
+// Scores of a tile against `panels` panels of keys, the last `panels * PANEL_KEYS - keys` of them out.
 void score(Tile& tile, int64_t rows, const VALUE* keys_packed, int64_t keys) {
-  const int64_t panels = (keys + LANES - 1) / LANES;
+  const int64_t panels = (keys + PANEL_KEYS - 1) / PANEL_KEYS;
   for (int64_t row = 0; row < rows; row += GROUP) {
     const VALUE* q = tile.q + row * HEAD_DIM;
     int64_t panel = 0;
     for (; panel + PANELS <= panels; panel += PANELS)
       score_panels<PANELS>(
-          q, keys_packed + panel * HEAD_DIM * LANES, tile.p + row * STEP + panel * LANES);
+          q, keys_packed + panel * HEAD_DIM * PANEL_KEYS, tile.p + row * STEP + panel * PANEL_KEYS);
     for (; panel < panels; ++panel)
       score_panels<1>(
-          q, keys_packed + panel * HEAD_DIM * LANES, tile.p + row * STEP + panel * LANES);
+          q, keys_packed + panel * HEAD_DIM * PANEL_KEYS, tile.p + row * STEP + panel * PANEL_KEYS);
   }
   for (int64_t row = 0; row < rows; ++row)
-    std::fill(tile.p + row * STEP + keys, tile.p + row * STEP + panels * LANES, NOTHING);
+    std::fill(tile.p + row * STEP + keys, tile.p + row * STEP + panels * PANEL_KEYS, NOTHING);
 }
 
 inline Vec exponential(Vec x) {
@@ -163,7 +163,7 @@ inline Vec exponential(Vec x) {
 // Add `log_weight` to the scores, turn them into probabilities relative to the new maximum and
 // update the sums; `step_sum` receives the sum of this step's probabilities by row.
 void online_softmax(Tile& tile, int64_t rows, int64_t keys, VALUE log_weight, VALUE* step_sum) {
-  const int64_t vectors = (keys + LANES - 1) / LANES * PANEL_VECTORS;
+  const int64_t vectors = (keys + PANEL_KEYS - 1) / PANEL_KEYS * PANEL_VECTORS;
   for (int64_t row = 0; row < rows; ++row) {
     VALUE* p = tile.p + row * STEP;
     Vec greatest(NOTHING);
@@ -266,18 +266,18 @@ struct Packed {
       const int32_t* tokens, int threads)
       : keys(allocate(s.batch * s.heads * s.padded_keys() * HEAD_DIM)),
         values(v ? allocate(s.batch * s.heads * s.padded_keys() * PADDED_DIM) : nullptr) {
-    const int64_t panels = s.padded_keys() / LANES;
+    const int64_t panels = s.padded_keys() / PANEL_KEYS;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t index = 0; index < s.batch * s.heads * panels; ++index) {
       const int64_t item = index / panels / s.heads, head = index / panels % s.heads;
-      const int64_t first = index % panels * LANES;
+      const int64_t first = index % panels * PANEL_KEYS;
       pack_keys(
           k + item * ks.batch + head * ks.head, ks.token, tokens, first, s.length_k,
-          keys.get() + index * LANES * HEAD_DIM);
+          keys.get() + index * PANEL_KEYS * HEAD_DIM);
       if (v)
         pack_values(
             v + item * vs.batch + head * vs.head, vs.token, tokens, first, s.length_k,
-            values.get() + index * LANES * PADDED_DIM);
+            values.get() + index * PANEL_KEYS * PADDED_DIM);
     }
   }
 };
@@ -291,7 +291,7 @@ struct Pooled {
   Pooled(const Sizes& s, const Packed& packed, int64_t pooled, int threads) : by_block(pooled) {
     if (!pooled) return;
     count = s.key_blocks() * pooled;
-    padded = (count + LANES - 1) / LANES * LANES;
+    padded = (count + PANEL_KEYS - 1) / PANEL_KEYS * PANEL_KEYS;
     const int64_t part = s.block_n / pooled, matrices = s.batch * s.heads;
     keys.reset(allocate(matrices * padded * HEAD_DIM));
     values.reset(allocate(matrices * padded * PADDED_DIM));
@@ -303,20 +303,20 @@ struct Pooled {
       const int64_t matrix = at / padded, index = at % padded;
       const VALUE* from_keys = packed.keys.get() + matrix * s.padded_keys() * HEAD_DIM;
       const VALUE* from_values = packed.values.get() + matrix * s.padded_keys() * PADDED_DIM;
-      VALUE* key = keys.get() + (at - at % LANES) * HEAD_DIM + at % LANES;
+      VALUE* key = keys.get() + (at - at % PANEL_KEYS) * HEAD_DIM + at % PANEL_KEYS;
       VALUE* value = values.get() + at * PADDED_DIM;
-      for (int64_t d = 0; d < HEAD_DIM; ++d) key[d * LANES] = 0;
+      for (int64_t d = 0; d < HEAD_DIM; ++d) key[d * PANEL_KEYS] = 0;
       std::fill(value, value + PADDED_DIM, VALUE(0));
       const int64_t first = std::min(index * part, s.length_k);
       const int64_t last = std::min(first + part, s.length_k);
       if (index >= count || first == last) continue;
       for (int64_t token = first; token < last; ++token) {
-        const VALUE* panel = from_keys + (token - token % LANES) * HEAD_DIM + token % LANES;
-        for (int64_t d = 0; d < HEAD_DIM; ++d) key[d * LANES] += panel[d * LANES];
+        const VALUE* panel = from_keys + (token - token % PANEL_KEYS) * HEAD_DIM + token % PANEL_KEYS;
+        for (int64_t d = 0; d < HEAD_DIM; ++d) key[d * PANEL_KEYS] += panel[d * PANEL_KEYS];
         for (int64_t d = 0; d < PADDED_DIM; ++d) value[d] += from_values[token * PADDED_DIM + d];
       }
       const VALUE share = VALUE(1) / VALUE(last - first);
-      for (int64_t d = 0; d < HEAD_DIM; ++d) key[d * LANES] *= share;
+      for (int64_t d = 0; d < HEAD_DIM; ++d) key[d * PANEL_KEYS] *= share;
       for (int64_t d = 0; d < PADDED_DIM; ++d) value[d] *= share;
     }
   }

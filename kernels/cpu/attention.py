@@ -29,7 +29,7 @@ from calibatt_compiler.plan.pattern import BlockPattern
 
 Tables = tuple[npt.NDArray[Any] | None, ...]
 
-LANES = 16
+PANEL_KEYS = 16
 """Keys a packed panel; what a pattern's blocks are multiples of."""
 
 _ELEMENTS = {
@@ -159,7 +159,7 @@ def attend(
         tables: order, offsets, starts, ends, log weights, octaves.
         pooled: mean keys a dropped block.
         bits: kept blocks; with `pooled`.
-        copies: of repetitive heads, or None.
+        copies: of row-shared heads, or None.
         copy_sizes: their rows and slots.
     """
     q, k, v = operands
@@ -249,7 +249,7 @@ def library(dtype: torch.dtype, head_dim: int) -> Any:
             remedy="cast the model, or use the option lowering='reference'",
         )
     element, value = _ELEMENTS[dtype]
-    padded = -(-head_dim // LANES) * LANES
+    padded = -(-head_dim // PANEL_KEYS) * PANEL_KEYS
     names = {"ELEMENT": element, "VALUE": value, "HEAD_DIM": head_dim, "PADDED_DIM": padded}
     defines = "".join(f"#define {name} {content}\n" for name, content in names.items())
     source = Path(__file__).with_name("attention.cpp").read_text(encoding="utf-8")
@@ -321,10 +321,10 @@ def _check_energy(
             got=shown,
             remedy="pass q, k and v of one attention call",
         )
-    if len(block) != 2 or min(block) < 1 or block[1] % LANES:
+    if len(block) != 2 or min(block) < 1 or block[1] % PANEL_KEYS:
         raise KernelError(
             "the block size of the energies is out of range",
-            expected=f"tokens a query block, and a multiple of {LANES} tokens a key block",
+            expected=f"tokens a query block, and a multiple of {PANEL_KEYS} tokens a key block",
             got=block,
             remedy="use blocks of 32, 64 or 128 tokens",
         )

@@ -20,12 +20,12 @@ from calibatt_compiler.kernels.common.operands import (
 )
 from calibatt_compiler.kernels.common.row_copies import DeviceCopies
 from calibatt_compiler.kernels.common.uploads import DeviceTableCache, Uploaded, to_device
+from calibatt_compiler.kernels.hopper.arguments import Results, TileTables
 from calibatt_compiler.kernels.hopper.capability import operand_reason
 from calibatt_compiler.kernels.hopper.kernel import hopper_attention, hopper_counts
 from calibatt_compiler.kernels.hopper.launch import (
     COUNT_TILES,
     HopperConfig,
-    State,
     Tables,
     arguments,
     hopper_config,
@@ -48,7 +48,7 @@ class HopperAttention:
         request: what to serve: bfloat16 or float16, head dim 64 or 128. softmax "fixed": the first
             block's row maximum is the reference of the softmax, and where that overflows a second
             launch repairs the result; "exact": online softmax; "auto": fixed for bfloat16. float16
-            lacks the range that a fixed reference needs.
+            lacks the range that a fixed shift needs.
         first_blocks: int (heads, query_blocks), the key block that each row starts at, if kept;
             default: the diagonal.
         programs: programs to run; default one a multiprocessor.
@@ -104,7 +104,7 @@ class HopperAttention:
 
     @property
     def repairs(self) -> int:
-        """Calls whose fixed softmax reference failed, and that were computed again.
+        """Calls whose fixed softmax shift failed, and that were computed again.
 
         Reading it waits for the device.
         """
@@ -140,7 +140,7 @@ class HopperAttention:
         """Attend, with what SDPA does not offer.
 
         Args:
-            q: (B, H, Sq, D), as in a plain call.
+            q: (B, H, Sq, D).
             k: (B, H, Sk, D).
             v: (B, H, Sk, D).
             scale: factor on the scores; default 1 / sqrt(D).
@@ -172,12 +172,12 @@ class HopperAttention:
         """Attend into given tensors.
 
         Args:
-            operands: q, k, v as in a plain call, and the output (B, H, Sq, D), readable by TMA.
+            operands: q, k, v of a plain call, and the output (B, H, Sq, D), readable by TMA.
             scale: factor on the scores; default 1 / sqrt(D).
             key_lengths: as for `attend`.
-            lse: float32 (B, H, Sq), contiguous, or None; of a repetitive head row by row.
+            lse: float32 (B, H, Sq), contiguous, or None; of a row-shared head row by row.
             sums: float32 (B, H, query_blocks, key_blocks | 1, 128), contiguous, or None;
-                for a pattern that keeps every block: see `hopper_kernel.hopper_attention`.
+                for a pattern that keeps every block: see `kernel.hopper_attention`.
 
         Raises:
             KernelError: the operands don't fit the pattern or this kernel.
@@ -194,14 +194,13 @@ class HopperAttention:
         with on_device(q):
             lengths, counts = self._counts(key_lengths, q.shape[0])
             given = arguments(
-                (q, k, v, out), self.tables, State(flag, self._repairs),
-                block_n=config.block_n, scale=scale, lse=lse, lengths=lengths, counts=counts,
-                sums=sums,
+                (q, k, v, out), self.tables, Results(flag, self._repairs, lse, sums),
+                block_n=config.block_n, scale=scale, lengths=lengths, counts=counts,
             )  # fmt: skip
             self._launch(config, given)
 
     def _spread(self, lse: Tensor) -> Tensor:
-        """Give each token of a repetitive head the log-sum-exp of the row that it takes.
+        """Give each token of a row-shared head the log-sum-exp of the row that it takes.
 
         The kernel has written it row by row. Not worth a place in the kernel: one number a row.
         """
@@ -227,11 +226,14 @@ class HopperAttention:
             config: of that call.
             given: its arguments, of this kernel or of one of the same pattern and programs.
         """
-        self._run(config, {**given, **self.tables.arguments()}, repair=True)
+        shared = given["tables"]
+        assert isinstance(shared, TileTables)
+        own = self.tables.arguments(shared.counts_ptr, shared.lengths_ptr)
+        self._run(config, {**given, "tables": own}, repair=True)
 
     def _run(self, config: HopperConfig, given: dict[str, object], *, repair: bool) -> None:
         hopper_attention[(self.tables.programs,)](
-            **given, **config.constexprs(repair=repair), **self._indices(), **launch_options()
+            **given, VARIANT=config.variant(repair=repair), **self._indices(), **launch_options()
         )
 
     def _indices(self) -> dict[str, Any]:

@@ -36,6 +36,7 @@ _NEEDED: dict[str, tuple[tuple[str, ...], ...]] = {
         ("NVMMADistributedLayout",),
         ("NVMMASharedLayout",),
         ("SliceLayout",),
+        ("tuple",),
     ),
     f"{_GLUON}.language.nvidia.ampere.async_copy": (
         ("async_load", "async_copy_global_to_shared"),
@@ -61,6 +62,7 @@ _NEEDED: dict[str, tuple[tuple[str, ...], ...]] = {
         ("store_wait",),
     ),
     f"{_GLUON}.nvidia.hopper": (("TensorDescriptor",),),
+    "triton.language.core": (("_aggregate",), ("base_value",)),
 }
 
 

@@ -1,25 +1,26 @@
 """Block-sparse attention for Hopper (sm_90): one persistent program an SM, warps with fixed roles.
 
-Two consumer warpgroups compute (`hopper_consumer`), one warp loads through a ring of shared memory
-and one stores (`hopper_transport`). Each program walks its own list of tiles, made on the host
-(`hopper_schedule`). A tile is one query block of 128 rows of one head; tensors are read and written
+Two consumer warpgroups compute (`consumer`), one warp loads through a ring of shared memory
+and one stores (`transport`). Each program walks its own list of tiles, made on the host
+(`schedule`). A tile is one query block of 128 rows of one head; tensors are read and written
 in place through four-dimensional TMA descriptors, which also fill what lies past the end with
-zeros and drop what is written there. Only rows of repetitive heads are gathered and scattered one
-by one, by the same two warps (COPIES).
+zeros and drop what is written there. Only rows of row-shared heads are gathered and scattered one
+by one, by the same two warps (`copies`).
 
     softmax(scale * q k^T) v    over the key blocks that a tile's row keeps
 
-FIXED: the row maximum of a tile's first block is the reference of its softmax; neither maximum nor
-rescaling is left in the loop. Any finite reference gives the same quotient, so the result is exact
-as long as nothing overflows, and the row sum is at least 1 (the first block's maximum adds 2^0), so
-nothing that matters underflows. Whatever overflows raises the flag, and the REPAIR launch of the
-exact form, which otherwise ends at once, computes everything again.
+`fixed`: the row maximum of a tile's first block is the reference of its softmax; neither maximum
+nor rescaling is left in the loop. Any finite reference gives the same quotient, so the result is
+exact as long as nothing overflows, and the row sum is at least 1 (the first block's maximum adds
+2^0), so nothing that matters underflows. Whatever overflows raises the flag, and the `repair`
+launch of the exact form, which otherwise ends at once, computes everything again.
 """
 
 from __future__ import annotations
 
+from calibatt_compiler.kernels.hopper.aggregates import Tiles, make_queries, make_ring
+from calibatt_compiler.kernels.hopper.arguments import Draw, RowSizes, Sizes
 from calibatt_compiler.kernels.hopper.consumer import consumer
-from calibatt_compiler.kernels.hopper.launch import ZONE_SIZES
 from calibatt_compiler.kernels.hopper.primitives import (
     exp2,
     fence_async_shared,
@@ -31,121 +32,51 @@ from calibatt_compiler.kernels.hopper.primitives import (
 )
 from calibatt_compiler.kernels.hopper.transport import producer, storer
 
-COPY_SIZES = ("q_batch", "q_head", "q_token", "computed_rows", "stores")
-"""Integers that only patterns with repetitive heads have; None elsewhere."""
-RUN_TIME_SIZES = ("batches", "heads", "tiles", "query_blocks", "length_q", "length_k")
-"""Integers that must not be specialised: no pattern compiles a kernel of its own."""
+# Numbers that no kernel is compiled for. Triton would specialise those of a tuple, so they come one
+# by one.
+NUMBERS = [*Sizes._fields, *RowSizes._fields, *Draw._fields]
 
 
-@gluon.jit(do_not_specialize=[*RUN_TIME_SIZES, *COPY_SIZES, *ZONE_SIZES])
+@gluon.jit(do_not_specialize=NUMBERS)
 def hopper_attention(
-    q_desc, k_desc, v_desc, o_desc,
-    tiles_ptr, starts_ptr, runs_ptr, counts_ptr, lengths_ptr, codes_ptr, code_starts_ptr, lse_ptr,
-    flag_ptr, repairs_ptr, sums_ptr, scale_log2, batches, heads, tiles, query_blocks, length_q,
-    length_k,
-    BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, FIXED: gl.constexpr,
-    REPAIR: gl.constexpr, RAGGED: gl.constexpr, LENGTHS: gl.constexpr, WEIGHTED: gl.constexpr,
-    LSE: gl.constexpr, ENERGY: gl.constexpr, LITERALS: gl.constexpr, RUNS: gl.constexpr,
-    q_ptr, o_ptr, q_batch, q_head, q_token, computed_ptr, targets_ptr, computed_rows, stores,
-    COPIES: gl.constexpr, draw_phase, left, right, ZONES: gl.constexpr,
+    q_desc, k_desc, v_desc, o_desc, tables, results, rows, scale_log2,
+    batches, heads, tiles, query_blocks, length_q, length_k,
+    q_batch, q_head, q_token, computed_rows, stores, phase, left, right,
+    VARIANT: gl.constexpr, LITERALS: gl.constexpr, RUNS: gl.constexpr,
 ):  # fmt: skip
-    """Attend every tile of `tiles_ptr`, once for each batch item.
+    """Attend every tile of `tables`, once for each batch item.
 
     q, k, v, o: descriptors of (B, H, S, D), loaded in tiles of 64, BLOCK_N, BLOCK_N and 64 rows.
-    tiles int32 (T, 4), starts int32 (programs + 1), runs int32: see `hopper_schedule`. counts int32
-    (B + 1, T) and lengths int32 (B): with LENGTHS only, see `hopper_counts`. codes uint8 and
-    code_starts int32 (T + 1): with WEIGHTED only, see `hopper_schedule.BlockCodes`. lse float32
-    (B, H, Sq): natural log-sum-exp, written with LSE only. flag int32 (1): set with FIXED, read
-    with REPAIR, which adds one to repairs int32 (1). sums float32 (B, H, query_blocks,
-    key_blocks | 1, 128), with ENERGY only, where every tile keeps every key block: log2 of each
-    query's sum of exponentials over the key block at each position of its tile. LITERALS: None, or
-    a function that gives the key blocks of a row as literals, in RUNS intervals.
-
-    COPIES: tiles whose last word is negative are of repetitive heads. Their row i is the token
-    `computed[i]`, int32 (computed_rows), and its output goes to those of the tokens
-    `targets[:, i]`, int32 (slots, computed_rows), that are not below 0; computed_rows is a multiple
-    of 128. lse holds such a head row by row. TMA can't gather rows, so q and o come as pointers,
-    too: the strides of q count 8 elements, o is contiguous (B, Sq, H, D). stores: pieces of 8 rows
-    x 64 columns that are stored of a tile, all slots together.
-
-    ZONES: tiles and runs are those of `zone_table`, and a step is drawn from them: draw_phase is
-    its `drawing.phase`, blocks `left` to `right` are the keys without text. LITERALS is then None
-    or a function that gives the word of a run by its number.
+    tables, results, rows: named tuples of `arguments`, which says what is in them and what the
+    numbers are; what a VARIANT does not need is None. LITERALS: None, or a function that gives the
+    key blocks of a row as literals, in RUNS intervals; of zones, the word of a run by its number.
     """
+    octaves = None
+    if VARIANT.zones:
+        stages: gl.constexpr = VARIANT.stages
+        octaves = gl.allocate_shared_memory(gl.float32, [stages, 1], mbarrier.MBarrierLayout())
+    queries = make_queries(q_desc)
+    keys = make_ring(k_desc, octaves, VARIANT.stages)
     # A stage more for values: PV of a block follows its QK by a block, so they leave later.
-    V_STAGES: gl.constexpr = STAGES + 1
-    # Two tiles of queries: the next one's are loaded while this one's are used, and its slot stages
-    # this one's output.
-    q_tiles = gl.allocate_shared_memory(q_desc.dtype, [4, 1, 1, 64, HEAD_DIM], q_desc.layout)
-    k_tiles = gl.allocate_shared_memory(
-        k_desc.dtype, [STAGES, 1, 1, BLOCK_N, HEAD_DIM], k_desc.layout
-    )
-    v_tiles = gl.allocate_shared_memory(
-        v_desc.dtype, [V_STAGES, 1, 1, BLOCK_N, HEAD_DIM], v_desc.layout
-    )
-    layout: gl.constexpr = mbarrier.MBarrierLayout()
-    q_full = gl.allocate_shared_memory(gl.int64, [4, 1], layout)
-    q_empty = gl.allocate_shared_memory(gl.int64, [4, 1], layout)
-    staged = gl.allocate_shared_memory(gl.int64, [4, 1], layout)
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], layout)
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], layout)
-    v_full = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], layout)
-    v_empty = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], layout)
-    octaves = k_full  # unused
-    if ZONES:
-        # Of the keys in each stage.
-        octaves = gl.allocate_shared_memory(gl.float32, [STAGES, 1], layout)
-    for slot in gl.static_range(4):
-        mbarrier.init(q_full.index(slot), count=1)
-        mbarrier.init(q_empty.index(slot), count=1)
-        mbarrier.init(staged.index(slot), count=1)
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(stage), count=1)
-        # Every thread of both consumers releases a stage: see `release`.
-        mbarrier.init(k_empty.index(stage), count=256)
-    for stage in gl.static_range(V_STAGES):
-        mbarrier.init(v_full.index(stage), count=1)
-        mbarrier.init(v_empty.index(stage), count=256)
+    values = make_ring(v_desc, None, VARIANT.stages + 1)
+    sizes = Sizes(batches, heads, tiles, query_blocks, length_q, length_k)
+    row_sizes = RowSizes(q_batch, q_head, q_token, computed_rows, stores)
+    draw = Draw(phase, left, right)
+    work = Tiles(tables=tables, results=results, sizes=sizes, draw=draw, VARIANT=VARIANT)
     fence_async_shared()
     # Registers move from the two warps that only copy to the warpgroups that hold accumulators.
     # To gather and scatter rows takes more of them than to start TMA.
-    registers: gl.constexpr = [232, 40, 40] if COPIES else [240, 24, 24]
-    # fmt: off
+    registers: gl.constexpr = [232, 40, 40] if VARIANT.copies else [240, 24, 24]
     gl.warp_specialize(
         [
-            (consumer, (
-                q_tiles, k_tiles, v_tiles, q_full, staged, k_full, k_empty, v_full, v_empty,
-                tiles_ptr, starts_ptr, counts_ptr, lengths_ptr, codes_ptr, code_starts_ptr, lse_ptr,
-                flag_ptr, sums_ptr, scale_log2, batches, heads, tiles, query_blocks, length_q,
-                length_k, octaves, draw_phase,
-                0, BLOCK_N, HEAD_DIM, STAGES, FIXED, REPAIR, RAGGED, LENGTHS, WEIGHTED, LSE,
-                ENERGY, ZONES,
-            )),
-            (consumer, (
-                q_tiles, k_tiles, v_tiles, q_full, staged, k_full, k_empty, v_full, v_empty,
-                tiles_ptr, starts_ptr, counts_ptr, lengths_ptr, codes_ptr, code_starts_ptr, lse_ptr,
-                flag_ptr, sums_ptr, scale_log2, batches, heads, tiles, query_blocks, length_q,
-                length_k, octaves, draw_phase,
-                1, BLOCK_N, HEAD_DIM, STAGES, FIXED, REPAIR, RAGGED, LENGTHS, WEIGHTED, LSE,
-                ENERGY, ZONES,
-            )),
-            (producer, (
-                q_desc, k_desc, v_desc, q_tiles, k_tiles, v_tiles,
-                q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                tiles_ptr, starts_ptr, runs_ptr, counts_ptr, lengths_ptr, flag_ptr, batches, tiles,
-                BLOCK_N, STAGES, REPAIR, LENGTHS, LITERALS, RUNS,
-                q_ptr, q_batch, q_head, q_token, computed_ptr, computed_rows, COPIES,
-                octaves, draw_phase, left, right, length_k, ZONES,
-            )),
-            (storer, (
-                o_desc, q_tiles, q_empty, staged, tiles_ptr, starts_ptr, flag_ptr, repairs_ptr,
-                batches, REPAIR, o_ptr, targets_ptr, computed_rows, stores, heads, length_q, COPIES,
-            )),
+            (consumer, (queries, keys, values, work, scale_log2, 0)),
+            (consumer, (queries, keys, values, work, scale_log2, 1)),
+            (producer, (q_desc, queries, keys, values, work, rows, row_sizes, LITERALS, RUNS)),
+            (storer, (o_desc, queries, work, rows, row_sizes)),
         ],
         [4, 1, 1],
         registers,
     )
-    # fmt: on
 
 
 @gluon.jit(do_not_specialize=["tiles", "batches"])
@@ -155,7 +86,7 @@ def hopper_counts(
 ):  # fmt: skip
     """Count the key blocks of each tile that hold valid keys: counts int32 (B + 1, T).
 
-    Packed as in `tile_count`; the row past the last batch item repeats it. A tile without any
+    Packed for `Tiles.count`; the row past the last batch item repeats it. A tile without any
     valid key has count 0 and its first block masked. Grid: (tiles / TILES, batches + 1).
     """
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])

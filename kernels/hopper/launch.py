@@ -16,7 +16,16 @@ from torch import Tensor
 
 from calibatt_compiler.kernels.common.row_copies import DeviceCopies
 from calibatt_compiler.kernels.common.uploads import Uploaded
-from calibatt_compiler.kernels.portable.launch import fixed_reference, positive_scale
+from calibatt_compiler.kernels.hopper.arguments import (
+    Draw,
+    Results,
+    RowPointers,
+    RowSizes,
+    Sizes,
+    TileTables,
+    Variant,
+)
+from calibatt_compiler.kernels.portable.launch import fixed_shift, positive_scale
 from calibatt_compiler.kernels.request import Softmax
 from calibatt_compiler.plan.pattern import BlockPattern
 from calibatt_compiler.plan.zones import ZonePattern
@@ -29,15 +38,6 @@ QUERY_ROWS = 64
 
 COPY_UNIT = 8
 """Elements in which strides of gathered queries are counted: 16 bytes of them."""
-
-COPY_NAMES = (
-    "q_ptr", "o_ptr", "q_batch", "q_head", "q_token",
-    "computed_ptr", "targets_ptr", "computed_rows", "stores",
-)  # fmt: skip
-"""Arguments that only patterns with repetitive heads have."""
-
-ZONE_SIZES = ("draw_phase", "left", "right")
-"""Integers that only zones have; None elsewhere."""
 
 COUNT_TILES = 128
 """Tiles that one program of `hopper_counts` counts."""
@@ -56,13 +56,13 @@ class HopperConfig:
         block_n: keys a block: 64 or 128.
         head_dim: 64 or 128.
         dtype: bfloat16 or float16.
-        fixed: fixed softmax reference with a repair launch, else exact online softmax.
+        fixed: fixed softmax shift with a repair launch, else exact online softmax.
         ragged: the last key block is not whole.
         weighted: blocks of the pattern have weights.
         lse: the log-sum-exp is written.
         lengths: each batch item has a number of valid keys.
         energy: the sums of each query and key block are written.
-        copies: some heads are repetitive.
+        copies: some heads are row-shared.
         zones: tiles and runs are those of zones, a step is drawn from them.
     """
 
@@ -78,28 +78,23 @@ class HopperConfig:
     copies: bool = False
     zones: bool = False
 
-    @property
-    def stages(self) -> int:
-        """Key blocks in flight, a power of two; values have one more."""
-        return _RING // (2 * self.block_n * self.head_dim * self.dtype.itemsize)
-
-    def constexprs(self, *, repair: bool = False) -> dict[str, Any]:
-        """Compile-time arguments of `hopper_attention`, the source of the indices aside."""
-        return {
-            "BLOCK_N": self.block_n,
-            "HEAD_DIM": self.head_dim,
-            "STAGES": self.stages,
+    def variant(self, *, repair: bool = False) -> Variant:
+        """The compile-time argument of `hopper_attention`, the source of the indices aside."""
+        return Variant(
+            block_n=self.block_n,
+            head_dim=self.head_dim,
+            stages=_RING // (2 * self.block_n * self.head_dim * self.dtype.itemsize),
             # The repair launch computes by the exact form.
-            "FIXED": self.fixed and not repair,
-            "REPAIR": repair,
-            "RAGGED": self.ragged or self.lengths,
-            "LENGTHS": self.lengths,
-            "WEIGHTED": self.weighted,
-            "LSE": self.lse,
-            "ENERGY": self.energy,
-            "COPIES": self.copies,
-            "ZONES": self.zones,
-        }
+            fixed=self.fixed and not repair,
+            repair=repair,
+            ragged=self.ragged or self.lengths,
+            lengths=self.lengths,
+            weighted=self.weighted,
+            lse=self.lse,
+            energy=self.energy,
+            copies=self.copies,
+            zones=self.zones,
+        )
 
     @property
     def repairs(self) -> tuple[bool, ...]:
@@ -134,9 +129,9 @@ def hopper_config(
     """The configuration that serves a pattern, without optional operands.
 
     Raises:
-        KernelError: a fixed reference for a dtype whose range is too small.
+        KernelError: a fixed shift for a dtype whose range is too small.
     """
-    fixed = fixed_reference(dtype, softmax)
+    fixed = fixed_shift(dtype, softmax)
     ragged = pattern.key_length % pattern.block_n != 0
     if isinstance(pattern, ZonePattern):
         return HopperConfig(pattern.block_n, head_dim, dtype, fixed, ragged, zones=True)
@@ -188,15 +183,15 @@ def readable(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Tables:
-    """A schedule on the device; see `hopper_schedule.Schedule`.
+    """A schedule on the device; see `schedule.Schedule`.
 
     Attributes:
         tiles: int32 (T + 1, 4).
         starts: int32 (programs + 1).
         runs: int32 (runs + 1).
-        codes: of the weights of blocks, see `hopper_schedule.BlockCodes`; None without weights.
-        code_starts: likewise.
-        copies: what repetitive heads compute and copy, filled up to whole tiles, or None.
+        codes: of the weights of blocks, see `schedule.BlockCodes`; None without weights.
+        code_starts: see `schedule.BlockCodes`; None without weights.
+        copies: what row-shared heads compute and copy, filled up to whole tiles, or None.
         uploaded: behind their copies.
     """
 
@@ -225,85 +220,60 @@ class Tables:
         """Number of programs."""
         return self.starts.shape[0] - 1
 
-    def arguments(self) -> dict[str, Tensor | None]:
-        """Arguments of `hopper_attention` that say which tile is whose, and what it keeps."""
-        return {
-            "tiles_ptr": self.tiles,
-            "starts_ptr": self.starts,
-            "runs_ptr": self.runs,
-            "codes_ptr": self.codes,
-            "code_starts_ptr": self.code_starts,
-        }
-
-
-@dataclass(frozen=True)
-class State:
-    """What one call leaves behind on the device.
-
-    Attributes:
-        flag: int32 (1), set where the fixed reference failed.
-        repairs: int32 (1), repairs so far.
-    """
-
-    flag: Tensor
-    repairs: Tensor
+    def arguments(self, counts: Tensor | None, lengths: Tensor | None) -> TileTables:
+        """Their argument of `hopper_attention`."""
+        weights = (self.codes, self.code_starts)
+        return TileTables(self.tiles, self.starts, self.runs, *weights, counts, lengths)
 
 
 def arguments(
     operands: Sequence[Tensor],
     tables: Tables,
-    state: State,
+    results: Results,
     *,
     block_n: int,
     scale: float | None,
-    lse: Tensor | None = None,
     lengths: Tensor | None = None,
     counts: Tensor | None = None,
-    sums: Tensor | None = None,
-    draw: tuple[int | None, int | None, int | None] = (None, None, None),
+    draw: Draw | None = None,
 ) -> dict[str, Any]:
     """Run-time arguments of `hopper_attention` by name.
 
     Args:
         operands: q, k, v and the output, each (B, H, S, D) and readable by TMA.
         tables: the pattern's.
-        state: where the flag lies.
+        results: what is written beside the output.
         block_n: keys a block.
         scale: factor on the scores; default 1 / sqrt(D).
-        lse: float32 (B, H, Sq), to be written.
         lengths: int32 (B), valid keys of each batch item.
         counts: int32 (B + 1, T), from `hopper_counts`; with lengths.
-        sums: float32 (B, H, query_blocks, key_blocks | 1, 128), to be written.
-        draw: of zones only: phase of the step, first key block without text, one past the last.
+        draw: of zones only.
     """
     q, k, v, out = operands
     q, scale = positive_scale(q, scale)
+    rows, row_sizes = row_arguments(q, out, tables.copies)
+    batches, heads, length_q = q.shape[:3]
+    query_blocks = -(-length_q // (2 * QUERY_ROWS))
+    sizes = Sizes(batches, heads, tables.count, query_blocks, length_q, k.shape[2])
     return {
         "q_desc": descriptor(q, QUERY_ROWS),
         "k_desc": descriptor(k, block_n),
         "v_desc": descriptor(v, block_n),
         "o_desc": descriptor(out, QUERY_ROWS),
-        **tables.arguments(),
-        "counts_ptr": counts,
-        "lengths_ptr": lengths,
-        "lse_ptr": lse,
-        "flag_ptr": state.flag,
-        "repairs_ptr": state.repairs,
-        "sums_ptr": sums,
+        "tables": tables.arguments(counts, lengths),
+        "results": results,
+        "rows": rows,
         "scale_log2": scale * math.log2(math.e),
-        "batches": q.shape[0],
-        "heads": q.shape[1],
-        "tiles": tables.count,
-        "query_blocks": -(-q.shape[2] // (2 * QUERY_ROWS)),
-        "length_q": q.shape[2],
-        "length_k": k.shape[2],
-        **copy_arguments(q, out, tables.copies),
-        **dict(zip(ZONE_SIZES, draw, strict=True)),
+        **sizes._asdict(),
+        **row_sizes._asdict(),
+        **(draw or Draw())._asdict(),
     }
 
 
-def copy_arguments(q: Tensor, out: Tensor, copies: DeviceCopies | None) -> dict[str, Any]:
-    """Arguments that only patterns with repetitive heads have.
+def row_arguments(
+    q: Tensor, out: Tensor, copies: DeviceCopies | None
+) -> tuple[RowPointers, RowSizes]:
+    """Arguments that only patterns with row-shared heads have.
 
     Args:
         q: (B, H, Sq, D), readable by TMA.
@@ -311,11 +281,11 @@ def copy_arguments(q: Tensor, out: Tensor, copies: DeviceCopies | None) -> dict[
         copies: their tables, filled up to whole tiles, or None.
     """
     if copies is None:
-        return dict.fromkeys(COPY_NAMES)
+        return RowPointers(), RowSizes()
     assert out.transpose(1, 2).is_contiguous()
     sizes = zip(q.stride(), q.shape, strict=True)
     units = [stride // COPY_UNIT if size > 1 else 0 for stride, size in sizes]
     slots, rows = copies.shared.targets.shape
     pieces = 2 * QUERY_ROWS // 8 * (q.shape[3] // 64)
-    values = (q, out, *units[:3], copies.shared.computed, copies.shared.targets)
-    return dict(zip(COPY_NAMES, (*values, rows, slots * pieces), strict=True))
+    pointers = RowPointers(q, out, copies.shared.computed, copies.shared.targets)
+    return pointers, RowSizes(units[0], units[1], units[2], rows, slots * pieces)

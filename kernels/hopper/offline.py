@@ -6,10 +6,17 @@ from typing import Any
 
 import torch
 
+from calibatt_compiler.kernels.hopper.arguments import (
+    Draw,
+    Results,
+    RowPointers,
+    RowSizes,
+    Sizes,
+    TileTables,
+)
 from calibatt_compiler.kernels.hopper.launch import (
     COUNT_TILES,
     QUERY_ROWS,
-    ZONE_SIZES,
     HopperConfig,
     descriptor,
     launch_options,
@@ -35,7 +42,7 @@ def compile_hopper(
     """
     from triton.runtime.jit import MockTensor
 
-    from calibatt_compiler.kernels.hopper.kernel import COPY_SIZES, RUN_TIME_SIZES, hopper_attention
+    from calibatt_compiler.kernels.hopper.kernel import hopper_attention
 
     take_stand_in_driver(ARCH)
 
@@ -44,31 +51,33 @@ def compile_hopper(
 
     operand = torch.zeros(1, 1, 1, config.head_dim, dtype=config.dtype)
     i32 = pointer(torch.int32)
+    tables = TileTables(
+        *(i32, i32, i32),
+        codes_ptr=pointer(torch.uint8, config.weighted),
+        code_starts_ptr=pointer(torch.int32, config.weighted),
+        counts_ptr=pointer(torch.int32, config.lengths),
+        lengths_ptr=pointer(torch.int32, config.lengths),
+    )
+    results = Results(
+        *(i32, i32), pointer(torch.float32, config.lse), pointer(torch.float32, config.energy)
+    )
+    rows = RowPointers(
+        *(pointer(config.dtype, config.copies), pointer(config.dtype, config.copies)),
+        *(pointer(torch.int32, config.copies), pointer(torch.int32, config.copies)),
+    )
     return hopper_attention.warmup(
         q_desc=descriptor(operand, QUERY_ROWS),
         k_desc=descriptor(operand, config.block_n),
         v_desc=descriptor(operand, config.block_n),
         o_desc=descriptor(operand, QUERY_ROWS),
-        tiles_ptr=i32,
-        starts_ptr=i32,
-        runs_ptr=i32,
-        counts_ptr=pointer(torch.int32, config.lengths),
-        lengths_ptr=pointer(torch.int32, config.lengths),
-        codes_ptr=pointer(torch.uint8, config.weighted),
-        code_starts_ptr=pointer(torch.int32, config.weighted),
-        lse_ptr=pointer(torch.float32, config.lse),
-        flag_ptr=i32,
-        repairs_ptr=i32,
-        sums_ptr=pointer(torch.float32, config.energy),
+        tables=tables,
+        results=results,
+        rows=rows,
         scale_log2=1.0,
-        **dict.fromkeys(RUN_TIME_SIZES, 16),
-        q_ptr=pointer(config.dtype, config.copies),
-        o_ptr=pointer(config.dtype, config.copies),
-        computed_ptr=pointer(torch.int32, config.copies),
-        targets_ptr=pointer(torch.int32, config.copies),
-        **dict.fromkeys(COPY_SIZES, 16 if config.copies else None),
-        **dict.fromkeys(ZONE_SIZES, 16 if config.zones else None),
-        **config.constexprs(repair=repair),
+        **dict.fromkeys(Sizes._fields, 16),
+        **dict.fromkeys(RowSizes._fields, 16 if config.copies else None),
+        **dict.fromkeys(Draw._fields, 16 if config.zones else None),
+        VARIANT=config.variant(repair=repair),
         LITERALS=literals,
         RUNS=runs,
         grid=(1,),
@@ -77,7 +86,7 @@ def compile_hopper(
 
 
 def compile_counts(block_n: int, *, copies: bool = False) -> Any:
-    """Compile `hopper_counts` likewise."""
+    """Compile `hopper_counts`; see `compile_hopper`."""
     from triton.runtime.jit import MockTensor
 
     from calibatt_compiler.kernels.hopper.kernel import hopper_counts

@@ -1,7 +1,7 @@
 """What the partitions of the Hopper kernel share: tile entries, barriers, pieces of the softmax.
 
 Written in Gluon, Triton's lower-level dialect, which lets a kernel place warps, shared memory,
-barriers and asynchronous products itself. See `hopper_kernel` for how the parts work together.
+barriers and asynchronous products itself. See `kernel` for how the parts work together.
 """
 
 from __future__ import annotations
@@ -37,8 +37,6 @@ __all__ = [
     "raised",
     "release",
     "rescale",
-    "tile_count",
-    "tiles_to_do",
     "warp_barrier",
     "warpgroup_mma",
     "warpgroup_mma_wait",
@@ -58,20 +56,6 @@ def high(word):
 
 
 @gluon.jit
-def tiles_to_do(starts_ptr, flag_ptr, batches, REPAIR: gl.constexpr):
-    """First tile entry of this program, the end of its entries, and how often it works on one.
-
-    With REPAIR nothing is to be done unless the flag is set.
-    """
-    first = gl.load(starts_ptr + gl.program_id(0))
-    end = gl.load(starts_ptr + gl.program_id(0) + 1)
-    total = (end - first) * batches
-    if REPAIR:
-        total = gl.where(gl.load(flag_ptr) != 0, total, 0)
-    return first, end, total
-
-
-@gluon.jit
 def advance(entry, batch, first, end):
     """The next tile of this program: its entries once for each batch item.
 
@@ -83,7 +67,7 @@ def advance(entry, batch, first, end):
 
 @gluon.jit
 def drawn_count(word, draw_phase):
-    """As `tile_count` for a row of zones: see `zone_table.ZoneRows` for its word.
+    """As `Tiles.count` for a row of zones: see `zone_table.ZoneRows` for its word.
 
     The last key block is kept if the sum of rates passes a whole number in it.
     """
@@ -91,20 +75,6 @@ def drawn_count(word, draw_phase):
     keeps_last = (sums & 127) < (128 >> ((word >> 28) & 7))
     masked = gl.where(word < 0, 1, gl.where(keeps_last, sums >> 7, 0))
     return (sums >> 7) + (masked << 16)
-
-
-@gluon.jit
-def tile_count(
-    tiles_ptr, counts_ptr, entry, batch, tiles, draw_phase, LENGTHS: gl.constexpr,
-    ZONES: gl.constexpr,
-):  # fmt: skip
-    """Key blocks of a tile, and 16 bits up the position of the one to mask, plus one."""
-    if LENGTHS:
-        # One past the last batch item may be asked for, see `advance`: the table has a spare row.
-        return gl.load(counts_ptr + batch * tiles + entry)
-    if ZONES:
-        return drawn_count(gl.load(tiles_ptr + entry * 4 + 1), draw_phase)
-    return gl.load(tiles_ptr + entry * 4 + 1)
 
 
 @gluon.jit
@@ -154,7 +124,7 @@ LIMIT = gl.constexpr(256.0)
 
 @gluon.jit
 def raised(reference, found, total):
-    """The softmax reference of rows once a block is there with maximum `found`.
+    """The softmax shift of rows once a block is there with maximum `found`.
 
     Any reference gives the same quotient, and rescaling costs, so it stays while it can. In a
     sparse row's 16 neighbours some maximum grows in half of all blocks; few of these keys matter
@@ -216,18 +186,19 @@ def rescale(acc, shrink):
 
 
 @gluon.jit
-def keep_sums(sums_ptr, place, position, part, maximum, PART: gl.constexpr, ENERGY: gl.constexpr):
-    """With ENERGY, store log2 of the sums of a block's 64 rows, the reference added.
+def keep_sums(tiles, place, position, part, maximum, PART: gl.constexpr):
+    """With `energy`, store log2 of the sums of a block's 64 rows, the reference added.
 
     `place` is the tile's own, in elements; it holds 128 rows for each position, and one position
     more where their number is even: tiles that lie a power of two apart fight for the same sets of
     the L2 cache.
     """
-    if ENERGY:
+    if tiles.VARIANT.energy:
         rows_of: gl.constexpr = maximum.type.layout
         total = gl.convert_layout(gl.sum(part, 1), rows_of)
         row = PART * 64 + gl.arange(0, 64, rows_of)
-        gl.store(sums_ptr + place + position * 128 + row, gl.log2(total) + finite(maximum))
+        kept = tiles.results.sums_ptr + place + position * 128 + row
+        gl.store(kept, gl.log2(total) + finite(maximum))
 
 
 @gluon.jit

@@ -64,7 +64,7 @@ class Schedule:
             key blocks | (position of the block to mask + 1) << 16, 0 where none is;
             runs;
             first run of the tile, or with literals the number of kept blocks below the first one;
-            less 2^31 where the head is repetitive.
+            less 2^31 where the head is row-shared.
         starts: int32 (programs + 1), first tile of each program.
         runs: int32 (runs + 1): first key block | length << 16, as `KeyRuns` has them, row by row,
             and a spare; with literals only the spare.
@@ -79,7 +79,7 @@ def diagonal_blocks(pattern: BlockPattern) -> npt.NDArray[np.int64]:
     """The key block of each query block's first token, int64 (heads, query_blocks).
 
     Where queries and keys are the same tokens its scores hold each query with itself, so its row
-    maximum is representative: what a fixed softmax reference wants.
+    maximum is representative: what a fixed softmax shift wants.
     """
     token = np.arange(pattern.query_blocks, dtype=np.int64) * pattern.block_m
     first = np.broadcast_to(token, (pattern.heads, pattern.query_blocks))
@@ -263,7 +263,7 @@ class BlockCodes(NamedTuple):
     """Weights of the blocks that tiles take, as the kernel reads them; None without weights.
 
     Attributes:
-        codes: uint8 (blocks + 1), of each block as in `plan.weights`, row by row, each in the order
+        codes: uint8 (blocks + 1), of each block, see `plan.weights`, row by row, each in the order
             in which a tile takes its blocks, and a spare.
         starts: int32 (T + 1), where those of a tile begin.
     """

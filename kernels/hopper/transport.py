@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
-from calibatt_compiler.kernels.hopper.loads import load_block, load_tile, load_zones
+from calibatt_compiler.kernels.hopper.aggregates import load_tile
+from calibatt_compiler.kernels.hopper.loads import load_block, load_zones
 from calibatt_compiler.kernels.hopper.primitives import (
     advance,
     async_copy,
@@ -18,8 +19,6 @@ from calibatt_compiler.kernels.hopper.primitives import (
     high,
     low,
     mbarrier,
-    tile_count,
-    tiles_to_do,
 )  # fmt: skip
 
 # triton 3.9 renamed these; their arguments stayed.
@@ -42,36 +41,35 @@ def pieces(tiles):
 
 
 @gluon.jit
-def gather_queries(
-    q_ptr, q_batch, q_head, q_token, computed_ptr, computed_rows, q_tiles, q_empty, batch, where,
-    turn,
-):  # fmt: skip
-    """Start copies of the queries that a repetitive head computes; see `queries_landed`.
+def gather_queries(rows, row_sizes, queries, batch, where, turn):
+    """Start copies of the queries that a row-shared head computes; see `queries_landed`.
 
     TMA can't gather, and copies through registers would each wait for memory. Strides count 8
     elements: so the compiler knows that rows are aligned.
     """
     layout: gl.constexpr = gl.BlockedLayout([2, 8], [4, 8], [1, 1], [1, 0])
-    strips: gl.constexpr = q_tiles.shape[4] // 64
+    strips: gl.constexpr = queries.tiles.shape[4] // 64
     for part in gl.static_range(2):
-        mbarrier.wait(q_empty.index((turn % 2) * 2 + part), ((turn // 2) & 1) ^ 1)
-    start = q_ptr + (gl.cast(batch, gl.int64) * q_batch + high(where) * q_head) * 8
+        queries.acquire(turn, part)
+    place = gl.cast(batch, gl.int64) * row_sizes.q_batch + high(where) * row_sizes.q_head
+    start = rows.q_ptr + place * 8
     row = gl.arange(0, 8, gl.SliceLayout(1, layout))
     column = gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(0, layout)), 0)
     # Always 128 rows, which the compiler doesn't know: unrolled, the loop takes too many registers.
     first = low(where) * 128
-    for group in range(first // 8, gl.minimum(first + 128, computed_rows) // 8):
-        token = gl.load(computed_ptr + group * 8 + row)
-        pointers = start + gl.expand_dims(gl.cast(token * q_token, gl.int64) * 8, 1) + column
+    for group in range(first // 8, gl.minimum(first + 128, row_sizes.computed_rows) // 8):
+        token = gl.load(rows.computed_ptr + group * 8 + row)
+        offset = gl.cast(token * row_sizes.q_token, gl.int64) * 8
+        pointers = start + gl.expand_dims(offset, 1) + column
         slot = (turn % 2) * 2 + group // 8 % 2
         for strip in gl.static_range(strips):
-            piece = pieces(q_tiles).index((slot * strips + strip) * 8 + group % 8)
+            piece = pieces(queries.tiles).index((slot * strips + strip) * 8 + group % 8)
             start_gather(piece, pointers + strip * 64)
     async_copy.commit_group()
 
 
 @gluon.jit
-def queries_landed(q_full, turn):
+def queries_landed(queries, turn):
     """Complete the copies of `gather_queries`.
 
     To be called once the tile's first keys are on their way: until the consumers are done with the
@@ -81,7 +79,7 @@ def queries_landed(q_full, turn):
     # Products read through the asynchronous proxy.
     fence_async_shared()
     for part in gl.static_range(2):
-        mbarrier.arrive(q_full.index((turn % 2) * 2 + part), count=1)
+        mbarrier.arrive(queries.full.index((turn % 2) * 2 + part), count=1)
 
 
 @gluon.jit
@@ -95,72 +93,61 @@ def literal_block(literals, rank, RUNS: gl.constexpr):
 
 @gluon.jit
 def producer(  # noqa: PLR0912, PLR0915  one loop, read from top to bottom
-    q_desc, k_desc, v_desc, q_tiles, k_tiles, v_tiles,
-    q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    tiles_ptr, starts_ptr, runs_ptr, counts_ptr, lengths_ptr, flag_ptr, batches, tiles,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, REPAIR: gl.constexpr, LENGTHS: gl.constexpr,
-    LITERALS: gl.constexpr, RUNS: gl.constexpr,
-    q_ptr, q_batch, q_head, q_token, computed_ptr, computed_rows, COPIES: gl.constexpr,
-    octaves, draw_phase, left, right, length_k, ZONES: gl.constexpr,
+    q_desc, queries, keys, values, tiles, rows, row_sizes, LITERALS: gl.constexpr,
+    RUNS: gl.constexpr,
 ):  # fmt: skip
     """Load the queries, keys and values of every tile of this program, in the consumers' order."""
-    first, end, total = tiles_to_do(starts_ptr, flag_ptr, batches, REPAIR)
+    BLOCK_N: gl.constexpr = tiles.VARIANT.block_n
+    tables = tiles.tables
+    first, end, total = tiles.to_do()
     number = 0
     entry = first
     batch = 0
-    where = gl.load(tiles_ptr + entry * 4)
-    count = tile_count(tiles_ptr, counts_ptr, entry, batch, tiles, 0, LENGTHS, False)
-    intervals = gl.load(tiles_ptr + entry * 4 + 2)
-    offset = gl.load(tiles_ptr + entry * 4 + 3)
+    where = tiles.where(entry)
+    count = tiles.word(entry, batch)
+    intervals = gl.load(tables.tiles_ptr + entry * 4 + 2)
+    offset = gl.load(tables.tiles_ptr + entry * 4 + 3)
     for turn in range(total):
         # Early, like everything that is read from memory here.
         next_entry, next_batch = advance(entry, batch, first, end)
-        next_where = gl.load(tiles_ptr + next_entry * 4)
-        next_count = tile_count(
-            tiles_ptr, counts_ptr, next_entry, next_batch, tiles, 0, LENGTHS, False
-        )  # fmt: skip
-        next_intervals = gl.load(tiles_ptr + next_entry * 4 + 2)
-        next_offset = gl.load(tiles_ptr + next_entry * 4 + 3)
+        next_where = tiles.where(next_entry)
+        next_count = tiles.word(next_entry, next_batch)
+        next_intervals = gl.load(tables.tiles_ptr + next_entry * 4 + 2)
+        next_offset = gl.load(tables.tiles_ptr + next_entry * 4 + 3)
         head = high(where)
         blocks = low(count)
         copied: gl.constexpr = False
-        if COPIES:
-            # The sign marks repetitive heads.
+        if tiles.VARIANT.copies:
+            # The sign marks row-shared heads.
             copied = offset < 0
             offset = offset & 0x7FFFFFFF
-        if LITERALS is None and not ZONES:
-            run = gl.load(runs_ptr + offset)
+        if LITERALS is None and not tiles.VARIANT.zones:
+            run = gl.load(tables.runs_ptr + offset)
         if copied:
-            gather_queries(
-                q_ptr, q_batch, q_head, q_token, computed_ptr, computed_rows, q_tiles, q_empty,
-                batch, where, turn,
-            )  # fmt: skip
+            gather_queries(rows, row_sizes, queries, batch, where, turn)
         else:
             for part in gl.static_range(2):
                 slot = (turn % 2) * 2 + part
-                mbarrier.wait(q_empty.index(slot), ((turn // 2) & 1) ^ 1)
+                queries.acquire(turn, part)
                 row = low(where) * 128 + part * 64
-                load_tile(q_desc, batch, head, row, q_full.index(slot), q_tiles.index(slot))
-        if ZONES:
+                full = queries.full.index(slot)
+                load_tile(q_desc, batch, head, row, full, queries.tiles.index(slot))
+        if tiles.VARIANT.zones:
             number = load_zones(
-                k_desc, v_desc, k_tiles, v_tiles, k_full, k_empty, v_full, v_empty, octaves,
-                runs_ptr, batch, where, (count + draw_phase) & 127, intervals, offset, left, right,
-                (length_k + BLOCK_N - 1) // BLOCK_N, number, BLOCK_N, STAGES, LITERALS,
+                keys, values, tiles, batch, where, (count + tiles.draw.phase) & 127, intervals,
+                offset, number, LITERALS,
             )  # fmt: skip
         elif LITERALS is not None:
             literals = LITERALS(head, low(where))
             for position in range(blocks):
-                # The row's first block, then the others from the lowest: see `hopper_schedule`.
+                # The row's first block, then the others from the lowest: see `schedule`.
                 rank = gl.where(position <= offset, position - 1, position)
                 rank = gl.where(position == 0, offset, rank)
                 row = literal_block(literals, rank, RUNS) * BLOCK_N
-                load_block(
-                    k_desc, v_desc, k_tiles, v_tiles, k_full, k_empty, v_full, v_empty,
-                    batch, head, row, number, position < blocks, STAGES,
-                )  # fmt: skip
+                load_block(keys, values, batch, head, row, number, position < blocks)
                 if copied:  # noqa: SIM102
                     if position == 0:
-                        queries_landed(q_full, turn)
+                        queries_landed(queries, turn)
                 number += 1
         else:
             begun = number
@@ -168,23 +155,20 @@ def producer(  # noqa: PLR0912, PLR0915  one loop, read from top to bottom
                 start = low(run)
                 length = high(run)
                 # One ahead; behind the last interval of all lies a spare one.
-                run = gl.load(runs_ptr + offset + t + 1)
-                if LENGTHS:
-                    whole = (gl.load(lengths_ptr + batch) + BLOCK_N - 1) // BLOCK_N
+                run = gl.load(tables.runs_ptr + offset + t + 1)
+                if tiles.VARIANT.lengths:
+                    whole = (gl.load(tables.lengths_ptr + batch) + BLOCK_N - 1) // BLOCK_N
                     length = gl.maximum(gl.minimum(length, whole - start), 0)
                     # A row without valid keys reads one block, all of it masked.
                     length = gl.where(blocks == 0, gl.where(t == 0, 1, 0), length)
                 for position in range(length):
                     row = (start + position) * BLOCK_N
-                    load_block(
-                        k_desc, v_desc, k_tiles, v_tiles, k_full, k_empty, v_full, v_empty,
-                        batch, head, row, number,
-                        (position < length) & (t < low(intervals)), STAGES,
-                    )  # fmt: skip
+                    live = (position < length) & (t < low(intervals))
+                    load_block(keys, values, batch, head, row, number, live)
                     if copied:  # noqa: SIM102
                         # Of the first interval no key may be valid.
                         if number == begun:
-                            queries_landed(q_full, turn)
+                            queries_landed(queries, turn)
                     number += 1
         entry = next_entry
         batch = next_batch
@@ -195,63 +179,54 @@ def producer(  # noqa: PLR0912, PLR0915  one loop, read from top to bottom
 
 
 @gluon.jit
-def scatter_output(
-    o_ptr, targets_ptr, computed_rows, stores, q_tiles, q_empty, staged, batch, where, heads,
-    length_q, turn,
-):  # fmt: skip
-    """Store each row of a repetitive head to all tokens that take it, then give the slots back."""
+def scatter_output(rows, row_sizes, queries, tiles, batch, where, turn):
+    """Store each row of a row-shared head to all tokens that take it, then give the slots back."""
     layout: gl.constexpr = gl.BlockedLayout([2, 8], [4, 8], [1, 1], [1, 0])
-    strips: gl.constexpr = q_tiles.shape[4] // 64
+    strips: gl.constexpr = queries.tiles.shape[4] // 64
     for part in gl.static_range(2):
-        mbarrier.wait(staged.index((turn % 2) * 2 + part), (turn // 2) & 1)
+        queries.wait_staged(turn, part)
     row = gl.arange(0, 8, gl.SliceLayout(1, layout))
     column = gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(0, layout)), 0)
     # One loop for rows and slots: two would be unrolled and fill the instruction cache.
-    for store in range(stores):
+    for store in range(row_sizes.stores):
         strip = store % strips
         group = store // strips % 16
-        target = store // (strips * 16) * computed_rows + low(where) * 128 + group * 8
-        token = gl.load(targets_ptr + target + row)
-        line = gl.cast((batch * length_q + token) * heads + high(where), gl.int64) * strips + strip
+        target = store // (strips * 16) * row_sizes.computed_rows + low(where) * 128 + group * 8
+        token = gl.load(rows.targets_ptr + target + row)
+        line = (batch * tiles.sizes.length_q + token) * tiles.sizes.heads + high(where)
+        line = gl.cast(line, gl.int64) * strips + strip
         slot = (turn % 2) * 2 + group // 8
-        values = pieces(q_tiles).index((slot * strips + strip) * 8 + group % 8).load(layout)
-        pointers = o_ptr + gl.expand_dims(line * 64, 1) + column
-        gl.store(pointers, values, mask=gl.expand_dims(token >= 0, 1))
+        taken = pieces(queries.tiles).index((slot * strips + strip) * 8 + group % 8).load(layout)
+        pointers = rows.o_ptr + gl.expand_dims(line * 64, 1) + column
+        gl.store(pointers, taken, mask=gl.expand_dims(token >= 0, 1))
     # The next queries may come through the asynchronous proxy.
     fence_async_shared()
     for part in gl.static_range(2):
-        mbarrier.arrive(q_empty.index((turn % 2) * 2 + part), count=1)
+        queries.release(turn, part)
 
 
 @gluon.jit
-def storer(
-    o_desc, q_tiles, q_empty, staged, tiles_ptr, starts_ptr, flag_ptr, repairs_ptr, batches,
-    REPAIR: gl.constexpr, o_ptr, targets_ptr, computed_rows, stores, heads, length_q,
-    COPIES: gl.constexpr,
-):  # fmt: skip
+def storer(o_desc, queries, tiles, rows, row_sizes):
     """Store the output tiles that the consumers staged, then give their slots back."""
-    first, end, total = tiles_to_do(starts_ptr, flag_ptr, batches, REPAIR)
+    first, end, total = tiles.to_do()
     entry = first
     batch = 0
     for turn in range(total):
-        where = gl.load(tiles_ptr + entry * 4)
+        where = tiles.where(entry)
         copied: gl.constexpr = False
-        if COPIES:
-            copied = gl.load(tiles_ptr + entry * 4 + 3) < 0
+        if tiles.VARIANT.copies:
+            copied = gl.load(tiles.tables.tiles_ptr + entry * 4 + 3) < 0
         if copied:
-            scatter_output(
-                o_ptr, targets_ptr, computed_rows, stores, q_tiles, q_empty, staged, batch, where,
-                heads, length_q, turn,
-            )  # fmt: skip
+            scatter_output(rows, row_sizes, queries, tiles, batch, where, turn)
         else:
             for part in gl.static_range(2):
                 slot = (turn % 2) * 2 + part
-                mbarrier.wait(staged.index(slot), (turn // 2) & 1)
+                queries.wait_staged(turn, part)
                 row = low(where) * 128 + part * 64
-                start_store(o_desc, [batch, high(where), row, 0], q_tiles.index(slot))
+                start_store(o_desc, [batch, high(where), row, 0], queries.tiles.index(slot))
                 tma.store_wait(0)
-                mbarrier.arrive(q_empty.index(slot), count=1)
+                queries.release(turn, part)
         entry, batch = advance(entry, batch, first, end)
-    if REPAIR:  # noqa: SIM102
+    if tiles.VARIANT.repair:  # noqa: SIM102
         if (gl.program_id(0) == 0) & (total > 0):
-            gl.atomic_add(repairs_ptr, 1)
+            gl.atomic_add(tiles.results.repairs_ptr, 1)

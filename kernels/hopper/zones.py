@@ -18,10 +18,10 @@ from calibatt_compiler.kernels.common.operands import (
 from calibatt_compiler.kernels.common.uploads import Uploaded, to_device
 from calibatt_compiler.kernels.common.zone_step import GpuZones
 from calibatt_compiler.kernels.common.zone_table import ZoneTable, zone_table
+from calibatt_compiler.kernels.hopper.arguments import Draw, Results
 from calibatt_compiler.kernels.hopper.capability import operand_reason
 from calibatt_compiler.kernels.hopper.kernel import hopper_attention
 from calibatt_compiler.kernels.hopper.launch import (
-    State,
     Tables,
     arguments,
     hopper_config,
@@ -44,7 +44,7 @@ class HopperZones(GpuZones):
     """Block-sparse attention by zones; see `ZoneKernel`.
 
     Args:
-        request: what to serve, as for `HopperAttention`; the softmax reference comes from each
+        request: what to serve, as for `HopperAttention`; the softmax shift comes from each
             row's lead.
         literals: generated function that gives the runs, see `baked.source_zones`; None: they are
             read from a table. Both give the same bits.
@@ -132,7 +132,7 @@ class HopperZones(GpuZones):
         """Attend, with the log-sum-exp if it is asked for.
 
         Args:
-            q: (B, H, Sq, D), as in a plain call.
+            q: (B, H, Sq, D).
             k: (B, H, Sk, D).
             v: (B, H, Sk, D).
             step: the diffusion step.
@@ -165,14 +165,14 @@ class HopperZones(GpuZones):
         flag = torch.zeros(1, dtype=torch.int32, device=q.device)
         with on_device(q):
             given = arguments(
-                (q, k, v, out), self.tables, State(flag, self._repairs),
-                block_n=config.block_n, scale=scale, lse=lse,
-                draw=(phase(step, self.pattern.seed), *self._edges),
+                (q, k, v, out), self.tables, Results(flag, self._repairs, lse, None),
+                block_n=config.block_n, scale=scale,
+                draw=Draw(phase(step, self.pattern.seed), *self._edges),
             )  # fmt: skip
             for repair in config.repairs:
                 hopper_attention[(self.tables.programs,)](
                     **given,
-                    **config.constexprs(repair=repair),
+                    VARIANT=config.variant(repair=repair),
                     # A repair is rare, and its launch need not be compiled for each pattern.
                     LITERALS=None if repair else self.literals,
                     RUNS=0,

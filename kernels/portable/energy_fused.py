@@ -83,7 +83,7 @@ def store_energies(
         )
 
 
-# Lengths and strides are not specialised, as in the attention kernels.
+# Lengths and strides are not specialised, nor are the attention kernels'.
 @triton.jit(
     do_not_specialize=[
         *STRIDES,

@@ -81,7 +81,7 @@ def store_tile_energy(
     tl.store(parts_ptr + group * key_tiles, sums, mask=inside)
 
 
-# Lengths and strides are not specialised, as in the attention kernels.
+# Lengths and strides are not specialised, nor are the attention kernels'.
 @triton.jit(do_not_specialize=[*STRIDES, "heads", "length_q", "length_k", "groups", "key_tiles"])
 def energy_tile(
     q_ptr,

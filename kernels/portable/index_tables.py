@@ -31,7 +31,7 @@ class IndexTables:
     Attributes:
         offsets: int32 (heads * query_blocks + 1), first entry of each row.
         blocks: int16 or int32 (entries + 1), key blocks. Of each row that keeps any: the one with
-            the keys of a fixed softmax reference, which is the lowest kept one from the diagonal
+            the keys of a fixed softmax shift, which is the lowest kept one from the diagonal
             on, or the highest; then all kept ones, increasing. A spare behind the last.
         weights: float16 (entries), log2 of each block's weight; empty if all count once.
         kept: uint8 (heads * query_blocks * bytes a row), a bit a key block; empty without pooling.
@@ -44,15 +44,15 @@ class IndexTables:
     kept: Tensor
     uploaded: Uploaded
 
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All of them, in the order of the kernel's arguments."""
-        return self.offsets, self.blocks, self.weights, self.kept
+    def arguments(self) -> dict[str, Tensor]:
+        """The tables as arguments of `portable_attention`, by name."""
+        names = ("offsets", "blocks", "weights", "kept")
+        return {f"{name}_ptr": getattr(self, name) for name in names}
 
     @property
     def nbytes(self) -> int:
         """Bytes that they take on the device."""
-        return sum(tensor.nbytes for tensor in self.tensors)
+        return sum(tensor.nbytes for tensor in self.arguments().values())
 
     @classmethod
     def upload(cls, pattern: BlockPattern, device: torch.device) -> IndexTables:

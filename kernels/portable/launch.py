@@ -1,5 +1,6 @@
-"""How the portable kernels are called: operands, strides, constexprs. One place, so that a kernel
-compiled ahead of time has exactly the signature that the launch asks for.
+"""How the portable kernels are called: operands, strides, constexprs.
+
+One place for it: a kernel compiled ahead of time has the signature that the launch asks for.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class LaunchConfig:
         constexprs: the kernel's compile-time arguments by name.
         options: Triton's own launch options.
         settings: the tiles they are made from.
-        softmax: "exact": the running maximum; "fixed": a fixed reference and a flag; "repair": the
+        softmax: "exact": the running maximum; "fixed": a fixed shift and a flag; "repair": the
             running maximum, if the flag is set.
         descriptors: keys and values are passed as TMA descriptors.
     """
@@ -45,7 +46,7 @@ class LaunchConfig:
     descriptors: bool = False
 
     def repair(self) -> LaunchConfig:
-        """Of the launch behind one with a fixed reference."""
+        """Of the launch behind one with a fixed shift."""
         return replace(self, constexprs={**self.constexprs, "FIXED": False}, softmax="repair")
 
 
@@ -66,17 +67,17 @@ def launch_config(
         dtype: float16, bfloat16 or float32.
         head_dim: elements a head.
         settings: tiles to use instead of the table's, which must divide the blocks.
-        softmax: "auto" takes a fixed reference where `fixed_reference` allows it.
+        softmax: "auto" takes a fixed shift where `fixed_shift` allows it.
 
     Raises:
-        KernelError: dtype or head_dim that no portable kernel takes, or a fixed reference that is
+        KernelError: dtype or head_dim that no portable kernel takes, or a fixed shift that is
             insisted on where there is none.
     """
     check_dtype(dtype)
     tiles = settings or tile_settings(pattern, arch=arch, dtype=dtype, head_dim=head_dim)
     blocks = {"ROW_TILES": pattern.block_m // tiles.m, "KEY_TILES": pattern.block_n // tiles.n}
     config = tiled_config(tiles, blocks, pattern.key_length, dtype=dtype, head_dim=head_dim)
-    fixed = fixed_reference(dtype, softmax)
+    fixed = fixed_shift(dtype, softmax)
     # TMA wants tokens that are aligned to 16 bytes.
     descriptors = tiles.descriptors and config.constexprs["ALIGN"] != 1
     return replace(
@@ -87,8 +88,8 @@ def launch_config(
     )
 
 
-def fixed_reference(dtype: torch.dtype, softmax: Softmax) -> bool:
-    """Whether the softmax takes a fixed reference, with a repair behind it.
+def fixed_shift(dtype: torch.dtype, softmax: Softmax) -> bool:
+    """Whether the softmax takes a fixed shift, with a launch that recomputes behind it.
 
     It asks for the range of float32, which float16 lacks. "auto" leaves float32 itself exact: its
     products take no tensor core, so little would be gained.
@@ -254,7 +255,7 @@ class DeviceKernel:
         )
 
     def flag(self) -> Tensor | None:
-        """A flag for one call whose softmax has a fixed reference, else None.
+        """A flag for one call whose softmax has a fixed shift, else None.
 
         One a call: calls on other streams have theirs, and a graph replays its zero.
         """

@@ -224,7 +224,7 @@ def reference_maximum(
     head,
     TMA: tl.constexpr,
 ):
-    """The fixed softmax reference: row maximum (M,) of the keys `first` to `first + TILE_N`.
+    """The fixed softmax shift: row maximum (M,) of the keys `first` to `first + TILE_N`.
 
     In units of log2, scaled. These keys are attended, too, and no weight is below 1, so a row's sum
     is at least 1: whatever flushes to zero is below 2^-126 of it. See `flag_overflow` for the other
@@ -294,7 +294,7 @@ def attend_tile(
 def flag_overflow(flag_ptr, acc, total):
     """Set the flag unless every row sum (M,) is in range and all of acc (M, D) is finite.
 
-    Below 2^-60 or above 2^120 a fixed softmax reference is not trusted: the call is repaired.
+    Below 2^-60 or above 2^120 a fixed softmax shift is not trusted: the call is recomputed.
     """
     # 0 for what is finite, else NaN, which no comparison holds for.
     check = total + tl.sum(acc * 0.0, 1)

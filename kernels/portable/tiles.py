@@ -76,7 +76,7 @@ _HALF_PRECISION: dict[str, tuple[tuple[int, TileSettings], ...]] = {
 _ATTENTION = _HALF_PRECISION | {
     # Two programs a multiprocessor: one's exponentials beneath the other's products. For D = 128
     # that leaves 128 registers a thread, and a few bytes spill. Both that and TMA, which saves
-    # pointers, are measured: benchmarks/RESULTS.md, "Which form of the portable kernel".
+    # pointers, are measured: docs/decisions/0003.
     "sm_90": (
         (128, TileSettings(128, 64, 8, 2, registers=128, descriptors=True)),
         (256, TileSettings(64, 32, 4, 2)),

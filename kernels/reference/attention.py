@@ -7,7 +7,7 @@ For head `h` and query block `r` of a pattern, with `J` the tokens of all key bl
 with `w[j]` the weight of the block of `j`, 1 unless the pattern says otherwise. If the pattern
 pools dropped blocks, their pooled keys and values (see `kernels.pooling`) take part as well.
 
-In a repetitive head block `r` holds the positions `computed[r * block_m : (r + 1) * block_m]` of
+In a row-shared head block `r` holds the positions `computed[r * block_m : (r + 1) * block_m]` of
 `BlockPattern.copies`, and every position takes the output that `sources` names:
 
     out[i] = out[computed[sources[i]]]
@@ -102,7 +102,7 @@ def _positions(pattern: BlockPattern, head: int) -> Tensor:
 
 
 def _copy(out: Tensor, pattern: BlockPattern) -> None:
-    """Give each position of the repetitive heads of `out` (B, H, Sq, D) the output it takes."""
+    """Give each position of the row-shared heads of `out` (B, H, Sq, D) the output it takes."""
     if pattern.copies is None or pattern.repetitive is None:
         return
     length = pattern.query_length
@@ -117,7 +117,7 @@ def masked_dense_attention(
 ) -> Tensor:
     """Dense SDPA under the pattern expanded to tokens, in the operands' own dtype: tests' oracle.
 
-    Repetitive heads are computed in full, then their rows are copied.
+    Row-shared heads are computed in full, then their rows are copied.
     Quadratic in memory. With float64 operands it is the exact answer; with low-precision ones its
     error against float64 is the yardstick for the error that a kernel may make.
 

@@ -1,4 +1,4 @@
-"""What is known of a value once the video's tokens are permuted: the words of `token_rules`.
+"""What is known of a value once the video's tokens are permuted: the types that `rules` returns.
 
 Run a graph twice, as it is and with its tokens permuted where they enter. A value is then
 
@@ -6,7 +6,7 @@ Run a graph twice, as it is and with its tokens permuted where they enter. A val
 * permuted along one dimension (`Tokens`), or
 * something else, and nothing is known of it: an `Obstacle`.
 
-A rule (`token_rules`) says which of these an operator's output is, given its operands.
+A rule (`rules`) says which of these an operator's output is, given its operands.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ class Tokens:
     dim: int
     first: Size = 0
 
-    def agrees(self, other: State) -> bool:
-        """Whether another value is permuted likewise."""
+    def agrees(self, other: TokenState) -> bool:
+        """Whether another value is permuted in the same way."""
         return isinstance(other, Tokens) and self.dim == other.dim and same(self.first, other.first)
 
 
-State: TypeAlias = "Tokens | tuple[State, ...] | None"
+TokenState: TypeAlias = "Tokens | tuple[TokenState, ...] | None"
 """Of a tensor that is permuted, of several tensors, of one that is not permuted."""
 
 
 @dataclass(frozen=True)
-class Meeting:
+class NeedsPermutation:
     """A value that is not permuted meets one that is, token by token: it must be permuted too.
 
     Attributes:
@@ -72,11 +72,11 @@ class Obstacle:
         return f"{self.node.name}{f' in {where}' if where else ''} {self.reason}"
 
 
-Outcome: TypeAlias = "State | Meeting | Obstacle"
+Outcome: TypeAlias = "TokenState | NeedsPermutation | Obstacle"
 
 
 @dataclass(frozen=True)
-class Call:
+class NodeCall:
     """A node, seen by a rule.
 
     Attributes:
@@ -87,7 +87,7 @@ class Call:
 
     node: Node
     video: int
-    states: Mapping[Node, State]
+    states: Mapping[Node, TokenState]
 
     def operand(self, position: int, name: str = "", default: Any = None) -> Any:
         """Return an argument by position or name."""
@@ -100,7 +100,7 @@ class Call:
         given = self.node.args[1:] or (self.node.kwargs.get(name, ()),)
         return tuple(given[0]) if isinstance(given[0], (tuple, list)) else tuple(given)
 
-    def state(self, operand: object) -> State:
+    def state(self, operand: object) -> TokenState:
         """Return what is known of an operand."""
         return self.states.get(operand) if isinstance(operand, Node) else None
 
@@ -151,7 +151,7 @@ def product(sizes: tuple[Size, ...]) -> Size:
     return result
 
 
-def token_states(state: State) -> Iterator[Tokens]:
+def token_states(state: TokenState) -> Iterator[Tokens]:
     """Walk the permuted tensors among those of a node."""
     if isinstance(state, Tokens):
         yield state
@@ -165,13 +165,13 @@ def holds(tensor: torch.Tensor, tokens: Tokens, video: int) -> bool:
     return tokens.dim < tensor.dim() and at_most(tokens.first + video, tensor.shape[tokens.dim])
 
 
-Rule = Callable[[Call], Outcome]
+Rule = Callable[[NodeCall], Outcome]
 
 
-def of_first(rule: Callable[[Call, Node, Tokens], Outcome]) -> Rule:
+def of_first(rule: Callable[[NodeCall, Node, Tokens], Outcome]) -> Rule:
     """Make a rule of one that asks for tokens in the first operand and in no other."""
 
-    def checked(call: Call) -> Outcome:
+    def checked(call: NodeCall) -> Outcome:
         first, *others = call.tensors()
         state = call.state(first)
         if not isinstance(state, Tokens) or any(call.state(other) is not None for other in others):
@@ -181,7 +181,7 @@ def of_first(rule: Callable[[Call, Node, Tokens], Outcome]) -> Rule:
     return checked
 
 
-def aligned(call: Call, operands: Iterable[Node], rank: int) -> Outcome:
+def aligned(call: NodeCall, operands: Iterable[Node], rank: int) -> Outcome:
     """Return the state of operands that are broadcast with one another to a rank."""
     operands = list(operands)
     found: Tokens | None = None  # its dimension counted from behind
@@ -203,7 +203,7 @@ def aligned(call: Call, operands: Iterable[Node], rank: int) -> Outcome:
     return Tokens(rank + found.dim, found.first)
 
 
-def met(operand: Node, back: Tokens) -> Meeting | None:
+def met(operand: Node, back: Tokens) -> NeedsPermutation | None:
     """Return what an operand that is not permuted must become; None if it is the same for all.
 
     Args:
@@ -213,4 +213,4 @@ def met(operand: Node, back: Tokens) -> Meeting | None:
     sizes = shape(operand)
     if len(sizes) < -back.dim or same(sizes[back.dim], 1):
         return None
-    return Meeting(operand, Tokens(len(sizes) + back.dim, back.first))
+    return NeedsPermutation(operand, Tokens(len(sizes) + back.dim, back.first))

@@ -1,14 +1,14 @@
 """Follows a permutation of the video's tokens through a graph, from where it enters to its end.
 
-The argument is one of two runs (`token_axis`): if each operator does what its rule says, all values
+The argument is one of two runs (`axis`): if each operator does what its rule says, all values
 of the permuted run are those of the other, permuted as their `Tokens` tell. An operator without a
 rule, or that its rule refuses, is an *exit*: it is given its operands in the model's own order, and
 so returns what it always did. So the result is right for any choice of where the permutation
-enters; where it must enter beside the video itself, the rules say (`Meeting`).
+enters; where it must enter beside the video itself, the rules say (`NeedsPermutation`).
 
 Operators that write into a tensor are covered, as a permutation maps the places of a tensor one to
 one, those of its views too. But what is permuted at an entry or for an exit is a copy: into the
-memory of such a value nothing may be written afterwards. (Views are told by the memory of the fake
+memory of such a value nothing may be written afterwards. (Views are known by the memory of the fake
 tensors that Dynamo leaves with its nodes.)
 """
 
@@ -24,11 +24,11 @@ from torch.fx import Graph, Node
 
 from calibatt_compiler.passes.graph import example
 from calibatt_compiler.passes.token_order.axis import (
-    Call,
-    Meeting,
+    NeedsPermutation,
+    NodeCall,
     Obstacle,
-    State,
     Tokens,
+    TokenState,
     holds,
     outputs,
     product,
@@ -47,13 +47,13 @@ class Flow:
         entries: values that are permuted, and how; all that follows from them is in `states`.
         states: of every node.
         exits: nodes that are given tokens in the model's order, and why.
-        barred: of nodes that depend on an exit, the exit.
+        blocked_by: of nodes that depend on an exit, the exit.
     """
 
     entries: Mapping[Node, Tokens]
-    states: Mapping[Node, State]
+    states: Mapping[Node, TokenState]
     exits: Mapping[Node, Obstacle]
-    barred: Mapping[Node, Obstacle]
+    blocked_by: Mapping[Node, Obstacle]
 
     def undone(self) -> dict[Node, Tokens]:
         """Return the values that must be brought back into the model's order for exits."""
@@ -66,7 +66,7 @@ class Flow:
         return found
 
 
-def settle(graph: Graph, entry: Node, tokens: Tokens, video: int) -> Flow | Obstacle:
+def propagate(graph: Graph, entry: Node, tokens: Tokens, video: int) -> Flow | Obstacle:
     """Permute one value and whatever its tokens meet; return where all that goes.
 
     Args:
@@ -76,7 +76,7 @@ def settle(graph: Graph, entry: Node, tokens: Tokens, video: int) -> Flow | Obst
         video: their number.
     """
     entries = {entry: tokens}
-    while isinstance(found := follow(graph, entries, video), Meeting):
+    while isinstance(found := follow(graph, entries, video), NeedsPermutation):
         value, tokens = origin(found, video)
         if value in entries:
             return Obstacle(value, "would have to be permuted in two ways")
@@ -84,16 +84,18 @@ def settle(graph: Graph, entry: Node, tokens: Tokens, video: int) -> Flow | Obst
     return found if isinstance(found, Obstacle) else _written_nowhere(graph, found)
 
 
-def follow(graph: Graph, entries: Mapping[Node, Tokens], video: int) -> Flow | Meeting | Obstacle:
+def follow(
+    graph: Graph, entries: Mapping[Node, Tokens], video: int
+) -> Flow | NeedsPermutation | Obstacle:
     """Apply the rules from node to node, up to the first value that must be permuted as well."""
     used: dict[Node, Tokens] = {}
-    states: dict[Node, State] = {}
+    states: dict[Node, TokenState] = {}
     exits: dict[Node, Obstacle] = {}
-    barred: dict[Node, Obstacle] = {}
+    blocked_by: dict[Node, Obstacle] = {}
     for node in graph.nodes:
-        outcome = transfer(Call(node, video, states))
-        if isinstance(outcome, Meeting):
-            return barred.get(outcome.value, outcome)
+        outcome = transfer(NodeCall(node, video, states))
+        if isinstance(outcome, NeedsPermutation):
+            return blocked_by.get(outcome.value, outcome)
         if not isinstance(outcome, Obstacle) and not _plausible(node, outcome, video):
             outcome = Obstacle(node, "returns something else than its rule says")
         targets = written(node, RULES)
@@ -111,13 +113,13 @@ def follow(graph: Graph, entries: Mapping[Node, Tokens], video: int) -> Flow | M
         elif node in entries and not entries[node].agrees(outcome):
             return Obstacle(node, "would have to be permuted in two ways")
         states[node] = outcome
-        bars = (barred[source] for source in node.all_input_nodes if source in barred)
+        bars = (blocked_by[source] for source in node.all_input_nodes if source in blocked_by)
         if (bar := exits.get(node) or next(bars, None)) is not None:
-            barred[node] = bar
-    return Flow(used, states, exits, barred)
+            blocked_by[node] = bar
+    return Flow(used, states, exits, blocked_by)
 
 
-def _plausible(node: Node, state: State, video: int) -> bool:
+def _plausible(node: Node, state: TokenState, video: int) -> bool:
     """Whether outputs have the dimensions that a rule named."""
     tensors = outputs(node)
     parts = state if isinstance(state, tuple) else (state,)
@@ -128,11 +130,11 @@ def _plausible(node: Node, state: State, video: int) -> bool:
     )
 
 
-def _alike(one: State, other: State) -> bool:
+def _alike(one: TokenState, other: TokenState) -> bool:
     return one is other is None or (isinstance(one, Tokens) and one.agrees(other))
 
 
-def origin(met: Meeting, video: int) -> tuple[Node, Tokens]:
+def origin(met: NeedsPermutation, video: int) -> tuple[Node, Tokens]:
     """Return the value farthest back whose permutation arrives as the one that is asked for.
 
     All layers then read from one permuted table, instead of each permuting its own slice of it.
@@ -155,10 +157,10 @@ def _steps_back(value: Node, tokens: Tokens, video: int) -> Iterator[tuple[Node,
                 if not same(size, length):
                     continue
                 before = Tokens(dim, tokens.first)
-                states: dict[Node, State] = {base: before}
+                states: dict[Node, TokenState] = {base: before}
                 for node in (*through, value):
-                    outcome = transfer(Call(node, video, states))
-                    if isinstance(outcome, (Meeting, Obstacle)):
+                    outcome = transfer(NodeCall(node, video, states))
+                    if isinstance(outcome, (NeedsPermutation, Obstacle)):
                         break
                     states[node] = outcome
                 if tokens.agrees(states.get(value)):

@@ -3,7 +3,7 @@
 Where the video's tokens are first seen, (B, S, C), one `index_select` brings them into the order
 that the plan's blocks are cut from; rotary tables (1, S, 1, D) and the like are permuted where they
 meet tokens, and the output is brought back before it is folded into a video. What lies between is
-shown to work on tokens alike (`token_flow`). If it can't be, sites permute around themselves, and
+shown to work on tokens alike (`flow`). If it can't be, sites permute around themselves, and
 the reason names the node that stood in the way.
 """
 
@@ -19,7 +19,7 @@ from torch.fx import Node
 from calibatt_compiler.passes.graph import example, finish, transformed
 from calibatt_compiler.passes.rewrite import Layout, Lowered, Permuted, Rewrite, SdpaCall, Skip
 from calibatt_compiler.passes.token_order.axis import Obstacle, Size, Tokens, same, shape
-from calibatt_compiler.passes.token_order.flow import Flow, settle
+from calibatt_compiler.passes.token_order.flow import Flow, propagate
 
 
 def permute_tokens(rewrite: Rewrite) -> Rewrite:
@@ -48,8 +48,8 @@ def _find(rewrite: Rewrite, layout: Layout, sites: list[SdpaCall]) -> Flow | Obs
     if source is None:
         return "the video is not an input of this graph"
     reason: Obstacle | str = "no value has the video's tokens on one dimension"
-    for count, (entry, dim) in enumerate(_births(source, layout.video)):
-        flow = settle(rewrite.gm.graph, entry, Tokens(dim), layout.video)
+    for count, (entry, dim) in enumerate(_token_axis_sources(source, layout.video)):
+        flow = propagate(rewrite.gm.graph, entry, Tokens(dim), layout.video)
         served = _serving(flow, layout, sites) if isinstance(flow, Flow) else flow
         if isinstance(served, Flow):
             return served
@@ -57,7 +57,7 @@ def _find(rewrite: Rewrite, layout: Layout, sites: list[SdpaCall]) -> Flow | Obs
     return reason
 
 
-def _births(source: Node, video: int) -> Iterator[tuple[Node, int]]:
+def _token_axis_sources(source: Node, video: int) -> Iterator[tuple[Node, int]]:
     """Walk the values in which the tokens become one dimension: flatten (B, C, F, H, W)."""
     has_tokens: dict[Node, bool] = {}
     for node in source.graph.nodes:
@@ -80,7 +80,7 @@ def _serving(flow: Flow, layout: Layout, sites: list[SdpaCall]) -> Flow | Obstac
             first = shape(operand)[2] - layout.video if layout.text_first else 0
             if not Tokens(2, first).agrees(flow.states[operand]):
                 missing = Obstacle(operand, f"is a {name} without the video's tokens in its place")
-                return flow.barred.get(operand, missing)
+                return flow.blocked_by.get(operand, missing)
     moved = {**flow.entries, **flow.undone()}
     for node, tokens in moved.items():
         if _length(node, tokens, layout.video) is None:
@@ -101,7 +101,7 @@ def _around(site: SdpaCall, video: int) -> int:
 
 
 def _numbers(*sizes: Size) -> int:
-    """Multiply sizes, those that may change as in the call that was captured."""
+    """Multiply sizes, those that may change with their values in the captured call."""
     return math.prod(size if isinstance(size, int) else size.node.hint or 1 for size in sizes)
 
 

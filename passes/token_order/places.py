@@ -1,4 +1,4 @@
-"""Rules of operators that move tokens about, or cut and join sequences; see `token_rules`."""
+"""Rules of operators that move tokens about, or cut and join sequences; see `rules`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch.fx import Node
 
 from calibatt_compiler.passes.graph import example
 from calibatt_compiler.passes.token_order.axis import (
-    Call,
+    NodeCall,
     Obstacle,
     Outcome,
     Size,
-    State,
     Tokens,
+    TokenState,
     aligned,
     at_most,
     met,
@@ -28,7 +28,7 @@ from calibatt_compiler.passes.token_order.axis import (
 
 
 @of_first
-def reshape(call: Call, x: Node, tokens: Tokens) -> Outcome:
+def reshape(call: NodeCall, x: Node, tokens: Tokens) -> Outcome:
     """The same elements one after another: the token axis must be an axis of the output, too."""
     before, after = shape(x), tuple(outputs(call.node)[0].shape)
     length, outer = before[tokens.dim], product(before[: tokens.dim])
@@ -39,21 +39,21 @@ def reshape(call: Call, x: Node, tokens: Tokens) -> Outcome:
 
 
 @of_first
-def permute(call: Call, x: Node, tokens: Tokens) -> Outcome:
+def permute(call: NodeCall, x: Node, tokens: Tokens) -> Outcome:
     """Dimensions in another order, all of them given."""
     rank = len(shape(x))
     return Tokens([dim % rank for dim in call.spread("dims")].index(tokens.dim), tokens.first)
 
 
 @of_first
-def transpose(call: Call, x: Node, tokens: Tokens) -> Outcome:
+def transpose(call: NodeCall, x: Node, tokens: Tokens) -> Outcome:
     """Two dimensions exchanged."""
     rank = len(shape(x))
     one, other = call.operand(1, "dim0") % rank, call.operand(2, "dim1") % rank
     return Tokens({one: other, other: one}.get(tokens.dim, tokens.dim), tokens.first)
 
 
-def getitem(call: Call) -> Outcome:
+def getitem(call: NodeCall) -> Outcome:
     """One of several tensors, or a part of one."""
     source, index = call.node.args
     state = call.state(source)
@@ -64,7 +64,9 @@ def getitem(call: Call) -> Outcome:
     return indexed(call, cast("Node", source), state, index)[0]
 
 
-def indexed(call: Call, source: Node, state: Tokens, index: Any) -> tuple[State | Obstacle, int]:
+def indexed(
+    call: NodeCall, source: Node, state: Tokens, index: Any
+) -> tuple[TokenState | Obstacle, int]:
     """Return the state and the rank of `source[index]`.
 
     Args:
@@ -82,7 +84,7 @@ def indexed(call: Call, source: Node, state: Tokens, index: Any) -> tuple[State 
     spelled = sum(item is not None and item is not Ellipsis for item in items)
     place = items.index(Ellipsis) if Ellipsis in items else len(items)
     items[place : place + 1] = [slice(None)] * (len(sizes) - spelled)
-    dim, rank, found = 0, 0, cast("State | Obstacle", None)
+    dim, rank, found = 0, 0, cast("TokenState | Obstacle", None)
     for item in items:
         if item is not None:
             if dim == state.dim:
@@ -92,7 +94,7 @@ def indexed(call: Call, source: Node, state: Tokens, index: Any) -> tuple[State 
     return found, rank
 
 
-def _sliced(call: Call, item: Any, length: Size, tokens: Tokens) -> State | Obstacle:
+def _sliced(call: NodeCall, item: Any, length: Size, tokens: Tokens) -> TokenState | Obstacle:
     """Return what a slice leaves of the token axis."""
     if not isinstance(item, slice):
         return call.refuse("takes a single token")
@@ -106,7 +108,7 @@ def _sliced(call: Call, item: Any, length: Size, tokens: Tokens) -> State | Obst
     return _cut(call, tokens, start, stop)
 
 
-def _cut(call: Call, tokens: Tokens, start: Size, stop: Size) -> State | Obstacle:
+def _cut(call: NodeCall, tokens: Tokens, start: Size, stop: Size) -> TokenState | Obstacle:
     """Return the state of [start, stop) of the token axis: the video is in it, or out of it."""
     first, last = tokens.first, tokens.first + call.video
     if at_most(start, first) and at_most(last, stop):
@@ -117,12 +119,12 @@ def _cut(call: Call, tokens: Tokens, start: Size, stop: Size) -> State | Obstacl
 
 
 @of_first
-def split(call: Call, x: Node, tokens: Tokens) -> Outcome:
+def split(call: NodeCall, x: Node, tokens: Tokens) -> Outcome:
     """split and chunk: consecutive parts of one dimension."""
     parts = outputs(call.node)
     if call.operand(2, "dim", 0) % len(shape(x)) != tokens.dim:
         return (tokens,) * len(parts)
-    found: list[State] = []
+    found: list[TokenState] = []
     start: Size = 0
     for part in parts:
         stop = start + part.shape[tokens.dim]
@@ -135,7 +137,7 @@ def split(call: Call, x: Node, tokens: Tokens) -> Outcome:
 
 
 @of_first
-def unbind(call: Call, x: Node, tokens: Tokens) -> Outcome:
+def unbind(call: NodeCall, x: Node, tokens: Tokens) -> Outcome:
     """All slices of one dimension, which is gone."""
     dim = call.operand(1, "dim", 0) % len(shape(x))
     if dim == tokens.dim:
@@ -143,7 +145,7 @@ def unbind(call: Call, x: Node, tokens: Tokens) -> Outcome:
     return (Tokens(tokens.dim - (dim < tokens.dim), tokens.first),) * len(outputs(call.node))
 
 
-def cat(call: Call) -> Outcome:
+def cat(call: NodeCall) -> Outcome:
     """Joined along the token axis: text before or behind. Else all must carry the same tokens."""
     parts = call.tensors()
     rank = len(outputs(call.node)[0].shape)
@@ -160,7 +162,7 @@ def cat(call: Call) -> Outcome:
     return Tokens(dim, sum((shape(part)[dim] for part in before), start=tokens.first))
 
 
-def stack(call: Call) -> Outcome:
+def stack(call: NodeCall) -> Outcome:
     """Joined along a new dimension."""
     parts = call.tensors()
     rank = len(shape(parts[0]))
@@ -172,7 +174,7 @@ def stack(call: Call) -> Outcome:
 
 
 @of_first
-def repeat(call: Call, x: Node, tokens: Tokens) -> Outcome:
+def repeat(call: NodeCall, x: Node, tokens: Tokens) -> Outcome:
     """Copies along other dimensions."""
     back = tokens.dim - len(shape(x))
     times = call.spread("repeats")
@@ -182,7 +184,7 @@ def repeat(call: Call, x: Node, tokens: Tokens) -> Outcome:
 
 
 @of_first
-def repeat_interleave(call: Call, x: Node, tokens: Tokens) -> Outcome:
+def repeat_interleave(call: NodeCall, x: Node, tokens: Tokens) -> Outcome:
     """Copies of each slice of another dimension."""
     dim = call.operand(2, "dim")
     if dim is None or dim % len(shape(x)) == tokens.dim:
@@ -191,7 +193,7 @@ def repeat_interleave(call: Call, x: Node, tokens: Tokens) -> Outcome:
 
 
 @of_first
-def pad(call: Call, x: Node, tokens: Tokens) -> Outcome:
+def pad(call: NodeCall, x: Node, tokens: Tokens) -> Outcome:
     """Constants before and behind; pairs of widths, from the last dimension on."""
     widths = call.operand(1, "pad")
     if call.operand(2, "mode", "constant") != "constant":
@@ -205,7 +207,7 @@ def pad(call: Call, x: Node, tokens: Tokens) -> Outcome:
     return Tokens(tokens.dim, tokens.first + before)
 
 
-def setitem(call: Call) -> Outcome:
+def setitem(call: NodeCall) -> Outcome:
     """`target[index] = value`: the value must be permuted as the places that it is written to."""
     target, index, value = call.node.args
     state = call.state(target)

@@ -3,7 +3,8 @@
 A rule is given a node, some of whose operands are permuted along one dimension, and returns the
 `Tokens` of its output, or `None` where the output is what it was, or an `Obstacle` with its reason.
 It may rest on shapes and constants alone, and must hold for every permutation of the tokens.
-Where a value that is not permuted meets one that is, token by token, it returns a `Meeting`.
+Where a value that is not permuted meets one that is, token by token, it returns
+`NeedsPermutation`.
 
 | operators | a permutation of the token axis |
 |---|---|
@@ -35,12 +36,12 @@ from torch.fx import Node
 from calibatt_compiler.passes.graph import SDPA, example, sdpa_operands, transformed
 from calibatt_compiler.passes.token_order import places
 from calibatt_compiler.passes.token_order.axis import (
-    Call,
-    Meeting,
+    NeedsPermutation,
+    NodeCall,
     Outcome,
     Rule,
-    State,
     Tokens,
+    TokenState,
     aligned,
     number,
     of_first,
@@ -51,7 +52,7 @@ from calibatt_compiler.passes.token_order.axis import (
 )
 
 
-def elementwise(call: Call) -> Outcome:
+def elementwise(call: NodeCall) -> Outcome:
     """All operands are aligned at their last dimension: (B, S, C) * (B, 1, C) + (S, 1)."""
     out = example(call.node)
     if out is None:
@@ -59,7 +60,7 @@ def elementwise(call: Call) -> Outcome:
     return aligned(call, call.tensors(), out.dim())
 
 
-def as_first(call: Call) -> Outcome:
+def as_first(call: NodeCall) -> Outcome:
     """The first operand in another dtype, memory or broadcast shape: (1, S, D) -> (B, S, D)."""
     first, *_ = call.tensors()
     state, out = call.state(first), example(call.node)
@@ -68,7 +69,7 @@ def as_first(call: Call) -> Outcome:
     return Tokens(out.dim() + state.dim - len(shape(first)), state.first)
 
 
-def dropout(call: Call) -> Outcome:
+def dropout(call: NodeCall) -> Outcome:
     """Nothing at inference; in training it draws a random number for each place."""
     if call.operand(1, "p", 0.5) and call.operand(2, "training", True):
         return call.refuse("drops elements at random")
@@ -76,12 +77,12 @@ def dropout(call: Call) -> Outcome:
 
 
 @of_first
-def linear(call: Call, x: Node, tokens: Tokens) -> Outcome:
+def linear(call: NodeCall, x: Node, tokens: Tokens) -> Outcome:
     """(..., S, C) x (D, C) -> (..., S, D)."""
     return call.refuse("sums over tokens") if tokens.dim == len(shape(x)) - 1 else tokens
 
 
-def matmul(call: Call) -> Outcome:
+def matmul(call: NodeCall) -> Outcome:
     """(..., S, C) x (C, D) -> (..., S, D), or with batch dimensions of the same tokens."""
     operands = call.tensors()
     if len(operands) != 2 or any(len(shape(operand)) < 2 for operand in operands):
@@ -97,7 +98,7 @@ def matmul(call: Call) -> Outcome:
 
 
 @of_first
-def norm(call: Call, x: Node, tokens: Tokens) -> Outcome:
+def norm(call: NodeCall, x: Node, tokens: Tokens) -> Outcome:
     """layer_norm and rms_norm over the last dimensions."""
     over = number(call.operand(1, "normalized_shape"))
     last = len(over) if isinstance(over, (tuple, list, torch.Size)) else 1
@@ -105,7 +106,7 @@ def norm(call: Call, x: Node, tokens: Tokens) -> Outcome:
 
 
 @of_first
-def reduction(call: Call, x: Node, tokens: Tokens) -> Outcome:
+def reduction(call: NodeCall, x: Node, tokens: Tokens) -> Outcome:
     """A sum over some dimensions; over all tokens, it is the same in any order."""
     rank = len(shape(x))
     dims = call.operand(1, "dim")
@@ -121,12 +122,12 @@ def reduction(call: Call, x: Node, tokens: Tokens) -> Outcome:
 
 
 @of_first
-def softmax(call: Call, x: Node, tokens: Tokens) -> Outcome:
+def softmax(call: NodeCall, x: Node, tokens: Tokens) -> Outcome:
     """Over tokens or over something else: each result stays with its element."""
     return tokens
 
 
-def attention(call: Call) -> Outcome:
+def attention(call: NodeCall) -> Outcome:
     """(B, H, Sq, D) x (B, H, Sk, D): queries keep their order, keys and values are summed over."""
     operands = sdpa_operands(call.node)
     query, key, value = (call.state(operands[name]) for name in ("query", "key", "value"))
@@ -141,7 +142,9 @@ def attention(call: Call) -> Outcome:
     for name, one, other in (("key", key, value), ("value", value, key)):
         if isinstance(other, Tokens) and not other.agrees(one):
             return (
-                Meeting(operands[name], other) if one is None else call.refuse("differs in tokens")
+                NeedsPermutation(operands[name], other)
+                if one is None
+                else call.refuse("differs in tokens")
             )
     mask = operands.get("attn_mask")
     if isinstance(mask, Node):
@@ -149,7 +152,7 @@ def attention(call: Call) -> Outcome:
     return query if isinstance(query, Tokens) else None
 
 
-def _masked(call: Call, mask: Node, query: State, key: State) -> Outcome:
+def _masked(call: NodeCall, mask: Node, query: TokenState, key: TokenState) -> Outcome:
     """A mask (B, H, Sq, Sk), sizes 1 where it is broadcast, must be permuted as what it masks."""
     sizes, state = shape(mask), call.state(mask)
     wanted = [
@@ -160,19 +163,19 @@ def _masked(call: Call, mask: Node, query: State, key: State) -> Outcome:
     if len(wanted) > 1:
         return call.refuse("has a mask of tokens by tokens")
     if state is None and wanted:
-        return Meeting(mask, wanted[0])
+        return NeedsPermutation(mask, wanted[0])
     if state is not None and not (wanted and wanted[0].agrees(state)):
         return call.refuse("has a mask of other tokens")
     return query if isinstance(query, Tokens) else None
 
 
-def no_tokens(call: Call) -> Outcome:
+def no_tokens(call: NodeCall) -> Outcome:
     """Sizes, dtypes and devices: the same for any order of tokens."""
     tensor = any(isinstance(out, torch.Tensor) for out in outputs(call.node))
     return call.refuse("is a tensor that no rule describes") if tensor else None
 
 
-def constant(call: Call) -> Outcome:
+def constant(call: NodeCall) -> Outcome:
     """Numbers that are given, in the dtype and on the device of the operand."""
     return None
 
@@ -236,7 +239,7 @@ NUMPY = {"axis", "axes", "axis0", "axis1", "keepdims", "x", "x1", "x2"}
 """Other names of arguments, which rules would take for missing."""
 
 
-def transfer(call: Call) -> Outcome:
+def transfer(call: NodeCall) -> Outcome:
     """Return what a node makes of its operands."""
     operands = [call.state(node) for node in call.node.all_input_nodes]
     if not any(tokens for state in operands for tokens in token_states(state)):

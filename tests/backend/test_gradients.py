@@ -18,7 +18,7 @@ import calibatt_compiler
 from calibatt_compiler import CalibrationConfig, calibration
 from calibatt_compiler.errors import KernelError
 from calibatt_compiler.kernels.request import KernelSettings
-from calibatt_compiler.plan import BlockPattern, Plan, RowCopies, Sampler, SitePatterns
+from calibatt_compiler.plan import AnchorRows, BlockPattern, Plan, Sampler, SitePatterns
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.text import fit_pattern
 from calibatt_compiler.runtime.site import SparseSite
@@ -214,7 +214,7 @@ def test_a_site_with_text_token_order_and_copied_rows(
         key_length=length,
         block=(16, 16),
         repetitive=np.array([False, True]),
-        copies=RowCopies(grid, 2, 6, order),
+        copies=AnchorRows(grid, 2, 6, order),
     )
     plan = Plan.create(
         {"a": SitePatterns.share([pattern])},

@@ -1,4 +1,4 @@
-"""Models with repetitive heads equal dense attention with its rows copied, family by family."""
+"""Models with row-shared heads equal dense attention with its rows copied, family by family."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import torch
 from rich.console import Console
 
 import calibatt_compiler
-from calibatt_compiler.plan import BlockPattern, Plan, RowCopies, SitePatterns
+from calibatt_compiler.plan import AnchorRows, BlockPattern, Plan, SitePatterns
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.text import text_blocks
 
 FLAGS = ((False, True), (True, True), (False, False))
-"""By step, which heads are repetitive at the first site; at the second the other way round."""
+"""By step, which heads are row-shared at the first site; at the second the other way round."""
 
 
 def repetitive(case: Any, order: TokenOrder, anchor_rows: int = 2, block: int = 16) -> Any:
-    """The case with another plan: some heads repetitive, another token order, text dense."""
+    """The case with another plan: some heads row-shared, another token order, text dense."""
     old = case.plan
     length = old.sites[case.sites[0]].query_length
     text = length - np.prod(old.grid)
@@ -44,7 +44,7 @@ def repetitive(case: Any, order: TokenOrder, anchor_rows: int = 2, block: int = 
                     key_length=length,
                     block=(block, block),
                     repetitive=np.array(flags[:: -1 if number else 1]),
-                    copies=RowCopies(old.grid, anchor_rows, int(text), order),
+                    copies=AnchorRows(old.grid, anchor_rows, int(text), order),
                 )
             )
         sites[name] = SitePatterns.share(patterns)

@@ -17,7 +17,7 @@ from calibatt_compiler import Plan
 from calibatt_compiler.calibration import CalibrationConfig, validate_run
 from calibatt_compiler.calibration.store.run_folder import RunStore
 from calibatt_compiler.errors import CalibrationError
-from calibatt_compiler.plan import BlockPattern, RowCopies, Sampler, SitePatterns
+from calibatt_compiler.plan import AnchorRows, BlockPattern, Sampler, SitePatterns
 from calibatt_compiler.plan.order import RASTER, TokenOrder
 from calibatt_compiler.plan.text import fit_pattern, text_blocks
 
@@ -93,7 +93,7 @@ def plan_of(
             key_length=length,
             block=BLOCK,
             repetitive=np.array(repetitive),
-            copies=RowCopies(GRID, 2, TEXT if position == "first" else 0, order),
+            copies=AnchorRows(GRID, 2, TEXT if position == "first" else 0, order),
         )
         sites[name] = SitePatterns.share([pattern])
     sampler = Sampler(timesteps=(900.0,))

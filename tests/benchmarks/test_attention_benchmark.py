@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.mark.slow
-def test_the_check_runs(tmp_path: Path) -> None:
+def test_the_check_runs(tmp_path: Path, section_of: Callable[[Path], str]) -> None:
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / "attention.py"), "--check", "--out", str(tmp_path)],
         env={
@@ -39,6 +40,7 @@ def test_the_check_runs(tmp_path: Path) -> None:
     for result in record["rows"]:
         assert set(result["sustained"]) == set(result["burst"]) == {"math", "reference"}
         assert result["notes"] == []
+    assert "| tiny banded 0.40 | 0." in section_of(tmp_path / "attention.json")
     assert (tmp_path / "attention.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -77,7 +79,9 @@ def test_zones_have_the_density_asked_for(density: float, monkeypatch: pytest.Mo
     ("order", "more"),
     [("raster", set()), ("2x4xall", {"table 2x4xall once", "table 2x4xall around"})],
 )
-def test_the_check_of_layers_runs(order: str, more: set[str], tmp_path: Path) -> None:
+def test_the_check_of_layers_runs(
+    order: str, more: set[str], tmp_path: Path, section_of: Callable[[Path], str]
+) -> None:
     command = [sys.executable, str(BENCHMARKS / "dit_layer.py"), "--check", "--out", str(tmp_path)]
     command += ["--token-order", order, "--profile"]
     done = subprocess.run(
@@ -89,10 +93,14 @@ def test_the_check_of_layers_runs(order: str, more: set[str], tmp_path: Path) ->
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (row,) = json.loads((tmp_path / "dit_layer.json").read_text())["rows"]
-    assert set(row["ms"]) == {"stock", "table", "none"} | more
+    assert set(row["ms"]) == {"stock", "table", "zones table", "none"} | more
     assert done.stdout.count("profiled:\n") == len(row["ms"])
     assert "x calibatt::attention" in done.stdout
     assert row["left_out"] == {}
+    shown = section_of(tmp_path / "dit_layer.json")
+    assert all(f"| ragged | 1 | {name} | " in shown for name in row["ms"])
+    shown = section_of(tmp_path / "layer_profile.json")
+    assert all(f"| {name} | matrix products | " in shown for name in row["ms"])
 
 
 @pytest.mark.parametrize("mask", ["banded", "ragged", "random", "mixed", "dense"])

@@ -156,9 +156,10 @@ def test_the_fitted_weights_minimise_the_error_they_say():
     assert (energy * (each - 1)).sum(-1)[free].abs().max() < 1e-4
 
 
-def test_the_study_runs_and_goes_on_where_it_stopped(tmp_path: Path):
+def test_the_study_runs_and_goes_on_where_it_stopped(tmp_path: Path, section_of):
+    import record
     from dino_study import methods
-    from dino_study.report import draw, layer_error, table
+    from dino_study.report import draw, layer_error, rows, table
     from dino_study.study import Study
     from dino_study.vit import Dino, DinoConfig
 
@@ -203,6 +204,10 @@ def test_the_study_runs_and_goes_on_where_it_stopped(tmp_path: Path):
     text = table(whole)
     assert methods.EACH in text
     assert "best 0.2" in text
+    path = tmp_path / "dino.json"
+    record.write_record(path, torch.device("cpu"), rows(whole), pixels=52)
+    shown = section_of(path)
+    assert all(row["method"] in shown for row in rows(whole))
     draw(whole, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.mark.slow
-def test_the_check_runs(tmp_path: Path) -> None:
+def test_the_check_runs(tmp_path: Path, section_of: Callable[[Path], str]) -> None:
     pytest.importorskip("triton")
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / "energy.py"), "--check", "--out", str(tmp_path)],
@@ -36,6 +37,7 @@ def test_the_check_runs(tmp_path: Path) -> None:
     assert set(result["ms"]) == {"math", "cpu", "energies alone", "energies alone 1/4"}
     assert set(result["energy_errors"]) == set(result["ms"]) - {"math"}
     assert result["partial"] == ["energies alone", "energies alone 1/4"]
+    assert "| tiny | 700 | 3 | energies alone 1/4 |" in section_of(tmp_path / "energy.json")
     times = result["ms"]
     assert result["added"]["math"]["cpu"] == pytest.approx(times["cpu"] / times["math"] - 1)
 
@@ -68,7 +70,7 @@ def test_the_effect_of_a_share_of_queries(monkeypatch: pytest.MonkeyPatch) -> No
     full, quarter = (block_energy(q, k, block=(32, 32), queries=x) for x in (1.0, 0.25))
     same = effect(full, full, 0.84)
     assert same["other"] == 0
-    assert same["least mass"] >= 0.84
+    assert same["least_mass"] >= 0.84
     sampled = effect(full, quarter, 0.84)
     assert 0 < sampled["other"] < 0.5
     assert sampled["mass"] == pytest.approx(same["mass"], abs=0.05)

@@ -231,7 +231,7 @@ def test_the_study_goes_on_where_it_stopped(
     tiny_wan_pipeline, tiny_wan_arguments, tmp_path, monkeypatch
 ):
     from fidelity_study import study as module
-    from fidelity_study.methods import PEERS, TITLES
+    from fidelity_study.methods import FLOOR, PEERS, TITLES
     from fidelity_study.report import table, write
     from fidelity_study.setting import Setting
 
@@ -269,7 +269,7 @@ def test_the_study_goes_on_where_it_stopped(
     assert len(finished.results) == 5
     assert finished.run()
     # A profile and a dense video; of the others the one that was interrupted comes twice.
-    assert len(finished.results) == len(TITLES) * 2
+    assert len(finished.results) == len(TITLES) * 2 - 1, "the floor has no density"
     assert len(generated) == 2 + len(finished.results) + 1
     generated.extend(["none is to be the eighth"] * 8)
     before = len(generated)
@@ -289,6 +289,7 @@ def test_the_study_goes_on_where_it_stopped(
         for case in setting.held_out
         for density in setting.densities
         for name in TITLES
+        if name != FLOOR
     ):
         row = finished.results[setting.key(name, density, case)]
         budget = finished.results[setting.key("ours", density, case)]["density"]
@@ -296,6 +297,9 @@ def test_the_study_goes_on_where_it_stopped(
             assert row["density"] == pytest.approx(budget), name
         assert row["density"] == pytest.approx(density, abs=0.17), name
         assert row["psnr"] > 10
+    (floor,) = (row for key, row in finished.results.items() if key.startswith(FLOOR))
+    assert floor["density"] == 1
+    assert floor["psnr"] is None or floor["psnr"] > 60
     even = module.Study(tiny_wan_pipeline, dataclasses.replace(one, even=True), killed)
     assert {key.split("|")[0] for key in even.missing()} == {f"{name} even" for name in PEERS}
     assert even.run()
@@ -306,8 +310,10 @@ def test_the_study_goes_on_where_it_stopped(
     text = table(finished)
     assert all(setting.title(name) in text for name in TITLES)
     record = json.loads((killed / "fidelity.json").read_text())
-    assert record["complete"]
-    assert record["means"]["0.6"]["ours"]["psnr"] > 10
+    assert record["settings"]["complete"]
+    (ours,) = (r for r in record["rows"] if (r["name"], r["density"]) == ("ours", 0.6))
+    assert ours["psnr"] > 10
+    assert len(ours["by_video"]) == len(setting.held_out)
     assert (killed / "fidelity.png").stat().st_size > 10_000
     with pytest.raises(SystemExit, match="other settings"):
         module.Study(tiny_wan_pipeline, dataclasses.replace(setting, k=2.0), killed)
@@ -319,7 +325,7 @@ def test_a_form_without_a_plan_is_left_out(
     from fidelity_study import study as module
     from fidelity_study.methods import POOLED, TITLES
     from fidelity_study.plans import Form, NoPlanError, Recording
-    from fidelity_study.report import record, table
+    from fidelity_study.report import settings, table
     from fidelity_study.setting import Setting
 
     torch._dynamo.reset()
@@ -331,7 +337,7 @@ def test_a_form_without_a_plan_is_left_out(
         return frames
 
     monkeypatch.setattr(module.Study, "_video", served)
-    monkeypatch.setattr(module, "make", lambda name, bench: type("Method", (), {})())
+    monkeypatch.setattr(module, "make", lambda name, inputs: type("Method", (), {})())
     setting = Setting(
         arguments={**tiny_wan_arguments, "num_inference_steps": 2},
         calibration=[Case("a big rabbit", 1)],
@@ -353,7 +359,7 @@ def test_a_form_without_a_plan_is_left_out(
     assert module.Study(tiny_wan_pipeline, few, tmp_path / "few").run()
     assert not (tmp_path / "few" / "choices-0.3.json").exists(), "no head has a choice to make"
     assert len(json.loads((tmp_path / "few" / "results.json").read_text())) == 2
-    assert "no plan of density 0.3" in record(found)["absent"]["pooled|0.3"]
+    assert "no plan of density 0.3" in settings(found)["absent"]["pooled|0.3"]
     folder = tmp_path / "calibrated-raster.calibatt.calibration"
     with pytest.raises(NoPlanError, match="no plan of density"):  # the first step takes it all
         Recording(folder, C=0.999, k=1.0, rho=0.5).plan(0.3, Form())
@@ -362,7 +368,7 @@ def test_a_form_without_a_plan_is_left_out(
         assert plan.density() == pytest.approx(density, abs=0.01)
 
 
-def test_quick_runs_all_methods(tmp_path, monkeypatch, capsys):
+def test_quick_runs_all_methods(tmp_path, monkeypatch, capsys, section_of):
     import fidelity
     from fidelity_study.methods import FEW, ORDERED, TITLES
 
@@ -375,4 +381,11 @@ def test_quick_runs_all_methods(tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     titles = [title.format(few=FEW) for name, title in TITLES.items() if name != ORDERED]
     assert [title for title in titles if title not in shown] == []
-    assert json.loads((tmp_path / "fidelity.json").read_text())["complete"]
+    import results
+
+    assert results.read_record(tmp_path / "fidelity.json").settings["complete"]
+    shown = section_of(tmp_path / "fidelity.json")
+    assert [title for title in titles if f"| {title} |" not in shown] == []
+    assert shown.count("- Aim, weighted sample and zones") == 2
+    assert results.add(tmp_path / "fidelity.json") is None, "a check is not kept"
+    assert results.add(tmp_path / "run.json") is None, "nor is what is no record"

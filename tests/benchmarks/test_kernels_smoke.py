@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,20 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kernels_smoke.py"
 
 
 @pytest.mark.slow
-def test_smoke_benchmark_runs_interpreted(tmp_path: Path) -> None:
-    environment = {**os.environ, "OUT": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+def test_smoke_benchmark_runs_interpreted(
+    tmp_path: Path, section_of: Callable[[Path], str]
+) -> None:
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, str(SCRIPT)], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, str(SCRIPT), "--out", str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all right" in done.stdout
     (result,) = json.loads((tmp_path / "kernels_smoke.json").read_text())["rows"]
     assert result["equal_bits"]
+    assert "| tiny, ragged | " in section_of(tmp_path / "kernels_smoke.json")
     assert set(result["times"]) == {"sdpa math", "table", "baked", "energy"}

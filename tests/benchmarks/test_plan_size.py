@@ -7,6 +7,7 @@ import itertools
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -28,16 +29,19 @@ def masks() -> ModuleType:
     return module
 
 
-def test_the_benchmark_runs_small():
+def test_the_benchmark_runs_small(tmp_path: Path, section_of: Callable[[Path], str]):
     done = subprocess.run(
-        [sys.executable, str(FOLDER / "plan_size.py"), "--small", "--json"],
+        [sys.executable, str(FOLDER / "plan_size.py"), "--small", "--out", str(tmp_path)],
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
+    (told,) = json.loads((tmp_path / "plan_size.json").read_text())["rows"]
     assert told["patterns"] == 18
+    assert "Aim, opened, every byte checked, in at most 5 s: **met**" in section_of(
+        tmp_path / "plan_size.json"
+    )
     assert 0 < told["file MB"] < told["bitmap MB"]
     assert told["load s"] > 0
 

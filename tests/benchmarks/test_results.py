@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -43,14 +44,49 @@ def write(results: ModuleType, folder: Path, ratio: float, date: str = "2026-01-
     return path
 
 
-def test_the_page_is_that_of_the_records(results: ModuleType):
-    assert results.PAGE.read_text("utf-8") == results.page(), "make results"
+def test_pages_and_pictures_are_those_of_the_records(results: ModuleType):
+    made = results.pages()
+    assert {results.PAGE, results.PERFORMANCE} <= set(made)
+    for path, text in made.items():
+        assert path.read_text("utf-8") == text, f"make results: {path.name}"
+        if path.suffix == ".svg":
+            ElementTree.fromstring(text)
+    assert set(results.FOLDER.glob("*/*.svg")) <= set(made), "a picture of nothing"
+
+
+def test_figures_of_before_are_where_the_page_says(results: ModuleType):
+    """A link of docs/performance.md to a section written by hand leads to one."""
+    import performance
+
+    written = (results.FOLDER / "2026-11-27.md").read_text("utf-8").splitlines()
+    titles = {line.lstrip("# ") for line in written if line.startswith("#")}
+    earlier = [figure.earlier for figure in performance.FIGURES if figure.earlier is not None]
+    assert [each.title for each in earlier if each.title not in titles] == []
+    assert earlier[0].link.endswith("#a-layer-of-wan-14b-dit_layerpy)")
+
+
+def test_every_figure_names_columns_of_its_table(results: ModuleType):
+    """A word that no column has would leave a figure or an aim out for ever."""
+    import performance
+
+    by_name = {benchmark.name: benchmark for benchmark in results.BENCHMARKS}
+    assert set(performance.PICTURES) <= set(by_name)
+    for figure in performance.FIGURES:
+        titles = {column.title for column in by_name[figure.benchmark].columns}
+        assert figure.column in titles | {"x dense"}, figure
+    for benchmark in by_name.values():
+        titles = {column.title for column in benchmark.columns}
+        assert {aim.column for aim in benchmark.aims} <= titles
+        if benchmark.chart is not None:
+            chart = benchmark.chart
+            assert {chart.value, chart.series, *chart.along} <= titles
 
 
 def test_each_benchmark_is_a_script_with_its_own_record(results: ModuleType):
     for benchmark in results.BENCHMARKS:
         assert (FOLDER / f"{benchmark.name}.py").is_file()
-        assert f"benchmarks/{benchmark.name}.py" in benchmark.command
+        assert (FOLDER.parent / benchmark.command.split()[1]).is_file()
+        assert "--out" in benchmark.command
 
 
 def test_runs_are_shown_with_their_spread_and_their_aim(results: ModuleType, elsewhere: Path):
@@ -77,9 +113,25 @@ def test_a_record_without_an_entry_is_refused(results: ModuleType, elsewhere: Pa
     (elsewhere / "kept" / "unheard_of").mkdir()
     with pytest.raises(SystemExit, match="unheard_of"):
         results.page()
+    path = write(results, elsewhere, 1.0)
+    path.write_text(path.read_text().replace('"calibration_cost"', '"unheard_of"'))
+    with pytest.raises(SystemExit, match=r"catalogue\.py"):
+        results.add(path)
 
 
-def test_a_script_writes_what_is_kept(results: ModuleType, elsewhere: Path):
+def test_what_is_no_measurement_is_left_out(results: ModuleType, elsewhere: Path):
+    other = elsewhere / "run.json"
+    other.write_text('{"model": "a"}')
+    assert results.add(other) is None
+    check = write(results, elsewhere, 1.0)
+    check.write_text(check.read_text().replace('"settings": {}', '"settings": {"check": true}'))
+    assert results.add(check) is None
+    assert not list((elsewhere / "kept").iterdir())
+
+
+def test_a_script_writes_what_is_kept(
+    results: ModuleType, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+):
     import record
 
     @dataclasses.dataclass
@@ -87,8 +139,11 @@ def test_a_script_writes_what_is_kept(results: ModuleType, elsewhere: Path):
         ratio: float
 
     path: Any = elsewhere / "some.json"
+    monkeypatch.setattr(sys, "argv", ["benchmarks/some.py", "--out", str(elsewhere / "results")])
     record.write_record(path, "a device", [Row(1.5)], mask="banded")
     run = record.read_record(path)
     assert (run.benchmark, run.device, run.rows) == ("some", "a device", [{"ratio": 1.5}])
-    assert run.settings == {"mask": "banded"}
+    assert run.settings["mask"] == "banded"
+    assert run.settings["load"] >= 0
     assert run.versions["torch"]
+    assert run.command == "python benchmarks/some.py --out results", "no folder of a machine"

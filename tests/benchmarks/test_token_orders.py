@@ -14,7 +14,8 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "token_orders.py"
 
 
 @pytest.fixture
-def script():
+def script(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
     spec = importlib.util.spec_from_file_location("token_orders", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -37,7 +38,7 @@ def test_density_of_attention_along_a_line(script):
     assert script.density(places, (1, 1, 8), cut, rows, 0.01) == 0.2
 
 
-def test_the_table_is_printed(script, monkeypatch, capsys):
+def test_the_table_is_printed(script, monkeypatch, capsys, tmp_path, section_of):
     arguments = [
         "synthetic",
         "--grid",
@@ -51,9 +52,11 @@ def test_the_table_is_printed(script, monkeypatch, capsys):
         "--text",
         "5",
     ]
+    arguments += ["--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["token_orders.py", *arguments])
     script.main()
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split()[0] == "raster"
     assert len(lines) > 3
     assert all(0 < float(x) <= 1 for line in lines[1:] for x in line.split()[1:6])
+    assert "| synthetic | 5 | 16 | raster | 0." in section_of(tmp_path / "token_orders.json")

@@ -101,9 +101,11 @@ def test_settings_are_those_of_four_parts_each_of_one() -> None:
 def test_a_selection_is_taken_from_larger_settings() -> None:
     config = CalibrationConfig(A=0.5, rho=0.7, sample_power=1.0, keep_energies=True)
     selection = SelectionConfig.of(config)
-    assert selection == SelectionConfig(A=0.5, rho=0.7, sample_power=1.0)
+    assert selection == SelectionConfig(A=0.5, rho=0.7, sample_power=1.0, form="masks")
     assert selection.sampled
-    assert SelectionConfig.of(config, A=None, sample_power=None) == SelectionConfig(rho=0.7)
+    assert SelectionConfig.of(config, A=None, sample_power=None) == SelectionConfig(
+        rho=0.7, form="masks"
+    )
     assert SelectionConfig(C=0.9).completed(Thresholds(0.1, 0.2, 3)) == Thresholds(0.1, 0.9, 3)
     with pytest.raises(TypeError, match="block"):  # stored masks can't be given other blocks
         SelectionConfig.of(config, block=(64, 64))

@@ -35,7 +35,7 @@ def test_every_step_of_a_distilled_sampler_is_sparse(
     pipe = tiny_wan_pipeline
     # Distilled models run without guidance: one call a step.
     arguments = {**tiny_wan_arguments, "num_inference_steps": steps, "guidance_scale": 1.0}
-    config = CalibrationConfig(block=(32, 32))
+    config = CalibrationConfig(block=(32, 32), form="masks")
     plan = calibrate(pipe, ["a big rabbit runs"], 3, config=config, **arguments)
     assert plan.steps == steps
     assert plan.metadata.thresholds == {

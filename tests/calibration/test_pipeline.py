@@ -6,8 +6,6 @@ import copy
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import Calibration
 
 from calibatt_compiler import Plan
 from calibatt_compiler.calibration import CalibrationConfig, calibrate
@@ -22,7 +21,7 @@ from calibatt_compiler.calibration.observe.pipelines import branch_of
 from calibatt_compiler.calibration.store.run_folder import RunStore
 from calibatt_compiler.errors import CalibrationError, OptionError
 
-CONFIG = CalibrationConfig(block=(32, 32))
+CONFIG = CalibrationConfig(block=(32, 32), form="masks")
 PROMPTS = ["a big rabbit runs", "the bird flies"]
 
 
@@ -210,42 +209,31 @@ def test_what_cannot_be_used_is_refused(
         calibrate(pipe, PROMPTS, config=CalibrationConfig(component="transformer_2"), **arguments)
 
 
-SCRIPT = """
-import sys, torch
-from diffusers import WanPipeline
-from calibatt_compiler.calibration import CalibrationConfig, calibrate
-
-folder, out = sys.argv[1:]
-pipe = WanPipeline.from_pretrained(folder)
-plan = calibrate(
-    pipe, ["a big rabbit runs", "the bird flies", "a tree"], seeds=1, out=out,
-    config=CalibrationConfig(block=(32, 32)),
-    height=112, width=144, num_frames=9, num_inference_steps=3, max_sequence_length=16,
-)
-print(plan.digest)
-"""
-
-
 @pytest.mark.slow
-def test_killed_and_resumed_gives_the_same_plan(tiny_wan_folder: Path, tmp_path: Path) -> None:
-    def start(out: Path) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", SCRIPT, str(tiny_wan_folder), str(out)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+def test_killed_and_resumed_gives_the_same_plan(
+    tiny_wan_folder: Path, tiny_wan_arguments: dict[str, int], tmp_path: Path
+) -> None:
+    work = {
+        "prompts": ["a big rabbit runs", "the bird flies", "a tree"],
+        "seeds": 1,
+        "config": CalibrationConfig(block=(32, 32)),
+        **tiny_wan_arguments,
+    }
 
     def digest(out: Path) -> str:
-        with start(out) as process:
-            printed, _ = process.communicate(timeout=300)
-        assert process.returncode == 0
+        code, printed, said = Calibration(tiny_wan_folder, out=out, **work).result()
+        assert code == 0, said
         return printed.split()[-1]
 
     killed = tmp_path / "killed.calibatt"
     folder = Path(f"{killed}.calibration")
-    with start(killed) as process:
-        until = time.monotonic() + 300
-        while not list(folder.glob("input-*")) and time.monotonic() < until:
-            assert process.poll() is None
-            time.sleep(0.01)
-        os.kill(process.pid, signal.SIGKILL)
+    process = Calibration(tiny_wan_folder, out=killed, **work)
+    until = time.monotonic() + 300
+    while not list(folder.glob("input-*")) and time.monotonic() < until:
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.result()[0] == -signal.SIGKILL
     finished = sorted(path.name for path in folder.glob("input-*"))
     assert finished
     assert len(finished) < 3, "the kill came too late to prove anything"

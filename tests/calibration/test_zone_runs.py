@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forked import Calibration
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -247,8 +246,9 @@ def test_settings_of_the_other_form_are_refused(model: Model) -> None:
         {"form": "zones", "step_groups": 0},
         {"form": "zones", "zone_numbers": 1},
         {"form": "octaves"},
-        {"density": 0.2},
-        {"speed_up": 2.0},
+        {"form": "masks", "density": 0.2},
+        {"A": 0.9, "density": 0.2},
+        {"keep_energies": True, "speed_up": 2.0},
     ):
         with pytest.raises(OptionError) as caught:
             CalibrationConfig(**settings)  # type: ignore[arg-type]
@@ -312,50 +312,25 @@ def _forbidden(*_: object) -> None:
     raise AssertionError("the model must not be called")
 
 
-WORKER = """
-import sys
-import torch, torch.distributed as dist
-from diffusers import WanPipeline
-from calibatt_compiler.calibration import CalibrationConfig, calibrate
-
-folder, out, meeting, rank = sys.argv[1:]
-torch.set_num_threads(1)
-pipe = WanPipeline.from_pretrained(folder)
-if meeting != "alone":
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=int(rank), world_size=2)
-plan = calibrate(
-    pipe, ["a big rabbit runs", "the bird flies", "a small bird"], seeds=1, out=out,
-    config=CalibrationConfig(block=(16, 16), form="zones"), height=112, width=144, num_frames=9,
-    num_inference_steps=2, max_sequence_length=16,
-)
-print(plan.digest)
-"""
-
-
 @pytest.mark.slow
-def test_one_process_and_two_make_the_same_plan(tiny_wan_folder: Path, tmp_path: Path) -> None:
-    def start(out: str, meeting: str, rank: int) -> subprocess.Popen[str]:
-        command = [
-            sys.executable,
-            "-c",
-            WORKER,
-            tiny_wan_folder,
-            tmp_path / out,
-            meeting,
-            str(rank),
-        ]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-    meeting = str(tmp_path / "meeting")
+def test_one_process_and_two_make_the_same_plan(
+    tiny_wan_folder: Path, tiny_wan_arguments: dict[str, int], tmp_path: Path
+) -> None:
+    work = {
+        "prompts": ["a big rabbit runs", "the bird flies", "a small bird"],
+        "seeds": 1,
+        "config": CalibrationConfig(block=(16, 16), form="zones"),
+        **tiny_wan_arguments,
+        "num_inference_steps": 2,
+    }
+    both = {"out": tmp_path / "together", "meeting": tmp_path / "meeting", **work}
+    ranks = [Calibration(tiny_wan_folder, out=tmp_path / "alone", **work)]
+    ranks += [Calibration(tiny_wan_folder, rank=rank, **both) for rank in range(2)]
     digests = set()
-    for workers in (
-        [start("alone", "alone", 0)],
-        [start("together", meeting, rank) for rank in range(2)],
-    ):
-        for worker in workers:
-            printed, said = worker.communicate(timeout=240)
-            assert worker.returncode == 0, said
-            digests.add(printed.split()[-1])
+    for rank in ranks:
+        code, printed, said = rank.result()
+        assert code == 0, said
+        digests.add(printed.split()[-1])
     assert len(digests) == 1
     files = list((tmp_path / "together.calibration" / "sums").iterdir())
     assert {path.name.split("-")[0] for path in files} == {"00000", "00001"}

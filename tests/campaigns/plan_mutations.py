@@ -34,7 +34,7 @@ from plan_files import deflate, read_plan, write_plan
 
 from calibatt_compiler.errors import CalibattError, PlanFormatError
 from calibatt_compiler.plan import BlockPattern, Plan, Sampler, SitePatterns, file
-from calibatt_compiler.plan.copies import RowCopies
+from calibatt_compiler.plan.copies import AnchorRows
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.stored import StoredPatterns, pattern_of
 from calibatt_compiler.plan.zones import ZonePattern
@@ -70,7 +70,7 @@ def plans() -> Iterator[Plan]:
     yield plan({"a": SitePatterns.share(patterns(weight=weight))})
     yield plan({"a": SitePatterns.share(patterns(pooled=4), head_dim=64)})
     order = TokenOrder.parse("1x2x4")
-    copies = RowCopies(GRID, 2, 0, order)
+    copies = AnchorRows(GRID, 2, 0, order)
     flags = np.array([True, False])
     rows = patterns(repetitive=flags, copies=copies)
     yield plan({"a": SitePatterns.share(rows)}, token_order=order)

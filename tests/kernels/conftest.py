@@ -16,7 +16,7 @@ from torch import Tensor
 
 from calibatt_compiler.kernels.reference.attention import masked_dense_attention
 from calibatt_compiler.kernels.request import KernelRequest
-from calibatt_compiler.plan.copies import RowCopies
+from calibatt_compiler.plan.copies import AnchorRows
 from calibatt_compiler.plan.pattern import BlockPattern
 
 Operands = tuple[Tensor, Tensor, Tensor]
@@ -71,7 +71,7 @@ def random_pattern() -> Callable[..., BlockPattern]:
         pooled: int = 0,
         seed: int = 0,
         repetitive: tuple[bool, ...] = (),
-        copies: RowCopies | None = None,
+        copies: AnchorRows | None = None,
         intervals: int | None = None,
     ) -> BlockPattern:
         key_length = key_length or query_length

@@ -20,13 +20,13 @@ from calibatt_compiler.kernels.dispatch import (
     choose_energy,
 )
 from calibatt_compiler.kernels.request import AnyPattern, KernelRequest, KernelSettings
-from calibatt_compiler.plan import BlockPattern, RowCopies, SitePatterns
+from calibatt_compiler.plan import AnchorRows, BlockPattern, SitePatterns
 from calibatt_compiler.plan.stored import PatternOutline
 from calibatt_compiler.plan.zones import ZonePattern
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 OTHER_GPUS = [80, 86, 89, 100, 120]
-COPYING = {"copies": RowCopies((1, 8, 8), 3)}
+COPYING = {"copies": AnchorRows((1, 8, 8), 3)}
 SPECIAL = "generated source has no weights and no pooled keys yet"
 
 
@@ -279,7 +279,7 @@ def test_zones_of_short_sequences_take_the_exact_softmax() -> None:
 def test_what_is_known_undecoded_is_what_the_pattern_says() -> None:
     some = torch.eye(2, dtype=torch.bool).expand(2, 2, 2)
     every = torch.ones(2, 2, 2, dtype=torch.bool)
-    copying = {"repetitive": np.array([True, False]), "copies": RowCopies((2, 8, 16), 8)}
+    copying = {"repetitive": np.array([True, False]), "copies": AnchorRows((2, 8, 16), 8)}
     patterns = {
         "some": BlockPattern.from_mask(some),
         "every": BlockPattern.from_mask(every),

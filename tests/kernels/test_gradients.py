@@ -11,7 +11,7 @@ from calibatt_compiler.errors import KernelError
 from calibatt_compiler.kernels import gradients
 from calibatt_compiler.kernels.gradients import attention_gradients
 from calibatt_compiler.kernels.reference.attention import masked_dense_attention
-from calibatt_compiler.plan.copies import RowCopies
+from calibatt_compiler.plan.copies import AnchorRows
 from calibatt_compiler.plan.pattern import BlockPattern
 
 Operands = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -55,7 +55,7 @@ def patterns() -> dict[str, BlockPattern]:
 
     square = {"query_length": 75, "key_length": 75, "block": (16, 16)}
     weight = 2.0 ** torch.randint(0, 4, (3, 5, 5), generator=generator)
-    copies = RowCopies((3, 5, 5), 2)
+    copies = AnchorRows((3, 5, 5), 2)
     computed = -(-len(copies.computed(75)) // 16)
     shared = mask(3, 5, 5)
     shared[1, computed:] = False

@@ -16,7 +16,7 @@ X: Any = torch.zeros(1)
 
 
 class Stand:
-    """Stands for a kernel; fails if told so."""
+    """Stands for a kernel; fails where it is to."""
 
     density, table_bytes, repairs = 0.5, 7, 3
     reason: str | None = None

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from calibatt_compiler.passes.graph import drop_unread, finish
 from calibatt_compiler.passes.token_order.axis import Obstacle, Tokens
-from calibatt_compiler.passes.token_order.flow import settle
+from calibatt_compiler.passes.token_order.flow import propagate
 from calibatt_compiler.passes.token_order.rules import RULES
 from calibatt_compiler.passes.writes import memory, written
 
@@ -106,7 +106,7 @@ REFUSED: list[Callable[[Tensor], Any]] = [
 def test_a_flow_ends_where_permuted_tokens_may_be_lost_in_memory(index: int) -> None:
     gm = capture(REFUSED[index], X.clone())
     entry = gm.graph.find_nodes(op="placeholder")[0]
-    assert isinstance(settle(gm.graph, entry, Tokens(1), VIDEO), Obstacle)
+    assert isinstance(propagate(gm.graph, entry, Tokens(1), VIDEO), Obstacle)
 
 
 def test_finishing_erases_nothing_but_what_the_pass_made() -> None:

@@ -18,7 +18,7 @@ from plan_files import deflate, write_plan
 
 from calibatt_compiler.errors import PlanError, PlanFormatError
 from calibatt_compiler.plan import BlockPattern, Plan, Sampler, SitePatterns, bounds, encoding, file
-from calibatt_compiler.plan.copies import RowCopies
+from calibatt_compiler.plan.copies import AnchorRows
 from calibatt_compiler.plan.sizes import MAX_ORDERED
 from calibatt_compiler.plan.stored import PatternSize
 
@@ -249,7 +249,7 @@ def test_a_tiled_grid_of_too_many_tokens_is_refused() -> None:
 @pytest.mark.parametrize("height", [1, 2, 5, 6, 45, 90])
 def test_each_row_copies_the_nearest_anchor(height: int) -> None:
     for rows in range(1, height + 2):
-        copies = RowCopies((1, height, 1), rows)
+        copies = AnchorRows((1, height, 1), rows)
         anchors = copies.anchors.tolist()
         computed, sources = copies.computed(height), copies.sources(height)
         for row in range(height):

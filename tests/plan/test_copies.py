@@ -1,4 +1,4 @@
-"""Repetitive heads in a plan: which rows are computed, where they go, and how they are stored."""
+"""Row-shared heads in a plan: which rows are computed, where they go, and how they are stored."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from calibatt_compiler.errors import PlanError, PlanFormatError
 from calibatt_compiler.plan import (
+    AnchorRows,
     BlockPattern,
     Plan,
-    RowCopies,
     Sampler,
     SitePatterns,
     merge_intervals,
@@ -33,20 +33,20 @@ BLOCK = (16, 32)
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[RowCopies, int]:
+def cases(draw: st.DrawFn) -> tuple[AnchorRows, int]:
     """Copies and a sequence length: any grid, text on either side, tiles that cut the grid."""
     size = st.integers(1, 7)
     grid = (draw(st.integers(1, 3)), draw(size), draw(size))
     tile = st.tuples(st.integers(1, 2), st.integers(1, 4), st.integers(1, 4))
     order = TokenOrder(draw(st.none() | tile))
     first, after = draw(st.integers(0, 9)), draw(st.integers(0, 9))
-    copies = RowCopies(grid, draw(st.integers(1, 9)), first, order)
+    copies = AnchorRows(grid, draw(st.integers(1, 9)), first, order)
     return copies, first + copies.video + after
 
 
 @given(cases())
 @settings(deadline=None, max_examples=200)
-def test_each_token_takes_its_column_of_the_nearest_anchor(case: tuple[RowCopies, int]):
+def test_each_token_takes_its_column_of_the_nearest_anchor(case: tuple[AnchorRows, int]):
     copies, length = case
     frames, height, width = copies.grid
     count = min(copies.anchor_rows, height)
@@ -73,7 +73,7 @@ def test_each_token_takes_its_column_of_the_nearest_anchor(case: tuple[RowCopies
 
 def test_anchor_rows_are_the_middles_of_equal_parts():
     def anchors(height: int, count: int) -> list[int]:
-        return list(RowCopies((1, height, 1), count).anchors)
+        return list(AnchorRows((1, height, 1), count).anchors)
 
     assert anchors(30, 5) == [3, 9, 15, 21, 27]
     assert anchors(8, 5) == [0, 2, 4, 5, 7]
@@ -82,13 +82,13 @@ def test_anchor_rows_are_the_middles_of_equal_parts():
 
 
 def test_of_two_nearest_anchors_the_upper_one_is_taken():
-    copies = RowCopies((1, 4, 1), 2)  # anchors 1 and 3: row 2 is as near to either
+    copies = AnchorRows((1, 4, 1), 2)  # anchors 1 and 3: row 2 is as near to either
     assert copies.computed(4).tolist() == [1, 3]
     assert copies.sources(4).tolist() == [0, 0, 0, 1]
 
 
 def test_tables_can_not_be_changed():
-    for table in (RowCopies(GRID, 2).computed(VIDEO), RowCopies(GRID, 2).sources(VIDEO)):
+    for table in (AnchorRows(GRID, 2).computed(VIDEO), AnchorRows(GRID, 2).sources(VIDEO)):
         with pytest.raises(ValueError, match="read-only"):
             table[0] = 1
 
@@ -99,12 +99,12 @@ def test_tables_can_not_be_changed():
 )
 def test_sizes_are_checked(arguments: Any):
     with pytest.raises(PlanError, match="copied rows need a grid"):
-        RowCopies(*arguments)
+        AnchorRows(*arguments)
 
 
 def test_a_sequence_must_hold_the_grid():
     with pytest.raises(PlanError, match="not in a sequence of this length"):
-        RowCopies(GRID, 2, first=1).computed(VIDEO)
+        AnchorRows(GRID, 2, first=1).computed(VIDEO)
 
 
 def sparse(heads: int, length: int, seed: int = 0) -> torch.Tensor:
@@ -117,7 +117,7 @@ def sparse(heads: int, length: int, seed: int = 0) -> torch.Tensor:
 def mixed(
     *repetitive: bool, length: int = VIDEO, first: int = 0, seed: int = 0, **others: Any
 ) -> BlockPattern:
-    """A pattern of `GRID` in which some heads are repetitive, with two anchor rows of seven."""
+    """A pattern of `GRID` in which some heads are row-shared, with two anchor rows of seven."""
     order = others.pop("order", RASTER)
     return BlockPattern.from_mask(
         sparse(len(repetitive), length, seed),
@@ -125,7 +125,7 @@ def mixed(
         key_length=length,
         block=BLOCK,
         repetitive=np.array(repetitive),
-        copies=RowCopies(GRID, others.pop("anchor_rows", 2), first, order),
+        copies=AnchorRows(GRID, others.pop("anchor_rows", 2), first, order),
         **others,
     )
 
@@ -201,8 +201,8 @@ def test_what_contradicts_itself_is_refused():
     with pytest.raises(PlanError, match="one flag a head"):
         replace(pattern, repetitive=np.array([0, 1]))
     with pytest.raises(PlanError, match="not in a sequence of this length"):
-        replace(pattern, copies=RowCopies((3, 7, 5), 2))
-    with pytest.raises(PlanError, match="a repetitive head has weights"):
+        replace(pattern, copies=AnchorRows((3, 7, 5), 2))
+    with pytest.raises(PlanError, match="a row-shared head has weights"):
         replace(pattern, weights=pattern.numpy_mask().astype(np.uint8))
     assert flags is not None
     with pytest.raises(ValueError, match="read-only"):
@@ -227,7 +227,7 @@ def test_carried_to_another_text_length(position: Any, text: int):
     old, plain = pattern(False, True, text=9), pattern(False, False, text=9)
     to = (VIDEO + text, VIDEO + text)
     new = fit_pattern(old, to, video=VIDEO, position=position)
-    assert new.copies == RowCopies(GRID, 2, text if position == "first" else 0)
+    assert new.copies == AnchorRows(GRID, 2, text if position == "first" else 0)
     assert new.repetitive.tolist() == [False, True]
     assert np.array_equal(new.bits[1], pattern(False, True, text=text).bits[1])
     assert np.array_equal(

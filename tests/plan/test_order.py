@@ -51,8 +51,8 @@ def test_strips_are_walked_like_a_ploughed_field(grid, tile, along):
         part = {axis: place[axis] * n // grid[axis] for axis, n in count.items()}
         forwards = part[earlier] % 2 == 0
         walked = part[later] if forwards else count[later] - 1 - part[later]
-        rope = part[earlier] * count[later] + walked
-        return rope, place[along] if rope % 2 == 0 else -place[along], token
+        strip = part[earlier] * count[later] + walked
+        return strip, place[along] if strip % 2 == 0 else -place[along], token
 
     assert tokens.tolist() == sorted(range(int(np.prod(grid))), key=key)
 

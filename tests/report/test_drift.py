@@ -7,7 +7,7 @@ import torch
 
 from calibatt_compiler.kernels.request import KernelSettings
 from calibatt_compiler.plan import BlockPattern, Plan, Sampler, SitePatterns
-from calibatt_compiler.plan.copies import RowCopies
+from calibatt_compiler.plan.copies import AnchorRows
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.report.drift import MARGIN, Drift
 from calibatt_compiler.runtime import monitor
@@ -80,7 +80,7 @@ def test_repetitive_heads_are_left_out(row, chunk, monkeypatch):
     plain = random_pattern(80)
     flags = torch.tensor([False, True, False])
     sizes = {"query_length": 80, "key_length": 80, "block": (16, 16)}
-    copies = RowCopies(GRID, 2)
+    copies = AnchorRows(GRID, 2)
     some = BlockPattern.from_mask(plain.mask(), **sizes, repetitive=flags.numpy(), copies=copies)
     q, k, _ = operands(80)
     got = kept_mass(q, k, some, row, 0.7)

@@ -16,9 +16,9 @@ from PIL import Image
 from rich.console import Console
 
 from calibatt_compiler.plan import (
+    AnchorRows,
     BlockPattern,
     Plan,
-    RowCopies,
     SitePatterns,
     merge_intervals,
     share_steps,
@@ -92,7 +92,7 @@ def test_terminal_table_fits_a_terminal():
 
 def test_repetitive_heads_are_shown(tmp_path: Path):
     plain = random_plan()
-    copies = RowCopies(plain.grid, 2)
+    copies = AnchorRows(plain.grid, 2)
     sites = {}
     for name, flags in (("blocks.0.attn1", (False, True)), ("blocks.1.attn1", (False, False))):
         by_step = [
@@ -106,7 +106,7 @@ def test_repetitive_heads_are_shown(tmp_path: Path):
         ]
         sites[name] = SitePatterns.share(by_step)
     plan = plain.with_sites(sites, thresholds={}, quality={})
-    shown = dict(inspect.facts(plan))["repetitive heads"]
+    shown = dict(inspect.facts(plan))["row-shared heads"]
     assert shown == "16.7%, mean over the steps; compute 2 of the 5 rows of a frame"
     console = Console(width=80, file=io.StringIO())
     console.print(inspect.terminal(plan))
@@ -127,7 +127,7 @@ def test_nothing_is_said_of_copies_where_there_are_none(tmp_path: Path):
     console = Console(width=80, file=io.StringIO())
     console.print(inspect.terminal(random_plan()))
     assert "cop" not in console.file.getvalue()
-    assert "repetitive heads" not in dict(inspect.facts(random_plan()))
+    assert "row-shared heads" not in dict(inspect.facts(random_plan()))
     page = plan_page.write_page(random_plan(), tmp_path / "plan.html").read_text("utf-8")
     assert "anchor rows" not in page
 

@@ -24,7 +24,7 @@ def control(out_ptr, value):
 
 @gluon.jit
 def arrive_and_write(out_ptr, place, value, barrier):
-    """Store one number, having told the other partition."""
+    """Store one number, having signalled the other partition."""
     mbarrier.arrive(barrier.index(0), count=1)
     gl.store(out_ptr + place, value)
 

@@ -10,7 +10,6 @@ every read out of bounds is an error.
 from __future__ import annotations
 
 import random
-import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -19,86 +18,23 @@ from typing import Any
 
 import numpy as np
 import torch
+from gluon_registers import (
+    Memory,
+    Pointer,
+    Tile,
+    choose,
+    inline_asm,
+    load,
+    of_two,
+    reduce,
+    store,
+    tile,
+)
 
 TIMEOUT = 20.0
 """Seconds after which a barrier counts as a deadlock."""
 
 _thread = threading.local()
-
-
-class Tile(np.ndarray):
-    """A tensor in registers: float32 or int32; layouts are not modelled."""
-
-    type = SimpleNamespace(layout=None)
-
-    def to(self, dtype: str, bitcast: bool = False) -> Tile:
-        return tile(self.view(dtype)) if bitcast else rounded(self, dtype)
-
-
-def tile(x: Any) -> Any:
-    return np.asarray(x).view(Tile) if np.ndim(x) else x
-
-
-def rounded(x: np.ndarray, dtype: str) -> Tile:
-    """Round to bfloat16 or float16, kept in float32; overflow gives infinity."""
-    low = getattr(torch, dtype)
-    return tile(torch.from_numpy(np.array(x, np.float32)).to(low).float().numpy())
-
-
-class Memory:
-    """What a pointer may reach: the elements of a tensor of any strides, and nothing between."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        steps = zip(tensor.shape, tensor.stride(), strict=True)
-        size = 1 + sum((length - 1) * stride for length, stride in steps)
-        self.flat = tensor.as_strided((size,), (1,))
-        self.own = torch.zeros(size, dtype=torch.bool)
-        self.own.as_strided(tensor.shape, tensor.stride()).fill_(True)
-
-    def check(self, offsets: torch.Tensor) -> torch.Tensor:
-        inside = (offsets >= 0) & (offsets < len(self.own))
-        assert inside.all(), f"access out of bounds: {offsets} of {len(self.own)}"
-        assert self.own[offsets].all(), "access between the rows of a tensor"
-        return offsets
-
-    def read(self, offsets: Any) -> Any:
-        """Values as in registers: integers, or floats of 32 bits."""
-        values = self.flat[self.check(torch.as_tensor(np.asarray(offsets)).long())]
-        return (values.float() if values.is_floating_point() else values).numpy()
-
-    def write(self, offsets: Any, values: Any) -> None:
-        where = self.check(torch.as_tensor(np.asarray(offsets)).long())
-        self.flat[where] = torch.as_tensor(np.array(values)).to(self.flat.dtype)
-
-
-class Pointer:
-    """A pointer into a tensor, or a vector of them."""
-
-    def __init__(self, memory: Memory, offset: Any = 0) -> None:
-        self.memory, self.offset = memory, offset
-
-    def __add__(self, step: Any) -> Pointer:
-        return Pointer(self.memory, self.offset + step)
-
-
-def load(pointer: Pointer, mask: Any = None, other: Any = None) -> Any:
-    if not np.ndim(pointer.offset):
-        return pointer.memory.read(pointer.offset).item()
-    if mask is None:
-        return tile(pointer.memory.read(pointer.offset))
-    inside = np.broadcast_to(np.asarray(mask), pointer.offset.shape)
-    found = pointer.memory.read(pointer.offset[inside])
-    values = np.full(inside.shape, other or 0, found.dtype)
-    values[inside] = found
-    return tile(values)
-
-
-def store(pointer: Pointer, value: Any, mask: Any = None) -> None:
-    if mask is None:
-        pointer.memory.write(pointer.offset, value)
-        return
-    inside = np.broadcast_to(np.asarray(mask), pointer.offset.shape)
-    pointer.memory.write(pointer.offset[inside], np.broadcast_to(value, inside.shape)[inside])
 
 
 class Barrier:
@@ -216,7 +152,9 @@ class Descriptor:
     def __init__(self, tensor: torch.Tensor, rows: int) -> None:
         self.tensor, self.rows = tensor, rows
         self.dtype = str(tensor.dtype).removeprefix("torch.")
-        self.block_type = SimpleNamespace(nbytes=rows * tensor.shape[3] * tensor.itemsize)
+        shape = [1, 1, rows, tensor.shape[3]]
+        nbytes = rows * tensor.shape[3] * tensor.itemsize
+        self.block_type = SimpleNamespace(shape=shape, nbytes=nbytes)
 
     def part(self, coordinates: Sequence[int]) -> torch.Tensor:
         batch, head, row, column = coordinates
@@ -316,46 +254,12 @@ def warpgroup_mma_wait(outstanding: int = 0, deps: Any = None) -> Any:
     return results[0] if len(results) == 1 else tuple(results)
 
 
-def choose(condition: Any, a: Any, b: Any) -> Any:
-    if np.ndim(condition) == 0:
-        return a if condition else b
-    return tile(np.where(condition, a, b).astype(np.result_type(a, b), copy=False))
-
-
 def allocate(dtype: Any, shape: Sequence[int], layout: object) -> Any:
     return Barriers(shape[0]) if dtype == "int64" else SharedTiles(dtype, shape)
 
 
-def inline_asm(asm: Any, _: str, operands: list[Any], *__: object, **___: object) -> Any:
-    """The pieces of PTX that kernels have: 2^x, rescaling, and literals looked up by number."""
-    asm = getattr(asm, "value", asm)
-    if found := re.search(r"\.const \S+ \d+ \.b32 runs\[(\d+)\] = \{([^}]*)\}", asm):
-        words = [int(word) for word in found[2].split(",")]
-        assert len(words) == int(found[1])
-        assert 0 <= operands[0] < len(words), "literals read out of bounds"
-        return words[operands[0]]
-    if asm.startswith("ex2.approx.ftz"):
-        result = np.exp2(np.asarray(operands[0], np.float32))
-        return tile(np.where(result < 2.0**-126, np.float32(0), result))
-    assert "vote.sync.any" in asm
-    assert asm.count("mul.f32") == operands[0].shape[1] // 2
-    return operands[0] * operands[1]
-
-
 def atomic_add(pointer: Pointer, value: int) -> None:
     pointer.memory.write(pointer.offset, pointer.memory.read(pointer.offset) + value)
-
-
-def reduce(function: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda x, axis: tile(function(np.asarray(x), axis))
-
-
-def of_two(function: Callable[..., Any]) -> Callable[..., Any]:
-    def apply(a: Any, b: Any) -> Any:
-        both = function(a, b)
-        return tile(both) if np.ndim(both) else type(a)(both)
-
-    return apply
 
 
 def warp_specialize(parts: Any, warps: object, registers: object) -> None:
@@ -448,6 +352,8 @@ def interpret(kernel: Any, known: dict[Any, Callable[..., Any]] | None = None) -
         value = source.__globals__.get(name)
         if name in NAMES:
             names[name] = NAMES[name]
+        elif getattr(value, "__triton_aggregate__", False):
+            names[name] = interpret_aggregate(value, known)
         elif hasattr(value, "fn"):
             names[name] = interpret(value, known)
         elif hasattr(value, "value"):
@@ -455,6 +361,16 @@ def interpret(kernel: Any, known: dict[Any, Callable[..., Any]] | None = None) -
         elif value is not None:
             names[name] = value
     return function
+
+
+def interpret_aggregate(kind: Any, known: dict[Any, Callable[..., Any]]) -> Any:
+    """Return a class of the same methods, interpreted, whose fields are given by name."""
+    if kind not in known:
+        methods = {name: method for name, method in vars(kind).items() if hasattr(method, "fn")}
+        known[kind] = stand_in = type(kind.__name__, (SimpleNamespace,), {})
+        for name, method in methods.items():
+            setattr(stand_in, name, interpret(method, known))
+    return known[kind]
 
 
 class Interpreted:
@@ -481,6 +397,8 @@ class Interpreted:
 
     @staticmethod
     def argument(value: Any) -> Any:
+        if hasattr(value, "_fields"):
+            return type(value)(*map(Interpreted.argument, value))
         if isinstance(value, torch.Tensor):
             return Pointer(Memory(value))
         return interpret(value) if hasattr(value, "fn") else value

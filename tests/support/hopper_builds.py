@@ -27,7 +27,7 @@ from calibatt_compiler.kernels.baked.cover import EXACT
 from calibatt_compiler.kernels.common.zone_table import zone_table
 from calibatt_compiler.kernels.hopper.launch import HopperConfig
 from calibatt_compiler.kernels.hopper.offline import compile_counts, compile_hopper
-from calibatt_compiler.plan.copies import RowCopies
+from calibatt_compiler.plan.copies import AnchorRows
 from calibatt_compiler.plan.pattern import BlockPattern
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -127,7 +127,7 @@ def pattern(*, copies: bool = False) -> BlockPattern:
     length = 12 * 128 - 37
     repeated: dict[str, Any] = {}
     if copies:
-        repeated = {"repetitive": np.array([True, False]), "copies": RowCopies((3, 20, 20), 4)}
+        repeated = {"repetitive": np.array([True, False]), "copies": AnchorRows((3, 20, 20), 4)}
     return BlockPattern.from_mask(mask, query_length=length, key_length=length, **repeated)
 
 
@@ -142,7 +142,7 @@ def build_literals(*, copies: bool = False) -> None:
     for repair in config.repairs:
         assert cache.is_compiled(entry, config.variant_name(repair=repair))
         before = cached_files()
-        literals, runs = cache.load_kernel(entry), entry.covering.cover.max_intervals
+        literals, runs = cache.load_kernel(entry), entry.cover.max_intervals
         indices = {} if repair else {"literals": literals, "runs": runs}
         kernel = compile_hopper(config, repair=repair, **indices)
         name = f"literals{', copies' if copies else ''}, repair {repair}"

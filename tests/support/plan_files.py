@@ -9,7 +9,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from calibatt_compiler.plan import file
+from calibatt_compiler.plan import Plan, file
 
 
 def write_plan(
@@ -60,3 +60,8 @@ def read_plan(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, byt
     codes = {name: data[slice(*place["data_offsets"])] for name, place in header.items()}
     entries = {name: site["patterns"] for name, site in json.loads(index).items()}
     return json.loads(record), entries, codes
+
+
+def decode_all(plan: Plan) -> int:
+    """Decode every pattern of a plan; return how many."""
+    return sum(len(tuple(site.patterns)) for site in plan.sites.values())

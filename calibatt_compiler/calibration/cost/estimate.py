@@ -174,7 +174,7 @@ def estimate(
     host_bytes = sizes.host_bytes(weighted=weighted)
     plan_bytes = sizes.plan_bytes(thresholds, len(inputs), weighted=weighted)
     processes = Ranks.current().size if config.distributed else 1
-    if config.form == "zones":
+    if config.zoned:
         groups = min(config.step_groups, record.schedule_steps)
         run_bytes = records_bytes + zones.sums_bytes(record, groups, processes)
         host_bytes = zones.host_bytes(record, groups)

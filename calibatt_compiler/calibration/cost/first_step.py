@@ -1,4 +1,4 @@
-"""The first step of an input by the clock, to tell what a whole run will cost."""
+"""Times the first step of an input, from which the cost of a whole run is estimated."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class Sizes:
 
     Attributes:
         record: of an input, its arrays not yet known.
-        keep_energies: as in `CalibrationConfig`.
+        keep_energies: see `CalibrationConfig`.
         anchor_rows: of the inputs that are scored for spatial repetition; 0 if none is.
     """
 

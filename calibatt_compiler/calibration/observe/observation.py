@@ -31,7 +31,7 @@ Key = tuple[str, int]
 
 
 @dataclass(frozen=True)
-class Schedule:
+class SamplerSchedule:
     """What a pipeline's scheduler says of the steps to come.
 
     Attributes:
@@ -83,7 +83,7 @@ class InputObservation:
     about: Mapping[str, Any]
     samples: int | None
     reference: InputRecord | None
-    schedule: Schedule | None = None
+    schedule: SamplerSchedule | None = None
     timesteps: list[float] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     sizes: dict[str, SiteSize] = field(default_factory=dict)

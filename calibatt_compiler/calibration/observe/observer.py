@@ -14,7 +14,11 @@ from torch import Tensor
 
 from calibatt_compiler.calibration.config import CalibrationConfig
 from calibatt_compiler.calibration.observe.attach import observed
-from calibatt_compiler.calibration.observe.observation import Branch, InputObservation, Schedule
+from calibatt_compiler.calibration.observe.observation import (
+    Branch,
+    InputObservation,
+    SamplerSchedule,
+)
 from calibatt_compiler.calibration.observe.repeated_samples import CallSamples
 from calibatt_compiler.calibration.select.repetition_scores import AttentionCall
 from calibatt_compiler.calibration.store.records import InputRecord, SiteSize
@@ -44,7 +48,7 @@ class ObservedModel:
 
     module: torch.nn.Module
     config: CalibrationConfig
-    schedule: Callable[[], Schedule | None] = lambda: None
+    schedule: Callable[[], SamplerSchedule | None] = lambda: None
     on_step: Callable[[int, int | None], None] = lambda step, steps: None
 
     @property
@@ -151,7 +155,7 @@ class Observer(ABC):
         reference = None if self.reference is None else self.reference.fixed_by
         for before in (self._layout_of(run), reference):
             if before is not None and (what := before.contradicts(now)):
-                raise _another_size(run, "tokens laid out as in the calls before", what)
+                raise _another_size(run, "the token layout of the calls before", what)
 
     def _layout_of(self, run: InputObservation) -> FixedBy | None:
         """Return what fixed the tokens of an input so far."""
@@ -169,7 +173,7 @@ class Observer(ABC):
     ) -> Tensor:
         """Compute dense attention and, where the call counts, observe it.
 
-        Shapes as in `calibatt_compiler.capture.Recorder`.
+        Shapes: see `calibatt_compiler.capture.Recorder`.
 
         Raises:
             CalibrationError: sizes or timesteps that don't fit the run, or attention that is not

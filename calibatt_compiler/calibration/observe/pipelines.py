@@ -12,7 +12,7 @@ import torch
 
 from calibatt_compiler.arguments import described, known
 from calibatt_compiler.calibration.config import CalibrationConfig
-from calibatt_compiler.calibration.observe.observation import Branch, Schedule
+from calibatt_compiler.calibration.observe.observation import Branch, SamplerSchedule
 from calibatt_compiler.calibration.observe.observer import ObservedModel, Observer
 from calibatt_compiler.errors import CalibattError, CalibrationError, OptionError, PipelineError
 from calibatt_compiler.logs import logger
@@ -40,8 +40,8 @@ def read_inputs(
     """Return the seed of each input, and its arguments that are not those of all inputs.
 
     Args:
-        prompts: as in `calibrate`.
-        seeds: as in `calibrate`.
+        prompts: see `calibrate`.
+        seeds: see `calibrate`.
         arguments: of the pipeline, common to all inputs.
         pipe: the pipeline, whose call must know each argument; None if it is not at hand.
 
@@ -135,7 +135,7 @@ def component_of(pipe: Any, name: str) -> torch.nn.Module:
     return unwrap(module)
 
 
-def schedule_of(scheduler: Any) -> Schedule | None:
+def schedule_of(scheduler: Any) -> SamplerSchedule | None:
     """Return the steps that a scheduler is set to, or None before it is set."""
     timesteps = getattr(scheduler, "timesteps", None)
     if timesteps is None or len(timesteps) == 0:
@@ -146,7 +146,7 @@ def schedule_of(scheduler: Any) -> Schedule | None:
     levels: tuple[float, ...] | None = None
     if sigmas is not None and len(sigmas) in (len(values), len(values) + 1):
         levels = tuple(float(sigmas[values.index(value)]) for value in distinct)
-    return Schedule(timesteps=distinct, sigmas=levels, name=type(scheduler).__name__)
+    return SamplerSchedule(timesteps=distinct, sigmas=levels, name=type(scheduler).__name__)
 
 
 def samples_of(arguments: Mapping[str, Any]) -> int | None:

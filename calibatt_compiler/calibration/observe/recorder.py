@@ -195,7 +195,7 @@ class AttentionRecorder(EnergyObserver):
         if self._config.keep_energies:
             raise CalibrationError(
                 "energies of inputs with different text lengths can't be kept together",
-                expected=f"{known.query_length} tokens at site {size.name}, as in the first input",
+                expected=f"{known.query_length} tokens at site {size.name}, those of input 1",
                 got=f"{size.query_length}",
                 remedy="use prompts of one length in tokens, or leave keep_energies out",
             )

@@ -59,6 +59,8 @@ class ZoneRecorder(AttentionRecorder):
         record, arrays = super().finish()
         for site, groups in self._sums.items():
             self._total.add(record.name, site, groups)
+        self._sums = {}
+        self._buffer.clear()
         about = {"form": "zones", "step_groups": self._config.step_groups}
         return record.model_copy(update={**about, "thresholds": {}, "kept_mass": {}}), arrays
 

@@ -63,11 +63,11 @@ def choose(density: Mapping[str, float], error: Mapping[str, float]) -> str:
       40 heads of 128 in bfloat16 that is 2.7 GB a call, written and read; by the traffic alone
       1.1 ms of a GPU with 2.5 TB/s, where a dense call takes some 40 ms and 40 % of it 16 ms. So
       7 % of the blocks only pay for it; longer videos need less, the CPU kernel nothing;
-    - its output errs no more than raster's where both keep as many blocks, by masks of another
-      input. Compact blocks hold more attention of the input that they are chosen on, but what
-      they hold differs more between inputs than what thin rows hold, and what they drop is all
-      far off. On `examples/tiny_wan`, of orders that keep the most attention some err more than
-      raster order on prompts other than those calibrated on.
+    - it has no larger output error than raster's where both keep as many blocks, by masks of
+      another input. Compact blocks hold more attention of the input that they are chosen on, but
+      what they hold differs more between inputs than what thin rows hold, and what they drop is
+      all far off. On `examples/tiny_wan`, of orders that keep the most attention some have a larger
+      error than raster order on prompts other than those calibrated on.
 
     Args:
         density: kept blocks / all blocks at the steps' thresholds, by order; of equal ones the

@@ -48,7 +48,7 @@ class SampledMasks:
 
 
 @dataclass(frozen=True)
-class Call:
+class SurveyCall:
     """The samples of one attention call that count.
 
     Attributes:
@@ -57,7 +57,7 @@ class Call:
         number: of the site's calls at this step, from 0: both branches may be observed.
         q: (votes, heads, Sq, D).
         k: (votes, heads, Sk, D).
-        v: likewise.
+        v: of that shape.
         out: dense output, like q.
         scale: factor on the scores.
         threshold: share of attention mass that the step keeps.
@@ -77,7 +77,9 @@ class Call:
     video: int
     text: TextPosition | None
 
-    def ordered(self, of_queries: Rearrangement | None, of_keys: Rearrangement | None) -> Call:
+    def ordered(
+        self, of_queries: Rearrangement | None, of_keys: Rearrangement | None
+    ) -> SurveyCall:
         """Return the same call with its tokens in another order."""
 
         def lay(x: Tensor, order: Rearrangement | None) -> Tensor:
@@ -145,7 +147,7 @@ def at_density(energy: Tensor, density: float, always: Tensor | None) -> Tensor:
     Args:
         energy: float (votes, heads, rows, key_blocks), finite.
         density: share of all blocks.
-        always: as in `covering_mask`; these and one block a row are kept in any case.
+        always: see `covering_mask`; these and one block a row are kept in any case.
     """
     always = None if always is None else always.to(energy.device)
     low, high = 0.0, 1.0

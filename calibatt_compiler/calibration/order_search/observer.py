@@ -17,8 +17,8 @@ from calibatt_compiler.calibration.order_search.candidates import (
     surveyed_steps,
 )
 from calibatt_compiler.calibration.order_search.measure import (
-    Call,
     SampledMasks,
+    SurveyCall,
     at_density,
     sampled_rows,
 )
@@ -58,7 +58,7 @@ class SurveyObserver(Observer):
         )
 
     def begin(self, name: str, about: Mapping[str, Any], samples: int | None) -> None:
-        """Start an input; arguments as in `Observer.begin`."""
+        """Start an input; arguments: see `Observer.begin`."""
         super().begin(name, about, samples)
         self._calls.clear()
 
@@ -67,7 +67,7 @@ class SurveyObserver(Observer):
     ) -> Tensor:
         """Compute dense attention and, at a surveyed step, measure each order.
 
-        Shapes as in `calibatt_compiler.capture.Recorder`.
+        Shapes: see `calibatt_compiler.capture.Recorder`.
 
         Raises:
             CalibrationError: sizes that don't fit the run, or attention that is not finite.
@@ -91,7 +91,7 @@ class SurveyObserver(Observer):
             self._calls[site, place] += 1
             q, k, v, counted_out = (x[samples] for x in (q, k, v, out))
             self._compare(
-                Call(
+                SurveyCall(
                     site=site,
                     place=place,
                     number=number,
@@ -139,7 +139,7 @@ class SurveyObserver(Observer):
     def _order(self) -> TokenOrder:
         return self._now
 
-    def _compare(self, call: Call, orders: Iterable[TokenOrder]) -> None:
+    def _compare(self, call: SurveyCall, orders: Iterable[TokenOrder]) -> None:
         """Measure a call under each order, raster first: its density is that of all errors."""
         density = None
         for order in orders:
@@ -149,7 +149,7 @@ class SurveyObserver(Observer):
             tallies = self._tallies[str(order)]
             tallies[call.site] = tallies[call.site] + tally
 
-    def _measure(self, call: Call, density: float | None) -> tuple[Tally, float]:
+    def _measure(self, call: SurveyCall, density: float | None) -> tuple[Tally, float]:
         """Measure a call whose tokens are in the order that counts.
 
         Args:

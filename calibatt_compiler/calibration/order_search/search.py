@@ -58,11 +58,11 @@ def survey(
     output is measured, over sampled query blocks. Nothing is stored.
 
     Args:
-        module: as in `calibration`.
+        module: see `calibration`.
         inputs: each runs the module over all steps of one input; best two: the second shows what
             the masks of the first are worth on another input.
         config: settings; `num_steps` must be given, and `grid` if the module's family is not known.
-        samples: as in `CalibrationRun.input`; without it every sample of every call counts.
+        samples: see `CalibrationRun.input`; without it every sample of every call counts.
 
     Raises:
         CalibrationError: nothing could be measured.

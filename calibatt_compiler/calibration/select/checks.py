@@ -1,4 +1,4 @@
-"""Whether finished inputs make one plan."""
+"""Checks that finished inputs belong into one plan."""
 
 from __future__ import annotations
 

@@ -259,7 +259,7 @@ class _Selected:
             energy = torch.from_numpy(self._store.energy(record, size.name, step))
             total += energy.double().sum(0)
             votes += len(energy)
-        # Rows that a repetitive head does not compute have no blocks; their sample is not taken.
+        # Rows that a row-shared head does not compute have no blocks; their sample is not taken.
         least = 1 if text is None else max(1, int(text.sum()))
         counts = pattern.mask().sum(-1).clamp_min(least)
         drawn, weight = sample(total / votes, counts, power, text, step=step)

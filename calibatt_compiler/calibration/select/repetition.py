@@ -1,13 +1,13 @@
 """The mode of a head: blocks, or a few anchor rows of each frame that the others copy.
 
-At a step a head is *repetitive* if all of this holds, scores being means over the samples of the
+At a step a head is *row-shared* if all of this holds, scores being means over the samples of the
 scored inputs (`calibration.repetition`):
 
 1. its rows attend alike: its similarity is at least `gamma`;
 2. it costs less so: the blocks that it computes (its anchor rows over all keys) are fewer than the
    agreed mask keeps, pooled keys counted on both sides;
-3. it errs no more so: its copy error is at most the sparse error, that of the sample's own mask at
-   the threshold of the step.
+3. it has no larger output error so: its copy error is at most the sparse error, that of the
+   sample's own mask at the threshold of the step.
 
 The paper goes by the first alone. The other two let a head take the form that costs less at the
 same error: heads that attend alike may still differ in what reaches the output, and a head that is
@@ -33,10 +33,10 @@ from calibatt_compiler.calibration.store.records import InputRecord, SiteSize
 from calibatt_compiler.calibration.store.run_folder import RunStore
 from calibatt_compiler.errors import CalibrationError
 from calibatt_compiler.plan import SitePatterns
-from calibatt_compiler.plan.copies import RowCopies
+from calibatt_compiler.plan.copies import AnchorRows
 
 SHARE = "repetitive_heads"
-"""Name of the figure in `PlanMetadata.quality`: repetitive heads / heads, over sites and steps."""
+"""Name of the figure in `PlanMetadata.quality`: row-shared heads / heads, over sites and steps."""
 
 Kept = Callable[[InputRecord], Tensor]
 """Gives the share of mass that the rows of an input's masks keep, (votes, heads, query_blocks)."""
@@ -46,7 +46,7 @@ Kept = Callable[[InputRecord], Tensor]
 class HeadModes:
     """Modes of the heads of a site at a step, as `BlockPattern.from_mask` takes them."""
 
-    copies: RowCopies | None = None
+    copies: AnchorRows | None = None
     repetitive: npt.NDArray[np.bool_] | None = None
 
 
@@ -69,7 +69,7 @@ def choose_head_modes(
         size: of the site.
         step: index of the step.
         mask: bool (heads, query_blocks, key_blocks), the agreed blocks.
-        gamma: similarity from which on a head may be repetitive; None: no head is.
+        gamma: similarity from which on a head may be row-shared; None: no head is.
         pooled: keys that each dropped block is pooled to.
         kept: where masks are not those that were recorded, what these keep.
 

@@ -32,7 +32,7 @@ from torch import Tensor
 from calibatt_compiler.calibration.config import LEAST_GAMMA
 from calibatt_compiler.kernels.attention import attention_like
 from calibatt_compiler.kernels.common.row_similarity import row_similarity
-from calibatt_compiler.plan.copies import RowCopies
+from calibatt_compiler.plan.copies import AnchorRows
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.pattern import BlockPattern
 from calibatt_compiler.plan.text import TextPosition
@@ -51,7 +51,7 @@ ELEMENTS = 1 << 26
 """Elements of queries in one group of heads whose sparse form is computed."""
 
 _NOTHING = 1e-6
-"""A dropped share below this is rounding: nothing can be told from the error that goes with it."""
+"""A dropped share below this is rounding: the error that goes with it says nothing."""
 
 Scores = npt.NDArray[np.float32]
 """(4, votes, heads): similarity, copy error, sparse error, dropped share."""
@@ -79,7 +79,7 @@ class AttentionCall:
 
 
 def copies_rows(grid: tuple[int, int, int], anchor_rows: int) -> bool:
-    """Whether a repetitive head of this grid copies any row."""
+    """Whether a row-shared head of this grid copies any row."""
     return grid[1] > anchor_rows
 
 
@@ -89,8 +89,8 @@ def copies_of(
     text: TextPosition | None,
     anchor_rows: int,
     order: str = "raster",
-) -> RowCopies | None:
-    """Return what repetitive heads of a site copy; None if none can be.
+) -> AnchorRows | None:
+    """Return what row-shared heads of a site copy; None if none can be.
 
     Args:
         grid: tokens (frames, height, width).
@@ -102,11 +102,11 @@ def copies_of(
     beside = length - math.prod(grid)
     if not copies_rows(grid, anchor_rows) or (beside and text is None):
         return None
-    return RowCopies(grid, anchor_rows, beside if text == "first" else 0, TokenOrder.parse(order))
+    return AnchorRows(grid, anchor_rows, beside if text == "first" else 0, TokenOrder.parse(order))
 
 
 def measure(
-    call: AttentionCall, mask: Tensor, kept: Tensor, copies: RowCopies, block: tuple[int, int]
+    call: AttentionCall, mask: Tensor, kept: Tensor, copies: AnchorRows, block: tuple[int, int]
 ) -> Scores:
     """Return the scores of a call.
 

@@ -8,7 +8,7 @@ The sample is systematic: it is spread evenly over the row (Madow, Ann. Math. St
 
 Each step draws its own sample, as far from those of the steps before as it can be. A video is a sum
 over steps: errors of different samples cancel in it, those of one sample add up. Keeping the same
-blocks as long as their chances allow cost 5 dB (`benchmarks/RESULTS.md`).
+blocks as long as their chances allow cost 5 dB (`docs/decisions/0007`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ same. The inverse golden ratio and the inverse plastic number."""
 
 WEIGHTS_AN_OCTAVE = 2
 """Weights are rounded to powers of two with this denominator: that halves what they take in a plan
-and changes no video by more than 0.7 dB, up or down (`benchmarks/RESULTS.md`)."""
+and changes no video by more than 0.7 dB, up or down (`docs/decisions/0007`)."""
 
 LOWEST = 1e-9
 """Energy that a block is taken to have at least, so that each has a chance."""

@@ -117,7 +117,7 @@ def best_share(energy: Tensor, fraction: float = 0.2) -> Tensor:
 def pack(mask: Tensor) -> npt.NDArray[np.uint8]:
     """Pack bool (..., key_blocks) into uint8 (..., ceil(key_blocks / 8)), on its own device first.
 
-    Little-endian bit order, as in `BlockPattern.bits`.
+    Little-endian bit order, that of `BlockPattern.bits`.
     """
     padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.shape[-1] % 8))
     weights = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=mask.device)

@@ -59,7 +59,7 @@ def settings(config: CalibrationConfig) -> dict[str, Any]:
     found: dict[str, Any] = {name: getattr(config, name) for name in (*names, "keep_energies")}
     if config.gamma is not None:  # which value it has is no part of what is recorded
         found["repetition"] = (config.anchor_rows, config.similarity_inputs)
-    if config.form == "zones":
+    if config.zoned:
         found |= {"form": "zones", "step_groups": config.step_groups}
     if config.queries != 1:
         found["queries"] = config.queries
@@ -95,7 +95,7 @@ def of_run(
 def describe(value: object) -> Any:
     """Return JSON values that tell an argument from any other of its kind.
 
-    Tensors, arrays and pictures are told by a hash of their content, other objects by their class
+    Tensors, arrays and pictures are known by a hash of their content, other objects by their class
     only.
     """
     if value is None or isinstance(value, (bool, int, str)):

@@ -34,7 +34,7 @@ class InputRecord(_Record):
         grid: latent tokens (frames, height, width).
         text: where text tokens stand in sequences that are longer than the grid.
         block: tokens a query block, tokens a key block.
-        token_order: as in `PlanMetadata`.
+        token_order: see `PlanMetadata`.
         scheduler: class of the sampler, if known.
         timesteps: what the model was given, in sampling order.
         sigmas: noise levels of the same steps, if known.

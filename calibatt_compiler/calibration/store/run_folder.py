@@ -91,7 +91,7 @@ class RunStore:
         """Work in the folder that another rank of this run has opened.
 
         Args:
-            identity: as in `open`.
+            identity: see `open`.
 
         Raises:
             CalibrationError: this process does not see the folder, or the ranks run different

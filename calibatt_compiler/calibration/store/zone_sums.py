@@ -55,7 +55,7 @@ class GroupSums:
 
     Attributes:
         energies: int64 (heads, rows, columns), blocks without text.
-        squares: likewise, of squared energies.
+        squares: of that shape, of squared energies.
         votes: how many calls' samples were added.
     """
 

@@ -89,7 +89,7 @@ class StepTime:
 def cost_of(plan: Plan) -> float:
     """Share of dense attention that a plan computes: kept blocks, and pooled keys of the others.
 
-    Kept blocks of a repetitive head are those of the rows that it computes.
+    Kept blocks of a row-shared head are those of the rows that it computes.
 
     Pooled keys are counted for every block, as the kernels attend those of every block:
     `pooled / block`, the same for all patterns of a site.

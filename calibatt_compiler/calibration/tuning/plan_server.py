@@ -56,7 +56,7 @@ class PlanServer(Recorder):
     ) -> Tensor:
         """Attention by the plan, dense where it has no such site or the lengths are others.
 
-        Shapes as in `calibatt_compiler.capture.Recorder`.
+        Shapes: see `calibatt_compiler.capture.Recorder`.
         """
         plan = self._plan
         if plan is None or not _fits(plan, site, q, k):

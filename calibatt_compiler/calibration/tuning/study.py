@@ -32,8 +32,8 @@ class SearchSpace:
         k: least and largest; by logarithm.
         rho: least and largest share of the inputs that a block needs.
         pooled: keys of a dropped block to choose from; one value is not searched.
-        gamma: similarities from which on a head may be repetitive to choose from, None for no such
-            head; likewise.
+        gamma: similarities from which on a head may be row-shared to choose from, None for no such
+            head; one value is not searched.
     """
 
     A: tuple[float, float] = (0.5, 0.98)
@@ -66,7 +66,7 @@ class SearchSpace:
                 "gamma has nothing to choose from",
                 expected="different similarities, such as (None, 0.8, 0.87)",
                 got=self.gamma,
-                remedy="leave it out for no repetitive heads",
+                remedy="leave it out for no row-shared heads",
             )
 
     def ends(self) -> tuple[SearchPoint, SearchPoint]:

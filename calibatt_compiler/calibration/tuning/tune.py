@@ -130,16 +130,16 @@ def tune(
     and `plan.calibatt` if a point reaches the goal.
 
     Args:
-        pipe: as in `calibrate`.
-        prompts: as in `calibrate`; trials are measured on the first of them.
-        seeds: as in `calibrate`.
+        pipe: see `calibrate`.
+        prompts: see `calibrate`; trials are measured on the first of them.
+        seeds: see `calibrate`.
         out: the folder of the search.
         config: how the model is calibrated. `A`, `C`, `k`, `rho`, `pooled` and `gamma` are where
             the search begins;
             `inductor` is taken for on, also on a CPU.
         tuning: how to search.
-        progress: told how far it is.
-        **pipeline_arguments: as in `calibrate`.
+        progress: receives how far it is.
+        **pipeline_arguments: see `calibrate`.
 
     Raises:
         CalibrationError: the pipeline can't be calibrated, or the folder is of another search.

@@ -86,7 +86,7 @@ class Validation:
         inputs: how many inputs were observed.
         held_out: False if they are the very inputs that the plan was made from.
         margin: share of mass that a site may be below its threshold.
-        sites: one for each site of the plan that has a head which is not repetitive.
+        sites: one for each site of the plan that has a head which is not row-shared.
         repetitive: heads that copy rows, summed over all sites and observed steps.
     """
 
@@ -107,7 +107,7 @@ class Validation:
 
     @property
     def mean(self) -> float:
-        """Share of mass kept, mean over sites and steps; 1 if all heads are repetitive."""
+        """Share of mass kept, mean over sites and steps; 1 if all heads are row-shared."""
         means = [site.mean for site in self.sites]
         return sum(means) / len(means) if means else 1.0
 

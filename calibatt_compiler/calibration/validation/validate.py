@@ -1,4 +1,4 @@
-"""Validation: does a plan keep on other inputs what it kept on those that it was made from?"""
+"""Validation: compares what a plan keeps on other inputs with what it was to keep."""
 
 from __future__ import annotations
 
@@ -55,20 +55,20 @@ def validate(
 ) -> Validation:
     """Run a diffusers pipeline densely on held-out inputs and measure what a plan would keep.
 
-    The model is recorded as in calibration, but of each call's energies only the share that the
+    Recording is that of calibration, but of each call's energies only the share that the
     plan's mask keeps is taken; they are never stored, nor written anywhere. Takes about as long
     as calibrating on as many inputs. The pipeline is left as it was.
 
     Args:
         pipe: the pipeline that the plan was made for.
         plan: the plan, or its file.
-        prompts: inputs that the plan was not made from; as in `calibrate`.
-        seeds: as in `calibrate`.
+        prompts: inputs that the plan was not made from; see `calibrate`.
+        seeds: see `calibrate`.
         margin: a site is flagged if at some step it keeps less than the step's threshold by more
             than this share of mass.
         config: settings; of them `component`, `cfg`, `grid`, `text`, `num_steps`, `inductor` and
             `progress` count, the block sizes are those of the plan.
-        **pipeline_arguments: as in `calibrate`, for the same size and sampler.
+        **pipeline_arguments: see `calibrate`, for the same size and sampler.
 
     Raises:
         CalibrationError: the pipeline can't be observed, or calls don't fit the plan.
@@ -111,7 +111,7 @@ def validate_run(
         folder: of a run with `CalibrationConfig(keep_energies=True)` on held-out inputs, of the
             same model, size and sampler as the plan.
         plan: the plan, or its file.
-        margin: as in `validate`.
+        margin: see `validate`.
 
     Raises:
         CalibrationError: no run there, no energies in it, or not those of the plan's sites.

@@ -1,4 +1,4 @@
-"""Whether arrays make a pattern of zones."""
+"""Checks of the arrays that make a pattern of zones."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def sample(
 
 @dataclass(frozen=True)
 class DrawnRuns:
-    """The kept blocks of one step as progressions, row by row, as in a compressed row matrix.
+    """The kept blocks of one step as progressions, row by row, the way of a compressed row matrix.
 
     Row `head * query_blocks + query_block` owns the progressions `offsets[row]` to
     `offsets[row + 1]`, in the order of keys. Progression i keeps the `counts[i]` blocks
@@ -144,7 +144,7 @@ def progressions(
         ends: int32, one past its last.
         octaves: uint8, of each run.
         start: integers (rows,), where each row's sum begins.
-        leads: as in `DrawnRuns`.
+        leads: see `DrawnRuns`.
     """
     shift = (BITS - octaves).astype(np.int64)
     units = (ends - begins).astype(np.int64) << shift

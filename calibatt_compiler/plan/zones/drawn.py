@@ -159,7 +159,7 @@ class DrawnPatterns(Sequence[BlockPattern]):
 
     @property
     def repetitive(self) -> tuple[int, ...]:
-        """No head of any step is repetitive."""
+        """No head of any step is row-shared."""
         return (0,) * len(self)
 
     def packed(self) -> DrawnPatterns:

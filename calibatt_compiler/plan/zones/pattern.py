@@ -256,9 +256,9 @@ class ZonePattern(ZoneForm):
             query_length: tokens on the query side; default `query_blocks * block[0]`.
             key_length: tokens on the key side; default `key_blocks * block[1]`.
             block: tokens a query block, tokens a key block.
-            video: as in the class.
-            text: as in the class; blocks with text must have octave 0.
-            seed: as in the class.
+            video: see the class.
+            text: see the class; blocks with text must have octave 0.
+            seed: see the class.
 
         Raises:
             PlanError: another form, an octave out of range, or a row without octave 0.

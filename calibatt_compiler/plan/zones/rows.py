@@ -16,7 +16,7 @@ from calibatt_compiler.plan.zones.form import ZoneForm
 
 @dataclass(frozen=True)
 class RowRuns:
-    """The runs that each row crosses, row by row, as in a compressed row matrix.
+    """The runs that each row crosses, row by row, the way of a compressed row matrix.
 
     Attributes:
         offsets: int64 (heads * query_blocks + 1,).

@@ -26,7 +26,7 @@ FREE_RUNS, RUNS_A_BYTE = 1 << 20, 32
 
 @dataclass(frozen=True)
 class ZoneSize:
-    """What all zone patterns of a site have in common; as in `ZonePattern`."""
+    """What all zone patterns of a site have in common; see `ZonePattern`."""
 
     size: PatternSize
     video: int = 0

@@ -103,7 +103,7 @@ SIZES: dict[Any, dict[str, int]] = {
 
 def observe(pipe: Any, folder: Path, one: dict[str, Any], **arguments: Any) -> tuple[Plan, Masks]:
     """Calibrate on one input of one step; return the plan and each sample's packed masks."""
-    config = CalibrationConfig(block=(32, 32), progress=False, run_folder=folder)
+    config = CalibrationConfig(block=(32, 32), form="masks", progress=False, run_folder=folder)
     arguments = {"num_inference_steps": 1, **arguments}
     plan = calibrate(pipe, [one], 0, config=config, **arguments)
     store = RunStore(folder)

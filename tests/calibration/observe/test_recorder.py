@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from calibatt_compiler.calibration import CalibrationConfig
-from calibatt_compiler.calibration.observe.observation import Branch, Schedule
+from calibatt_compiler.calibration.observe.observation import Branch, SamplerSchedule
 from calibatt_compiler.calibration.observe.observer import ObservedModel
 from calibatt_compiler.calibration.observe.recorder import AttentionRecorder
 from calibatt_compiler.calibration.select.selection import covering_mask, pack
@@ -27,7 +27,7 @@ from calibatt_compiler.kernels.energy import block_energy
 
 GRID = (2, 5, 9)
 TOKENS = math.prod(GRID)
-SCHEDULE = Schedule((900.0, 500.0, 100.0), (0.9, 0.5, 0.1), "S")
+SCHEDULE = SamplerSchedule((900.0, 500.0, 100.0), (0.9, 0.5, 0.1), "S")
 CONFIG = CalibrationConfig(block=(32, 32), A=0.5, C=0.8, k=2.0)
 
 Make = Callable[..., AttentionRecorder]
@@ -39,7 +39,7 @@ def make(tmp_path: Path) -> Make:
         config: CalibrationConfig = CONFIG,
         *,
         text: Any = None,
-        schedule: Schedule | None = SCHEDULE,
+        schedule: SamplerSchedule | None = SCHEDULE,
         grid: tuple[int, int, int] | None = GRID,
         branch: Branch = "any",
     ) -> AttentionRecorder:
@@ -109,7 +109,9 @@ def test_masks_are_covering_sets_at_the_threshold_of_their_step(make: Make) -> N
 
 
 @pytest.mark.parametrize("schedule", [None, SCHEDULE])
-def test_steps_unknown_at_first_change_nothing(make: Make, schedule: Schedule | None) -> None:
+def test_steps_unknown_at_first_change_nothing(
+    make: Make, schedule: SamplerSchedule | None
+) -> None:
     _, known = run(make())
     record, arrays = run(make(schedule=schedule))
     assert record.schedule_steps == 3

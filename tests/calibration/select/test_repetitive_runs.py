@@ -1,11 +1,8 @@
-"""Calibrations of models with repetitive heads, from the recording to the plan."""
+"""Calibrations of models with row-shared heads, from the recording to the plan."""
 
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forked import Calibration
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -21,7 +19,7 @@ from calibatt_compiler.calibration import CalibrationConfig, calibrate, plan_fro
 from calibatt_compiler.calibration.store.run_folder import RunStore
 from calibatt_compiler.errors import CalibrationError, OptionError
 from calibatt_compiler.plan import BlockPattern, Plan, SitePatterns
-from calibatt_compiler.plan.copies import RowCopies
+from calibatt_compiler.plan.copies import AnchorRows
 from calibatt_compiler.plan.order import TokenOrder
 
 GRID = (2, 12, 7)
@@ -31,7 +29,7 @@ CONFIG = CalibrationConfig(
     block=(16, 16), A=0.7, C=0.9, k=2.0, grid=GRID, gamma=0.87, anchor_rows=3
 )
 EVERY = [True, False, False]
-"""Of the three heads of `Attention`, those that are repetitive."""
+"""Of the three heads of `Attention`, those that are row-shared."""
 
 
 class Attention(nn.Module):
@@ -99,7 +97,7 @@ def test_heads_whose_rows_attend_alike_copy_them(model: Model, order: str, tmp_p
     plan = observe(model, config)
     assert flags(plan) == [EVERY] * 6
     pattern = plan.sites["layers.0"].at(0)
-    assert pattern.copies == RowCopies(GRID, 3, 0, TokenOrder.parse(order))
+    assert pattern.copies == AnchorRows(GRID, 3, 0, TokenOrder.parse(order))
     assert pattern.numpy_mask()[0].sum() == 3 * 11  # 2 x 3 x 7 tokens over all 11 key blocks
     without = observe(model, replace(config, gamma=None))
     assert flags(without) == [[]] * 6
@@ -150,7 +148,7 @@ def test_text_before_the_video_is_always_computed(model: Model) -> None:
     plan = observe(model, config, 3, text=21)
     assert flags(plan) == [EVERY] * 6
     pattern = plan.sites["layers.0"].at(0)
-    assert pattern.copies == RowCopies(GRID, 3, 21)
+    assert pattern.copies == AnchorRows(GRID, 3, 21)
     assert pattern.numpy_mask()[0].sum() == 4 * 12  # 21 + 2 x 3 x 7 tokens
     dense = sample(model, 5, 21)
     compiled = copy.deepcopy(model)
@@ -197,7 +195,7 @@ def test_a_plan_is_made_again_with_or_without_repetition(model: Model, tmp_path:
 
 
 def test_scores_do_not_wait_for_the_number_of_steps(model: Model, tmp_path: Path) -> None:
-    """T is known only when the first input ends: its error is told from that of another mask."""
+    """T is known only when the first input ends: its error follows from another mask's."""
     found = []
     for name, steps in (("known", 3), ("unknown", None)):
         config = replace(CONFIG, num_steps=steps, run_folder=tmp_path / name)
@@ -251,7 +249,7 @@ def test_validation_leaves_repetitive_heads_out(model: Model, tmp_path: Path) ->
 
 
 def all_repetitive(pattern: BlockPattern) -> BlockPattern:
-    """The same pattern with all its heads repetitive."""
+    """The same pattern with all its heads row-shared."""
     return BlockPattern.from_mask(
         torch.ones_like(pattern.mask()),
         query_length=TOKENS,
@@ -262,48 +260,31 @@ def all_repetitive(pattern: BlockPattern) -> BlockPattern:
     )
 
 
-WORKER = """
-import sys
-import torch, torch.distributed as dist
-from diffusers import WanPipeline
-from calibatt_compiler.calibration import CalibrationConfig, calibrate
-
-folder, out, meeting, rank = sys.argv[1:]
-torch.set_num_threads(1)
-pipe = WanPipeline.from_pretrained(folder)
-if meeting:
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=int(rank), world_size=2)
-plan = calibrate(
-    pipe, ["a big rabbit runs", "the bird flies", "a small bird"], seeds=1, out=out,
-    config=CalibrationConfig(block=(16, 16), gamma=0.6, anchor_rows=2, similarity_inputs=2),
-    height=112, width=144, num_frames=9, num_inference_steps=2, max_sequence_length=16,
-)
-print(plan.metadata.quality["repetitive_heads"], plan.digest)
-"""
-
-
 @pytest.mark.slow
-def test_one_digest_from_one_and_two_processes(tiny_wan_pipeline: Any, tmp_path: Path) -> None:
+def test_one_digest_from_one_and_two_processes(
+    tiny_wan_folder: Path, tiny_wan_arguments: dict[str, int], tmp_path: Path
+) -> None:
     from diffusers import WanPipeline
 
-    tiny_wan_pipeline.save_pretrained(tmp_path / "model")
-    pipe = WanPipeline.from_pretrained(tmp_path / "model")
+    pipe = WanPipeline.from_pretrained(tiny_wan_folder)
     with torch.no_grad():  # uniform attention: all rows attend alike
         pipe.transformer.blocks[1].attn1.norm_q.weight.zero_()
-    pipe.save_pretrained(tmp_path / "model")
-
-    def start(out: str, meeting: str, rank: int) -> subprocess.Popen[str]:
-        arguments = [str(tmp_path / "model"), str(tmp_path / out), meeting, str(rank)]
-        return subprocess.Popen(
-            [sys.executable, "-c", WORKER, *arguments],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-
-    meeting = str(tmp_path / "meeting")
-    ranks = [start("alone", "", 0), start("both", meeting, 0), start("both", meeting, 1)]
-    printed = [rank.communicate(timeout=240)[0].split()[-2:] for rank in ranks]
+    pipe.save_pretrained(folder := tmp_path / "model")
+    work = {
+        "prompts": ["a big rabbit runs", "the bird flies", "a small bird"],
+        "seeds": 1,
+        "config": CalibrationConfig(block=(16, 16), gamma=0.6, anchor_rows=2, similarity_inputs=2),
+        **tiny_wan_arguments,
+        "num_inference_steps": 2,
+    }
+    both = {"out": tmp_path / "both", "meeting": tmp_path / "meeting", **work}
+    ranks = [Calibration(folder, out=tmp_path / "alone", **work)]
+    ranks += [Calibration(folder, rank=rank, **both) for rank in range(2)]
+    printed = []
+    for rank in ranks:
+        code, written, said = rank.result()
+        assert code == 0, said
+        printed.append(written.split()[-2:])
     assert printed[0] == printed[1] == printed[2]
     assert float(printed[0][0]) >= 0.5
     store = RunStore(tmp_path / "both.calibration")

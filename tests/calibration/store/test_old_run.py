@@ -107,7 +107,7 @@ def test_thresholds_that_were_recorded_need_no_energies() -> None:
 def test_what_a_run_depends_on_is_written_as_before() -> None:
     stored = json.loads((OLD / "run.json").read_text(encoding="utf-8"))
     assert identity.settings(CONFIG) == stored["settings"]
-    assert identity.settings(CalibrationConfig()) == {
+    assert identity.settings(CalibrationConfig(form="masks")) == {
         "block": [128, 128],
         "token_order": "raster",
         "A": None,

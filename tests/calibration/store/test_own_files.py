@@ -56,7 +56,7 @@ def sample(model: nn.Module, seed: int) -> None:
 @pytest.fixture
 def config(tmp_path: Path) -> CalibrationConfig:
     return CalibrationConfig(
-        grid=(1, 6, 8), block=(16, 16), run_folder=tmp_path / "run", progress=False
+        grid=(1, 6, 8), block=(16, 16), form="masks", run_folder=tmp_path / "run", progress=False
     )
 
 

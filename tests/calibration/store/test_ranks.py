@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import Calibration
 
 from calibatt_compiler import Plan
 from calibatt_compiler.calibration import CalibrationConfig, calibrate
@@ -24,38 +25,6 @@ from calibatt_compiler.errors import CalibrationError
 PROMPTS = ["a big rabbit runs", "the bird flies", "a small bird", "the rabbit"]
 CONFIG = CalibrationConfig(block=(32, 32))
 TWO = {"num_inference_steps": 2}
-
-WORKER = """
-import os, sys, time
-import torch, torch.distributed as dist
-from diffusers import WanPipeline
-from calibatt_compiler.calibration import CalibrationConfig, calibrate
-
-folder, out, meeting, rank, fault = sys.argv[1:]
-torch.set_num_threads(1)
-pipe = WanPipeline.from_pretrained(folder)
-dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=int(rank), world_size=2)
-calls = 0
-
-def hook(*_):
-    global calls
-    calls += 1
-    if rank == "1" and calls > 6:  # in its second input
-        if fault == "raise":
-            raise ValueError("no such luck")
-        if fault == "hang":
-            time.sleep(600)
-    elif rank == "0" and calls > 6 and fault != "none":
-        time.sleep(0.05)
-
-pipe.transformer.register_forward_pre_hook(hook)
-plan = calibrate(
-    pipe, ["a big rabbit runs", "the bird flies", "a small bird", "the rabbit"], seeds=1, out=out,
-    config=CalibrationConfig(block=(32, 32)), height=112, width=144, num_frames=9,
-    num_inference_steps=2, max_sequence_length=16,
-)
-print(plan.digest)
-"""
 
 
 @contextmanager
@@ -69,25 +38,12 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def start(folder: Path, out: Path, fault: str) -> list[subprocess.Popen[str]]:
+def start(folder: Path, out: Path, fault: str, **sizes: int) -> list[Calibration]:
     meeting = out.with_suffix(f".{fault}")
+    work = {"prompts": PROMPTS, "seeds": 1, "out": out, "config": CONFIG, **sizes}
     return [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, folder, out, meeting, str(rank), fault],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
+        Calibration(folder, rank=rank, meeting=meeting, fault=fault, **work) for rank in range(2)
     ]
-
-
-def outputs(ranks: Sequence[subprocess.Popen[str]]) -> list[tuple[str, str]]:
-    try:
-        return [rank.communicate(timeout=240) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +73,8 @@ def test_a_rank_fails_and_the_run_goes_on_to_the_same_plan(
 ) -> None:
     out = tmp_path / "plan.calibatt"
     folder = Path(f"{out}.calibration")
-    ranks = start(tiny_wan_folder, out, fault)
+    arguments = {**tiny_wan_arguments, **TWO}
+    ranks = start(tiny_wan_folder, out, fault, **arguments)
     if fault == "hang":
         until = time.monotonic() + 240
         while not (folder / "input-00001.safetensors").exists() and time.monotonic() < until:
@@ -125,8 +82,8 @@ def test_a_rank_fails_and_the_run_goes_on_to_the_same_plan(
         time.sleep(1)
         os.kill(ranks[1].pid, signal.SIGKILL)
     killed = time.monotonic()
-    (_, first), (_, second) = outputs(ranks)
-    assert [rank.returncode for rank in ranks] == [1, -9 if fault == "hang" else 1]
+    (code, _, first), (other, _, second) = (rank.result() for rank in ranks)
+    assert (code, other) == (1, -9 if fault == "hang" else 1), first + second
     assert "rank 1 of 2 failed" in first
     if fault == "raise":
         assert "ValueError: no such luck" in first
@@ -140,10 +97,11 @@ def test_a_rank_fails_and_the_run_goes_on_to_the_same_plan(
     assert not out.exists()
 
     if fault == "raise":  # go on with two processes, then with one
-        (printed, _), (other, _) = outputs(start(tiny_wan_folder, out, "none"))
-        assert printed.split()[-1] == other.split()[-1] == digest
+        for rank in start(tiny_wan_folder, out, "none", **arguments):
+            code, printed, said = rank.result()
+            assert code == 0, said
+            assert printed.split()[-1] == digest
     else:
-        arguments = {**tiny_wan_arguments, **TWO}
         with one_thread():
             plan = calibrate(
                 tiny_wan_pipeline, PROMPTS, seeds=1, out=out, config=CONFIG, **arguments

@@ -44,7 +44,7 @@ from calibatt_compiler.evaluation.quality import psnr
 pytest.importorskip("optuna", reason="the extra `tune`")
 
 PROMPTS = ["a big rabbit runs", "the bird flies"]
-CONFIG = CalibrationConfig(block=(32, 32), inductor=False)
+CONFIG = CalibrationConfig(block=(32, 32), form="masks", inductor=False)
 TIMES = StepTime(dense=2.0, costs=(0.2, 0.8), seconds=(0.9, 1.8))
 
 
@@ -217,7 +217,7 @@ def test_cost_counts_pooled_keys(tiny_wan_pipeline: Any, arguments: dict[str, in
 def test_a_search_under_way_is_left_alone(
     tiny_wan_pipeline: Any, arguments: dict[str, int], tmp_path: Path
 ) -> None:
-    """Its costs can be told, and it can't be started twice."""
+    """Its costs can be estimated, and it can't be started twice."""
     tuning = TuningConfig(trials=5)
     lock = FolderLock(tmp_path)
     lock.take()
@@ -321,7 +321,7 @@ def dying(*arguments):
 validate_run, tuning.validate_run = tuning.validate_run, dying
 tune(
     WanPipeline.from_pretrained(folder), ["a big rabbit runs", "the bird flies"], seeds=1, out=out,
-    config=CalibrationConfig(block=(32, 32), inductor=False),
+    config=CalibrationConfig(block=(32, 32), form="masks", inductor=False),
     tuning=TuningConfig(trials=4, proxy=True),
     height=112, width=144, num_frames=9, num_inference_steps=2, max_sequence_length=16,
 )

@@ -204,7 +204,7 @@ def test_what_does_not_fit_is_refused(
     other_size = {**one_step, "height": 96}
     with pytest.raises(CalibrationError, match="don't fit the plan"):
         calibatt_compiler.validate(pipe, plan, HELD_OUT[:1], **other_size)
-    config = CalibrationConfig(block=(16, 16), run_folder=tmp_path / "bare")
+    config = CalibrationConfig(block=(16, 16), form="masks", run_folder=tmp_path / "bare")
     calibrate(pipe, PROMPTS, config=config, **one_step)
     with pytest.raises(CalibrationError, match="were not kept"):
         validate_run(tmp_path / "bare", plan)

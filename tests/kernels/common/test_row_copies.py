@@ -11,23 +11,23 @@ import torch
 from calibatt_compiler.kernels.common.row_copies import DeviceCopies, copy_tables
 from calibatt_compiler.kernels.portable.attention import TableAttention
 from calibatt_compiler.kernels.request import KernelRequest
-from calibatt_compiler.plan.copies import RowCopies
+from calibatt_compiler.plan.copies import AnchorRows
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.pattern import BlockPattern
 
 CPU = torch.device("cpu")
 COPIES = [
-    RowCopies((3, 6, 11), 2),
-    RowCopies((3, 6, 11), 6),
-    RowCopies((1, 29, 6), 5, first=9),
-    RowCopies((2, 10, 9), 3, first=2, order=TokenOrder((1, 4, 4))),
-    RowCopies((200, 1, 1), 1),
+    AnchorRows((3, 6, 11), 2),
+    AnchorRows((3, 6, 11), 6),
+    AnchorRows((1, 29, 6), 5, first=9),
+    AnchorRows((2, 10, 9), 3, first=2, order=TokenOrder((1, 4, 4))),
+    AnchorRows((200, 1, 1), 1),
 ]
 
 
 @pytest.mark.parametrize("copies", COPIES, ids=str)
 def test_each_position_is_the_target_of_its_source_and_of_no_other(
-    random_pattern: Callable[..., BlockPattern], copies: RowCopies
+    random_pattern: Callable[..., BlockPattern], copies: AnchorRows
 ) -> None:
     tables = copy_tables(random_pattern(repetitive=(True, False), copies=copies))
     assert tables is not None
@@ -51,7 +51,7 @@ def test_each_position_is_the_target_of_its_source_and_of_no_other(
 def test_patterns_that_copy_alike_share_tables_on_a_device(
     random_pattern: Callable[..., BlockPattern],
 ) -> None:
-    def upload(*flags: bool, seed: int = 0, copies: RowCopies = COPIES[0]) -> DeviceCopies:
+    def upload(*flags: bool, seed: int = 0, copies: AnchorRows = COPIES[0]) -> DeviceCopies:
         pattern = random_pattern(repetitive=flags, copies=copies, seed=seed)
         found = DeviceCopies.upload(pattern, CPU)
         assert found is not None

@@ -10,16 +10,16 @@ import torch
 from calibatt_compiler.errors import KernelError
 from calibatt_compiler.kernels.cpu import attention as native_cpu
 from calibatt_compiler.kernels.cpu.attention import NativeCpuAttention, native_energy
-from calibatt_compiler.plan.copies import RowCopies
+from calibatt_compiler.plan.copies import AnchorRows
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.pattern import BlockPattern
 
 COPIES = [
-    RowCopies((3, 6, 11), 2, first=5),
-    RowCopies((3, 6, 11), 6),
-    RowCopies((1, 29, 7), 5),
-    RowCopies((2, 10, 10), 3, first=2, order=TokenOrder((1, 4, 4))),
-    RowCopies((203, 1, 1), 5),
+    AnchorRows((3, 6, 11), 2, first=5),
+    AnchorRows((3, 6, 11), 6),
+    AnchorRows((1, 29, 7), 5),
+    AnchorRows((2, 10, 10), 3, first=2, order=TokenOrder((1, 4, 4))),
+    AnchorRows((203, 1, 1), 5),
 ]
 SIZES = [(333, 205, (128, 64)), (1, 70, (16, 32)), (130, 130, (32, 48)), (97, 16, (64, 16))]
 
@@ -94,7 +94,7 @@ def test_repetitive_heads(
 
 
 def test_rows_that_are_copied_are_neither_read_nor_computed(operands, random_pattern):
-    copies = RowCopies((2, 12, 8), 3, first=4)
+    copies = AnchorRows((2, 12, 8), 3, first=4)
     kernel = make(random_pattern(heads=1, repetitive=(True,), copies=copies))
     q, k, v = operands(heads=1)
     expected = kernel(q, k, v)
@@ -108,7 +108,7 @@ def test_rows_that_are_copied_are_neither_read_nor_computed(operands, random_pat
 @pytest.mark.parametrize("tile", [None, (1, 4, 8)])
 def test_repetitive_heads_in_another_order_give_the_bits_of_copies(operands, random_pattern, tile):
     order = TokenOrder(tile)
-    copies = RowCopies((2, 12, 8), 5, first=3, order=order)
+    copies = AnchorRows((2, 12, 8), 5, first=3, order=order)
     pattern = random_pattern(repetitive=(False, True), copies=copies)
     q, k, v = operands(batch=2)
     tokens = order.tokens(copies.grid, length=200, first=3)
@@ -118,7 +118,7 @@ def test_repetitive_heads_in_another_order_give_the_bits_of_copies(operands, ran
     expected[:, :, tokens] = kernel(q[:, :, tokens], k[:, :, tokens], v[:, :, tokens])
     out = kernel.reordered(q, k, v, tokens.int(), tokens.int())
     assert torch.equal(out, expected)
-    raster = RowCopies((2, 12, 8), 5, first=3)
+    raster = AnchorRows((2, 12, 8), 5, first=3)
     taken = raster.computed(200)[raster.sources(200)].tolist()
     assert torch.equal(out[:, 1], out[:, 1, taken])
 
@@ -229,7 +229,7 @@ def test_the_longest_rows_go_first():
 
 
 def test_rows_that_are_not_computed_go_last(random_pattern):
-    copies = RowCopies((1, 18, 8), 9)  # 72 of 144 queries: a block of 64 and one of 8
+    copies = AnchorRows((1, 18, 8), 9)  # 72 of 144 queries: a block of 64 and one of 8
     both = random_pattern(query_length=144, density=1, repetitive=(True, False), copies=copies)
     assert native_cpu._longest_first(both).tolist() == [0, 3, 4, 5, 1, 2]
 

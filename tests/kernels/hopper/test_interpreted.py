@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from calibatt_compiler.errors import KernelError
-from calibatt_compiler.kernels.baked.cover import CoverLimits
 from calibatt_compiler.kernels.request import KernelRequest
-from calibatt_compiler.plan.copies import RowCopies
+from calibatt_compiler.plan.copies import AnchorRows
 from calibatt_compiler.plan.pattern import BlockPattern
 
 pytest.importorskip("triton", reason="Gluon is part of triton")
@@ -81,7 +80,7 @@ def test_every_row_is_attended(
 @pytest.mark.parametrize(
     ("row", "key", "nats", "repaired"),
     [
-        (3, 300, 60.0, False),  # within the range of the fixed reference
+        (3, 300, 60.0, False),  # within the range of the fixed shift
         (3, 300, 95.0, True),  # above it, in a later block
         (3, 332, 200.0, True),  # in the ragged last block
         (299, 5, 500.0, True),  # the last query, a block before its diagonal
@@ -294,14 +293,13 @@ def test_literals_give_the_bits_of_the_tables(
         block=(128, block_n),
         density=0.5,
         repetitive=repetitive,
-        copies=RowCopies((2, 10, 18), 4, first=13) if repetitive else None,
+        copies=AnchorRows((2, 10, 18), 4, first=13) if repetitive else None,
     )
     q, k, v = operands(heads=3, query_length=400, key_length=700, dtype=torch.bfloat16)
     where = {"device": CPU, "dtype": torch.bfloat16, "head_dim": 64}
     monkeypatch.setattr(hopper, "multiprocessors", lambda _: 2)
     baked = baked_attention(KernelRequest(pattern, **where), "hopper")
     assert baked.kind == "hopper-baked", baked.reason
-    assert baked.tiers[0].added_density == 0
     assert torch.equal(baked(q, k, v), HopperAttention(KernelRequest(pattern, **where))(q, k, v))
     assert baked.repairs == 0
     runs, row = key_runs(pattern), pattern.query_blocks + 1
@@ -310,10 +308,8 @@ def test_literals_give_the_bits_of_the_tables(
     spike(q, k, 130, later * block_n, 200.0)
     assert torch.equal(baked(q, k, v), HopperAttention(KernelRequest(pattern, **where))(q, k, v))
     assert baked.repairs == 1
-    entry = get_entry(pattern, CoverLimits(512, widening=math.inf), "hopper")
-    literals = HopperLiterals(
-        entry, HopperAttention(KernelRequest(entry.covering.pattern, **where))
-    )
+    entry = get_entry(pattern, target="hopper")
+    literals = HopperLiterals(entry, HopperAttention(KernelRequest(pattern, **where)))
     assert literals.tables.runs.numel() == 1
     with pytest.raises(KernelError, match="literals: True"):
         literals.attend(q, k, v, key_lengths=torch.tensor([5]))
@@ -382,53 +378,3 @@ def test_operands_of_another_kind_are_refused(
         kernel.attend(q, k, v, key_lengths=torch.tensor([1, 2]))
     with pytest.raises(KernelError, match="range of bfloat16"):
         make(BlockPattern.dense(2, 200, 200), torch.float16, 64, softmax="fixed")
-
-
-@pytest.mark.parametrize("missing", ["commit_group", "wait_group", "fence"])
-def test_the_interpreter_finds_rows_that_are_not_there_yet(
-    launches: Any,
-    interpreter: Any,
-    make: Callable[..., HopperAttention],
-    operands: Callable[..., tuple[Tensor, ...]],
-    random_pattern: Callable[..., BlockPattern],
-    monkeypatch: pytest.MonkeyPatch,
-    missing: str,
-) -> None:
-    pattern = random_pattern(
-        query_length=429,
-        block=(128, 128),
-        repetitive=(True, True),
-        copies=RowCopies((3, 13, 11), 2),
-    )
-    q, k, v = operands(query_length=429, dtype=torch.bfloat16)
-    if missing == "fence":
-        monkeypatch.setitem(interpreter.NAMES, "fence_async_shared", lambda: None)
-    else:
-        monkeypatch.setattr(interpreter.NAMES["async_copy"], missing, lambda *_: None)
-    monkeypatch.setattr(interpreter, "TIMEOUT", 0.5)
-    again = interpreter.Interpreted(launches.kernel)
-    monkeypatch.setattr(hopper, "hopper_attention", again)
-    with pytest.raises(AssertionError, match=r"never waited for|not fenced"):
-        make(pattern, torch.bfloat16, 64)(q, k, v)
-
-
-def test_the_interpreter_finds_a_deadlock(
-    interpreter: Any,
-    make: Callable[..., HopperAttention],
-    launches: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    operands: Callable[..., tuple[Tensor, ...]],
-) -> None:
-    q, k, v = operands(query_length=300, key_length=700, dtype=torch.bfloat16)
-    pattern = BlockPattern.dense(2, 300, 700)
-    monkeypatch.setattr(interpreter, "TIMEOUT", 0.5)
-    schedule = hopper.make_schedule
-
-    def one_block_short(*given: Any, **more: Any) -> Any:
-        made = schedule(*given, **more)
-        made.tiles[:-1, 1] += 1  # the consumers expect a block that never comes
-        return made
-
-    monkeypatch.setattr(hopper, "make_schedule", one_block_short)
-    with pytest.raises(AssertionError, match="deadlock"):
-        make(pattern, torch.bfloat16, 64, programs=1)(q, k, v)

@@ -1,4 +1,4 @@
-"""Repetitive heads in the Hopper kernel, interpreted: few rows are computed, all are stored."""
+"""Row-shared heads in the Hopper kernel, interpreted: few rows are computed, all are stored."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from calibatt_compiler.plan.copies import RowCopies
+from calibatt_compiler.plan.copies import AnchorRows
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.pattern import BlockPattern
 
@@ -22,15 +22,25 @@ from calibatt_compiler.kernels.hopper.attention import HopperAttention
 
 # Frames that fill no blocks; text before, behind and around; one row of all; all rows; a layout.
 COPIED = [
-    # query_length, copies, key_length, repetitive heads, head_dim, block_n, batch, dtype, softmax
-    (429, RowCopies((3, 13, 11), 2), 429, (1, 0, 1), 64, 128, 1, torch.bfloat16, "fixed"),
-    (429, RowCopies((3, 13, 11), 5), 333, (0, 1, 0), 128, 64, 2, torch.bfloat16, "fixed"),
-    (700, RowCopies((2, 12, 20), 3, first=77), 700, (0, 0, 1), 128, 128, 2, torch.float16, "exact"),
-    (509, RowCopies((2, 12, 20), 6), 509, (1, 1, 1), 64, 64, 3, torch.bfloat16, "exact"),
-    (600, RowCopies((6, 10, 10), 1), 90, (0, 1, 1), 64, 128, 1, torch.bfloat16, "fixed"),
-    (200, RowCopies((1, 10, 20), 10), 700, (1, 0), 128, 128, 1, torch.float16, "exact"),
+    # query_length, copies, key_length, row-shared heads, head_dim, block_n, batch, dtype, softmax
+    (429, AnchorRows((3, 13, 11), 2), 429, (1, 0, 1), 64, 128, 1, torch.bfloat16, "fixed"),
+    (429, AnchorRows((3, 13, 11), 5), 333, (0, 1, 0), 128, 64, 2, torch.bfloat16, "fixed"),
     (
-        *(520, RowCopies((4, 10, 12), 3, first=9, order=TokenOrder((1, 4, 4))), 520),
+        700,
+        AnchorRows((2, 12, 20), 3, first=77),
+        700,
+        (0, 0, 1),
+        128,
+        128,
+        2,
+        torch.float16,
+        "exact",
+    ),
+    (509, AnchorRows((2, 12, 20), 6), 509, (1, 1, 1), 64, 64, 3, torch.bfloat16, "exact"),
+    (600, AnchorRows((6, 10, 10), 1), 90, (0, 1, 1), 64, 128, 1, torch.bfloat16, "fixed"),
+    (200, AnchorRows((1, 10, 20), 10), 700, (1, 0), 128, 128, 1, torch.float16, "exact"),
+    (
+        *(520, AnchorRows((4, 10, 12), 3, first=9, order=TokenOrder((1, 4, 4))), 520),
         *((1, 0, 0, 1), 128, 128, 1, torch.bfloat16, "fixed"),
     ),
 ]
@@ -48,7 +58,7 @@ def test_repetitive_heads_compute_few_rows_and_store_all(
     assert_attention: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
     rows: int,
-    copies: RowCopies,
+    copies: AnchorRows,
     keys: int,
     flags: tuple[int, ...],
     dim: int,
@@ -104,7 +114,7 @@ def test_a_spike_in_a_repetitive_head_is_repaired(
     operands: Callable[..., tuple[Tensor, ...]],
     assert_attention: Callable[..., None],
 ) -> None:
-    copies = RowCopies((3, 13, 11), 2)
+    copies = AnchorRows((3, 13, 11), 2)
     mask = torch.ones(2, 4, 4, dtype=torch.bool)
     pattern = BlockPattern.from_mask(
         mask, query_length=429, key_length=429, repetitive=np.array([False, True]), copies=copies
@@ -127,7 +137,7 @@ def test_repetitive_heads_with_key_lengths_and_weighted_blocks(
     assert_attention: Callable[..., None],
     accuracy: Callable[..., Any],
 ) -> None:
-    copies = RowCopies((3, 13, 11), 10)  # the keys of its last tile begin past those that count
+    copies = AnchorRows((3, 13, 11), 10)  # the keys of its last tile begin past those that count
     where: dict[str, Any] = {"query_length": 429, "key_length": 500}
     pattern = random_pattern(
         **where, block=(128, 128), density=0.6, repetitive=(True, False), copies=copies

@@ -85,7 +85,7 @@ def check(
     serves = kernel(pattern, dtype, q.shape[-1], softmax=softmax)
     out = serves(q, k, v)
     exact, rounded = flash_attention(q, k, v, pattern)
-    # A fixed reference rounds the probability of a key that holds most of its row; one head in six
+    # A fixed shift rounds the probability of a key that holds most of its row; one head in six
     # of these has such rows (measured: 1.14). A running maximum makes it 1.
     bound = 1.2 if softmax == "fixed" else 1.1
     assert (out - exact).norm() <= bound * (rounded - exact).norm()

@@ -20,7 +20,7 @@ from calibatt_compiler.kernels.hopper.schedule import (
     key_runs,
     make_schedule,
 )
-from calibatt_compiler.plan.copies import RowCopies
+from calibatt_compiler.plan.copies import AnchorRows
 from calibatt_compiler.plan.pattern import BlockPattern
 
 
@@ -109,7 +109,7 @@ def test_repetitive_heads_have_tiles_of_the_rows_that_they_compute(
         key_length=777,
         block=(128, 128),
         repetitive=flags,
-        copies=RowCopies((2, 12, 20), anchors, first=77),
+        copies=AnchorRows((2, 12, 20), anchors, first=77),
     )
     for programs in (1, 7, 40):
         check(pattern, programs)

@@ -17,7 +17,7 @@ from calibatt_compiler.kernels.portable.attention import TableAttention
 from calibatt_compiler.kernels.portable.tiles import architecture
 from calibatt_compiler.kernels.reference.attention import masked_dense_attention
 from calibatt_compiler.kernels.request import KernelRequest
-from calibatt_compiler.plan.copies import RowCopies
+from calibatt_compiler.plan.copies import AnchorRows
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.pattern import BlockPattern
 
@@ -82,9 +82,9 @@ def test_error_is_that_of_dense_attention_in_the_same_dtype(
 @pytest.mark.parametrize(
     "copies",
     [
-        RowCopies((5, 18, 16), 5),
-        RowCopies((3, 20, 20), 3, first=77, order=TokenOrder((1, 8, 8))),
-        RowCopies((1, 30, 48), 30),
+        AnchorRows((5, 18, 16), 5),
+        AnchorRows((3, 20, 20), 3, first=77, order=TokenOrder((1, 8, 8))),
+        AnchorRows((1, 30, 48), 30),
     ],
     ids=str,
 )
@@ -92,7 +92,7 @@ def test_repetitive_heads(
     operands: Callable[..., tuple[torch.Tensor, ...]],
     random_pattern: Callable[..., BlockPattern],
     assert_attention: Callable[..., None],
-    copies: RowCopies,
+    copies: AnchorRows,
     weighted: bool,
     pooled: int,
     dtype: torch.dtype,

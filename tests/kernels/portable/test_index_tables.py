@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from calibatt_compiler.kernels.portable.index_tables import IndexTables, index_tables
-from calibatt_compiler.plan.copies import RowCopies
+from calibatt_compiler.plan.copies import AnchorRows
 from calibatt_compiler.plan.pattern import BlockPattern
 from calibatt_compiler.plan.weights import STEPS
 
@@ -53,7 +53,7 @@ def test_rows_that_are_not_computed_have_no_entry(
     random_pattern: Callable[..., BlockPattern],
 ) -> None:
     pattern = random_pattern(
-        heads=2, query_length=300, repetitive=(False, True), copies=RowCopies((1, 14, 20), 3)
+        heads=2, query_length=300, repetitive=(False, True), copies=AnchorRows((1, 14, 20), 3)
     )
     tables = IndexTables.upload(pattern, CPU)
     entries = tables.offsets.diff().reshape(2, -1)

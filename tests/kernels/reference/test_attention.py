@@ -9,7 +9,7 @@ import torch
 
 from calibatt_compiler.errors import KernelError
 from calibatt_compiler.kernels.reference.attention import ReferenceAttention, masked_dense_attention
-from calibatt_compiler.plan.copies import RowCopies
+from calibatt_compiler.plan.copies import AnchorRows
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.pattern import BlockPattern
 
@@ -141,7 +141,7 @@ def test_repetitive_heads_by_their_words(operands, order):
         key_length=71,
         block=(16, 16),
         repetitive=np.array([False, True, False]),
-        copies=RowCopies((2, 7, 4), 2, first=3, order=order),
+        copies=AnchorRows((2, 7, 4), 2, first=3, order=order),
     )
     tokens = order.tokens((2, 7, 4), length=71, first=3)
     tokens = np.arange(71) if tokens is None else tokens
@@ -163,7 +163,7 @@ def test_repetitive_heads_equal_dense_attention_and_copies(
         weighted=weighted,
         pooled=pooled,
         repetitive=(True, False, True),
-        copies=RowCopies((2, 10, 9), 3, first=8),
+        copies=AnchorRows((2, 10, 9), 3, first=8),
     )
     # A computed row that keeps only some keys.
     bits = pattern.bits.copy()

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from calibatt_compiler.passes.token_order.axis import Meeting, Obstacle, State, Tokens
-from calibatt_compiler.passes.token_order.flow import Flow, follow, origin, settle
+from calibatt_compiler.passes.token_order.axis import NeedsPermutation, Obstacle, Tokens, TokenState
+from calibatt_compiler.passes.token_order.flow import Flow, follow, origin, propagate
 
 VIDEO, TEXT = 5, 3
 ORDER = torch.tensor([3, 0, 4, 1, 2])
@@ -61,7 +61,7 @@ def flow_of(call: Callable[..., Any], x: Tensor, tokens: Tokens) -> tuple[Any, G
     return follow(gm.graph, {tokens_input(gm): tokens}, VIDEO), gm
 
 
-def spelled(state: State) -> tuple[int, int] | None:
+def spelled(state: TokenState) -> tuple[int, int] | None:
     assert not isinstance(state, tuple)
     return None if state is None else (state.dim, int(state.first))
 
@@ -215,9 +215,9 @@ MEETINGS: list[tuple[Callable[[Tensor], Tensor], tuple[int, int]]] = [
 def test_a_value_that_meets_tokens_must_be_permuted_too(index: int) -> None:
     call, expected = MEETINGS[index]
     met, gm = flow_of(call, torch.randn(ALONE), Tokens(1))
-    assert isinstance(met, Meeting)
+    assert isinstance(met, NeedsPermutation)
     assert spelled(met.tokens) == expected
-    flow = settle(gm.graph, tokens_input(gm), Tokens(1), VIDEO)
+    flow = propagate(gm.graph, tokens_input(gm), Tokens(1), VIDEO)
     assert isinstance(flow, Flow)
     assert len(flow.entries) == 2
 
@@ -233,11 +233,11 @@ def test_a_table_is_permuted_where_all_layers_read_it() -> None:
         return x
 
     flow, gm = flow_of(call, torch.randn(ALONE), Tokens(1))
-    assert isinstance(flow, Meeting)
+    assert isinstance(flow, NeedsPermutation)
     value, tokens = origin(flow, VIDEO)
     assert value.op == "placeholder"
     assert spelled(tokens) == (1, 0)
-    flow = settle(gm.graph, tokens_input(gm), Tokens(1), VIDEO)
+    flow = propagate(gm.graph, tokens_input(gm), Tokens(1), VIDEO)
     assert isinstance(flow, Flow)
     assert len(flow.entries) == 2
 
@@ -256,7 +256,7 @@ def test_writing_into_fresh_memory_keeps_tokens() -> None:
 
     x, tokens = torch.randn(JOINT), Tokens(1, TEXT)
     gm = capture(rotary, x)
-    flow = settle(gm.graph, tokens_input(gm), tokens, VIDEO)
+    flow = propagate(gm.graph, tokens_input(gm), tokens, VIDEO)
     assert isinstance(flow, Flow)
     state = flow.states[result(gm)]
     assert spelled(state) == (1, TEXT)
@@ -281,7 +281,7 @@ def assigned(x: Tensor, place: Any, value: Any) -> Tensor:
 )
 def test_a_refused_write_ends_the_flow(call: Callable[[Tensor], Tensor], reason: str) -> None:
     gm = capture(call, torch.randn(ALONE))
-    found = settle(gm.graph, tokens_input(gm), Tokens(1), VIDEO)
+    found = propagate(gm.graph, tokens_input(gm), Tokens(1), VIDEO)
     reasons = [found] if isinstance(found, Obstacle) else list(found.exits.values())
     assert any(reason in str(each) for each in reasons)
 
@@ -295,7 +295,7 @@ def test_nothing_is_written_into_what_is_copied() -> None:
         return x * 2
 
     gm = capture(call, torch.randn(ALONE))
-    found = settle(gm.graph, tokens_input(gm), Tokens(1), VIDEO)
+    found = propagate(gm.graph, tokens_input(gm), Tokens(1), VIDEO)
     assert isinstance(found, Obstacle)
     assert "may write into a value that was permuted" in str(found)
 
@@ -309,11 +309,11 @@ def test_nothing_is_written_where_a_copy_is_laid_out_anew() -> None:
         return x * 2
 
     gm = capture(call, torch.randn(ALONE).transpose(0, 2))
-    found = settle(gm.graph, tokens_input(gm), Tokens(1), VIDEO)
+    found = propagate(gm.graph, tokens_input(gm), Tokens(1), VIDEO)
     assert isinstance(found, Obstacle)
     assert "may write" in str(found)
     gm = capture(lambda x: x.contiguous() * 2, torch.randn(ALONE).transpose(0, 2))
-    assert isinstance(settle(gm.graph, tokens_input(gm), Tokens(1), VIDEO), Flow)
+    assert isinstance(propagate(gm.graph, tokens_input(gm), Tokens(1), VIDEO), Flow)
 
 
 def test_nothing_is_written_into_what_is_brought_back() -> None:
@@ -324,7 +324,7 @@ def test_nothing_is_written_into_what_is_brought_back() -> None:
         return z + y.flatten(1)
 
     gm = capture(call, torch.randn(ALONE))
-    found = settle(gm.graph, tokens_input(gm), Tokens(1), VIDEO)
+    found = propagate(gm.graph, tokens_input(gm), Tokens(1), VIDEO)
     assert isinstance(found, Obstacle)
     assert "may write" in str(found)
 
@@ -336,6 +336,6 @@ def test_two_orders_of_one_value_are_an_obstacle() -> None:
         return torch.cat([SHORT, x], 1) * LONG + torch.cat([x, SHORT], 1) * LONG
 
     gm = capture(call, torch.randn(ALONE))
-    found = settle(gm.graph, tokens_input(gm), Tokens(1), VIDEO)
+    found = propagate(gm.graph, tokens_input(gm), Tokens(1), VIDEO)
     assert isinstance(found, Obstacle)
     assert "aligns tokens with other tokens" in str(found)

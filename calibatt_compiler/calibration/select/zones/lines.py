@@ -137,7 +137,7 @@ def absolute_lines(squares: npt.NDArray[np.floating], rows: int) -> Lines:
 def diagonal_lines(squares: npt.NDArray[np.floating], rows: int) -> Lines:
     """Sum groups of rows in key block minus row; place 0 is the first block of a group's last row.
 
-    Args and result as in `absolute_lines`; each line has `key_blocks + rows - 1` places, some of
+    Args and result: see `absolute_lines`; each line has `key_blocks + rows - 1` places, some of
     which the last group of a head may not have. Its place 0 is that of a whole group.
     """
     heads, height, width = squares.shape

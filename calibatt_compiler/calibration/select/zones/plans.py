@@ -49,11 +49,11 @@ def zone_plan_from_run(
 
     Args:
         folder: `<plan>.calibration`, of a run with `form="zones"` or `keep_energies`.
-        density: as in `CalibrationConfig`; one of this and the next two.
-        speed_up: likewise.
-        error: likewise.
-        attention_share: likewise.
-        step_groups: likewise; a run for zones keeps those that it was recorded with.
+        density: see `CalibrationConfig`; one of this and the next two.
+        speed_up: see `CalibrationConfig`.
+        error: see `CalibrationConfig`.
+        attention_share: see `CalibrationConfig`.
+        step_groups: see `CalibrationConfig`; a run for zones keeps those that it was recorded with.
         numbers: `CalibrationConfig.zone_numbers`.
 
     Raises:

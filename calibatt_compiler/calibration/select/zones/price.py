@@ -69,8 +69,8 @@ class ZonePricing:
     Args:
         sources: of all sites and step groups, in order.
         budget: numbers a site may have at a step group.
-        number: as in `SiteFit`.
-        group_rows: as in `SiteFit`.
+        number: see `SiteFit`.
+        group_rows: see `SiteFit`.
     """
 
     sources: Sequence[ZoneSource]
