@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,7 +22,7 @@ from calibatt_compiler.model_call import ModelCallReader
 from calibatt_compiler.options import CompileOptions
 from calibatt_compiler.parts import PartBinder, PartSites, part_calls
 from calibatt_compiler.passes.pipeline import run_passes
-from calibatt_compiler.passes.rewrite import Rewrite, SdpaCall, Skip
+from calibatt_compiler.passes.rewrite import Lowered, Rewrite, SdpaCall, Skip
 from calibatt_compiler.pinned import PinnedOptions
 from calibatt_compiler.place import placed
 from calibatt_compiler.plan_sites import misfit_error, sites_of
@@ -61,9 +63,9 @@ def calibatt(
         model = plan.metadata.model
         class_name = None if model is None else model.class_name
         inputs = placed(frame_inputs(gm), class_name, plan.sites)
-        shared = None if inputs.place.root is None else sites_of(inputs.place.root, pinned)
-        part = inputs.is_part
-        binder = PlanBinder(pinned.options, inputs, shared if part else None)
+        root, part = inputs.place.root, inputs.is_part
+        shared = sites_of(root, pinned) if part and root is not None else None
+        binder = PlanBinder(pinned.options, inputs, shared)
         rewrite = run_passes(gm, inputs, binder)
         _check(rewrite, binder, pinned.options)
         keeper = ReportKeeper(inputs, binder, pinned, rewrite.order_in_words())
@@ -77,13 +79,17 @@ def calibatt(
     return graph
 
 
-def recording_backend(recorder: Recorder, *, inductor: bool) -> Compiled:
+def recording_backend(
+    recorder: Recorder, *, inductor: bool, model: torch.nn.Module | None = None
+) -> Compiled:
     """Return a backend that runs the model densely and shows each attention call to a recorder.
 
     Args:
         recorder: receives each captured graph, then each call.
         inductor: compile what is around attention; otherwise it runs as captured.
+        model: whose attention it is; None: what the captured frames show.
     """
+    held = None if model is None else weakref.ref(model)  # Dynamo keeps this backend
     coordinates = RecordingCoordinates(recorder.on_coordinates)
     seen: dict[str, SiteInfo] = {}
 
@@ -95,7 +101,7 @@ def recording_backend(recorder: Recorder, *, inductor: bool) -> Compiled:
     binder = RecordingBinder(recorder, ModelCallReader(None, coordinates, look), seen)
 
     def record(gm: GraphModule, example_inputs: Sequence[Any], **_: object) -> Compiled:
-        inputs = placed(frame_inputs(gm))
+        inputs = placed(frame_inputs(gm), root=None if held is None else held())
         try:
             rewrite = run_passes(gm, inputs, binder)
             part = inputs.is_part
@@ -190,27 +196,38 @@ def _check(rewrite: Rewrite, binder: PlanBinder, options: CompileOptions) -> Non
     if wrong and options.on_mismatch == "error":
         raise misfit_error(wrong, len(rewrite.calls), binder.expectation)
     names = {call.info.name for call in rewrite.calls}
-    plan = options.plan
+    plan, inputs = options.plan, rewrite.inputs
+    whole = inputs.whole and inputs.ends and not inputs.is_part
+    if names & set(plan.sites):
+        served = any(isinstance(decision, Lowered) for decision in rewrite.decisions)
+        if whole and not served and not wrong:
+            _say_unseen(rewrite, next(iter(plan.sites)))
+        return
+    held = {name for known in inputs.place.names.values() for name in known}
+    if not held.isdisjoint(site.partition(":")[0] for site in plan.sites):
+        # The model has them: a part of it need not.
+        if whole:
+            _say_unseen(rewrite, next(iter(plan.sites)))
+        return
     lengths = {site.query_length for site in plan.sites.values()}
     alike = [c.info.name for c in rewrite.calls if c.info.skip is None and _same(c, lengths)]
-    if alike and not names & set(plan.sites):
-        model = plan.metadata.model
-        module = None if model is None else transformer_of(rewrite.inputs, model.class_name)
-        own = model is not None and module is not None and models.is_model(model, module)
-        if own and options.on_mismatch == "dense":
-            log.warning(
-                "none of the plan's sites, such as %r, is in this model, whose attention calls are "
-                "named such as %r: all run dense; compile the transformer itself",
-                next(iter(plan.sites)),
-                alike[0],
-            )
-            return
+    if alike:
         raise PlanMismatchError(
             "none of the plan's sites is in this model",
             expected=f"sites such as {next(iter(plan.sites))!r}",
             got=f"attention calls such as {alike[0]!r}",
             remedy="compile the model that the plan was made for, or calibrate this one",
         )
+
+
+def _say_unseen(rewrite: Rewrite, site: str) -> None:
+    """Warn that a model was captured whole, and none of the plan's attention calls in it."""
+    reasons = Counter(call.info.skip for call in rewrite.calls if call.info.skip is not None)
+    cause = ", ".join(f"{n} calls {reason}" for reason, n in reasons.most_common()) or (
+        "no attention call was captured: it may run outside of the compiled code, or by another "
+        'attention backend than set_attention_backend("native")'
+    )
+    log.warning("none of the plan's sites, such as %r, is served: all run dense; %s", site, cause)
 
 
 def _same(call: SdpaCall, lengths: set[int]) -> bool:

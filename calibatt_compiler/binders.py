@@ -12,7 +12,7 @@ from calibatt_compiler.dynamo import FrameInputs
 from calibatt_compiler.model_call import ModelCallReader
 from calibatt_compiler.options import CompileOptions
 from calibatt_compiler.parts import PartCall
-from calibatt_compiler.passes.graph import example
+from calibatt_compiler.passes.graph import BY_FLEX, example
 from calibatt_compiler.passes.rewrite import Layout, SdpaCall, Skip, site_key
 from calibatt_compiler.plan import Plan, SitePatterns
 from calibatt_compiler.plan_sites import NOT_PLANNED, PlanSites, check_model
@@ -68,7 +68,8 @@ class PlanBinder:
         if planned is None:
             return Skip(info.skip or NOT_PLANNED)
         if info.skip not in (None, "cross-attention"):
-            return Skip(str(info.skip), mismatch=True)
+            # Another attention backend says nothing of the size.
+            return Skip(str(info.skip), mismatch=info.skip != BY_FLEX)
         if self._path and self._calls_in_module(info.name) > call.repeats:
             return Skip(SCATTERED)
         if self._size is not None:

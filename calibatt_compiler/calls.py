@@ -36,8 +36,6 @@ def transformer_of(inputs: FrameInputs, class_name: str | None = None) -> torch.
         inputs: of the frame.
         class_name: its class, if known: it, or a class derived from it, comes first.
     """
-    if inputs.place.root is not None and class_name is None:
-        return inputs.place.root
     chain = [] if inputs.place.root is None else [inputs.place.root]
     chain += [] if inputs.module is None else [inputs.module]
     chain += [enclosing.module for enclosing in inputs.enclosing]
@@ -45,7 +43,7 @@ def transformer_of(inputs: FrameInputs, class_name: str | None = None) -> torch.
         if class_name is not None and models.is_class(type(module), class_name):
             return module
     known = (m for m in chain if models.config_of(m) or models.family_of(type(m)))
-    return next(known, inputs.module)
+    return next(known, inputs.place.root or inputs.module)
 
 
 def read_grid(inputs: FrameInputs) -> tuple[Any, Any, Any] | None:

@@ -17,7 +17,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from calibatt_compiler.callers import module_calls
-from calibatt_compiler.passes.graph import SDPA, example, module_path, subgraphs
+from calibatt_compiler.passes.graph import FLEX, SDPA, example, module_path, subgraphs
 from calibatt_compiler.plan.coordinates import OF_TEXT, OF_VIDEO, by_axis
 
 TIMESTEPS = ("timestep", "timesteps", "t", "sigma")
@@ -171,7 +171,8 @@ def frame_inputs(gm: GraphModule) -> FrameInputs:
             values[source] = node.meta.get("example_value", node.meta.get("val"))
     scopes = {"L": scope, "G": getattr(output, "global_scope", {})}
     own = _called(tracer, scope)
-    callers = [] if tracer is None else [call.module for call in module_calls()]
+    calls = [] if tracer is None else module_calls()
+    callers = [call.module for call in calls if call.module is not gm]  # we are called with it
     reason = getattr(output, "compile_subgraph_reason", None)
     return FrameInputs(
         module,
@@ -345,7 +346,11 @@ def _owners(gm: GraphModule, scopes: Mapping[str, Mapping[str, Any]]) -> dict[st
     for node in gm.graph.nodes:
         for body in subgraphs(node):
             owners |= _owners(body, scopes)
-        path = module_path(node) if node.op == "call_function" and node.target in SDPA else ""
+        path = (
+            module_path(node)
+            if node.op == "call_function" and node.target in (*SDPA, *FLEX)
+            else ""
+        )
         found = _resolve(path, scopes) if path else None
         if isinstance(found, torch.nn.Module):
             owners[path] = found

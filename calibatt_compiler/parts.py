@@ -102,7 +102,7 @@ class PartSites:
         calls = module_calls()
         found = self._find(calls)
         if found is None:
-            return self._unserved(None, "", UNSEEN)
+            return self._rerun(calls)
         root, anchor, path = found
         served = self._serve(root, anchor, path)
         if not self._lowered:
@@ -157,14 +157,23 @@ class PartSites:
         self._report(root, path, served)
         return served
 
-    def _unserved(self, root: torch.nn.Module | None, path: str, reason: str) -> Run:
-        if torch._C._current_graph_task_id() != -1:
+    def _rerun(self, calls: Sequence[ModuleCall]) -> Run:
+        """Return what serves a run with no model's call around it: dense, if it was so before."""
+        for call in calls:
+            held = self._served.get(call.module)
+            root = None if held is None else held[0]()
+            if root is not None and getattr(root, "gradient_checkpointing", False):
+                return self._unserved(root, module_names(root)[call.module][0], CHECKPOINTED)
+        if self._lowered and torch._C._current_graph_task_id() != -1:
             raise KernelError(
                 "a part of a model runs again in a backward pass",
                 expected="blocks compiled one by one without gradient checkpointing",
                 got="checkpointed blocks, whose attention was served by a plan before",
                 remedy="compile the whole model, or train without gradient checkpointing",
             )
+        return self._unserved(None, "", UNSEEN)
+
+    def _unserved(self, root: torch.nn.Module | None, path: str, reason: str) -> Run:
         served = self._dense.get((path, reason))
         if served is None:
             entries = {

@@ -22,7 +22,10 @@ TRANSPARENT = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"
 
 
 def placed(
-    inputs: FrameInputs, class_name: str | None = None, sites: Collection[str] = ()
+    inputs: FrameInputs,
+    class_name: str | None = None,
+    sites: Collection[str] = (),
+    root: torch.nn.Module | None = None,
 ) -> FrameInputs:
     """Return the inputs of a frame with its place in the model.
 
@@ -30,8 +33,9 @@ def placed(
         inputs: of the frame.
         class_name: of the model, if known.
         sites: names of sites that it has, if known.
+        root: the model, if known.
     """
-    root = _root(inputs, class_name, {site.partition(":")[0] for site in sites})
+    root = root or _root(inputs, class_name, {site.partition(":")[0] for site in sites})
     if root is None:
         return inputs
     names = module_names(root)

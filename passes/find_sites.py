@@ -13,6 +13,8 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statica
 
 from calibatt_compiler.capture import SiteInfo
 from calibatt_compiler.passes.graph import (
+    BY_FLEX,
+    FLEX,
     OPERANDS,
     SDPA,
     example,
@@ -59,8 +61,9 @@ def _walk(
     for node in gm.graph.nodes:
         if node.op != "call_function":
             continue
-        if node.target in SDPA:
+        if node.target in SDPA or node.target in FLEX:
             yield node, gm, path
+            continue
         for body in subgraphs(node):
             yield from _walk(body, (*path, node))
 
@@ -86,9 +89,11 @@ def _describe(
     seen: Counter[str],
     video: frozenset[Node],
 ) -> SdpaCall:
-    operands = sdpa_operands(node)
     name = f"{base}:{seen[base]}" if seen[base] else base
     seen[base] += 1
+    if node.target in FLEX:
+        return SdpaCall(node, gm, path, SiteInfo(name, 0, 0, 0, 0, skip=BY_FLEX))
+    operands = sdpa_operands(node)
     query, key, value = (example(operands[part]) for part in OPERANDS[:3])
     if transformed(node):
         return SdpaCall(node, gm, path, SiteInfo(name, 0, 0, 0, 0, skip=TRANSFORMED))

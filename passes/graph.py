@@ -14,6 +14,11 @@ SDPA = (
     torch.ops.aten.scaled_dot_product_attention.default,
 )
 
+FLEX = (torch.ops.higher_order.flex_attention,)
+"""Attention that has a score function or a block mask of its own; Dynamo's graph has it so."""
+
+BY_FLEX = "by flex_attention; the attention backend that is served is native"
+
 OPERANDS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 """Parameters of `scaled_dot_product_attention`, in order."""
 

@@ -368,4 +368,6 @@ def _shared(kind: type | None, options: object) -> list[GraphReport]:
         for report in reports
         if report.options == options
     ]
-    return list(dict.fromkeys(found))
+    # A function's own graphs, where it has any, and not those of others that are compiled alike.
+    own = [report for report in found if kind is None and report.options is options]
+    return list(dict.fromkeys(own or found))
