@@ -167,6 +167,11 @@ def spread(values: Sequence[float], digits: int | None) -> str:
     values = [value for value in values if not math.isnan(value)]
     if not values:
         return ""
-    form = ".4g" if digits is None else f".{digits}f"
-    low, high = (f"{value:{form}}" for value in (min(values), max(values)))
+    low, high = (_written(value, digits) for value in (min(values), max(values)))
     return low if low == high else f"{low} to {high}"
+
+
+def _written(value: float, digits: int | None) -> str:
+    if digits is None:
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:.{digits}f}"

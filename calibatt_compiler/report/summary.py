@@ -222,7 +222,7 @@ class Summary:
             + list(self.samplers)
             + [f"{n} calls {why}" for why, n in dense.most_common()]
             + [f"{n} patterns by another kernel: {why}" for why, n in reasons.most_common()]
-            + [f"{repairs} calls computed again: scores overflowed their softmax reference"]
+            + [f"{repairs} calls computed again: scores overflowed their softmax shift"]
             * (repairs > 0)
             + self._drift_notes()
         )

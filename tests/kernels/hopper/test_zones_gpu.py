@@ -64,7 +64,7 @@ def check(
 ) -> None:
     """No larger error than SDPA's with the same bias, on some query rows, the last among them.
 
-    With a fixed reference, the maximum of the row's lead, the key that a running maximum gives the
+    With a fixed shift, the maximum of the row's lead, the key that a running maximum gives the
     probability 1 is rounded, too: where few keys of weight 2^7 hold a row, that alone is up to 12 %
     of the error. So there the error may also be that of this arithmetic, done in float64 with the
     probabilities and the output rounded.
