@@ -7,7 +7,6 @@ out in silence.
 from __future__ import annotations
 
 import importlib
-import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -149,10 +148,8 @@ def table(pattern: BlockPattern, operands: Operands) -> Contestant:
 def _baked(target: Target) -> Callable[[BlockPattern, Operands], Contestant]:
     def make(pattern: BlockPattern, operands: Operands) -> Contestant:
         from calibatt_compiler.kernels.baked.attention import BakedTier
-        from calibatt_compiler.kernels.baked.cover import CoverLimits
 
-        limits = CoverLimits(widening=math.inf)
-        tier = BakedTier(KernelRequest(pattern, **_where(operands)), target, limits=limits)
+        tier = BakedTier(KernelRequest(pattern, **_where(operands)), target)
         if not tier.wait(BAKED_SECONDS):
             raise RuntimeError(tier.reason or f"not compiled after {BAKED_SECONDS:.0f} s")
         return _ours(pattern, operands, tier.kernel())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -45,13 +46,14 @@ def number(value: Any) -> float | str:
 def facts(*keys: str) -> Tabulate:
     """Make a table of everything that a row holds, a line each, named by the keys."""
 
-    def one(row: Row) -> Iterator[Cells]:
-        named: Cells = {key: number(row[key]) for key in keys}
-        for what, found in row.items():
-            if isinstance(found, int | float) and what not in keys and not isinstance(found, bool):
-                yield {**named, "what": what.replace("_", " "), "found": found}
+    def cells(run: Run) -> Iterator[Cells]:
+        for row in run.rows:
+            named: Cells = {key: number(row[key]) for key in keys}
+            for what, found in row.items():
+                if isinstance(found, int | float) and what not in keys:
+                    yield {**named, "what": what.replace("_", " "), "found": found}
 
-    return rowwise(one)
+    return cells
 
 
 def attention(row: Row) -> Iterator[Cells]:
@@ -75,7 +77,7 @@ def layer(row: Row) -> Iterator[Cells]:
     for variant, own in ms.items():
         yield {
             "size": row["size"],
-            "density": row["density"],
+            "density": round(row["density"], 3),
             "mask": row.get("mask", ""),
             "layers": row["layers"],
             "attention": variant,
@@ -179,19 +181,40 @@ def fidelity(run: Run) -> Iterator[Cells]:
         ]  # fmt: skip
         peers = [decibels(other) for other in same if other["name"] in STATIC_PEERS]
         oracle = [decibels(other) for other in same if other["name"] == "oracle"]
-        own = decibels(row)
+        own, masks = decibels(row), [other for other in same if other["name"] == "ours"]
+        gains = paired(row, masks[0]) if masks else []
         yield {
             "model": row["model"],
             "density": row["density"],
             "method": row["method"],
             "videos": len(row["by_video"]),
             "PSNR dB": own,
+            "median dB": statistics.median(map(finite, row["by_video"].values())),
+            "over the masks, dB": statistics.median(gains) if gains else math.nan,
+            "videos above them": sum(gain > 0 for gain in gains) / len(gains)
+            if gains
+            else math.nan,
             "SSIM": number(row["ssim"]),
             "DINOv2 distance": number(row["perceptual"]),
             "flicker": number(row["flicker"]),
             "over static peers, dB": own - max(peers) if peers else math.nan,
             "over the oracle, dB": own - oracle[0] if oracle else math.nan,
         }
+
+
+def finite(decibels: float | None) -> float:
+    """Return a PSNR, infinite for equal videos."""
+    return math.inf if decibels is None else decibels
+
+
+def paired(row: Row, other: Row) -> list[float]:
+    """Return what each video has more than the same one of another method, in dB."""
+    both = row["by_video"].keys() & other["by_video"].keys()
+    return [
+        finite(row["by_video"][case]) - finite(other["by_video"][case])
+        for case in sorted(both)
+        if row is not other
+    ]
 
 
 def decibels(row: Row) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,17 +14,21 @@ from torch.fx import GraphModule
 from calibatt_compiler import models
 from calibatt_compiler.binders import PlanBinder, RecordingBinder
 from calibatt_compiler.calls import fixed_by, read_grid, transformer_of
-from calibatt_compiler.capture import CaptureInfo, Recorder
-from calibatt_compiler.dynamo import FrameInputs, frame_inputs
+from calibatt_compiler.capture import CaptureInfo, Recorder, SiteInfo
+from calibatt_compiler.dynamo import FrameInputs, frame_inputs, raise_recompile_limit
 from calibatt_compiler.errors import CalibattError, PlanMismatchError
 from calibatt_compiler.logs import logger
+from calibatt_compiler.model_call import ModelCallReader
 from calibatt_compiler.options import CompileOptions
+from calibatt_compiler.parts import PartBinder, PartSites, part_calls
 from calibatt_compiler.passes.pipeline import run_passes
-from calibatt_compiler.passes.rewrite import Rewrite, SdpaCall, Skip
+from calibatt_compiler.passes.rewrite import Lowered, Rewrite, SdpaCall, Skip
 from calibatt_compiler.pinned import PinnedOptions
-from calibatt_compiler.report.summary import GraphReport, keep_report
+from calibatt_compiler.place import placed
+from calibatt_compiler.plan_sites import misfit_error, sites_of
+from calibatt_compiler.report.keep import ReportKeeper
 from calibatt_compiler.runtime.coordinates import PlanCoordinates, RecordingCoordinates
-from calibatt_compiler.runtime.graph import CompiledGraph
+from calibatt_compiler.runtime.graph import CompiledGraph, ServedGraph
 from calibatt_compiler.runtime.ops import operators_digest
 
 log = logger("passes")
@@ -52,44 +58,63 @@ def calibatt(
     """
     try:
         pinned = PinnedOptions.of(options, mode)
-        checked = pinned.options
-        inputs = frame_inputs(gm)
-        binder = PlanBinder(checked, inputs)
+        raise_recompile_limit()
+        plan, coordinates = pinned.options.plan, PlanCoordinates(pinned.options.plan)
+        model = plan.metadata.model
+        class_name = None if model is None else model.class_name
+        inputs = placed(frame_inputs(gm), class_name, plan.sites)
+        root, part = inputs.place.root, inputs.is_part
+        shared = sites_of(root, pinned) if part and root is not None else None
+        binder = PlanBinder(pinned.options, inputs, shared)
         rewrite = run_passes(gm, inputs, binder)
-        _check(rewrite, binder, checked)
+        _check(rewrite, binder, pinned.options)
+        keeper = ReportKeeper(inputs, binder, pinned, rewrite.order_in_words())
+        locate = _parts(rewrite, lambda root: sites_of(root, pinned), keeper) if part else None
+        compiled = _inductor(gm, example_inputs, pinned.options.inductor)
     except CalibattError as error:
         return _raising(error)
-    compiled = CompiledGraph(
-        _inductor(gm, example_inputs, checked.inductor),
-        rewrite.entries(),
-        PlanCoordinates(checked.plan),
-    )
-    report = GraphReport(compiled, binder, pinned, rewrite.order_in_words())
-    # Of a function around a model, the model is asked for its summary.
-    keep_report(transformer_of(inputs) if inputs.module is None else inputs.module, report)
-    return compiled
+    graph = CompiledGraph(compiled, rewrite.entries(), coordinates, locate)
+    if locate is None:
+        keeper(None, "", graph.served)
+    return graph
 
 
-def recording_backend(recorder: Recorder, *, inductor: bool) -> Compiled:
+def recording_backend(
+    recorder: Recorder, *, inductor: bool, model: torch.nn.Module | None = None
+) -> Compiled:
     """Return a backend that runs the model densely and shows each attention call to a recorder.
 
     Args:
         recorder: receives each captured graph, then each call.
         inductor: compile what is around attention; otherwise it runs as captured.
+        model: whose attention it is; None: what the captured frames show.
     """
+    held = None if model is None else weakref.ref(model)  # Dynamo keeps this backend
+    coordinates = RecordingCoordinates(recorder.on_coordinates)
+    seen: dict[str, SiteInfo] = {}
+
+    def look(inputs: FrameInputs) -> None:
+        capture = _capture(inputs, seen.values())
+        recorder.on_capture(capture)
+        recorder.on_call(capture)
+
+    binder = RecordingBinder(recorder, ModelCallReader(None, coordinates, look), seen)
 
     def record(gm: GraphModule, example_inputs: Sequence[Any], **_: object) -> Compiled:
-        inputs = frame_inputs(gm)
+        inputs = placed(frame_inputs(gm), root=None if held is None else held())
         try:
-            rewrite = run_passes(gm, inputs, RecordingBinder(recorder))
-            capture = _capture(rewrite)
-            recorder.on_capture(capture)
+            rewrite = run_passes(gm, inputs, binder)
+            part = inputs.is_part
+            locate = _parts(rewrite, lambda root: binder, binder.skipped) if part else None
+            if not part:
+                capture = _capture(inputs, _sites(rewrite))
+                recorder.on_capture(capture)
         except CalibattError as error:
             return _raising(error)
         compiled = _inductor(gm, example_inputs, {}) if inductor else gm.forward
-        graph = CompiledGraph(
-            compiled, rewrite.entries(), RecordingCoordinates(recorder.on_coordinates)
-        )
+        graph = CompiledGraph(compiled, rewrite.entries(), coordinates, locate)
+        if part:
+            return graph
 
         def run(*args: Any) -> Any:
             recorder.on_call(capture)
@@ -98,6 +123,17 @@ def recording_backend(recorder: Recorder, *, inductor: bool) -> Compiled:
         return run
 
     return record
+
+
+def _parts(
+    rewrite: Rewrite,
+    binder: Callable[[torch.nn.Module], PartBinder],
+    report: Callable[[torch.nn.Module | None, str, ServedGraph], None],
+) -> PartSites | None:
+    """Return what tells the parts of a model that share a graph; None where it has no site."""
+    if not rewrite.calls:
+        return None
+    return PartSites(part_calls(rewrite), rewrite.inputs.place, binder, report)
 
 
 def _inductor(
@@ -126,18 +162,21 @@ def _raising(error: CalibattError) -> Compiled:
     return fail
 
 
-def _capture(rewrite: Rewrite) -> CaptureInfo:
-    module = transformer_of(rewrite.inputs)
+def _capture(inputs: FrameInputs, sites: Iterable[SiteInfo]) -> CaptureInfo:
+    module = transformer_of(inputs)
     return CaptureInfo(
         model=None if module is None else models.identify(module),
-        grid=_grid(rewrite.inputs),
+        grid=_grid(inputs),
         known=module is not None and models.family_of(type(module)) is not None,
-        fixed_by=fixed_by(rewrite.inputs),
-        sites=tuple(
-            replace(call.info, skip=decision.reason) if isinstance(decision, Skip) else call.info
-            for call, decision in zip(rewrite.calls, rewrite.decisions, strict=True)
-        ),
+        fixed_by=fixed_by(inputs),
+        sites=tuple(sites),
     )
+
+
+def _sites(rewrite: Rewrite) -> Iterator[SiteInfo]:
+    for call, decision in zip(rewrite.calls, rewrite.decisions, strict=True):
+        skip = decision.reason if isinstance(decision, Skip) else call.info.skip
+        yield replace(call.info, skip=skip)
 
 
 def _grid(inputs: FrameInputs) -> tuple[int, int, int] | None:
@@ -155,35 +194,40 @@ def _check(rewrite: Rewrite, binder: PlanBinder, options: CompileOptions) -> Non
     for name, reason in wrong:
         log.warning("%s runs dense: %s", name, reason)
     if wrong and options.on_mismatch == "error":
-        name, reason = wrong[0]
-        raise PlanMismatchError(
-            f"the plan does not fit {len(wrong)} of {len(rewrite.calls)} attention calls",
-            expected=binder.expectation,
-            got=f"{name}: {reason}",
-            remedy='calibrate for this size, or pass on_mismatch="dense" to run it dense',
-        )
+        raise misfit_error(wrong, len(rewrite.calls), binder.expectation)
     names = {call.info.name for call in rewrite.calls}
-    plan = options.plan
+    plan, inputs = options.plan, rewrite.inputs
+    whole = inputs.whole and inputs.ends and not inputs.is_part
+    if names & set(plan.sites):
+        served = any(isinstance(decision, Lowered) for decision in rewrite.decisions)
+        if whole and not served and not wrong:
+            _say_unseen(rewrite, next(iter(plan.sites)))
+        return
+    held = {name for known in inputs.place.names.values() for name in known}
+    if not held.isdisjoint(site.partition(":")[0] for site in plan.sites):
+        # The model has them: a part of it need not.
+        if whole:
+            _say_unseen(rewrite, next(iter(plan.sites)))
+        return
     lengths = {site.query_length for site in plan.sites.values()}
     alike = [c.info.name for c in rewrite.calls if c.info.skip is None and _same(c, lengths)]
-    if alike and not names & set(plan.sites):
-        model = plan.metadata.model
-        module = None if model is None else transformer_of(rewrite.inputs, model.class_name)
-        own = model is not None and module is not None and models.is_model(model, module)
-        if own and options.on_mismatch == "dense":
-            log.warning(
-                "none of the plan's sites, such as %r, is in this model, whose attention calls are "
-                "named such as %r: all run dense; compile the transformer itself",
-                next(iter(plan.sites)),
-                alike[0],
-            )
-            return
+    if alike:
         raise PlanMismatchError(
             "none of the plan's sites is in this model",
             expected=f"sites such as {next(iter(plan.sites))!r}",
             got=f"attention calls such as {alike[0]!r}",
             remedy="compile the model that the plan was made for, or calibrate this one",
         )
+
+
+def _say_unseen(rewrite: Rewrite, site: str) -> None:
+    """Warn that a model was captured whole, and none of the plan's attention calls in it."""
+    reasons = Counter(call.info.skip for call in rewrite.calls if call.info.skip is not None)
+    cause = ", ".join(f"{n} calls {reason}" for reason, n in reasons.most_common()) or (
+        "no attention call was captured: it may run outside of the compiled code, or by another "
+        'attention backend than set_attention_backend("native")'
+    )
+    log.warning("none of the plan's sites, such as %r, is served: all run dense; %s", site, cause)
 
 
 def _same(call: SdpaCall, lengths: set[int]) -> bool:

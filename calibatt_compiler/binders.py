@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from dataclasses import replace
 
 import torch
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from calibatt_compiler import models
-from calibatt_compiler.calls import another_size, hint, transformer_of
+from calibatt_compiler.calls import another_size, transformer_of
 from calibatt_compiler.capture import Recorder, Site, SiteInfo
 from calibatt_compiler.dynamo import FrameInputs
-from calibatt_compiler.errors import KernelError, PlanMismatchError
-from calibatt_compiler.kernels.request import KernelSettings
+from calibatt_compiler.model_call import ModelCallReader
 from calibatt_compiler.options import CompileOptions
-from calibatt_compiler.passes.graph import example
-from calibatt_compiler.passes.rewrite import Layout, SdpaCall, Skip
+from calibatt_compiler.parts import PartCall
+from calibatt_compiler.passes.graph import BY_FLEX, example
+from calibatt_compiler.passes.rewrite import Layout, SdpaCall, Skip, site_key
 from calibatt_compiler.plan import Plan, SitePatterns
-from calibatt_compiler.plan.text import other_text
-from calibatt_compiler.runtime.device_queue import queue_of
-from calibatt_compiler.runtime.kernel_cache import KernelCache, table_budget
-from calibatt_compiler.runtime.sampler_watch import SamplerWatch
-from calibatt_compiler.runtime.site import RecordingSite, SparseSite
+from calibatt_compiler.plan_sites import NOT_PLANNED, PlanSites, check_model
+from calibatt_compiler.runtime.graph import ServedGraph
+from calibatt_compiler.runtime.site import DenseSite, RecordingSite
+
+SCATTERED = "several calls of one module, of which only some are in this graph"
 
 
 class PlanBinder:
@@ -36,15 +33,17 @@ class PlanBinder:
         PlanMismatchError: the plan was calibrated on another model.
     """
 
-    def __init__(self, options: CompileOptions, inputs: FrameInputs) -> None:
-        self._options = options
+    def __init__(
+        self, options: CompileOptions, inputs: FrameInputs, sites: PlanSites | None = None
+    ) -> None:
         self._plan = options.plan
         _check_model(self._plan, inputs)
-        self._size = another_size(self._plan, inputs)
-        frames, height, width = self._plan.grid
-        self.watch = SamplerWatch(self._plan)
-        self._caches: dict[torch.device, KernelCache] = {}
-        self.expectation = f"{frames} x {height} x {width} latent tokens"
+        # A part of a model compares sizes when it runs: see `model_call`.
+        self._size = another_size(self._plan, inputs) if inputs.whole else None
+        self._path = inputs.place.path
+        self._sites = PlanSites(options) if sites is None else sites
+        self.watch = self._sites.watch
+        self.expectation = self._sites.expectation
 
     @property
     def plan(self) -> Plan:
@@ -63,63 +62,51 @@ class PlanBinder:
         """Return the site that serves a call, or why it stays dense."""
         info = call.info
         planned = self._plan.sites.get(info.name)
+        if planned is None and self._path and info.skip in (None, "cross-attention"):
+            # Dynamo may run this graph for other parts, which the plan has.
+            planned = self._other(call.key)
         if planned is None:
-            return Skip(info.skip or "not in the plan")
+            return Skip(info.skip or NOT_PLANNED)
         if info.skip not in (None, "cross-attention"):
-            return Skip(str(info.skip), mismatch=True)
+            # Another attention backend says nothing of the size.
+            return Skip(str(info.skip), mismatch=info.skip != BY_FLEX)
+        if self._path and self._calls_in_module(info.name) > call.repeats:
+            return Skip(SCATTERED)
         if self._size is not None:
             return Skip(self._size, mismatch=True)
-        for what, expected, got in (
-            ("heads", planned.heads, info.heads),
-            *self._lengths(planned, info),
-            ("channels a head", planned.head_dim or info.head_dim, info.head_dim),
-        ):
-            # A symbolic size is compared here, which makes Dynamo guard on the answer.
-            if got != expected:
-                return Skip(f"{hint(got)} {what} instead of {expected}", mismatch=True)
+        if (misfit := self._sites.misfit(planned, info)) is not None:
+            return misfit
+        if info.name not in self._plan.sites:
+            return DenseSite()
         query = example(call.operands["query"])
         assert query is not None
-        settings = KernelSettings(
-            device=query.device,
-            dtype=call.dtype,
-            head_dim=info.head_dim,
-            lowering=self._options.lowering,
-            softmax=self._options.softmax,
-            hopper=self._options.hopper,
-        )
-        try:
-            return SparseSite(
-                self._plan,
-                info.name,
-                settings,
-                monitor=self._options.monitor,
-                on_mismatch=self._options.on_mismatch,
-                watch=self.watch,
-                kernels=self._cache(query.device),
-            )
-        except KernelError as error:
-            return Skip(f"no kernel: {error.problem}", mismatch=True)
+        return self._sites.site(info, query.device, call.dtype)
 
-    def _cache(self, device: torch.device) -> KernelCache:
-        if device not in self._caches:
-            budget = table_budget(self._plan, self._options.table_memory)
-            self._caches[device] = KernelCache(queue_of(device), budget=budget)
-        return self._caches[device]
+    def settled(self, info: SiteInfo) -> SiteInfo:
+        """Return a call that is served with the plan's sizes: others were guarded against."""
+        place = site_key(info.name, self._path)
+        planned = self._plan.sites.get(info.name) or self._other(place)
+        assert planned is not None, "it is served"
+        return replace(info, query_length=planned.query_length, key_length=planned.key_length)
 
-    def _lengths(self, planned: SitePatterns, info: SiteInfo) -> list[tuple[str, int, Any]]:
-        """Return the lengths that must be equal: none where only the text's may differ."""
-        expected = (planned.query_length, planned.key_length)
-        got = (info.query_length, info.key_length)
-        if self._plan.text_position is not None and (
-            any(free_unbacked_symbols(length) for length in got)  # the site looks at each call
-            or other_text(expected, got, math.prod(self._plan.grid))
-        ):
-            return []
-        return list(zip(("query tokens", "key tokens"), expected, got, strict=True))
+    def _other(self, key: str) -> SitePatterns | None:
+        """Return a site of another part that its graph would call the same, if the plan has one."""
+        return next((s for name, s in self._plan.sites.items() if name.endswith(key)), None)
+
+    def _calls_in_module(self, name: str) -> int:
+        """Return how many calls a module has at least, as far as the plan knows."""
+        base = name.partition(":")[0]
+        same = (site.partition(":") for site in self._plan.sites)
+        return max((1 + int(n or 0) for site, _, n in same if site == base), default=0)
 
 
 class RecordingBinder:
     """Binds every site that could be sparse to a recorder.
+
+    Args:
+        recorder: what is shown the calls.
+        reader: reads the timestep of the model's calls, for its parts.
+        seen: takes the calls of parts, by name.
 
     Attributes:
         layout: None: a recorder is shown tokens in the model's order.
@@ -127,8 +114,21 @@ class RecordingBinder:
 
     layout = None
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(
+        self,
+        recorder: Recorder,
+        reader: ModelCallReader | None = None,
+        seen: dict[str, SiteInfo] | None = None,
+    ) -> None:
         self._recorder = recorder
+        self._reader = reader
+        self._seen = {} if seen is None else seen
+
+    @property
+    def reader(self) -> ModelCallReader:
+        """As in `PartBinder`."""
+        assert self._reader is not None, "it was made for parts"
+        return self._reader
 
     def bind(self, call: SdpaCall) -> Site | Skip:
         """Return a recording site, or why the call is not recorded."""
@@ -136,35 +136,24 @@ class RecordingBinder:
             return Skip(call.info.skip)
         return RecordingSite(self._recorder, call.info.name)
 
+    def bind_part(self, call: PartCall, info: SiteInfo) -> Site | Skip:
+        """As in `PartBinder`."""
+        self._seen[info.name] = info
+        return RecordingSite(self._recorder, info.name)
+
+    def skipped(self, root: torch.nn.Module | None, path: str, served: ServedGraph) -> None:
+        """Record the calls of a part that are not recorded."""
+        for name, reason in served.entries.items():
+            if isinstance(reason, str):
+                self._seen[name] = SiteInfo(name, 0, 0, 0, 0, skip=reason)
+
+    def settled(self, info: SiteInfo) -> SiteInfo:
+        """As in `Binder`."""
+        return replace(info, query_length=int(info.query_length), key_length=int(info.key_length))
+
 
 def _check_model(plan: Plan, inputs: FrameInputs) -> None:
-    expected = plan.metadata.model
-    module = None if expected is None else transformer_of(inputs, expected.class_name)
-    if expected is None or module is None:
-        return
-    own = models.is_class(type(module), expected.class_name)
-    if not own and not models.config_of(module):  # a frame inside the model, after a graph break
-        return
-    check_identity(plan, module)
-
-
-def check_identity(plan: Plan, module: torch.nn.Module) -> None:
-    """Raise `PlanMismatchError` if a plan was calibrated on another model."""
-    expected = plan.metadata.model
-    if expected is None:
-        return
-    got = models.identify(module)
-    if not models.is_class(type(module), expected.class_name):
-        raise PlanMismatchError(
-            "the plan was calibrated on a model of another class",
-            expected=expected.class_name,
-            got=got.class_name,
-            remedy="compile the transformer itself, with the plan made for it",
-        )
-    if not models.is_model(expected, module):
-        raise PlanMismatchError(
-            f"the plan was calibrated on a {expected.class_name} of another configuration",
-            expected=f"configuration digest {expected.config_digest[:16]}",
-            got=got.config_digest[:16],
-            remedy="use the plan of this model, or calibrate it with `calibatt calibrate`",
-        )
+    model = plan.metadata.model
+    module = None if model is None else transformer_of(inputs, model.class_name)
+    if module is not None:
+        check_model(plan, module)

@@ -9,7 +9,6 @@ import torch
 
 from calibatt_compiler.errors import KernelError, PlanError
 from calibatt_compiler.kernels.baked.compiler import BuildReport, KernelSpec, shared_compiler
-from calibatt_compiler.kernels.baked.cover import EXACT, WIDENED
 from calibatt_compiler.kernels.dispatch import Choice, DeviceFacts, choose
 from calibatt_compiler.kernels.request import AnyPattern, KernelRequest, KernelSettings
 from calibatt_compiler.plan import BlockPattern, Plan, SitePatterns
@@ -118,9 +117,8 @@ class PlanSpecs(Collection[KernelSpec]):
     def _spec(
         self, pattern: BlockPattern | ZonePattern, head_dim: int, arch: int, choice: Choice
     ) -> KernelSpec:
-        limits = EXACT if isinstance(pattern, ZonePattern) else WIDENED
         target, softmax = choice.target, choice.softmax
-        return KernelSpec(pattern, self._dtype, head_dim, arch, limits, target, softmax)
+        return KernelSpec(pattern, self._dtype, head_dim, arch, target=target, softmax=softmax)
 
 
 def build_for_device(

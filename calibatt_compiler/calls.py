@@ -36,13 +36,14 @@ def transformer_of(inputs: FrameInputs, class_name: str | None = None) -> torch.
         inputs: of the frame.
         class_name: its class, if known: it, or a class derived from it, comes first.
     """
-    chain = [] if inputs.module is None else [inputs.module]
+    chain = [] if inputs.place.root is None else [inputs.place.root]
+    chain += [] if inputs.module is None else [inputs.module]
     chain += [enclosing.module for enclosing in inputs.enclosing]
     for module in chain:
         if class_name is not None and models.is_class(type(module), class_name):
             return module
     known = (m for m in chain if models.config_of(m) or models.family_of(type(m)))
-    return next(known, inputs.module)
+    return next(known, inputs.place.root or inputs.module)
 
 
 def read_grid(inputs: FrameInputs) -> tuple[Any, Any, Any] | None:
@@ -164,7 +165,7 @@ def _given(inputs: FrameInputs) -> Mapping[str, Any]:
         if name not in placing
         and not name.startswith(NOT_OF_VIDEO)
         and (
-            (isinstance(value, torch.Tensor) and name in inputs.placeholders and value.dim() > 1)
+            (isinstance(value, torch.Tensor) and inputs.reads(name) and value.dim() > 1)
             or _is_read(inputs, name)
         )
     }

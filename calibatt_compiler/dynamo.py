@@ -16,8 +16,15 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from calibatt_compiler.passes.graph import SDPA, example, subgraphs
+from calibatt_compiler.callers import module_calls
+from calibatt_compiler.passes.graph import FLEX, SDPA, example, module_path, subgraphs
 from calibatt_compiler.plan.coordinates import OF_TEXT, OF_VIDEO, by_axis
+
+TIMESTEPS = ("timestep", "timesteps", "t", "sigma")
+"""What transformers call the diffusion timestep, most usual first."""
+
+RESUMED = "torch_dynamo_resume_in_"
+"""How Dynamo calls code that goes on behind a graph break."""
 
 MOST_PARTS = 64
 """Longer lists of an argument are not looked into."""
@@ -37,6 +44,28 @@ class Enclosing:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where in its model a captured frame stands.
+
+    Attributes:
+        root: the model; None if it can't be seen.
+        anchor: the innermost of its modules that is being called; None: something around it is.
+        path: of the anchor in the model, empty for the model itself.
+        names: paths of the model's modules.
+    """
+
+    root: torch.nn.Module | None = None
+    anchor: torch.nn.Module | None = None
+    path: str = ""
+    names: Mapping[torch.nn.Module, tuple[str, ...]] = field(default_factory=dict, repr=False)
+
+    @property
+    def within(self) -> bool:
+        """Whether the frame is a part of the model: Dynamo may run its code for others like it."""
+        return bool(self.path)
+
+
+@dataclass(frozen=True)
 class FrameInputs:
     """Arguments of the captured call, by the names of the frame: those of a module's `forward`.
 
@@ -47,6 +76,14 @@ class FrameInputs:
             integers, so that looking at a size installs Dynamo's guard on it.
         constants: names of the integers whose values the captured code holds for the same.
         enclosing: modules within the frame that the first attention call lies in, outermost first.
+        callers: modules that are being called, the innermost first; the frame's own is the first.
+        owners: modules of the graph's attention calls, by Dynamo's path.
+        given: names of the tensors, where they are not those of a graph but of a model's call.
+        resumed: whether the frame goes on with another one, behind a graph break: its variables
+            are no arguments.
+        ends: whether the frame is over with this graph, and not broken.
+        place: where in its model the frame stands.
+        of_call: whether the model is being called, with a timestep that can be read.
     """
 
     module: torch.nn.Module | None = None
@@ -54,13 +91,57 @@ class FrameInputs:
     values: Mapping[str, Any] = field(default_factory=dict)
     constants: frozenset[str] = frozenset()
     enclosing: tuple[Enclosing, ...] = ()
+    callers: tuple[torch.nn.Module, ...] = ()
+    owners: Mapping[str, torch.nn.Module] = field(default_factory=dict)
+    given: frozenset[str] = frozenset()
+    resumed: bool = False
+    ends: bool = True
+    place: Place = Place()
+    of_call: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether the frame's arguments are those of the model, or of what is around it."""
+        return not self.resumed and not self.place.within
+
+    @property
+    def is_part(self) -> bool:
+        """Whether the frame is a part of a model's call, which says what it has not itself."""
+        return self.place.within or (self.of_call and self.timestep() is None)
+
+    def timestep(self) -> Node | None:
+        """Return the timestep among the inputs, which may be anything in a part of a model."""
+        found = self.placeholders if self.whole else {}
+        nodes = (found.get(name) for name in TIMESTEPS)
+        return next(
+            (node for node in nodes if node is not None and example(node) is not None), None
+        )
+
+    def reads(self, name: str) -> bool:
+        """Whether a tensor is among what the graph, or the model, reads."""
+        return name in self.placeholders or name in self.given
+
+    def site_name(self, node: Node) -> str | None:
+        """Return the path in the model of the module that an attention call lies in.
+
+        None if it can't be seen; empty if it is none of the model's.
+        """
+        if self.place.root is None:
+            return None
+        path = module_path(node)
+        owner = self.owners.get(path) if path else self.place.anchor
+        if owner is None:
+            return None if path and not self.place.within else ""
+        known = self.place.names.get(owner, ("",))
+        # A module with several names is known by the one that Dynamo went by.
+        return max(known, key=lambda name: len(name) if path.endswith(name) else -1)
 
     def coordinates(self) -> tuple[str, ...]:
         """Return the names of the arguments that place tokens, where the graph reads them."""
         return tuple(
             name
             for name in (*OF_VIDEO, *OF_TEXT)
-            if name in self.placeholders
+            if self.reads(name)
             and isinstance(value := self.values.get(name), torch.Tensor)
             and by_axis(name, value) is not None
         )
@@ -89,7 +170,22 @@ def frame_inputs(gm: GraphModule) -> FrameInputs:
             placeholders[source] = node
             values[source] = node.meta.get("example_value", node.meta.get("val"))
     scopes = {"L": scope, "G": getattr(output, "global_scope", {})}
-    return FrameInputs(module, placeholders, values, frozenset(constants), _enclosing(gm, scopes))
+    own = _called(tracer, scope)
+    calls = [] if tracer is None else module_calls()
+    callers = [call.module for call in calls if call.module is not gm]  # we are called with it
+    reason = getattr(output, "compile_subgraph_reason", None)
+    return FrameInputs(
+        module,
+        placeholders,
+        values,
+        frozenset(constants),
+        _enclosing(gm, scopes),
+        tuple(dict.fromkeys(callers if own is None else [own, *callers])),
+        _owners(gm, scopes),
+        resumed=getattr(tracer, "f_code", None) is not None
+        and tracer.f_code.co_name.startswith(RESUMED),
+        ends=not getattr(reason, "graph_break", False),
+    )
 
 
 def keywords_with(options: object) -> dict[str, Any] | None:
@@ -110,6 +206,22 @@ def keywords_with(options: object) -> dict[str, Any] | None:
     return None
 
 
+RECOMPILE_LIMIT = 256
+"""How often Dynamo may compile one function: plans, models and adapters come and go in a process.
+
+It is what Dynamo allows in all cases (`accumulated_recompile_limit`)."""
+
+
+def raise_recompile_limit() -> None:
+    """Let Dynamo compile a function for more than eight plans, unless the user chose a limit.
+
+    Of the ninth it would run the function as it is, and nobody would be told.
+    """
+    config: Any = torch._dynamo.config
+    if config.recompile_limit == 8:
+        config.recompile_limit = RECOMPILE_LIMIT
+
+
 def options_of(compiled: object) -> object:
     """Return the very `options` that a compiled model holds, if they can be seen.
 
@@ -119,7 +231,7 @@ def options_of(compiled: object) -> object:
         compiled: what `torch.compile` returned, or a module compiled in place.
     """
     backend = getattr(getattr(compiled, "dynamo_ctx", None), "callback", None)
-    in_place = getattr(compiled, "_compiled_call_impl", None)
+    in_place = getattr(compiled, "_compiled_call_impl", compiled)
     if backend is None and inspect.isfunction(in_place):
         backend = inspect.getclosurevars(in_place).nonlocals.get("callback")
     for _ in range(8):
@@ -142,10 +254,25 @@ def _tracer() -> Any:
         return None
 
 
-def _module_of(tracer: Any, scope: Mapping[str, Any]) -> torch.nn.Module | None:
-    """Return the module that a frame is a method of; some name it otherwise than `self`."""
+def _called(tracer: Any, scope: Mapping[str, Any]) -> torch.nn.Module | None:
+    """Return the module that a frame's first argument is: see `module_calls`."""
     code = getattr(tracer, "f_code", None)
-    first = code.co_varnames[:1] if code is not None and code.co_name == "forward" else ()
+    first = None if code is None or not code.co_argcount else scope.get(code.co_varnames[0])
+    return first if isinstance(first, torch.nn.Module) else None
+
+
+def _module_of(tracer: Any, scope: Mapping[str, Any]) -> torch.nn.Module | None:
+    """Return the module that a frame is a method of, or hands its arguments on to.
+
+    Some name it otherwise than `self`.
+    """
+    code: Any = getattr(tracer, "f_code", None)
+    forwards = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
+    own = code is not None and (
+        code.co_name == "forward"
+        or (code.co_argcount == 1 and code.co_flags & forwards == forwards)
+    )
+    first = code.co_varnames[:1] if own else ()
     for name in ("self", *first):
         if isinstance(scope.get(name), torch.nn.Module):
             found: torch.nn.Module = scope[name]
@@ -212,6 +339,22 @@ def _enclosing(gm: GraphModule, scopes: Mapping[str, Mapping[str, Any]]) -> tupl
         if type(module) is kind and isinstance(module, torch.nn.Module):
             found.append(Enclosing(module, _entering(gm, key)))
     return tuple(found)
+
+
+def _owners(gm: GraphModule, scopes: Mapping[str, Mapping[str, Any]]) -> dict[str, torch.nn.Module]:
+    owners: dict[str, torch.nn.Module] = {}
+    for node in gm.graph.nodes:
+        for body in subgraphs(node):
+            owners |= _owners(body, scopes)
+        path = (
+            module_path(node)
+            if node.op == "call_function" and node.target in (*SDPA, *FLEX)
+            else ""
+        )
+        found = _resolve(path, scopes) if path else None
+        if isinstance(found, torch.nn.Module):
+            owners[path] = found
+    return owners
 
 
 def _attention(gm: GraphModule) -> list[Node]:

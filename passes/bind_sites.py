@@ -13,7 +13,7 @@ def bind_sites(rewrite: Rewrite) -> Rewrite:
     answers: list[Site | Skip] = []
     for call in rewrite.calls:
         if rewrite.timestep is None:
-            answers.append(Skip("the timestep is not an input of this graph", mismatch=True))
+            answers.append(Skip("the timestep is not an input of this graph"))
         else:
             answers.append(rewrite.binder.bind(call))
     decisions = tuple(answer if isinstance(answer, Skip) else Lowered(answer) for answer in answers)

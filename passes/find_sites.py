@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 
 from calibatt_compiler.capture import SiteInfo
 from calibatt_compiler.passes.graph import (
+    BY_FLEX,
+    FLEX,
     OPERANDS,
     SDPA,
     example,
@@ -20,7 +23,7 @@ from calibatt_compiler.passes.graph import (
     subgraphs,
     transformed,
 )
-from calibatt_compiler.passes.rewrite import Rewrite, SdpaCall
+from calibatt_compiler.passes.rewrite import Rewrite, SdpaCall, site_key
 from calibatt_compiler.passes.writes import memory, written
 
 THREADABLE = ("tag_activation_checkpoint", "wrap")
@@ -33,11 +36,23 @@ TRANSFORMED = "inside vmap, grad or another transform of torch.func"
 def find_sites(rewrite: Rewrite) -> Rewrite:
     """List the attention calls in the order of execution."""
     seen: Counter[str] = Counter()
-    video = _dependents(rewrite.inputs.placeholders.get("hidden_states"))
-    calls = tuple(
-        _describe(node, gm, path, seen, video) for node, gm, path in _walk(rewrite.gm, ())
+    # Behind a graph break keys may come from elsewhere, of self-attention too.
+    latents = None if rewrite.inputs.resumed else rewrite.inputs.placeholders.get("hidden_states")
+    video = _dependents(latents)
+    calls = []
+    bases = []
+    for node, gm, path in _walk(rewrite.gm, ()):
+        name = rewrite.inputs.site_name(node)
+        bases.append(module_name(node) if name is None else name)
+        calls.append(_describe(node, gm, path, bases[-1], seen, video))
+    place = rewrite.inputs.place.path
+    return replace(
+        rewrite,
+        calls=tuple(
+            replace(call, key=site_key(call.info.name, place), repeats=seen[base])
+            for call, base in zip(calls, bases, strict=True)
+        ),
     )
-    return replace(rewrite, calls=calls)
 
 
 def _walk(
@@ -46,8 +61,9 @@ def _walk(
     for node in gm.graph.nodes:
         if node.op != "call_function":
             continue
-        if node.target in SDPA:
+        if node.target in SDPA or node.target in FLEX:
             yield node, gm, path
+            continue
         for body in subgraphs(node):
             yield from _walk(body, (*path, node))
 
@@ -69,13 +85,15 @@ def _describe(
     node: Node,
     gm: GraphModule,
     path: tuple[Node, ...],
+    base: str,
     seen: Counter[str],
     video: frozenset[Node],
 ) -> SdpaCall:
-    operands = sdpa_operands(node)
-    base = module_name(node)
     name = f"{base}:{seen[base]}" if seen[base] else base
     seen[base] += 1
+    if node.target in FLEX:
+        return SdpaCall(node, gm, path, SiteInfo(name, 0, 0, 0, 0, skip=BY_FLEX))
+    operands = sdpa_operands(node)
     query, key, value = (example(operands[part]) for part in OPERANDS[:3])
     if transformed(node):
         return SdpaCall(node, gm, path, SiteInfo(name, 0, 0, 0, 0, skip=TRANSFORMED))
@@ -86,7 +104,7 @@ def _describe(
     crossing = bool(video) and operands["query"] in video and operands["key"] not in video
     if reason is None and not base:
         reason = "unnamed: the graph carries no module path"
-    if reason is None and (crossing or query.shape[2] != key.shape[2]):
+    if reason is None and (crossing or _differ(query.shape[2], key.shape[2])):
         # Rectangular self-attention looks the same from here; a plan that names the site wins.
         reason = "cross-attention"
     info = SiteInfo(
@@ -115,9 +133,9 @@ def _refusal(
         return "dropout"
     if isinstance(operands.get("scale"), Node):
         return "scale is computed at run time"
-    if query.shape[1] != key.shape[1] or query.shape[0] != key.shape[0]:
+    if any(_differ(query.shape[dim], key.shape[dim]) for dim in (0, 1)):
         return "batch or heads of queries and keys differ"
-    if query.shape[3] != value.shape[3] or key.shape != value.shape:
+    if query.shape[3] != value.shape[3] or any(map(_differ, key.shape, value.shape)):
         return "keys and values differ in shape"
     for call in path:
         if getattr(call.target, "_name", str(call.target)) not in THREADABLE:
@@ -125,6 +143,13 @@ def _refusal(
         if sum(body is other for body in subgraphs(call) for other in _bodies(call)) > 1:
             return "in a subgraph that several layers share"
     return None
+
+
+def _differ(one: int | torch.SymInt, other: int | torch.SymInt) -> bool:
+    """Whether two sizes may differ; of what no guard can be made, as far as is known."""
+    if any(map(free_unbacked_symbols, (one, other))):
+        return not statically_known_true(one == other)
+    return bool(one != other)
 
 
 def _bodies(call: Node) -> list[GraphModule]:

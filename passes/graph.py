@@ -14,6 +14,11 @@ SDPA = (
     torch.ops.aten.scaled_dot_product_attention.default,
 )
 
+FLEX = (torch.ops.higher_order.flex_attention,)
+"""Attention that has a score function or a block mask of its own; Dynamo's graph has it so."""
+
+BY_FLEX = "by flex_attention; the attention backend that is served is native"
+
 OPERANDS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 """Parameters of `scaled_dot_product_attention`, in order."""
 
@@ -50,16 +55,18 @@ def example(operand: object) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
-def module_name(node: Node) -> str:
-    """Return the path of the module that a node was traced in, such as `blocks.3.attn1`; or ''.
+def module_path(node: Node) -> str:
+    """Return Dynamo's path of the module that a node was traced in, or ''.
 
-    Dynamo writes it as `L['self'].__dict__['_modules']['blocks'].3.attn1`.
+    Such as `L['self'].__dict__['_modules']['blocks'].3.attn1`.
     """
     stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return ""
-    path = str(next(reversed(list(stack.values())))[0])
-    path = re.sub(r"^[LG]\['\w+'\]", "", path)
+    return str(next(reversed(list(stack.values())))[0]) if stack else ""
+
+
+def module_name(node: Node) -> str:
+    """Return the path of the module that a node was traced in, such as `blocks.3.attn1`; or ''."""
+    path = re.sub(r"^[LG]\['\w+'\]", "", module_path(node))
     path = re.sub(r"(\.__dict__)?(\.|\[')_modules('\])?", "", path)
     path = re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", path)
     return path.strip(".")

@@ -50,7 +50,7 @@ def _replace(call: SdpaCall, timestep: Node, *, ordered: bool) -> None:
         operands = [_cast(call, cast("Node", call.operands[name])) for name in OPERANDS[:3]]
         lowered = graph.call_function(
             torch.ops.calibatt.attention.default,
-            (*operands, timestep, call.info.name, call.scale, ordered),
+            (*operands, timestep, call.key, call.scale, ordered),
         )
         lowered.meta = dict(meta)
         lowered = _laid_out(lowered, call.node)

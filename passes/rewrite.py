@@ -26,12 +26,17 @@ class SdpaCall:
         gm: the graph module that holds it.
         path: calls of higher-order operators that lead from the outer graph to `gm`.
         info: name, sizes, and why it can't be sparse, if so.
+        key: what the site is called in the graph: its name; in a part of a model without the path
+            of the part, so that it is the same in all parts alike.
+        repeats: how many calls of the graph lie in the same module.
     """
 
     node: Node
     gm: GraphModule
     path: tuple[Node, ...]
     info: SiteInfo
+    key: str = ""
+    repeats: int = 1
 
     @property
     def operands(self) -> Mapping[str, object]:
@@ -50,6 +55,17 @@ class SdpaCall:
         """Factor of the scores; the default is 1 / sqrt(head_dim)."""
         scale = self.operands.get("scale")
         return float(scale) if isinstance(scale, (int, float)) else self.info.head_dim**-0.5
+
+
+def site_key(name: str, place: str) -> str:
+    """Return what a site is called in the graph of a part of its model.
+
+    It begins with a dot: so the name is that of the part with it behind, but for the part itself.
+    """
+    if not place:
+        return name
+    inner = name.removeprefix(place)
+    return inner if inner.startswith(".") else f".{inner}"
 
 
 @dataclass(frozen=True)
@@ -123,6 +139,9 @@ class Binder(Protocol):
     def bind(self, call: SdpaCall) -> Site | Skip:
         """Return what serves a call, or why it stays dense."""
 
+    def settled(self, info: SiteInfo) -> SiteInfo:
+        """Return a call that is served with concrete sizes."""
+
 
 @dataclass(frozen=True)
 class Rewrite:
@@ -167,8 +186,8 @@ class Rewrite:
         return ", ".join(words + ([order] if (order := self.order_in_words()) else []))
 
     def entries(self) -> dict[str, Site | str]:
-        """Return, by name of the call, what serves it, or why nothing of ours does."""
+        """Return, by key of the call, what serves it, or why nothing of ours does."""
         return {
-            call.info.name: decision.reason if isinstance(decision, Skip) else decision.site
+            call.key: decision.reason if isinstance(decision, Skip) else decision.site
             for call, decision in zip(self.calls, self.decisions, strict=True)
         }

@@ -138,7 +138,7 @@ class FakeWorker:
     """Answers at once."""
 
     def run(self, job: str, timeout: float) -> dict[str, object]:
-        source = CompiledSource("d", "v", Path("s"), 0.0, 0.0, False)
+        source = CompiledSource("d", "v", Path("s"), 0.0, False)
         return {"ok": True, **vars(source), "source_path": "s"}
 
     def stop(self) -> None:

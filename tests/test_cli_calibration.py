@@ -179,6 +179,36 @@ def test_tune_searches_and_says_what_it_costs(
     assert "no trial reached the goal" in printed
 
 
+def test_tune_searches_zones_unless_masks_are_asked_for(
+    tiny_wan_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("optuna", reason="the extra `tune`")
+    monkeypatch.setattr("calibatt_compiler.backend._inductor", lambda gm, *_: gm.forward)
+    out = tmp_path / "search"
+    search = ["--trials", "2", "--block", "16", "--out", str(out), "--yes"]
+    arguments = ["tune", str(tiny_wan_folder), *VIDEO, *COMMON, "--prompt", "a tree", *search]
+    for more, message in (
+        (["--form", "zones", "--proxy"], "kept mass says nothing of zones"),
+        (["--form", "zones", "--pooled", "1,4"], "'pooled'"),
+        (["--form", "octaves"], "masks, zones or None"),
+    ):
+        assert run([*arguments, *more]) == 2
+        assert message in capsys.readouterr().err
+    assert not out.exists()
+
+    assert run([*arguments, "--psnr", "1"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for words in ("2 trials x", "of sums on disk", "asked", "chosen"):
+        assert words in printed
+    chosen = Plan.load(out / "plan.calibatt").metadata.thresholds["density"]
+    assert chosen in (0.25, 0.1581)  # the second by bisection
+    assert run([*arguments, "--form", "masks"]) == 2
+    assert "holds another search" in capsys.readouterr().err
+
+
 def _declined(*_: object, abort: bool) -> None:
     assert abort
     raise typer.Abort

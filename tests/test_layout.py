@@ -27,14 +27,14 @@ WHOLE = ("plan", "calibration.select")
 EDGES: dict[str, str] = {
     "": "api calibration plan report",
     "__main__": "cli",
-    "api": "binders models options plan",
+    "api": "models options plan plan_sites",
     "backend": (
-        "binders calls capture dynamo models options passes.pipeline passes.rewrite pinned report "
-        "runtime"
+        "binders calls capture dynamo model_call models options parts passes.pipeline "
+        "passes.rewrite pinned place plan_sites report runtime"
     ),
     "binders": (
-        "calls capture dynamo kernels.request models options passes.graph passes.rewrite plan "
-        "runtime"
+        "calls capture dynamo model_call options parts passes.graph passes.rewrite plan "
+        "plan_sites runtime"
     ),
     "build": "kernels.baked kernels.dispatch kernels.request plan",
     "calibration": (
@@ -110,7 +110,7 @@ EDGES: dict[str, str] = {
     ),
     "cli.validation": "calibration calibration.validation cli.options plan",
     "debug": "options",
-    "dynamo": "passes.graph plan",
+    "dynamo": "callers passes.graph plan",
     "evaluation": "build kernels.portable options plan report",
     "kernels.attention": (
         "kernels.baked kernels.cpu kernels.dispatch kernels.hopper kernels.portable "
@@ -134,8 +134,10 @@ EDGES: dict[str, str] = {
         "kernels.baked kernels.common kernels.cpu kernels.dispatch kernels.hopper kernels.portable "
         "kernels.reference kernels.request kernels.tiered plan"
     ),
+    "model_call": "calls dynamo plan runtime",
     "models": "plan",
     "options": "plan",
+    "parts": "callers capture dynamo model_call passes.graph passes.rewrite place runtime",
     "passes.bind_sites": "capture passes.rewrite",
     "passes.find_sites": "capture passes.graph passes.rewrite passes.writes",
     "passes.find_timestep": "passes.graph passes.rewrite",
@@ -148,7 +150,12 @@ EDGES: dict[str, str] = {
     "passes.token_order": "passes.graph passes.rewrite passes.writes",
     "passes.writes": "passes.graph",
     "pinned": "dynamo options plan",
-    "report": "binders dynamo pinned plan runtime",
+    "place": "callers dynamo model_call models",
+    "plan_sites": (
+        "calls capture kernels.request model_call models options parts passes.rewrite pinned plan "
+        "runtime"
+    ),
+    "report": "binders dynamo models pinned plan runtime",
     "runtime": (
         "capture options kernels.attention kernels.common kernels.dispatch kernels.gradients "
         "kernels.protocol kernels.request kernels.zones plan"

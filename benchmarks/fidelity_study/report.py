@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from fidelity_study.methods import ORACLE, OURS, RANDOM, ROUTER
+from fidelity_study.setting import name_of
 from fidelity_study.study import Study
 from record import write_record
 
@@ -110,8 +111,12 @@ def rows(study: Study) -> list[dict[str, Any]]:
     setting, found = study.setting, []
     for density in setting.densities:
         for method in setting.methods:
-            keys = [setting.key(method, density, case) for case in setting.held_out]
-            videos = [study.results[key]["psnr"] for key in keys if key in study.results]
+            keys = {name_of(c): setting.key(method, density, c) for c in setting.held_out}
+            videos = {
+                case: study.results[key]["psnr"]
+                for case, key in keys.items()
+                if key in study.results
+            }
             if not videos:
                 continue
             means = {metric: mean(study, method, density, metric) for metric in METRICS}

@@ -210,10 +210,11 @@ class CalibrationRun:
     ) -> Plan:
         """Make the plan from the stored inputs; may be called several times.
 
-        A run for zones takes the settings of zones alone, and nothing is raised.
+        A run for zones takes the settings of zones alone.
 
         Args:
-            raised: by site, what is added to its threshold; see `plan_from_run`.
+            raised: by site, what is added to its threshold, see `plan_from_run`, or of zones the
+                factor of its energies, see `zone_plan_from_run`.
             names: the inputs that count; default all.
             **settings: of `SelectionConfig`, by name, in the place of the configured ones. Other
                 `A`, `C` and `k` need `keep_energies`, `gamma` a run that recorded repetition.
@@ -225,8 +226,9 @@ class CalibrationRun:
         names = self.finished if names is None else names
         selection = SelectionConfig.of(self.config, **settings)
         about: dict[str, Any] = {"cfg": self._cfg, "arguments": self._arguments}
-        if selection.zoned and not raised:
-            return derive_zone_plan(self._store, names, selection.zones(), **about)
+        if selection.zoned:
+            zones = selection.zones()
+            return derive_zone_plan(self._store, names, zones, raised=raised, **about)
         return derive_plan(self._store, names, selection, raised=raised, **about)
 
 

@@ -1,4 +1,4 @@
-"""The goal that a plan of zones is fitted to: density, predicted speed-up or error."""
+"""The goal that a plan of zones is fitted to: density, predicted speed-up, error or price."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DENSITY = 0.25
 
 @dataclass(frozen=True)
 class ZoneTarget:
-    """What a plan of zones is to be; exactly one of `density`, `speed_up` and `error`.
+    """What a plan of zones is to be; exactly one of `density`, `speed_up`, `error` and `price`.
 
     Attributes:
         density: expected kept blocks / all blocks, in (0, 1].
@@ -29,6 +29,8 @@ class ZoneTarget:
         error: predicted root of the mean relative variance of a row's output, above 0.
         attention_share: share of a dense step's time that its sites take, in (0, 1]; needed for
             `speed_up`.
+        price: relative variance that a kept block is worth, above 0, as plans of zones record it
+            in their thresholds.
 
     Raises:
         OptionError: not exactly one, a value out of range, or a speed-up that no density gives.
@@ -38,16 +40,19 @@ class ZoneTarget:
     speed_up: float | None = None
     error: float | None = None
     attention_share: float | None = None
+    price: float | None = None
 
     def __post_init__(self) -> None:
-        names = ("density", "speed_up", "error")
+        names = ("density", "speed_up", "error", "price")
         given = [name for name in names if getattr(self, name) is not None]
         if len(given) != 1:
-            raise _out_of_range("what a plan is to be", "density, speed_up or error", given)
+            raise _out_of_range("what a plan is to be", "density, speed_up, error or price", given)
         if self.density is not None and not 0 < self.density <= 1:
             raise _out_of_range("density", "a share of all blocks in (0, 1]", self.density)
         if self.error is not None and not (self.error > 0 and math.isfinite(self.error)):
             raise _out_of_range("error", "a relative error above 0", self.error)
+        if self.price is not None and not (self.price > 0 and math.isfinite(self.price)):
+            raise _out_of_range("price", "a number above 0, as a plan records it", self.price)
         if self.speed_up is not None:
             share = self.attention_share
             if share is None or not 0 < share <= 1:
@@ -58,7 +63,7 @@ class ZoneTarget:
 
     @property
     def wanted_density(self) -> float | None:
-        """Density that is wanted; None if an error is."""
+        """Density that is wanted; None if an error or a price is."""
         if self.speed_up is None:
             return self.density
         assert self.attention_share is not None

@@ -36,25 +36,29 @@ def inspect(
         str | None,
         option(
             _VALIDATION,
-            "Measure what the plan keeps on held-out inputs. SOURCE: the model, to be run on "
-            "--prompts that the plan was not made from, or the folder that a calibration on such "
-            "inputs left with --keep-energies.",
+            "Measure what the plan keeps on held-out inputs, or the output error of its zones. "
+            "SOURCE: the model, to be run on --prompts that the plan was not made from, or the "
+            "folder that a calibration on such inputs left, for masks with --keep-energies.",
             "SOURCE",
         ),
     ] = None,
     margin: Annotated[
-        float,
+        float | None,
         option(
             _VALIDATION,
-            "Flag a site that at some step keeps less than its threshold by more than this.",
+            "Flag a site of masks that at some step keeps less than its threshold by more than "
+            "this, by default 0.02; one of zones whose output error is above the one that the "
+            "plan expected by more than this share of it, by default 0.25.",
         ),
-    ] = 0.02,
+    ] = None,
     raised: Annotated[
         Path | None,
         option(
             _VALIDATION,
-            "Select the flagged sites again with their thresholds raised by what they lack, and "
-            "write that plan. Needs PLAN.calibration with energies (--keep-energies).",
+            "Write the plan that keeps more at the flagged sites: masks selected again with "
+            "thresholds raised by what they lack, zones fitted again at the plan's price, with "
+            "energies raised by what the error is above the expected one. Needs "
+            "PLAN.calibration, of masks with energies (--keep-energies).",
             "OUT",
             "--raise",
         ),
@@ -63,8 +67,9 @@ def inspect(
     """Show what is in a plan: what it was made for, and how much each layer computes.
 
     Density is the share of attention blocks that are computed, sparsity the share left out. With
-    --validate it also shows whether the plan holds on inputs that it was not made from: the share
-    of attention mass that each site keeps there. Size and steps are those of the plan.
+    --validate it also shows whether the plan holds on inputs that it was not made from: of masks
+    the share of attention mass that each site keeps there, of zones the relative error that their
+    draw gives each site's output. Size and steps are those of the plan.
 
     Example: calibatt inspect fox.calibatt --html fox.html
     """

@@ -1,4 +1,4 @@
-"""The command `calibatt tune`: searches thresholds for a speed-up or a fidelity."""
+"""The command `calibatt tune`: searches plans for a speed-up or a fidelity."""
 
 from __future__ import annotations
 
@@ -37,10 +37,24 @@ def tune(
         float | None,
         option(_SEARCH, "Choose the fastest plan of at least this PSNR in dB, such as 30."),
     ] = None,
+    form: Annotated[
+        str | None,
+        option(
+            _SEARCH,
+            "Search zones, by their density, or the paper's masks, by A, C, k and rho. Default: "
+            "zones, unless an option of masks is given.",
+            "FORM",
+        ),
+    ] = None,
     trials: Annotated[
-        int,
-        option(_SEARCH, "How many plans to try, those of an interrupted search included.", min=1),
-    ] = 40,
+        int | None,
+        option(
+            _SEARCH,
+            "How many plans to try, those of an interrupted search included. Default 12, of "
+            "masks 40.",
+            min=1,
+        ),
+    ] = None,
     videos: Annotated[
         int, option(_SEARCH, "Videos that each trial generates, of the first prompts.", min=1)
     ] = 1,
@@ -48,7 +62,8 @@ def tune(
         bool,
         option(
             _SEARCH,
-            "Generate no videos: go by the share of attention mass that a plan keeps.",
+            "Of masks: generate no videos, go by the share of attention mass that a plan keeps. It "
+            "says nothing of zones, which leave nothing out on average.",
             None,
             "--proxy",
         ),
@@ -57,7 +72,7 @@ def tune(
         str,
         option(
             _SEARCH,
-            "Numbers of mean keys for each dropped block to choose from, such as 0,1,4.",
+            "Of masks: numbers of mean keys for each dropped block to choose from, such as 0,1,4.",
             "KEYS,...",
         ),
     ] = "0",
@@ -65,26 +80,29 @@ def tune(
         str,
         option(
             _SEARCH,
-            "Scores for row-shared heads to choose from, as of calibatt calibrate, and off for "
-            "none, such as off,0.8,0.87.",
+            "Of masks: scores for row-shared heads to choose from, as of calibatt calibrate, and "
+            "off for none, such as off,0.8,0.87.",
             "SCORE,...",
         ),
     ] = "off",
-    search_seed: Annotated[int, option(_SEARCH, "Seed.", min=0)] = 0,
+    search_seed: Annotated[int, option(_SEARCH, "Of masks: seed of the search.", min=0)] = 0,
     yes: Annotated[bool, option(None, "Do not ask before it starts.", None, "--yes", "-y")] = False,
 ) -> None:
-    """Search the thresholds A, C, k and rho: fidelity against predicted time.
+    """Search the density of zones, or the thresholds of masks: fidelity against predicted time.
 
-    Records the prompts once, with energies, then tries plans made from them: each generates a
-    video and is compared with the dense one. The folder gets front.png, tuning.json and, with
-    --speed-up or --psnr, plan.calibatt. Says first what it will cost. An interrupted search goes on
-    if the same command is given again.
+    Records the prompts once, then tries plans made from that: each
+    generates a video and is compared with the dense one. The folder gets
+    front.png, tuning.json and, with --speed-up or --psnr, plan.calibatt.
+    Says first what it will cost. The same command goes on with an
+    interrupted search.
 
-    Example: calibatt tune ./wan --prompts prompts.txt --steps 50 --speed-up 1.3 --out search
+    Example: calibatt tune ./wan --prompts prompts.txt --steps 50
+    --speed-up 1.3 --out search
     """
     from calibatt_compiler.calibration import CalibrationConfig, TuningConfig, tuning_cost
     from calibatt_compiler.calibration import tune as run
     from calibatt_compiler.calibration.store.run_folder import RunStore
+    from calibatt_compiler.calibration.tuning.config import with_form
     from calibatt_compiler.calibration.tuning.study import JOURNAL, SearchSpace, finished
     from calibatt_compiler.calibration.tuning.tune import OUTPUTS
     from calibatt_compiler.cli.interruption import said_if_interrupted
@@ -105,7 +123,7 @@ def tune(
     config = CalibrationConfig(
         pooled=keys[0],
         gamma=scores[0],
-        **observation.of_config(),
+        **{"form": form, **observation.of_config()},
         component=place.component,
     )
     tuning = TuningConfig(
@@ -117,6 +135,7 @@ def tune(
         speed_up=speed_up,
         fidelity=psnr,
     )
+    number = tuning.number(zoned=with_form(config, tuning).zoned)
     given = options.texts_and_seeds(inputs.cases())
     pipe = place.load(model)
     common = {**given, "out": out, "config": config, "tuning": tuning, **video.arguments(pipe)}
@@ -129,7 +148,7 @@ def tune(
         recorded = len(RunStore(out / "recording").names())
         return (
             f"{recorded} of {len(given['prompts'])} recorded inputs and {finished(out / JOURNAL)} "
-            f"of {trials} trials are kept in {out}; the same command goes on"
+            f"of {number} trials are kept in {out}; the same command goes on"
         )
 
     with said_if_interrupted(kept), TerminalProgress() as progress:

@@ -9,7 +9,7 @@ from calibatt_compiler.cli import options
 from calibatt_compiler.printable import printable
 
 if TYPE_CHECKING:
-    from calibatt_compiler.calibration.validation.kept_mass import Validation
+    from calibatt_compiler.calibration.validation.measures import AnyValidation
     from calibatt_compiler.plan import Plan
 
 
@@ -20,8 +20,8 @@ def measure(
     sampling: options.Sampling,
     place: options.Place,
     *,
-    margin: float,
-) -> Validation:
+    margin: float | None,
+) -> AnyValidation:
     """Validate a plan on what a run folder holds, or by running the model.
 
     Args:
@@ -30,12 +30,12 @@ def measure(
         inputs: prompts and seeds; read only if the model is run, as the next two.
         sampling: arguments of the pipeline.
         place: where the model runs.
-        margin: see `calibatt_compiler.validate`.
+        margin: see `calibatt_compiler.validate`; None is the default of the plan's form.
     """
     from calibatt_compiler.calibration import CalibrationConfig, validate, validate_run
-    from calibatt_compiler.calibration.validation.kept_mass import check_margin
+    from calibatt_compiler.calibration.validation.measures import margin_of
 
-    check_margin(margin)
+    margin = margin_of(plan, margin)
     if (Path(source) / "run.json").is_file():
         return validate_run(source, plan, margin=margin)
     given = options.texts_and_seeds(inputs.cases())
@@ -45,8 +45,8 @@ def measure(
     return validate(pipe, plan, **given, margin=margin, config=config, **arguments)
 
 
-def raise_flagged(path: Path, plan: Plan, validation: Validation, out: Path) -> str:
-    """Write the plan that a run gives with the thresholds of flagged sites raised.
+def raise_flagged(path: Path, plan: Plan, validation: AnyValidation, out: Path) -> str:
+    """Write the plan that a run gives with thresholds, or energies, of flagged sites raised.
 
     Args:
         path: file of the plan; its run is in `<path>.calibration`.
@@ -58,32 +58,55 @@ def raise_flagged(path: Path, plan: Plan, validation: Validation, out: Path) -> 
         What was done, in a line.
 
     Raises:
-        CalibrationError: the run is not there, or has no energies.
+        CalibrationError: the run is not there, or has no energies, or sums of zones.
     """
-    from calibatt_compiler.calibration import plan_from_run
+    from calibatt_compiler.calibration.validation.kept_mass import Validation
 
     if not validation.flagged:
         return f"no site is flagged: {printable(out)} was not written"
+    masks = isinstance(validation, Validation)
+    raised = _mask_plan if masks else _zone_plan
+    new = raised(f"{path}.calibration", plan, validation.raised())
+    new.save(out)
+    what = "thresholds" if masks else "energies"
+    return (
+        f"{printable(out)}: {what} of {len(validation.flagged)} sites raised, density "
+        f"{new.density():.3f} instead of {plan.density():.3f}"
+    )
+
+
+def _mask_plan(folder: str, plan: Plan, amounts: dict[str, float]) -> Plan:
+    from calibatt_compiler.calibration import plan_from_run
+
     used = plan.metadata.thresholds
-    before = {
-        name.removeprefix("raised:"): value
-        for name, value in used.items()
-        if name.startswith("raised:")
-    }
-    amounts = validation.raised()
-    for name, value in before.items():
+    for name, value in _raised_before(plan).items():
         amounts[name] = min(1.0, amounts.get(name, 0.0) + value)
     names = ("A", "C", "k", "share_steps", "merge_budget", "sample_power", "gamma")
     settings: dict[str, Any] = {name: used.get(name) for name in names}
-    new = plan_from_run(
-        f"{path}.calibration",
+    return plan_from_run(
+        folder,
         raised=amounts,
         rho=used.get("rho", 0.5),
         pooled=plan.metadata.sites[0].pooled,
         **settings,
     )
-    new.save(out)
-    return (
-        f"{printable(out)}: thresholds of {len(validation.flagged)} sites raised, density "
-        f"{new.density():.3f} instead of {plan.density():.3f}"
-    )
+
+
+def _zone_plan(folder: str, plan: Plan, factors: dict[str, float]) -> Plan:
+    from calibatt_compiler.calibration import zone_plan_from_run
+
+    used = plan.metadata.thresholds
+    for name, value in _raised_before(plan).items():
+        factors[name] = factors.get(name, 1.0) * value
+    counts = {name: int(used[name]) for name in ("numbers", "step_groups") if name in used}
+    settings: dict[str, Any] = {"price": used.get("price"), **counts}
+    return zone_plan_from_run(folder, raised=factors, **settings)
+
+
+def _raised_before(plan: Plan) -> dict[str, float]:
+    """By what each site of a plan was raised already."""
+    return {
+        name.removeprefix("raised:"): value
+        for name, value in plan.metadata.thresholds.items()
+        if name.startswith("raised:")
+    }

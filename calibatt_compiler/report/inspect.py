@@ -14,6 +14,7 @@ from rich.table import Table
 from calibatt_compiler.plan import BlockPattern, Plan, SitePatterns
 from calibatt_compiler.plan.order import DENSITY, ERROR, said
 from calibatt_compiler.plan.refine import MERGED, SHARED
+from calibatt_compiler.plan.zones.quality import OF_SITE, expected_errors
 from calibatt_compiler.printable import printable
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -64,6 +65,10 @@ def facts(plan: Plan) -> list[tuple[str, str]]:
     added = [f"{quality.pop(name):.4f} by {_ADDED[name]}" for name in _ADDED if name in quality]
     if added:
         pairs.insert(-2, ("density added", ", ".join(added)))
+    if by_site := expected_errors(quality):
+        quality = {k: v for k, v in quality.items() if not k.startswith(OF_SITE)}
+        least, most = min(by_site.values()), max(by_site.values())
+        pairs.insert(-2, ("error expected", f"{least:.4f} to {most:.4f} by site"))
     if quality:
         figures = ", ".join(f"{name} {value:.4g}" for name, value in quality.items())
         pairs.insert(-2, ("measured", figures))

@@ -17,7 +17,7 @@ from calibatt_compiler.errors import CaptureError
 from calibatt_compiler.pinned import PinnedOptions
 from calibatt_compiler.printable import printable
 from calibatt_compiler.report.drift import Drift
-from calibatt_compiler.runtime.graph import CompiledGraph
+from calibatt_compiler.runtime.graph import ServedGraph
 from calibatt_compiler.runtime.site import SparseSite
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ class SiteRow:
         name: of the site.
         status: `sparse`, or why it is not.
         density: kept blocks / all blocks, mean over steps; None where skipped.
-        computed_density: the same for what the kernels compute; above `density` where a pattern
-            was covered by a larger one.
+        computed_density: the same for what the kernels compute; above `density` by
+            pooled keys.
         kernel: kinds of kernel that serve it now.
         sparse_calls: calls served by a sparse kernel.
         dense_calls: calls served dense, by reason.
@@ -59,9 +59,12 @@ class SiteRow:
 
 
 class GraphReport:
-    """One compiled graph: live counters of its sites, which stay when the graph is gone.
+    """One compiled graph, or a part of a model that one serves: live counters of its sites.
+
+    They stay when the graph is gone.
 
     Attributes:
+        number: of the graph.
         options: of the `torch.compile` call that compiled it.
         plan_digest: digest of the plan.
         order: what became of the plan's token order, in words; None if it is the model's.
@@ -69,8 +72,14 @@ class GraphReport:
     """
 
     def __init__(
-        self, graph: CompiledGraph, binder: PlanBinder, options: PinnedOptions, order: str | None
+        self,
+        graph: ServedGraph,
+        binder: PlanBinder,
+        options: PinnedOptions,
+        order: str | None,
+        number: int,
     ) -> None:
+        self.number = number
         self.options = options
         self.order = order
         self.plan_digest = binder.plan.digest
@@ -84,8 +93,13 @@ class GraphReport:
             for name, served in graph.entries.items()
         }
 
-    def rows(self) -> list[SiteRow]:
-        """Rows of this graph as they stand now."""
+    def rows(self, seen: set[int]) -> list[SiteRow]:
+        """Rows of this graph as they stand now.
+
+        Args:
+            seen: counters that have a row, by `id`: graphs of one model's parts share sites. Those
+                of this graph are added.
+        """
         rows = []
         graph = self._graph()
         sites = {} if graph is None else graph.entries
@@ -94,6 +108,9 @@ class GraphReport:
                 dense = {f"dense: {served}": self._counts.calls}
                 rows.append(SiteRow(name, served, None, None, "sdpa", 0, dense))
                 continue
+            if id(served) in seen:
+                continue
+            seen.add(id(served))
             site = sites.get(name)
             dense = {kind: n for kind, n in served.calls.items() if kind.startswith("dense: ")}
             rows.append(
@@ -205,7 +222,7 @@ class Summary:
             + list(self.samplers)
             + [f"{n} calls {why}" for why, n in dense.most_common()]
             + [f"{n} patterns by another kernel: {why}" for why, n in reasons.most_common()]
-            + [f"{repairs} calls computed again: scores overflowed their softmax reference"]
+            + [f"{repairs} calls computed again: scores overflowed their softmax shift"]
             * (repairs > 0)
             + self._drift_notes()
         )
@@ -279,18 +296,17 @@ def _served(rows: Sequence[SiteRow]) -> set[str]:
 _reports: WeakKeyDictionary[torch.nn.Module, list[GraphReport]] = WeakKeyDictionary()
 
 
-def keep_report(module: torch.nn.Module | None, report: GraphReport) -> None:
+def keep_report(module: torch.nn.Module, report: GraphReport) -> None:
     """Remember what was compiled for a module, for as long as the module lives.
 
     Who compiles again, with other options, is done with the tables of before: Dynamo keeps the
     graph, which has them made again if it is called after all.
     """
-    if module is not None:
-        reports = _reports.setdefault(module, [])
-        for earlier in reports:
-            if earlier.options is not report.options:
-                earlier.release_kernels()
-        reports.append(report)
+    reports = _reports.setdefault(module, [])
+    for earlier in reports:
+        if earlier.options != report.options:
+            earlier.release_kernels()
+    reports.append(report)
 
 
 def summary(compiled: object) -> Summary:
@@ -307,8 +323,9 @@ def summary(compiled: object) -> Summary:
     reports = _reports.get(module, []) if isinstance(module, torch.nn.Module) else []
     options = options_of(compiled)
     if options is not None:
+        kind = type(module) if isinstance(module, torch.nn.Module) else None
         reports = [report for report in reports if report.options is options] or _shared(
-            type(module), options
+            kind, options
         )
     if not reports:
         raise CaptureError(
@@ -317,13 +334,17 @@ def summary(compiled: object) -> Summary:
             got=type(compiled).__name__,
             remedy="call the model or its pipeline first; compilation happens in the first call",
         )
-    rows = tuple(row for report in reports for row in report.rows())
+    seen: set[int] = set()
+    by_report = [(report, report.rows(seen)) for report in reports]
+    rows = tuple(row for _, of_report in by_report for row in of_report)
+    # Under graph breaks most graphs have no attention, and are of no interest.
+    graphs = {report.number for report, of_report in by_report if of_report or not rows}
     orders = dict.fromkeys(report.order for report in reports if report.order is not None)
     samplers = dict.fromkeys(note for report in reports if (note := report.watch.note()))
     pinned = options if isinstance(options, PinnedOptions) else reports[-1].options
     return Summary(
         rows,
-        len(reports),
+        len(graphs),
         reports[-1].plan_digest,
         tuple(orders),
         tuple(samplers),
@@ -331,15 +352,22 @@ def summary(compiled: object) -> Summary:
     )
 
 
-def _shared(kind: type, options: object) -> list[GraphReport]:
+def _shared(kind: type | None, options: object) -> list[GraphReport]:
     """Return reports of equal options over another instance of the same class.
 
     Dynamo takes equal backends for one: the second instance is served by the first one's graph.
+
+    Args:
+        kind: the class; None: of any, as a function was compiled.
+        options: of the compile call.
     """
-    return [
+    found = [
         report
         for module, reports in _reports.items()
-        if type(module) is kind
+        if kind is None or type(module) is kind
         for report in reports
         if report.options == options
     ]
+    # A function's own graphs, where it has any, and not those of others that are compiled alike.
+    own = [report for report in found if kind is None and report.options is options]
+    return list(dict.fromkeys(own or found))

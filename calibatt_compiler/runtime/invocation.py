@@ -56,12 +56,14 @@ class Invocation:
         rearrangements: those of the graph.
         coordinates: what is shown the coordinates of its tokens, if anything is.
         timestep_copied: behind the copy of the timestep that is under way to the host, or None.
+        timestep: of the model's call that the graph is a part of; None: the graph has its own.
     """
 
     sites: Sites
     rearrangements: Rearrangements = field(default_factory=Rearrangements)
     coordinates: CoordinatesReader | None = None
     timestep_copied: Event | None = None
+    timestep: float | None = None
 
 
 @contextmanager

@@ -178,10 +178,15 @@ class KernelCache:
         """Record that the kernel which a site got last was called."""
         event = self._queue.record()
         with self._lock:
-            held = self._held.get(self._in_use[site])
+            key = self._in_use[site]
+            held = self._held.get(key)
             if held is not None:
                 held.last_use = event
-                return
+                # On a CPU a kernel of zones keeps the steps that it has drawn.
+                gone = self._grow(key, held.kernel) if event is None else []
+        if held is not None:
+            self._release(gone)
+            return
         if event is not None:  # another thread's calls have made it go: it ends with this call
             event.synchronize()
 
@@ -272,6 +277,17 @@ class KernelCache:
                 return [(key, _Held(kernel))]
         gone = self._victims(size)
         self._held[key] = _Held(kernel)
+        self.counts.peak = max(self.counts.peak, self.bytes)
+        return gone
+
+    def _grow(self, key: Key, kernel: Kernel) -> list[tuple[Key, _Held]]:
+        """Count what a kernel takes after a call; return what has to go because it is more."""
+        size = 0 if kernel is None else kernel.table_bytes
+        if size <= self._sizes[key]:
+            return []
+        self._sizes[key] = size
+        self._largest = max(self._largest, size)
+        gone = self._victims(0)
         self.counts.peak = max(self.counts.peak, self.bytes)
         return gone
 

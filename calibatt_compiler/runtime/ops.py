@@ -1,6 +1,7 @@
 """The operators that the passes put into a graph.
 
-`calibatt::host_timestep` brings the timestep to the host once a forward pass;
+`calibatt::host_timestep` brings the timestep to the host once a forward pass, and
+`calibatt::passed_timestep` takes it from the call of the model that a graph is a part of;
 `calibatt::token_order` says in which order a plan has a video's tokens; `calibatt::attention`
 serves one site, `calibatt::attention_backward` its gradients. All are opaque to Inductor and pure
 in their result.
@@ -66,6 +67,36 @@ def host_timestep_of(timestep: Tensor, coordinates: Sequence[Tensor], names: str
 @host_timestep_of.register_fake
 def _(timestep: Tensor, coordinates: Sequence[Tensor], names: str) -> Tensor:
     return torch.empty(2, dtype=torch.float64, device="cpu")
+
+
+@torch.library.custom_op("calibatt::passed_timestep", mutates_args=())
+def passed_timestep(like: Tensor) -> Tensor:
+    """Return what `host_timestep` does, in a graph that is a part of a model: of the model's call.
+
+    Args:
+        like: any tensor.
+
+    Returns:
+        As `host_timestep`.
+    """
+    invocation = current()
+    timestep = None if invocation is None else invocation.timestep
+    if timestep is None:
+        raise KernelError(
+            "a part of a model ran by itself",
+            expected="a call of the model compiled with torch.compile(..., backend='calibatt')",
+            got="compiled code without a call of its model",
+            remedy="call the compiled model itself, not code that was taken out of it",
+        )
+    return sign(torch.tensor([timestep, 0.0], dtype=torch.float64))
+
+
+@passed_timestep.register_fake
+def _(like: Tensor) -> Tensor:
+    return torch.empty(2, dtype=torch.float64, device="cpu")
+
+
+passed_timestep.register_autograd(lambda ctx, gradient: None)
 
 
 def _keep_count(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -220,8 +220,10 @@ class SparseSite:
 
     def _serves(self, lengths: tuple[int, int]) -> bool:
         planned = (self._site.query_length, self._site.key_length)
-        if lengths == planned or self._plan.text_position is None:
+        if lengths == planned:
             return True
+        if self._plan.text_position is None:
+            return False
         # Weights are of blocks, which another text length may cut elsewhere; zones are drawn anew.
         fits = self._site.zones is not None or not self._site.weighted
         return fits and other_text(planned, lengths, math.prod(self._plan.grid))
@@ -240,6 +242,37 @@ class SparseSite:
     def release_kernels(self) -> None:
         """Free the tables of the whole graph; calls that come after all have them made again."""
         self._kernels.clear()
+
+
+class DenseSite:
+    """Dense attention, where the graph has our operator for other modules that it serves."""
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        timestep: float,
+        scale: float,
+        *,
+        ordered: bool = False,
+    ) -> Tensor:
+        """As in `Site`; the same for any order of tokens."""
+        return dense_attention(q, k, v, scale)
+
+    def gradients(
+        self,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        timestep: float,
+        scale: float,
+        *,
+        ordered: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As in `Site`."""
+        return attention_gradients(grad, q, k, v, None, scale)
 
 
 class RecordingSite:

@@ -1,18 +1,13 @@
 """Attention by a kernel generated from the pattern: the key blocks are literals in its source.
 
-Covering and compiling take seconds, so they happen in the background, and the table kernel serves
-until then. Both take the same tiles in the same order with the same arithmetic, so the switch
-changes no bit of the output: in the background only covers that add nothing are made. One that adds
-a few blocks is taken where `calibatt build` has made it before.
+Compiling takes seconds, so it happens in the background, and the table kernel serves until then.
+Both are one kernel with another source of indices, so the switch changes no bit of the output.
 """
 
 from __future__ import annotations
 
 from concurrent.futures import CancelledError, Future, TimeoutError
-from dataclasses import replace
-from typing import TYPE_CHECKING
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from calibatt_compiler.errors import KernelError
 from calibatt_compiler.kernels.baked.cache import (
@@ -29,22 +24,9 @@ from calibatt_compiler.kernels.baked.compiler import (
     KernelSpec,
     shared_compiler,
 )
-from calibatt_compiler.kernels.baked.cover import EXACT, WIDENED, CoverLimits
-from calibatt_compiler.kernels.common.operands import (
-    check_operands,
-    check_specialisation,
-    empty_output,
-)
+from calibatt_compiler.kernels.baked.cover import EXACT, CoverLimits
 from calibatt_compiler.kernels.hopper.launch import HopperConfig
 from calibatt_compiler.kernels.portable.attention import TableAttention
-from calibatt_compiler.kernels.portable.launch import (
-    DeviceKernel,
-    aligned,
-    call_arguments,
-    grid,
-    key_sources,
-    on_device,
-)
 from calibatt_compiler.kernels.protocol import AttentionKernel
 from calibatt_compiler.kernels.request import KernelRequest, Target
 from calibatt_compiler.kernels.tiered import Tier, TieredKernel
@@ -80,13 +62,12 @@ class BakedTier(Tier[AttentionKernel]):
         request: what to serve, without weights and pooled keys; on a CPU, under the Triton
             interpreter, where nothing is compiled.
         target: whose kernels and tables to take.
-        limits: make a cover within these now, and its kernel in the background. Default: take what
-            `calibatt build` has made, else have a kernel of the exact mask made.
+        limits: generate source within these now, and its kernel in the background. Default: take
+            what lies in the cache, else have it made in the background.
         compiler: who compiles; default the process's own.
 
     Attributes:
-        pattern: what is really attended: the covered mask.
-        added_density: blocks that the cover adds / all blocks.
+        pattern: what is attended.
         table: serves the same pattern by tables.
 
     Raises:
@@ -105,29 +86,26 @@ class BakedTier(Tier[AttentionKernel]):
         self.pattern = pattern = request.pattern
         assert not pattern.weighted, "generated source has no weights"
         assert not pattern.pooled, "generated source has no pooled keys"
-        self.added_density = 0.0
         self._target: Target = target
         self._future: Future[CompiledSource] | None = None
-        self._entry: CacheEntry | None = None
         on_cpu = request.device.type == "cpu"
         if on_cpu and limits is None:
-            limits = WIDENED  # interpreted: there is nothing to wait for
+            limits = EXACT  # interpreted: there is nothing to wait for
         self._limits = limits or EXACT
         entry: CacheEntry | None = None
         try:
-            entry = get_entry(pattern, limits, target) if limits else self._built(pattern)
+            find = find_entry if limits is None else get_entry
+            entry = find(pattern, self._limits, target)
         except (KernelError, OSError) as error:
             self.reason = getattr(error, "problem", str(error))
-        if entry is not None:
-            self._take(entry)
-        covered = replace(request, pattern=self.pattern)
+        self._entry = entry
         self.table: TableAttention | HopperAttention
         if target == "hopper":
             from calibatt_compiler.kernels.hopper.attention import HopperAttention
 
-            self.table = HopperAttention(covered)
+            self.table = HopperAttention(request)
         else:
-            self.table = TableAttention(covered)
+            self.table = TableAttention(request)
         if self.reason is not None:
             log.info("the table kernel serves pattern %s: %s", pattern.digest[:12], self.reason)
         elif entry is None or not (on_cpu or self._compiled(entry)):
@@ -136,22 +114,6 @@ class BakedTier(Tier[AttentionKernel]):
                 request.softmax,
             )  # fmt: skip
             self._future = (compiler or shared_compiler()).submit(spec)
-
-    def _built(self, pattern: BlockPattern) -> CacheEntry | None:
-        """Return the entry that lies in the cache, of `calibatt build` first; None without one.
-
-        Raises:
-            CoverError: there is none, for the mask takes too many literals.
-        """
-        built = find_entry(pattern, WIDENED, self._target)
-        if built is not None:
-            self._limits = WIDENED
-            return built
-        return find_entry(pattern, EXACT, self._target)
-
-    def _take(self, entry: CacheEntry) -> None:
-        self._entry, self.added_density = entry, entry.covering.added_density
-        self.pattern = entry.covering.pattern
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until the kernel is compiled, or has failed; see `Tier.wait`."""
@@ -190,10 +152,9 @@ class BakedTier(Tier[AttentionKernel]):
                 return None
         try:
             if self._entry is None:
-                self._take(get_entry(self.pattern, self._limits, self._target))
-            assert self._entry is not None
+                self._entry = get_entry(self.pattern, self._limits, self._target)
             if isinstance(self.table, TableAttention):
-                return _GeneratedKernel(self._entry, self.table)
+                return TableLiterals(self._entry, self.table)
             from calibatt_compiler.kernels.baked.hopper_literals import HopperLiterals
 
             return HopperLiterals(self._entry, self.table)
@@ -203,54 +164,26 @@ class BakedTier(Tier[AttentionKernel]):
             return None
 
 
-class _GeneratedKernel(DeviceKernel):
-    """A launch of one generated kernel; where its fixed shift overflows, the table recomputes."""
+class TableLiterals(TableAttention):
+    """The table kernel with key blocks as literals in generated source; gives the same bits.
+
+    Where its fixed shift overflows, the table recomputes.
+
+    Args:
+        entry: of the kernel cache, with target "portable".
+        table: the kernel of the same pattern that served until this one was compiled.
+
+    Attributes:
+        kind: "triton-baked".
+    """
 
     kind = "triton-baked"
 
     def __init__(self, entry: CacheEntry, table: TableAttention) -> None:
+        self._literals = load_kernel(entry)
+        self._intervals = entry.cover.max_intervals
         super().__init__(table.request)
-        self.table = table
-        self.density = table.density
-        self.kernel = load_kernel(entry)
+        self._repairs = table._repairs  # what recomputes, counts
 
-    @property
-    def table_bytes(self) -> int:
-        """Those of the table kernel, which recomputes."""
-        return self.table.table_bytes
-
-    @property
-    def repairs(self) -> int:
-        """Counted by the table kernel, which recomputes."""
-        return self.table.repairs
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
-        """Attend; see `TableAttention`, whose bits this gives."""
-        pattern, config = self.pattern, self.config
-        check_operands(pattern, q, k, v)
-        check_specialisation(q, self.request)
-        q, k, v = (aligned(tensor, config) for tensor in (q, k, v))
-        out = empty_output(q)
-        q, arguments = call_arguments(q, k, v, out, scale, config)
-        with on_device(q):
-            flag = self.flag()
-            self.kernel[grid(pattern, config, q.shape[0])](
-                q,
-                *key_sources(k, v, config),
-                out,
-                flag,
-                **self._tables(),
-                **arguments,
-                **config.constexprs,
-                **config.options,
-            )
-            if flag is not None:
-                self.table.repair((q, k, v, out), flag, arguments)
-        return out
-
-    def _tables(self) -> dict[str, Tensor]:
-        """Tables of copied rows; the rest is in the source."""
-        copies = self.table.copies
-        if copies is None:
-            return {}
-        return {"computed_ptr": copies.shared.computed, "targets_ptr": copies.shared.targets}
+    def _indices(self) -> dict[str, Any]:
+        return {"LITERALS": self._literals, "RUNS": self._intervals}

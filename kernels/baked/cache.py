@@ -1,6 +1,6 @@
 """Generated sources and what is known of their compiled kernels, on disk.
 
-`<cache dir>/<digest>/` holds `kernel.py`, `entry.json` (the cover, the density it adds, checksums)
+`<cache dir>/<digest>/` holds `kernel.py`, `entry.json` (the cover, checksums)
 and one small file for each compiled variant. The digest is of the pattern, the budget and the
 generator's own source, so entries never go stale. A folder is filled under a temporary name and
 renamed into place: processes that race make the same bytes, and a kill leaves no half entry. Whose
@@ -25,8 +25,6 @@ import torch
 
 from calibatt_compiler.errors import FileError
 from calibatt_compiler.files import naming, umask, write_text
-from calibatt_compiler.kernels.baked import source as codegen
-from calibatt_compiler.kernels.baked import source_hopper as codegen_hopper
 from calibatt_compiler.kernels.baked.cache_folder import (
     FOREIGN_WRITE,
     distrust,
@@ -41,12 +39,12 @@ from calibatt_compiler.kernels.baked.cover import (
     EXACT,
     PORTABLE_INTERVALS,
     CoverError,
-    Covering,
     CoverLimits,
     cover_pattern,
-    denoted_pattern,
+    denotes,
 )
 from calibatt_compiler.kernels.baked.cover_template import Cover
+from calibatt_compiler.kernels.baked.source import ENTRY_POINT, generate
 from calibatt_compiler.kernels.portable.launch import LaunchConfig
 from calibatt_compiler.kernels.request import Target
 from calibatt_compiler.logs import logger
@@ -67,13 +65,12 @@ _GENERATOR = (
     "baked/cover_template.py",
     "baked/source_templates.py",
     "baked/source.py",
-    "baked/source_hopper.py",
     "baked/source_zones.py",
     "common/zone_table.py",
     "portable/index_tables.py",
     "portable/primitives.py",
-    "portable/attention.py",
-    "portable/zones.py",
+    "portable/kernel.py",
+    "portable/zone_walk.py",
     "hopper/primitives.py",
     "hopper/arguments.py",
     "hopper/aggregates.py",
@@ -114,10 +111,10 @@ class CacheEntry(SourceEntry):
     """One generated kernel.
 
     Attributes:
-        covering: the cover, the mask it denotes, the density it adds.
+        cover: the pattern as intervals.
     """
 
-    covering: Covering
+    cover: Cover
 
 
 @cache
@@ -168,17 +165,14 @@ def get_entry(
     if target == "portable":
         limits = replace(limits, intervals=min(limits.intervals, PORTABLE_INTERVALS))
     try:
-        covering = cover_pattern(pattern, limits)
+        cover = cover_pattern(pattern, limits)
     except CoverError as error:
         _keep(pattern, digest, target, {"declined": error.problem}, "")
         raise
-    generate = codegen_hopper.generate_hopper if target == "hopper" else codegen.generate
-    source = generate(covering.cover, pattern)
-    record = {
+    source = generate(cover, pattern, target)
+    record: dict[str, object] = {
         "source_sha256": hashlib.sha256(source.encode()).hexdigest(),
-        "added_density": covering.added_density,
-        "denoted": covering.pattern.digest,
-        "cover": covering.cover.to_json(),
+        "cover": cover.to_json(),
     }
     entry = _keep(pattern, digest, target, record, source)
     assert entry is not None
@@ -252,17 +246,10 @@ def _load(pattern: BlockPattern, digest: str, folder: Path, target: Target) -> C
         if cover.to_json() != record["cover"]:
             raise ValueError("the cover is not written as covers are")
         _check_cover(cover, pattern)
-        denoted = denoted_pattern(cover, pattern)
-        if denoted.digest != record["denoted"]:
-            raise ValueError("the cover does not denote its mask")
-        if not (pattern.bits & ~denoted.bits == 0).all():
-            raise ValueError("the cover leaves out blocks of the pattern")
-        added = float(record["added_density"])
-        if not abs(denoted.density - pattern.density - added) < 1e-9:
-            raise ValueError("the added density is another")
-        covering = Covering(cover, denoted, added)
-        name = (codegen_hopper if target == "hopper" else codegen).ENTRY_POINT
-        return CacheEntry(digest, folder, record["source_sha256"], target, name, covering)
+        if not denotes(cover, pattern):
+            raise ValueError("the cover is of another mask")
+        checksum = record["source_sha256"]
+        return CacheEntry(digest, folder, checksum, target, ENTRY_POINT, cover)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except CoverError:

@@ -96,7 +96,6 @@ class CompiledSource:
         digest: key of its entry in the kernel cache.
         variant: what it was compiled for.
         source_path: the generated module.
-        added_density: blocks added by the cover / all blocks.
         seconds: time that covering, generating and compiling took.
         cached: it had been compiled before.
     """
@@ -104,7 +103,6 @@ class CompiledSource:
     digest: str
     variant: str
     source_path: Path
-    added_density: float
     seconds: float
     cached: bool
 

@@ -27,7 +27,7 @@ class HopperLiterals(HopperAttention):
 
     def __init__(self, entry: CacheEntry, table: HopperAttention) -> None:
         self._literals = load_kernel(entry)
-        self._intervals = entry.covering.cover.max_intervals
+        self._intervals = entry.cover.max_intervals
         self._table = table
         super().__init__(table.request)
         self._repairs = table._repairs  # what recomputes, counts

@@ -34,12 +34,8 @@ from calibatt_compiler.kernels.baked.zone_entries import get_zone_entry
 from calibatt_compiler.kernels.baked.zone_jobs import Variants, decode_zones, zone_variants
 from calibatt_compiler.kernels.hopper.launch import hopper_config
 from calibatt_compiler.kernels.hopper.offline import compile_hopper
-from calibatt_compiler.kernels.portable.launch import launch_config
-from calibatt_compiler.kernels.portable.offline import (
-    baked_arguments,
-    compile_offline,
-    table_arguments,
-)
+from calibatt_compiler.kernels.portable.launch import LaunchConfig, launch_config
+from calibatt_compiler.kernels.portable.offline import compile_offline, table_arguments
 from calibatt_compiler.plan.copies import AnchorRows
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.pattern import BlockPattern
@@ -85,7 +81,7 @@ def decode_pattern(data: dict[str, Any]) -> BlockPattern:
 def compile_job(job: dict[str, Any]) -> dict[str, Any]:
     """Generate and compile one kernel; a kernel that is compiled already costs a look-up."""
     start = time.perf_counter()
-    entry, variants, added_density = _prepare(job)
+    entry, variants = _prepare(job)
     cached, names = True, []
     for variant, compile_variant in variants:
         names.append(variant)
@@ -96,49 +92,45 @@ def compile_job(job: dict[str, Any]) -> dict[str, Any]:
         "digest": entry.digest,
         "variant": " ".join(names),
         "source_path": str(entry.source_path),
-        "added_density": added_density,
         "seconds": time.perf_counter() - start,
         "cached": cached,
     }
 
 
-def _prepare(job: dict[str, Any]) -> tuple[SourceEntry, Variants, float]:
-    """Generate the source of a job; return it, what to compile of it, and what its cover adds."""
+def _prepare(job: dict[str, Any]) -> tuple[SourceEntry, Variants]:
+    """Generate the source of a job; return it, and what to compile of it."""
     if "zones" in job["pattern"]:
         zones = decode_zones(job["pattern"])
         source = get_zone_entry(zones, job["target"])
-        return source, zone_variants(source, zones, job), 0.0
+        return source, zone_variants(source, zones, job)
     pattern = decode_pattern(job["pattern"])
     entry = get_entry(pattern, CoverLimits(**job["limits"]), job["target"])
     variants = _hopper_variants if job["target"] == "hopper" else _portable_variants
-    return entry, variants(entry, pattern, job), entry.covering.added_density
+    return entry, variants(entry, pattern, job)
 
 
 def _portable_variants(entry: CacheEntry, pattern: BlockPattern, job: dict[str, Any]) -> Variants:
     """The kernel of a portable entry and, with a fixed shift, the one that recomputes."""
-    dtype, head_dim, copies = getattr(torch, job["dtype"]), job["head_dim"], pattern.repetitive
-    arch: int = job["arch"]
+    dtype, arch = getattr(torch, job["dtype"]), job["arch"]
     config = launch_config(
-        pattern, arch=arch, dtype=dtype, head_dim=head_dim, softmax=job["softmax"]
+        pattern, arch=arch, dtype=dtype, head_dim=job["head_dim"], softmax=job["softmax"]
     )
+    table = torch.int32 if pattern.key_blocks >= 2**15 else torch.int16
+    copies = pattern.repetitive is not None
 
-    def compile_kernel() -> Any:
-        extra = baked_arguments(config, copies=copies is not None)
-        return compile_offline(
-            load_kernel(entry), arch=arch, dtype=dtype, config=config, extra=extra
-        )
+    def compile_kernel(config: LaunchConfig, **literals: Any) -> Any:
+        extra = table_arguments(dtype, config, table, copies=copies, **literals)
+        return compile_offline(arch=arch, dtype=dtype, config=config, extra=extra)
 
-    def compile_repair() -> Any:
-        from calibatt_compiler.kernels.portable.attention import table_attention
-
-        repair, wide = config.repair(), pattern.key_blocks >= 2**15
-        entries = torch.int32 if wide else torch.int16
-        extra = table_arguments(dtype, repair, entries, copies=copies is not None)
-        return compile_offline(table_attention, arch=arch, dtype=dtype, config=repair, extra=extra)
-
-    yield variant_name(config, arch=arch, dtype=dtype), compile_kernel
+    runs = entry.cover.max_intervals
+    yield (
+        variant_name(config, arch=arch, dtype=dtype),
+        lambda: compile_kernel(config, literals=load_kernel(entry), runs=runs),
+    )
     if config.softmax == "fixed":
-        yield variant_name(config.repair(), arch=arch, dtype=dtype), compile_repair
+        # By the table, the same for every pattern: in Triton's cache after the first.
+        repair = config.repair()
+        yield variant_name(repair, arch=arch, dtype=dtype), lambda: compile_kernel(repair)
 
 
 def _hopper_variants(entry: CacheEntry, pattern: BlockPattern, job: dict[str, Any]) -> Variants:
@@ -149,7 +141,7 @@ def _hopper_variants(entry: CacheEntry, pattern: BlockPattern, job: dict[str, An
         head_dim=job["head_dim"],
         softmax=job["softmax"],
     )
-    runs = entry.covering.cover.max_intervals
+    runs = entry.cover.max_intervals
     yield (
         config.variant_name(repair=False),
         lambda: compile_hopper(config, literals=load_kernel(entry), runs=runs),

@@ -64,10 +64,8 @@ def _hopper(config: Any, entry: SourceEntry, repair: bool) -> Callable[[], Any]:
 
 def _portable(config: Any, entry: SourceEntry, arch: int, dtype: torch.dtype) -> Callable[[], Any]:
     def compile_kernel() -> Any:
-        from calibatt_compiler.kernels.portable.zones import zone_attention
-
         literals = None if config.softmax == "repair" else load_kernel(entry)
         extra = zone_arguments(config, literals)
-        return compile_offline(zone_attention, arch=arch, dtype=dtype, config=config, extra=extra)
+        return compile_offline(arch=arch, dtype=dtype, config=config, extra=extra)
 
     return compile_kernel

@@ -114,13 +114,4 @@ class DeviceCopies:
         return cls(to_device(pattern.repetitive.view(np.uint8), device), shared)
 
 
-NO_COPIES: dict[str, Any] = {
-    "repetitive_ptr": None,
-    "computed_ptr": None,
-    "targets_ptr": None,
-    "computed_rows": 0,
-    "slots": 0,
-}
-"""Arguments of a kernel for patterns without row-shared heads."""
-
 _shared: DeviceTableCache[_Shared] = DeviceTableCache()

@@ -24,6 +24,7 @@ class CpuZones:
         pattern: the zones.
         density: expected density over steps.
         reason: None.
+        table_bytes: of the steps drawn so far.
 
     Raises:
         KernelError: there is no C++ compiler, or it fails.
@@ -40,11 +41,7 @@ class CpuZones:
         self._specialisation = (dtype, head_dim)
         # One for each phase at most: 128.
         self._drawn: dict[int, Tables] = {}
-
-    @property
-    def table_bytes(self) -> int:
-        """Bytes of the steps drawn so far."""
-        return sum(x.nbytes for tables in self._drawn.values() for x in tables if x is not None)
+        self.table_bytes = 0
 
     def at(self, step: int) -> CpuZoneStep:
         """The kernel at a step, as call sites hold kernels."""
@@ -88,6 +85,7 @@ class CpuZones:
         found = self._drawn.get(key)
         if found is None:
             found = self._drawn[key] = _draw(self.pattern, step)
+            self.table_bytes += sum(x.nbytes for x in found if x is not None)
         return found
 
 

@@ -18,14 +18,14 @@ class Variant:
         block_n: keys a block.
         head_dim: 64 or 128.
         stages: key blocks in flight, a power of two; values have one more.
-        fixed: fixed softmax reference; its failure sets the flag.
+        fixed: fixed softmax shift; its failure sets the flag.
         repair: the launch that computes everything again by the exact form if the flag is set.
         ragged: keys end within a block.
         lengths: each batch item has a number of valid keys.
         weighted: blocks have weights.
         lse: the log-sum-exp is written.
         energy: the sums of each query and key block are written; every key block is kept.
-        copies: some heads are repetitive.
+        copies: some heads are row-shared.
         zones: tiles and runs are those of zones.
     """
 
@@ -69,7 +69,7 @@ class Results(NamedTuple):
     """Where a call leaves what is not its output: an argument of `hopper_attention`.
 
     Attributes:
-        flag_ptr: int32 (1), set where the fixed reference failed; read by the repair.
+        flag_ptr: int32 (1), set where the fixed shift failed; read by the repair.
         repairs_ptr: int32 (1), calls that were repaired so far.
         lse_ptr: float32 (B, H, Sq), natural log-sum-exp, of a row-shared head row by row; or None.
         sums_ptr: float32 (B, H, query_blocks, key_blocks | 1, 128), log2 of each query's sum of
@@ -115,9 +115,9 @@ class RowSizes(NamedTuple):
     """Numbers that go with `RowPointers`.
 
     Attributes:
-        q_batch: strides of q, in units of 8 elements.
-        q_head: likewise.
-        q_token: likewise.
+        q_batch: stride of q from item to item of the batch, in units of 8 elements.
+        q_head: from head to head, in these units.
+        q_token: from token to token, in these units.
         computed_rows: a multiple of 128.
         stores: pieces of 8 rows x 64 columns that are stored of a tile, all slots together.
     """

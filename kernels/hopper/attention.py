@@ -177,7 +177,7 @@ class HopperAttention:
             key_lengths: as for `attend`.
             lse: float32 (B, H, Sq), contiguous, or None; of a row-shared head row by row.
             sums: float32 (B, H, query_blocks, key_blocks | 1, 128), contiguous, or None;
-                for a pattern that keeps every block: see `hopper_kernel.hopper_attention`.
+                for a pattern that keeps every block: see `kernel.hopper_attention`.
 
         Raises:
             KernelError: the operands don't fit the pattern or this kernel.

@@ -1,8 +1,8 @@
 """Block-sparse attention for Hopper (sm_90): one persistent program an SM, warps with fixed roles.
 
-Two consumer warpgroups compute (`hopper_consumer`), one warp loads through a ring of shared memory
-and one stores (`hopper_transport`). Each program walks its own list of tiles, made on the host
-(`hopper_schedule`). A tile is one query block of 128 rows of one head; tensors are read and written
+Two consumer warpgroups compute (`consumer`), one warp loads through a ring of shared memory
+and one stores (`transport`). Each program walks its own list of tiles, made on the host
+(`schedule`). A tile is one query block of 128 rows of one head; tensors are read and written
 in place through four-dimensional TMA descriptors, which also fill what lies past the end with
 zeros and drop what is written there. Only rows of row-shared heads are gathered and scattered one
 by one, by the same two warps (`copies`).
@@ -86,7 +86,7 @@ def hopper_counts(
 ):  # fmt: skip
     """Count the key blocks of each tile that hold valid keys: counts int32 (B + 1, T).
 
-    Packed as in `Tiles.count`; the row past the last batch item repeats it. A tile without any
+    Packed for `Tiles.count`; the row past the last batch item repeats it. A tile without any
     valid key has count 0 and its first block masked. Grid: (tiles / TILES, batches + 1).
     """
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])

@@ -183,14 +183,14 @@ def readable(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Tables:
-    """A schedule on the device; see `hopper_schedule.Schedule`.
+    """A schedule on the device; see `schedule.Schedule`.
 
     Attributes:
         tiles: int32 (T + 1, 4).
         starts: int32 (programs + 1).
         runs: int32 (runs + 1).
-        codes: of the weights of blocks, see `hopper_schedule.BlockCodes`; None without weights.
-        code_starts: see `hopper_schedule.BlockCodes`; None without weights.
+        codes: of the weights of blocks, see `schedule.BlockCodes`; None without weights.
+        code_starts: see `schedule.BlockCodes`; None without weights.
         copies: what row-shared heads compute and copy, filled up to whole tiles, or None.
         uploaded: behind their copies.
     """

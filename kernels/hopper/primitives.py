@@ -1,7 +1,7 @@
 """What the partitions of the Hopper kernel share: tile entries, barriers, pieces of the softmax.
 
 Written in Gluon, Triton's lower-level dialect, which lets a kernel place warps, shared memory,
-barriers and asynchronous products itself. See `hopper_kernel` for how the parts work together.
+barriers and asynchronous products itself. See `kernel` for how the parts work together.
 """
 
 from __future__ import annotations

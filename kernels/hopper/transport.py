@@ -140,7 +140,7 @@ def producer(  # noqa: PLR0912, PLR0915  one loop, read from top to bottom
         elif LITERALS is not None:
             literals = LITERALS(head, low(where))
             for position in range(blocks):
-                # The row's first block, then the others from the lowest: see `hopper_schedule`.
+                # The row's first block, then the others from the lowest: see `schedule`.
                 rank = gl.where(position <= offset, position - 1, position)
                 rank = gl.where(position == 0, offset, rank)
                 row = literal_block(literals, rank, RUNS) * BLOCK_N

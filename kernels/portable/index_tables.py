@@ -44,15 +44,15 @@ class IndexTables:
     kept: Tensor
     uploaded: Uploaded
 
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All of them, in the order of the kernel's arguments."""
-        return self.offsets, self.blocks, self.weights, self.kept
+    def arguments(self) -> dict[str, Tensor]:
+        """The tables as arguments of `portable_attention`, by name."""
+        names = ("offsets", "blocks", "weights", "kept")
+        return {f"{name}_ptr": getattr(self, name) for name in names}
 
     @property
     def nbytes(self) -> int:
         """Bytes that they take on the device."""
-        return sum(tensor.nbytes for tensor in self.tensors)
+        return sum(tensor.nbytes for tensor in self.arguments().values())
 
     @classmethod
     def upload(cls, pattern: BlockPattern, device: torch.device) -> IndexTables:

@@ -99,7 +99,7 @@ def fixed_shift(dtype: torch.dtype, softmax: Softmax) -> bool:
     """
     if softmax == "fixed" and dtype == torch.float16:
         raise KernelError(
-            "a fixed softmax reference needs the range of bfloat16",
+            "a fixed softmax shift needs the range of bfloat16",
             expected="softmax='auto' or 'exact'",
             got=dtype,
             remedy="leave softmax out, or run the model in bfloat16",

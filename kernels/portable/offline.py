@@ -41,12 +41,11 @@ def take_stand_in_driver(arch: int) -> None:
 
 
 def compile_offline(
-    kernel: Any, *, arch: int, dtype: torch.dtype, config: LaunchConfig, extra: dict[str, Any]
+    *, arch: int, dtype: torch.dtype, config: LaunchConfig, extra: dict[str, Any]
 ) -> Any:
-    """Compile `kernel` for `arch` into Triton's disk cache.
+    """Compile `portable_attention` for `arch` into Triton's disk cache.
 
     Args:
-        kernel: a jit function whose first arguments are q, k, v and o pointers.
         arch: compute capability as one number.
         dtype: of the operands.
         config: compile-time arguments and options.
@@ -57,6 +56,8 @@ def compile_offline(
     """
     from triton.runtime.jit import MockTensor
 
+    from calibatt_compiler.kernels.portable.kernel import portable_attention
+
     take_stand_in_driver(arch)
     keys: Any = (dtype, dtype)
     if config.descriptors:
@@ -64,7 +65,7 @@ def compile_offline(
         keys = key_sources(some, some, config)
     # Batch and head strides are 64-bit by annotation; any small value stands for a token stride.
     strides = dict.fromkeys(STRIDES, 16)
-    return kernel.warmup(
+    return portable_attention.warmup(
         dtype,
         *keys,
         dtype,
@@ -85,40 +86,43 @@ def table_arguments(
     weighted: bool = False,
     pooled: int = 0,
     copies: bool = False,
+    literals: Any = None,
+    runs: int = 0,
 ) -> dict[str, Any]:
-    """The table kernel's own arguments, for `compile_offline`; `dtype` of the operands."""
-    state = None if config.softmax == "exact" else torch.int32
-    pointers = {
-        "flag_ptr": state,
-        "repairs_ptr": state,
-        "offsets_ptr": torch.int32,
-        "blocks_ptr": entry,
-        "weights_ptr": torch.float16,
-        "kept_ptr": torch.uint8,
-        "pooled_k_ptr": dtype,
-        "pooled_v_ptr": dtype,
-        "repetitive_ptr": torch.uint8 if copies else None,
-        "computed_ptr": torch.int32 if copies else None,
-        "targets_ptr": torch.int32 if copies else None,
-    }
-    names = ("heads", "query_blocks", "length_q", "length_k", "parts", "computed_rows", "slots")
-    repair = config.softmax == "repair"
-    forms = {"WEIGHTED": weighted, "POOLED": pooled, "COPIES": copies, "REPAIR": repair}
-    return pointers | dict.fromkeys(names, 16) | forms
+    """Arguments of `portable_attention` for a mask, for `compile_offline`.
+
+    Args:
+        dtype: of the operands.
+        config: of the launch.
+        entry: of the table's entries.
+        weighted: blocks have weights.
+        pooled: pooled keys a block.
+        copies: some heads are row-shared.
+        literals: generated function that gives the key blocks, or None for the table.
+        runs: intervals that it gives.
+    """
+    more: dict[str, Any] = {"WEIGHTED": weighted, "POOLED": pooled, "COPIES": copies}
+    more |= {"offsets_ptr": torch.int32, "blocks_ptr": entry}
+    more |= {"weights_ptr": torch.float16, "kept_ptr": torch.uint8}
+    if pooled:
+        more |= {"pooled_k_ptr": dtype, "pooled_v_ptr": dtype, "parts": 16}
+    if copies:
+        more |= {"repetitive_ptr": torch.uint8, "computed_ptr": torch.int32}
+        more |= {"targets_ptr": torch.int32, "computed_rows": 16, "slots": 16}
+    if literals is not None:
+        more |= {"LITERALS": literals, "RUNS": runs}
+    return _common(config) | more
 
 
 def zone_arguments(config: LaunchConfig, literals: Any = None) -> dict[str, Any]:
-    """The arguments of the kernel of zones, for `compile_offline`."""
-    from calibatt_compiler.kernels.portable.zones import RUN_TIME_SIZES
+    """Arguments of `portable_attention` for zones, for `compile_offline`."""
+    more: dict[str, Any] = {"ZONES": True, "LITERALS": literals}
+    more |= {"rows_ptr": torch.int32, "runs_ptr": torch.int32}
+    return _common(config) | dict.fromkeys(("draw_phase", "left", "right"), 16) | more
 
+
+def _common(config: LaunchConfig) -> dict[str, Any]:
     state = None if config.softmax == "exact" else torch.int32
-    pointers = {"flag_ptr": state, "repairs_ptr": state}
-    tables = {"rows_ptr": torch.int32, "runs_ptr": torch.int32}
-    forms = {"REPAIR": config.softmax == "repair", "LITERALS": literals}
-    return pointers | tables | dict.fromkeys(RUN_TIME_SIZES, 16) | forms
-
-
-def baked_arguments(config: LaunchConfig, *, copies: bool) -> dict[str, Any]:
-    """A generated kernel's own run-time arguments, for `compile_offline`."""
-    tables = {"computed_ptr": torch.int32, "targets_ptr": torch.int32} if copies else {}
-    return {"flag_ptr": None if config.softmax == "exact" else torch.int32, **tables}
+    sizes = dict.fromkeys(("heads", "query_blocks", "length_q", "length_k"), 16)
+    repair = config.softmax == "repair"
+    return {"flag_ptr": state, "repairs_ptr": state, **sizes, "REPAIR": repair}

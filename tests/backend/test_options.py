@@ -232,5 +232,5 @@ def test_summary_fits_a_terminal_and_names_what_ran_dense(wan):
 def test_summary_counts_repaired_calls():
     row = SiteRow("blocks.0.attn1", "sparse", 0.5, 0.5, "hopper-table", 4, {}, repairs=3)
     summary = Summary((row,), 1, "0" * 64)
-    assert summary.notes() == ["3 calls computed again: scores overflowed their softmax reference"]
+    assert summary.notes() == ["3 calls computed again: scores overflowed their softmax shift"]
     assert summary.to_dict()["sites"][0]["repairs"] == 3

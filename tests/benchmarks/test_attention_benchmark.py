@@ -88,7 +88,7 @@ def test_the_check_of_layers_runs(tmp_path: Path, section_of: Callable[[Path], s
     assert done.returncode == 0, done.stdout + done.stderr
     (row,) = json.loads((tmp_path / "dit_layer.json").read_text())["rows"]
     orders = {"table 2x4xall once", "table 2x4xall around"}
-    assert set(row["ms"]) == {"stock", "table", "none"} | orders
+    assert set(row["ms"]) == {"stock", "table", "zones table", "none"} | orders
     assert done.stdout.count("profiled:\n") == len(row["ms"])
     assert "x calibatt::attention" in done.stdout
     assert row["left_out"] == {}

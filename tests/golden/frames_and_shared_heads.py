@@ -7,16 +7,6 @@
 import triton
 import triton.language as tl
 
-from calibatt_compiler.kernels.portable.primitives import (
-    attend_tile,
-    flag_overflow,
-    head_rows,
-    load_rows,
-    reference_maximum,
-    split_tiles,
-    store_rows,
-)
-
 
 @triton.jit
 def form_0(row):
@@ -42,47 +32,8 @@ def form_1(row):
     return (run_0,)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "stride_qb", "stride_qh", "stride_qs", "stride_kb", "stride_kh", "stride_ks",
-        "stride_vb", "stride_vh", "stride_vs", "stride_ob", "stride_oh", "stride_os",
-    ]
-)
-def baked_attention(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    o_ptr,
-    flag_ptr,
-    stride_qb: tl.int64,
-    stride_qh: tl.int64,
-    stride_qs,
-    stride_kb: tl.int64,
-    stride_kh: tl.int64,
-    stride_ks,
-    stride_vb: tl.int64,
-    stride_vh: tl.int64,
-    stride_vs,
-    stride_ob: tl.int64,
-    stride_oh: tl.int64,
-    stride_os,
-    scale_log2,
-    TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr,
-    ROW_TILES: tl.constexpr,
-    KEY_TILES: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    ALIGN: tl.constexpr,
-    RAGGED_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-    FIXED: tl.constexpr,
-    TMA: tl.constexpr,
-):
-    tile = tl.program_id(0)
-    batch = tl.program_id(1) // 3
-    head = tl.program_id(1) % 3
-    row = tile // ROW_TILES
+@triton.jit
+def literals(head, row):
     if head < 1:
         (run_0,) = form_0(row)
     else:
@@ -91,55 +42,7 @@ def baked_attention(
         else:
             (run_0,) = form_0(row)
     # A run holds the start of its interval and, 16 bits up, the end.
-    start = run_0 & 0xFFFF
-    end = run_0 >> 16
-    blocks = end - start
-    end_block = end
-    # Key tile = position in the loop + shift of its interval.
-    shift_0 = start * KEY_TILES
-    tiles, ragged = split_tiles(blocks, end_block, 1536, KEY_TILES, TILE_N)
-    first = tile * TILE_M
-    q_head, stride_qs = head_rows(
-        q_ptr, stride_qb, stride_qh, stride_qs, batch, head, ALIGN
-    )
-    k_head, stride_ks = head_rows(
-        k_ptr, stride_kb, stride_kh, stride_ks, batch, head, ALIGN, TMA
-    )
-    v_head, stride_vs = head_rows(
-        v_ptr, stride_vb, stride_vh, stride_vs, batch, head, ALIGN, TMA
-    )
-    o_head, stride_os = head_rows(
-        o_ptr, stride_ob, stride_oh, stride_os, batch, head, ALIGN
-    )
-    q = load_rows(q_head, stride_qs, first, 1536, TILE_M, HEAD_DIM, PADDED_DIM, True)
-    acc = tl.zeros([TILE_M, PADDED_DIM], tl.float32)
-    maximum = tl.full([TILE_M], -float("inf"), tl.float32)
-    total = tl.zeros([TILE_M], tl.float32)
-    if FIXED:
-        # The lowest kept block from the diagonal on, or the highest.
-        diagonal = row
-        reference = end_block - 1
-        begin = tl.maximum(run_0 & 0xFFFF, diagonal)
-        reference = tl.where((run_0 >> 16) > begin, begin, reference)
-        maximum = reference_maximum(
-            q, k_head, stride_ks, reference * KEY_TILES * TILE_N, 1536, scale_log2,
-            TILE_N, HEAD_DIM, PADDED_DIM, PRECISION, batch, head, TMA,
-        )
-    key_tile = shift_0
-    for position in tl.range(0, tiles):
-        acc, maximum, total = attend_tile(
-            q, k_head, v_head, stride_ks, stride_vs, key_tile * TILE_N, 1536,
-            acc, maximum, total, scale_log2, TILE_N, HEAD_DIM, PADDED_DIM, False, PRECISION,
-            0.0, False, batch, head, FIXED, TMA,
-        )
-        key_tile += 1
-    if RAGGED_K:
-        if ragged:
-            acc, maximum, total = attend_tile(
-                q, k_head, v_head, stride_ks, stride_vs, 1536 // TILE_N * TILE_N, 1536,
-                acc, maximum, total, scale_log2, TILE_N, HEAD_DIM, PADDED_DIM, True, PRECISION,
-                0.0, False, batch, head, FIXED, TMA,
-            )
-    if FIXED:
-        flag_overflow(flag_ptr, acc, total)
-    store_rows(o_head, stride_os, first, 1536, acc, total, TILE_M, HEAD_DIM, PADDED_DIM)
+    # Key block = rank among the kept blocks + shift of its interval.
+    shift_0 = run_0 & 0xFFFF
+    blocks = (run_0 >> 16) - shift_0
+    return (shift_0,)

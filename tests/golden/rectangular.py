@@ -7,16 +7,6 @@
 import triton
 import triton.language as tl
 
-from calibatt_compiler.kernels.portable.primitives import (
-    attend_tile,
-    flag_overflow,
-    head_rows,
-    load_rows,
-    reference_maximum,
-    split_tiles,
-    store_rows,
-)
-
 
 @triton.jit
 def form_0(row):
@@ -36,116 +26,15 @@ def form_0(row):
     return (run_0, run_1,)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "stride_qb", "stride_qh", "stride_qs", "stride_kb", "stride_kh", "stride_ks",
-        "stride_vb", "stride_vh", "stride_vs", "stride_ob", "stride_oh", "stride_os",
-    ]
-)
-def baked_attention(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    o_ptr,
-    flag_ptr,
-    stride_qb: tl.int64,
-    stride_qh: tl.int64,
-    stride_qs,
-    stride_kb: tl.int64,
-    stride_kh: tl.int64,
-    stride_ks,
-    stride_vb: tl.int64,
-    stride_vh: tl.int64,
-    stride_vs,
-    stride_ob: tl.int64,
-    stride_oh: tl.int64,
-    stride_os,
-    scale_log2,
-    TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr,
-    ROW_TILES: tl.constexpr,
-    KEY_TILES: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    ALIGN: tl.constexpr,
-    RAGGED_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-    FIXED: tl.constexpr,
-    TMA: tl.constexpr,
-):
-    tile = tl.program_id(0)
-    batch = tl.program_id(1) // 1
-    head = tl.program_id(1) % 1
-    row = tile // ROW_TILES
+@triton.jit
+def literals(head, row):
     (run_0, run_1,) = form_0(row)
     # A run holds the start of its interval and, 16 bits up, the end.
-    start = run_0 & 0xFFFF
-    end = run_0 >> 16
-    blocks = end - start
-    end_block = end
-    # Key tile = position in the loop + shift of its interval.
-    shift_0 = start * KEY_TILES
+    # Key block = rank among the kept blocks + shift of its interval.
+    shift_0 = run_0 & 0xFFFF
+    blocks = (run_0 >> 16) - shift_0
     start = run_1 & 0xFFFF
-    end = run_1 >> 16
-    tiles_1 = blocks * KEY_TILES
-    shift_1 = start * KEY_TILES - tiles_1
-    blocks += end - start
-    end_block = tl.where(end > start, end, end_block)
-    tiles, ragged = split_tiles(blocks, end_block, 890, KEY_TILES, TILE_N)
-    first = tile * TILE_M
-    q_head, stride_qs = head_rows(
-        q_ptr, stride_qb, stride_qh, stride_qs, batch, head, ALIGN
-    )
-    k_head, stride_ks = head_rows(
-        k_ptr, stride_kb, stride_kh, stride_ks, batch, head, ALIGN, TMA
-    )
-    v_head, stride_vs = head_rows(
-        v_ptr, stride_vb, stride_vh, stride_vs, batch, head, ALIGN, TMA
-    )
-    o_head, stride_os = head_rows(
-        o_ptr, stride_ob, stride_oh, stride_os, batch, head, ALIGN
-    )
-    q = load_rows(q_head, stride_qs, first, 700, TILE_M, HEAD_DIM, PADDED_DIM, True)
-    acc = tl.zeros([TILE_M, PADDED_DIM], tl.float32)
-    maximum = tl.full([TILE_M], -float("inf"), tl.float32)
-    total = tl.zeros([TILE_M], tl.float32)
-    if FIXED:
-        # The lowest kept block from the diagonal on, or the highest.
-        diagonal = row * 128 // 64
-        reference = end_block - 1
-        begin = tl.maximum(run_1 & 0xFFFF, diagonal)
-        reference = tl.where((run_1 >> 16) > begin, begin, reference)
-        begin = tl.maximum(run_0 & 0xFFFF, diagonal)
-        reference = tl.where((run_0 >> 16) > begin, begin, reference)
-        maximum = reference_maximum(
-            q, k_head, stride_ks, reference * KEY_TILES * TILE_N, 890, scale_log2,
-            TILE_N, HEAD_DIM, PADDED_DIM, PRECISION, batch, head, TMA,
-        )
-    # At the position `end` the loop jumps to the next interval.
-    key_tile = shift_0
-    key_tile = tl.where(0 >= tiles_1, shift_1, key_tile)
-    end = tiles
-    end = tl.where(tiles_1 > 0, tiles_1, end)
-    for position in tl.range(0, tiles):
-        acc, maximum, total = attend_tile(
-            q, k_head, v_head, stride_ks, stride_vs, key_tile * TILE_N, 890,
-            acc, maximum, total, scale_log2, TILE_N, HEAD_DIM, PADDED_DIM, False, PRECISION,
-            0.0, False, batch, head, FIXED, TMA,
-        )
-        key_tile += 1
-        if position + 1 == end:
-            key_tile = shift_0
-            key_tile = tl.where(position + 1 >= tiles_1, shift_1, key_tile)
-            key_tile += position + 1
-            end = tiles
-            end = tl.where(tiles_1 > position + 1, tiles_1, end)
-    if RAGGED_K:
-        if ragged:
-            acc, maximum, total = attend_tile(
-                q, k_head, v_head, stride_ks, stride_vs, 890 // TILE_N * TILE_N, 890,
-                acc, maximum, total, scale_log2, TILE_N, HEAD_DIM, PADDED_DIM, True, PRECISION,
-                0.0, False, batch, head, FIXED, TMA,
-            )
-    if FIXED:
-        flag_overflow(flag_ptr, acc, total)
-    store_rows(o_head, stride_os, first, 700, acc, total, TILE_M, HEAD_DIM, PADDED_DIM)
+    before_1 = blocks
+    shift_1 = start - blocks
+    blocks += (run_1 >> 16) - start
+    return (shift_0, before_1, shift_1,)

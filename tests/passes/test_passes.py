@@ -195,7 +195,7 @@ def test_queries_and_keys_of_equal_length_may_still_be_cross_attention():
     assert rewrites[0].calls[0].info.name == "blocks.attn2"
 
 
-def test_without_a_timestep_nothing_is_lowered_and_the_reason_is_a_mismatch():
+def test_without_a_timestep_nothing_is_lowered_with_the_reason():
     class Timeless(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -210,7 +210,7 @@ def test_without_a_timestep_nothing_is_lowered_and_the_reason_is_a_mismatch():
     assert not binder.seen
     (decision,) = rewrites[0].decisions
     assert isinstance(decision, Skip)
-    assert decision.mismatch
+    assert not decision.mismatch
     assert "timestep" in decision.reason
 
 

@@ -385,3 +385,23 @@ def test_a_cache_that_is_gone_waits_for_the_device_and_ends_its_thread():
     gc.collect()
     assert queue.done == queue.queued == 1
     assert released, "what they have counted is kept"
+
+
+def test_kernels_that_grow_with_their_calls_stay_within_the_budget():
+    """As those of zones on a CPU do, which keep the steps that they have drawn."""
+    cache = KernelCache(HostQueue(), budget=100)
+    released: list[FakeKernel] = []
+    for name in ("a", "b"):
+        cache.add(name, [0] * 10, KernelFactory(lambda *_: FakeKernel(0), released.append))
+    for step in range(10):
+        for name in ("a", "b"):
+            kernel = cache.get(name, step)
+            assert isinstance(kernel, FakeKernel)
+            kernel.table_bytes += 15
+            cache.record_use(name)
+            assert cache.bytes == sum(
+                k.table_bytes for site in ("a", "b") for k in cache.held(site)
+            )
+            assert cache.bytes <= 100
+    assert released
+    assert cache.counts.peak <= 100

@@ -21,7 +21,7 @@ CONTEXT.set_forkserver_preload(
 class Calibration:
     """`calibrate` with the pipeline of a folder, under way in another process.
 
-    It prints the digest and the share of repetitive heads. With `meeting`, a file to meet at, it is
+    It prints the digest and the share of row-shared heads. With `meeting`, a file to meet at, it is
     rank `rank` of two. Its `fault` comes to rank 1 in its second input: "raise" or "hang".
     """
 

@@ -142,7 +142,7 @@ def build_literals(*, copies: bool = False) -> None:
     for repair in config.repairs:
         assert cache.is_compiled(entry, config.variant_name(repair=repair))
         before = cached_files()
-        literals, runs = cache.load_kernel(entry), entry.covering.cover.max_intervals
+        literals, runs = cache.load_kernel(entry), entry.cover.max_intervals
         indices = {} if repair else {"literals": literals, "runs": runs}
         kernel = compile_hopper(config, repair=repair, **indices)
         name = f"literals{', copies' if copies else ''}, repair {repair}"

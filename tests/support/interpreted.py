@@ -19,7 +19,7 @@ import torch
 
 from calibatt_compiler.errors import KernelError
 from calibatt_compiler.kernels.baked.attention import baked_attention
-from calibatt_compiler.kernels.baked.cover import CoverLimits, cover_pattern
+from calibatt_compiler.kernels.baked.cover import CoverLimits
 from calibatt_compiler.kernels.portable.attention import TableAttention
 from calibatt_compiler.kernels.reference.attention import ReferenceAttention
 from calibatt_compiler.kernels.request import KernelRequest
@@ -161,7 +161,7 @@ def which_softmax() -> None:
     ]:
         where: dict[str, Any] = {"device": CPU, "dtype": dtype, "head_dim": 64, "softmax": softmax}
         assert TableAttention(KernelRequest(plain, **where)).config.softmax == expected
-    with pytest.raises(KernelError, match="fixed softmax reference"):
+    with pytest.raises(KernelError, match="fixed softmax shift"):
         TableAttention(
             KernelRequest(plain, device=CPU, dtype=torch.float16, head_dim=64, softmax="fixed")
         )
@@ -219,16 +219,9 @@ def main() -> None:
     )
     assert torch.equal(by_tma(q, k, v), kernel(q, k, v))
 
-    # A mask beyond the budget: what is denoted is what is computed, and both kernels agree.
+    # A mask beyond the budget: the table serves.
     made = pattern(random_mask(2, 8, 8, 0.4, 5), 250, 250, (32, 32))
-    q, k, v = (torch.randn(1, 2, 250, 64) for _ in range(3))
     where = {"device": CPU, "dtype": torch.float32, "head_dim": 64}
-    baked = baked_attention(KernelRequest(made, **where), limits=CoverLimits(24, widening=math.inf))
-    assert baked.tiers[0].added_density > 0
-    assert baked.density > made.density
-    superset = cover_pattern(made, CoverLimits(24, widening=math.inf)).pattern
-    error = (baked(q, k, v) - ReferenceAttention(superset)(q, k, v)).abs().max().item()
-    report("covered", error, 5e-6)
     declined = baked_attention(KernelRequest(made, **where), limits=CoverLimits(24))
     assert declined.kind == "triton-table"
     assert declined.density == made.density

@@ -25,10 +25,10 @@ from calibatt_compiler.kernels.baked import cache, source_zones
 from calibatt_compiler.kernels.baked.compiler import KernelCompiler, KernelSpec
 from calibatt_compiler.kernels.baked.cover import EXACT
 from calibatt_compiler.kernels.common.operands import empty_output
-from calibatt_compiler.kernels.common.row_copies import NO_COPIES, DeviceCopies, copy_tables
+from calibatt_compiler.kernels.common.row_copies import DeviceCopies
 from calibatt_compiler.kernels.common.zone_table import zone_table
-from calibatt_compiler.kernels.portable.attention import table_attention
 from calibatt_compiler.kernels.portable.index_tables import IndexTables
+from calibatt_compiler.kernels.portable.kernel import portable_attention
 from calibatt_compiler.kernels.portable.launch import (
     LaunchConfig,
     call_arguments,
@@ -40,7 +40,6 @@ from calibatt_compiler.kernels.portable.offline import (
     table_arguments,
     zone_arguments,
 )
-from calibatt_compiler.kernels.portable.zones import zone_attention
 from calibatt_compiler.plan.copies import AnchorRows
 from calibatt_compiler.plan.pattern import BlockPattern
 
@@ -114,7 +113,7 @@ def main() -> None:
             ]
             for kind, form, arguments in forms:
                 extra = table_arguments(bf16, form, **arguments)
-                kernel = compile_offline(table_attention, **where, config=form, extra=extra)
+                kernel = compile_offline(**where, config=form, extra=extra)
                 facts = {"kind": kind, "arch": arch, "head_dim": head_dim, **describe(kernel)}
                 print(json.dumps(facts))
             for facts in zones(arch, head_dim):
@@ -137,7 +136,7 @@ def zones(arch: int, head_dim: int) -> Iterator[dict[str, Any]]:
             literals = source_zones.load_zones(some, table, "portable")
         extra = zone_arguments(form, literals)
         start = time.perf_counter()
-        kernel = compile_offline(zone_attention, **where, config=form, extra=extra)
+        kernel = compile_offline(**where, config=form, extra=extra)
         seconds = time.perf_counter() - start
         facts = {"kind": kind, "arch": arch, "head_dim": head_dim, "seconds": seconds}
         yield facts | describe(kernel)
@@ -165,28 +164,25 @@ def baked(pattern: BlockPattern, arch: int, config: LaunchConfig) -> dict[str, A
     q, k, v = (torch.zeros(shape, dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
     out = empty_output(q)
     q, arguments = call_arguments(q, k, v, out, None, config)
-    if (tables := copy_tables(pattern)) is not None:
-        arguments["computed_ptr"] = torch.from_numpy(tables.computed.copy())
-        arguments["targets_ptr"] = torch.from_numpy(tables.targets.copy())
     before = cached_files()
     flag = torch.zeros(1, dtype=torch.int32)
-    keys = key_sources(k, v, config)
-    kernel = cache.load_kernel(entry).warmup(
-        q, *keys, out, flag, grid=(1, 1), **arguments, **config.constexprs, **config.options
-    )
-    # And the table kernel's launch that repairs.
-    indices, repair = IndexTables.upload(pattern, flag.device), config.repair()
-    table = DeviceCopies.upload(pattern, flag.device)
-    for name in ("computed_ptr", "targets_ptr"):
-        arguments.pop(name, None)
-    table_attention.warmup(
-        q, *keys, out, flag, flag, *indices.tensors, k, v, grid=(1, 1),
-        **(NO_COPIES if table is None else table.arguments()), **arguments,
-        heads=2, query_blocks=pattern.query_blocks, length_q=pattern.query_length,
-        length_k=pattern.key_length, parts=0, POOLED=0, WEIGHTED=False, COPIES=table is not None,
-        REPAIR=True, **repair.constexprs, **repair.options,
-    )  # fmt: skip
-    kind = "baked" if tables is None else "baked copies"
+    copies = DeviceCopies.upload(pattern, flag.device)
+    if copies is not None:
+        arguments |= {"COPIES": True, **copies.arguments()}
+
+    def launch(config: LaunchConfig, **literals: Any) -> Any:
+        return portable_attention.warmup(
+            q, *key_sources(k, v, config), out, flag, flag, grid=(1, 1),
+            **IndexTables.upload(pattern, flag.device).arguments(), **arguments,
+            heads=2, query_blocks=pattern.query_blocks, length_q=pattern.query_length,
+            length_k=pattern.key_length, WEIGHTED=False, REPAIR=config.softmax == "repair",
+            **literals, **config.constexprs, **config.options,
+        )  # fmt: skip
+
+    runs = entry.cover.max_intervals
+    kernel = launch(config, LITERALS=cache.load_kernel(entry), RUNS=runs)
+    launch(config.repair())  # by the table
+    kind = "baked" if copies is None else "baked copies"
     facts = {"kind": kind, "arch": arch, "head_dim": 128, **describe(kernel)}
     return {**facts, "new_files": cached_files() - before}
 

@@ -55,7 +55,7 @@ def plan_bytes(record: InputRecord, config: CalibrationConfig) -> int:
         # A run has a cut and an octave, a group a lead, its coordinates and its count of runs.
         arrays = 4 * size.heads + 9 * numbers
         # The record's digest and the index's six entries of each; density and group of each step.
-        total += groups * (arrays + 400) + 30 * len(record.timesteps) + 3 * len(size.name) + 600
+        total += groups * (arrays + 400) + 30 * len(record.timesteps) + 4 * len(size.name) + 640
     return total
 
 

@@ -11,6 +11,7 @@ import torch
 
 from calibatt_compiler.backend import recording_backend
 from calibatt_compiler.capture import Recorder
+from calibatt_compiler.errors import CalibrationError
 
 DYNAMO = {
     "recompile_limit": 64,
@@ -37,7 +38,11 @@ def observed(module: torch.nn.Module, observer: Recorder, inductor: bool | None)
         observer: receives each captured graph, then each call; if it `SeesModelCalls`, those of the
             module itself too.
         inductor: compile what is around attention; None: on a GPU yes, else no.
+
+    Raises:
+        CalibrationError: a cache of diffusers would leave out layers or steps.
     """
+    _refuse_caches(module)
     if inductor is None:
         inductor = any(p.device.type == "cuda" for p in module.parameters())
     # Graphs of a recording must neither use up nor invalidate those of the user's own compile.
@@ -46,7 +51,7 @@ def observed(module: torch.nn.Module, observer: Recorder, inductor: bool | None)
     previous = module.__dict__.get("_compiled_call_impl")
     # Static shapes: with dynamic ones the code that serves an input would depend on the inputs
     # before it, and a resumed run could differ from an undisturbed one in the last bit.
-    backend = recording_backend(observer, inductor=inductor)
+    backend = recording_backend(observer, inductor=inductor, model=module)
     module.compile(backend=backend, dynamic=False, **extra)
     compiled = module._compiled_call_impl
     if isinstance(observer, SeesModelCalls) and compiled is not None:
@@ -59,6 +64,17 @@ def observed(module: torch.nn.Module, observer: Recorder, inductor: bool | None)
             module.__dict__.pop("_compiled_call_impl", None)
         else:
             module._compiled_call_impl = previous
+
+
+def _refuse_caches(module: torch.nn.Module) -> None:
+    if getattr(module, "is_cache_enabled", False):
+        config = type(getattr(module, "_cache_config", None)).__name__
+        raise CalibrationError(
+            "a model with a cache can't be calibrated: it leaves out layers or steps",
+            expected="every attention call at every step",
+            got=f"{type(module).__name__}.enable_cache({config})",
+            remedy="call disable_cache() first; the plan serves the model with its cache, too",
+        )
 
 
 def _shown_to(observer: SeesModelCalls, compiled: Callable[..., Any]) -> Callable[..., Any]:

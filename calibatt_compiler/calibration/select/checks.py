@@ -12,6 +12,9 @@ from calibatt_compiler.errors import CalibrationError, OptionError
 from calibatt_compiler.plan import Sampler
 from calibatt_compiler.plan.schema import CfgMode, FixedBy, TextPolicy
 
+MOST_FACTOR = 1e6
+"""By which the energies of a site may be raised: beyond, all are kept that were ever seen."""
+
 
 def check_raised(record: InputRecord, raised: Mapping[str, float]) -> None:
     """Raise `OptionError` unless amounts are shares of mass, for sites of this input."""
@@ -25,6 +28,23 @@ def check_raised(record: InputRecord, raised: Mapping[str, float]) -> None:
             expected=f"amounts in [0, 1] for sites such as {min(names)!r}",
             got=wrong,
             remedy="pass Validation.raised() of a plan of this run",
+        )
+
+
+def check_factors(record: InputRecord, raised: Mapping[str, float]) -> None:
+    """Raise `OptionError` unless energies are raised by factors, of sites of this input."""
+    names = {size.name for size in record.sites}
+    wrong = {
+        name: value
+        for name, value in raised.items()
+        if not (name in names and 1 <= value <= MOST_FACTOR)
+    }
+    if wrong:
+        raise OptionError(
+            "energies can't be raised so",
+            expected=f"factors from 1 to {MOST_FACTOR:g} for sites such as {min(names)!r}",
+            got=wrong,
+            remedy="pass ZoneValidation.raised() of a plan of this run",
         )
 
 

@@ -1,4 +1,4 @@
-"""What a search for thresholds found: points, their Pareto front, and the one that is chosen."""
+"""What a search found: points, their Pareto front, and the one that is chosen."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CEILING = 100.0
 
 @dataclass(frozen=True)
 class SearchPoint:
-    """What is searched of a `SelectionConfig`."""
+    """What is searched of a `SelectionConfig` of masks."""
 
     A: float
     C: float
@@ -29,22 +29,48 @@ class SearchPoint:
         """Return the selection of a plan; what is not searched is that of `others`."""
         return SelectionConfig.of(others, **asdict(self))
 
+    def shown(self) -> dict[str, str]:
+        """Return the values as they are shown, by name."""
+        return {
+            "A": f"{self.A:.3f}",
+            "C": f"{self.C:.3f}",
+            "k": f"{self.k:.2f}",
+            "rho": f"{self.rho:.2f}",
+            "pooled": str(self.pooled),
+            "gamma": "" if self.gamma is None else f"{self.gamma:.2f}",
+        }
+
+
+@dataclass(frozen=True)
+class ZonePoint:
+    """What is searched of zones: the density asked for, which `calibrate` takes."""
+
+    density: float
+
+    def shown(self) -> dict[str, str]:
+        """Return the values as they are shown, by name."""
+        return {"asked": f"{self.density:.4g}"}
+
+
+Settings = SearchPoint | ZonePoint
+"""What a trial tries."""
+
 
 @dataclass(frozen=True)
 class Point:
     """One trial.
 
     Attributes:
-        settings: of the plan.
+        settings: of the plan; which class they are of says which form it has.
         fidelity: mean PSNR against the dense videos in dB, at most `CEILING`; by proxy, the mean
             share of attention mass kept.
         cost: share of the attention that is computed, pooled keys included; what the search keeps
             small.
-        density: of the plan.
+        density: of the plan, text included.
         digest: of the plan.
     """
 
-    settings: SearchPoint
+    settings: Settings
     fidelity: float
     cost: float
     density: float
@@ -84,6 +110,13 @@ class StepTime:
     def speed_up(self, cost: float) -> float:
         """Return dense time / predicted time of a step."""
         return self.dense / self.at(cost)
+
+    def cost(self, speed_up: float) -> float | None:
+        """Return the cost of this speed-up; None if costlier plans were not measured slower."""
+        (low, high), (fast, slow) = self.costs, self.seconds
+        if high - low < 1e-6 or slow <= fast:
+            return None
+        return low + (self.dense / speed_up - fast) * (high - low) / (slow - fast)
 
 
 def cost_of(plan: Plan) -> float:

@@ -52,7 +52,7 @@ def write_front(tuning: Tuning, path: str | os.PathLike[str]) -> Path:
         label="Pareto front",
     )
     if tuning.chosen is not None:
-        at = tuning.chosen.settings
+        values = tuning.chosen.settings.shown().items()
         axes.scatter(
             [faster(tuning.chosen.cost)],
             [tuning.chosen.fidelity],
@@ -60,7 +60,7 @@ def write_front(tuning: Tuning, path: str | os.PathLike[str]) -> Path:
             facecolors="none",
             edgecolors=_SECOND,
             linewidths=2,
-            label=f"chosen: A {at.A:.3f}, C {at.C:.3f}, k {at.k:.2g}, rho {at.rho:.2f}",
+            label="chosen: " + ", ".join(f"{name} {value}" for name, value in values if value),
         )
     axes.set_xlabel("predicted speed-up of a denoising step")
     axes.set_ylabel(

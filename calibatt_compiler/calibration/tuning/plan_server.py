@@ -105,8 +105,9 @@ def served(pipe: Any, component: str, server: PlanServer, *, inductor: bool) -> 
     held = getattr(pipe, component)
     isolated = "isolate_recompiles" in inspect.signature(torch.compile).parameters
     extra: dict[str, Any] = {"isolate_recompiles": True} if isolated else {}
-    backend = recording_backend(server, inductor=inductor)
-    compiled = cast(nn.Module, torch.compile(unwrap(held), backend=backend, dynamic=False, **extra))
+    model = unwrap(held)
+    backend = recording_backend(server, inductor=inductor, model=model)
+    compiled = cast(nn.Module, torch.compile(model, backend=backend, dynamic=False, **extra))
     setattr(pipe, component, compiled)
     try:
         with torch._dynamo.config.patch(DYNAMO), torch.no_grad():

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from calibatt_compiler.calibration.config import SelectionConfig
-from calibatt_compiler.calibration.tuning.pareto import Point, SearchPoint
+from calibatt_compiler.calibration.tuning.pareto import Point, SearchPoint, Settings
 from calibatt_compiler.errors import OptionError
 from calibatt_compiler.files import naming
 
@@ -26,6 +27,8 @@ _STARTUP = 10
 class SearchSpace:
     """Where the search looks.
 
+    All but `density` is of masks.
+
     Attributes:
         A: least and largest share of attention mass to keep at late steps. C is searched between
             A and 0.999.
@@ -34,6 +37,7 @@ class SearchSpace:
         pooled: keys of a dropped block to choose from; one value is not searched.
         gamma: similarities from which on a head may be row-shared to choose from, None for no such
             head; one value is not searched.
+        density: least and largest density of zones; by logarithm.
     """
 
     A: tuple[float, float] = (0.5, 0.98)
@@ -41,14 +45,16 @@ class SearchSpace:
     rho: tuple[float, float] = (0.25, 0.9)
     pooled: tuple[int, ...] = (0,)
     gamma: tuple[float | None, ...] = (None,)
+    density: tuple[float, float] = (0.1, 0.6)
 
     def __post_init__(self) -> None:
-        for name, low, high in (("A", 0.0, 0.999), ("k", 0.0, 1000.0), ("rho", 0.0, 1.0)):
+        most = {"A": 0.999, "k": 1000.0, "rho": 1.0, "density": 1.0}
+        for name, high in most.items():
             first, last = getattr(self, name)
-            if not (low < first <= last <= high):
+            if not (0 < first <= last <= high):
                 raise OptionError(
                     f"the range of {name} can't be searched",
-                    expected=f"two numbers above {low} and up to {high}, in order",
+                    expected=f"two numbers above 0 and up to {high}, in order",
                     got=(first, last),
                     remedy="SearchSpace describes each range",
                 )
@@ -69,8 +75,12 @@ class SearchSpace:
                 remedy="leave it out for no row-shared heads",
             )
 
+    def given(self) -> set[str]:
+        """Return the names of what is not the default."""
+        return {each.name for each in fields(self) if getattr(self, each.name) != each.default}
+
     def ends(self) -> tuple[SearchPoint, SearchPoint]:
-        """Return the settings of the sparsest and of the densest plan in it."""
+        """Return the settings of the sparsest and of the densest plan of masks in it."""
         pooled, some = min(self.pooled), [value for value in self.gamma if value is not None]
         most = min(some, default=None)
         fewest = None if None in self.gamma else max(some)
@@ -80,33 +90,29 @@ class SearchSpace:
         )
 
 
-def _inside(value: float, limits: tuple[float, float]) -> float:
+def inside(value: float, limits: tuple[float, float]) -> float:
+    """Return a value, moved to the nearer limit if it lies outside."""
     return min(max(value, limits[0]), limits[1])
 
 
-class Study:
-    """A study of two objectives, fidelity up and cost down, sampled by TPE.
+class Study(ABC):
+    """A study of two objectives, fidelity up and cost down.
 
-    Each trial draws from a generator of its own, seeded by its place among the finished ones, and
-    goes by nothing but those: so a study that was killed and goes on finds what an undisturbed one
-    finds. The journal is Optuna's own and can be opened with it.
+    Each trial goes by the finished ones and by nothing else: so a study that was killed and goes
+    on finds what an undisturbed one finds. The journal is Optuna's own and can be opened with it.
 
     Args:
         path: of the journal; made if it does not exist.
-        space: where to look.
-        start: where the first trial is, moved into the space.
-        seed: of the sampler.
 
     Raises:
         OptionError: Optuna is not installed.
     """
 
-    def __init__(self, path: Path, space: SearchSpace, start: SearchPoint, seed: int) -> None:
+    kind: type[Settings]
+
+    def __init__(self, path: Path) -> None:
         optuna = _optuna()
         self._optuna = optuna
-        self._space = space
-        self._start = start
-        self._seed = seed
         _mend(path)
         for stale in path.parent.glob(f"{path.name}.lock*"):
             stale.unlink()  # of a killed process: the folder is this one's alone
@@ -126,21 +132,22 @@ class Study:
         for trial in self._trials("COMPLETE"):
             about = trial.user_attrs
             fidelity, cost = trial.values
-            settings = SearchPoint(**about["knobs"])
+            settings = self.kind(**about["knobs"])
             found.append(Point(settings, fidelity, cost, about["density"], about["digest"]))
         return found
 
-    def trial(self, evaluate: Callable[[SearchPoint], Point]) -> Point:
-        """Run one more trial; if `evaluate` fails or the process dies, it does not count."""
-        number = len(self._trials("COMPLETE"))
-        self._study.sampler = self._optuna.samplers.TPESampler(
-            seed=(self._seed * 1_000_003 + number) % 2**32,
-            n_startup_trials=_STARTUP,
-            constant_liar=False,
-        )
-        if number == 0 and not self._trials("WAITING"):
-            self._study.enqueue_trial(self._first())
-        trial = self._study.ask()
+    def trial(self, evaluate: Callable[[Any], Point]) -> Point | None:
+        """Run one more trial; if `evaluate` fails or the process dies, it does not count.
+
+        Args:
+            evaluate: takes the settings of a plan, a `SearchPoint` or a `ZonePoint`.
+
+        Returns:
+            The trial; None if nothing is left to try.
+        """
+        trial = self._ask()
+        if trial is None:
+            return None
         try:
             point = evaluate(self._suggested(trial))
         except BaseException:
@@ -156,6 +163,49 @@ class Study:
         wanted = getattr(self._optuna.trial.TrialState, state)
         found: list[Any] = self._study.get_trials(deepcopy=False, states=(wanted,))
         return found
+
+    @abstractmethod
+    def _ask(self) -> Any:
+        """Return the next trial, Optuna's; None if nothing is left to try."""
+
+    @abstractmethod
+    def _suggested(self, trial: Any) -> Settings:
+        """Return what is tried in it."""
+
+
+class MaskStudy(Study):
+    """A study of thresholds, sampled by TPE.
+
+    Each trial draws from a generator of its own, seeded by its place among the finished ones.
+
+    Args:
+        path: see `Study`.
+        space: where to look.
+        start: where the first trial is, moved into the space.
+        seed: of the sampler.
+
+    Raises:
+        OptionError: Optuna is not installed.
+    """
+
+    kind = SearchPoint
+
+    def __init__(self, path: Path, space: SearchSpace, start: SearchPoint, seed: int) -> None:
+        super().__init__(path)
+        self._space = space
+        self._start = start
+        self._seed = seed
+
+    def _ask(self) -> Any:
+        number = len(self._trials("COMPLETE"))
+        self._study.sampler = self._optuna.samplers.TPESampler(
+            seed=(self._seed * 1_000_003 + number) % 2**32,
+            n_startup_trials=_STARTUP,
+            constant_liar=False,
+        )
+        if number == 0 and not self._trials("WAITING"):
+            self._study.enqueue_trial(self._first())
+        return self._study.ask()
 
     def _suggested(self, trial: Any) -> SearchPoint:
         space = self._space
@@ -177,12 +227,12 @@ class Study:
 
     def _first(self) -> dict[str, float | None]:
         space, start = self._space, self._start
-        A = _inside(start.A, space.A)
+        A = inside(start.A, space.A)
         first: dict[str, float | None] = {
             "A": A,
-            "lift": _inside((start.C - A) / (0.999 - A) if A < 0.999 else 0.0, (0.0, 1.0)),
-            "k": _inside(start.k, space.k),
-            "rho": _inside(start.rho, space.rho),
+            "lift": inside((start.C - A) / (0.999 - A) if A < 0.999 else 0.0, (0.0, 1.0)),
+            "k": inside(start.k, space.k),
+            "rho": inside(start.rho, space.rho),
         }
         if len(space.pooled) > 1:
             first["pooled"] = start.pooled if start.pooled in space.pooled else space.pooled[0]

@@ -1,4 +1,4 @@
-"""Search for the thresholds of a model: fidelity against predicted time."""
+"""Search for the best plans of a model: fidelity against predicted time."""
 
 from __future__ import annotations
 
@@ -15,23 +15,34 @@ from calibatt_compiler.calibration.cost.estimate import Estimate, estimate
 from calibatt_compiler.calibration.observe.pipelines import Prompt, quiet, read_inputs
 from calibatt_compiler.calibration.pipeline import calibrate
 from calibatt_compiler.calibration.select.derive import plan_from_run
+from calibatt_compiler.calibration.select.zones.plans import zone_plan_from_run
 from calibatt_compiler.calibration.store import identity
 from calibatt_compiler.calibration.store.lock import FolderLock
 from calibatt_compiler.calibration.store.run_folder import RunStore
-from calibatt_compiler.calibration.tuning.config import TuningConfig
+from calibatt_compiler.calibration.tuning.config import TuningConfig, with_form
 from calibatt_compiler.calibration.tuning.pareto import (
     Point,
     SearchPoint,
+    Settings,
+    StepTime,
     Tuning,
+    ZonePoint,
     choose,
     cost_of,
 )
 from calibatt_compiler.calibration.tuning.picture import write_front
 from calibatt_compiler.calibration.tuning.plan_server import PlanServer, served
-from calibatt_compiler.calibration.tuning.study import JOURNAL, Study, finished
+from calibatt_compiler.calibration.tuning.study import (
+    JOURNAL,
+    MaskStudy,
+    Study,
+    finished,
+)
 from calibatt_compiler.calibration.tuning.trials import TIMING_STEPS, PlanEvaluator
+from calibatt_compiler.calibration.tuning.zone_study import DensitySearch, ZoneStudy
+from calibatt_compiler.calibration.validation.kept_mass import Validation
 from calibatt_compiler.calibration.validation.validate import validate_run
-from calibatt_compiler.errors import CalibrationError, OptionError
+from calibatt_compiler.errors import CalibrationError
 from calibatt_compiler.evaluation.compare import Progress, Silent
 from calibatt_compiler.files import check_folder, naming, write_text
 from calibatt_compiler.plan import Plan
@@ -46,20 +57,25 @@ OUTPUTS = ("plan.calibatt", "tuning.json", "front.png", "search.json", JOURNAL)
 _OF_SELECTION = ("rho", "share_steps", "merge_budget", "sample_power")
 """Settings of a calibration that the stored energies don't depend on, but the trials do."""
 
+_OF_ZONES = ("step_groups", "zone_numbers")
+"""Likewise of zones."""
+
 
 @dataclass(frozen=True)
 class TuningCost:
     """What a search will cost.
 
     Attributes:
-        recording: of the calibration that it goes by, with its energies.
+        recording: of the calibration that it goes by, with the sums or energies that it keeps.
         trials: how many are still to be run.
         videos: generated in each; 0 by proxy.
+        zoned: whether zones are searched.
     """
 
     recording: Estimate
     trials: int
     videos: int
+    zoned: bool
 
     @property
     def video_seconds(self) -> float:
@@ -69,7 +85,7 @@ class TuningCost:
 
     @property
     def trial_seconds(self) -> float:
-        """Of the videos of one trial; selecting its plan from the energies is not in it."""
+        """Of the videos of one trial; making its plan from the recording is not in it."""
         return self.videos * self.video_seconds
 
     @property
@@ -100,12 +116,12 @@ def tuning_cost(
     """
     tuning = tuning or TuningConfig()
     folder = Path(out)
-    config = _recording(config, folder)
-    _check_form(config, tuning)
+    config = _recording(config, tuning, folder)
     scored = _scored(config, tuning)
     recording = estimate(pipe, prompts, seeds, config=scored, **pipeline_arguments)
-    done = finished(folder / JOURNAL)
-    return TuningCost(recording, max(0, tuning.trials - done), 0 if tuning.proxy else tuning.videos)
+    missing = tuning.number(zoned=config.zoned) - finished(folder / JOURNAL)
+    videos = 0 if tuning.proxy else tuning.videos
+    return TuningCost(recording, max(0, missing), videos, config.zoned)
 
 
 def tune(
@@ -119,12 +135,15 @@ def tune(
     progress: Progress | None = None,
     **pipeline_arguments: Any,
 ) -> Tuning:
-    """Search A, C, k and rho for the best trade of fidelity against time.
+    """Search density of zones, or A, C, k and rho, for the best trade of fidelity against time.
 
-    Calibrates once with energies, then makes each trial's plan from them. A trial generates
-    videos of the first inputs under its plan and compares them with the dense ones; the model is
-    compiled once for all plans. The same call goes on after a kill at any moment, and finds what
-    an undisturbed search finds.
+    Calibrates once, for masks with energies, then makes each trial's plan from what was recorded.
+    A trial generates videos of the first inputs under its plan and compares them with the dense
+    ones; the model is compiled once for all plans. The same call goes on after a kill at any
+    moment, and finds what an undisturbed search finds.
+
+    The density of zones is tried where it is configured, then where it decides the goal if there
+    is one, then evenly over the range; a range that has been tried all over ends the search.
 
     Writes into `out`: `tuning.json`, `front.png`, `study.journal` (an Optuna study), the recording,
     and `plan.calibatt` if a point reaches the goal.
@@ -134,9 +153,10 @@ def tune(
         prompts: see `calibrate`; trials are measured on the first of them.
         seeds: see `calibrate`.
         out: the folder of the search.
-        config: how the model is calibrated. `A`, `C`, `k`, `rho`, `pooled` and `gamma` are where
-            the search begins;
-            `inductor` is taken for on, also on a CPU.
+        config: how the model is calibrated, and by its `form` what is searched: zones, unless a
+            setting of masks is given here or in `tuning`. `density`, or `A`, `C`, `k`, `rho`,
+            `pooled` and `gamma`, are where the search begins; `inductor` is taken for on, also on
+            a CPU.
         tuning: how to search.
         progress: receives how far it is.
         **pipeline_arguments: see `calibrate`.
@@ -148,8 +168,7 @@ def tune(
     """
     tuning, progress = tuning or TuningConfig(), progress or Silent()
     folder = Path(out)
-    config = _recording(config, folder)
-    _check_form(config, tuning)
+    config = _recording(config, tuning, folder)
     inputs = read_inputs(prompts, seeds, pipeline_arguments, pipe)
     check_folder(folder, OUTPUTS)
     with _held(folder):
@@ -165,10 +184,9 @@ def tune(
             evaluator = PlanEvaluator(pipe, model, server, some, pipeline_arguments, folder)
             progress.start("measuring step times", None)
             times = evaluator.times(search.ends)
-            progress.start("trials", tuning.trials)
-            points = search.run(evaluator, progress)
-        goal = {"speed_up": tuning.speed_up, "fidelity": tuning.fidelity}
-        chosen = choose(points, times, **goal)
+            progress.start("trials", tuning.number(zoned=config.zoned))
+            points = search.run(evaluator, times, progress)
+        chosen = choose(points, times, speed_up=tuning.speed_up, fidelity=tuning.fidelity)
         plan = None if chosen is None else search.plan(chosen.settings)
         found = Tuning(tuple(points), times, tuning.proxy, chosen, plan)
         _write(found, folder)
@@ -181,48 +199,79 @@ class _Search:
     def __init__(
         self, folder: Path, config: CalibrationConfig, tuning: TuningConfig, first: Plan
     ) -> None:
-        recorded = first.metadata.thresholds
-        thresholds = recorded["A"], recorded["C"], recorded["k"]
-        start = SearchPoint(*thresholds, config.rho, config.pooled, config.gamma)
+        self._journal = folder / JOURNAL
         self._recording = folder / "recording"
         self._config = config
         self._tuning = tuning
-        self._study = Study(folder / JOURNAL, tuning.space, start, tuning.seed)
+        self._first = first
 
-    def plan(self, at: SearchPoint) -> Plan:
+    def plan(self, at: Settings) -> Plan:
         """Make a plan; what is not searched is as configured."""
-        return plan_from_run(self._recording, at.selection(self._config))
+        config = self._config
+        if isinstance(at, ZonePoint):
+            return zone_plan_from_run(
+                self._recording,
+                density=at.density,
+                step_groups=config.step_groups,
+                numbers=config.zone_numbers,
+            )
+        return plan_from_run(self._recording, at.selection(config))
 
     def ends(self) -> tuple[Plan, Plan]:
         """Make the sparsest and the densest plan of the search."""
-        sparse, dense = self._tuning.space.ends()
+        space = self._tuning.space
+        if self._config.zoned:
+            return self.plan(ZonePoint(space.density[0])), self.plan(ZonePoint(space.density[1]))
+        sparse, dense = space.ends()
         return self.plan(sparse), self.plan(dense)
 
-    def run(self, evaluator: PlanEvaluator, progress: Progress) -> list[Point]:
+    def run(self, evaluator: PlanEvaluator, times: StepTime, progress: Progress) -> list[Point]:
         """Run the trials that are missing; return all."""
-        points = self._study.points()
-        for _ in points[: self._tuning.trials]:
+        study, number = self._study(times), self._tuning.number(zoned=self._config.zoned)
+        points = study.points()
+        for _ in points[:number]:
             progress.advance()
-        while len(points) < self._tuning.trials:
-            points.append(self._study.trial(lambda at: self._try(at, evaluator)))
+        while len(points) < number:
+            point = study.trial(lambda at: self._try(at, evaluator))
+            if point is None:
+                break
+            points.append(point)
             progress.advance()
         return points
 
-    def _try(self, at: SearchPoint, evaluator: PlanEvaluator) -> Point:
+    def _study(self, times: StepTime) -> Study:
+        config, tuning = self._config, self._tuning
+        if config.zoned:
+            target = config.zones().target
+            # Where an error is wanted, the first plan says how dense that is.
+            start = target.wanted_density or round(self._first.density(), 4)
+            goals = (tuning.speed_up, tuning.fidelity)
+            search = DensitySearch(tuning.space.density, start, times, *goals)
+            return ZoneStudy(self._journal, search)
+        recorded = self._first.metadata.thresholds
+        thresholds = recorded["A"], recorded["C"], recorded["k"]
+        start_at = SearchPoint(*thresholds, config.rho, config.pooled, config.gamma)
+        return MaskStudy(self._journal, tuning.space, start_at, tuning.seed)
+
+    def _try(self, at: Settings, evaluator: PlanEvaluator) -> Point:
         plan = self.plan(at)
-        fidelity = (
-            round(validate_run(self._recording, plan).mean, 9)
-            if self._tuning.proxy
-            else evaluator.fidelity(plan)
-        )
+        fidelity = self._kept_mass(plan) if self._tuning.proxy else evaluator.fidelity(plan)
         return Point(at, fidelity, cost_of(plan), plan.density(), plan.digest)
 
+    def _kept_mass(self, plan: Plan) -> float:
+        found = validate_run(self._recording, plan)
+        assert isinstance(found, Validation)
+        return round(found.mean, 9)
 
-def _recording(config: CalibrationConfig | None, folder: Path) -> CalibrationConfig:
+
+def _recording(
+    config: CalibrationConfig | None, tuning: TuningConfig, folder: Path
+) -> CalibrationConfig:
+    config = with_form(config or CalibrationConfig(), tuning)
     return replace(
-        config or CalibrationConfig(),
+        config,
         run_folder=folder / "recording",
-        keep_energies=True,
+        keep_energies=not config.zoned,
         keep_run=True,
         distributed=False,
     )
@@ -232,30 +281,6 @@ def _scored(config: CalibrationConfig, tuning: TuningConfig) -> CalibrationConfi
     """Return settings of a recording that has scores if some trial may need them."""
     some = [value for value in tuning.space.gamma if value is not None]
     return replace(config, gamma=min(some, default=None))
-
-
-def _check_form(config: CalibrationConfig, tuning: TuningConfig) -> None:
-    """Refuse settings of the calibration that the search would pass over, or can't judge."""
-    if config.pooled not in tuning.space.pooled:
-        problem, expected = "pooled is not in the search space", f"one of {tuning.space.pooled}"
-        got: object = config.pooled
-    elif config.gamma not in tuning.space.gamma:
-        problem, expected = "gamma is not in the search space", f"one of {tuning.space.gamma}"
-        got = config.gamma
-    elif config.form != "masks":
-        problem, expected = "the search is one for thresholds of masks", "form='masks'"
-        got = config.form
-    elif tuning.proxy and config.sampled:
-        problem, expected = "the proxy can't judge sampled blocks", "sample_power=None"
-        got = config.sample_power
-    else:
-        return
-    raise OptionError(
-        problem,
-        expected=expected,
-        got=got,
-        remedy="set SearchSpace(pooled=..., gamma=...) for these, and proxy=False for samples",
-    )
 
 
 @contextmanager
@@ -278,9 +303,16 @@ def _check(
 ) -> None:
     """Refuse a folder whose trials were of something else."""
     path = folder / "search.json"
-    about = {name: getattr(tuning, name) for name in ("videos", "proxy", "seed")}
-    about |= {"space": asdict(tuning.space)}
-    about |= {name: getattr(config, name) for name in _OF_SELECTION}
+    space = asdict(tuning.space)
+    density = space.pop("density")
+    about: dict[str, Any]
+    if config.zoned:
+        about = {"form": "zones", "videos": tuning.videos, "space": {"density": density}}
+        about |= {name: getattr(config, name) for name in _OF_ZONES}
+    else:
+        about = {name: getattr(tuning, name) for name in ("videos", "proxy", "seed")}
+        about |= {"space": space}
+        about |= {name: getattr(config, name) for name in _OF_SELECTION}
     about |= {"inputs": [identity.describe({"seed": seed, **varying}) for seed, varying in inputs]}
     text = json.dumps(about, indent=2, sort_keys=True) + "\n"
     begun = finished(folder / JOURNAL) or RunStore(folder / "recording").names()

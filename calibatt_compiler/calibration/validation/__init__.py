@@ -1,1 +1,1 @@
-"""Validation: how much attention a plan keeps on inputs it has not seen."""
+"""Validation: what a plan keeps, or errs, on inputs it has not seen."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from calibatt_compiler.errors import CalibrationError, OptionError
+from calibatt_compiler.calibration.validation.observed import check_observed, planned_step
 from calibatt_compiler.plan import Plan
 from calibatt_compiler.plan.text import fit_pattern
 from calibatt_compiler.plan.thresholds import Thresholds
@@ -181,19 +181,10 @@ class KeptMass:
         Raises:
             CalibrationError: the timestep is not of the plan's range.
         """
-        step = self.plan.step_of(timestep)
-        if step is None:
-            raise CalibrationError(
-                "the plan has no step for a timestep of these inputs",
-                expected=f"{self.plan.timesteps[0]:g} to {self.plan.timesteps[-1]:g}",
-                got=timestep,
-                remedy="validate with the sampler and the number of steps of the plan",
-            )
+        step = planned_step(self.plan, timestep)
         patterns, where = self.plan.sites[site], self.plan.text_position
         pattern = patterns.at(step)
-        if lengths is not None and patterns.zones is not None:
-            pattern = patterns.zones.fitted(step, lengths)
-        elif lengths is not None and where is not None:
+        if lengths is not None and where is not None:
             video = math.prod(self.plan.grid)
             pattern = fit_pattern(pattern, lengths, video=video, position=where)
         shares = kept_share(energy, pattern.mask().to(energy.device)).cpu().numpy()
@@ -216,14 +207,7 @@ class KeptMass:
         Raises:
             CalibrationError: a site of the plan was not observed.
         """
-        missing = [name for name, votes in self._votes.items() if not votes.any()]
-        if missing:
-            raise CalibrationError(
-                "not every site of the plan was observed",
-                expected=f"calls of all {len(self._votes)} sites",
-                got=f"none of {', '.join(missing[:4])}" + (" and more" if missing[4:] else ""),
-                remedy="validate with the model that the plan was made for",
-            )
+        check_observed(self._votes)
         return Validation(
             plan_digest=self.plan.digest,
             inputs=inputs,
@@ -254,15 +238,4 @@ class KeptMass:
             worst_head=float(by_head[judged].min()),
             worst_row=float(self._worst[name][seen][judged].min()),
             repetitive=self._repetitive(name),
-        )
-
-
-def check_margin(margin: float) -> None:
-    """Raise `OptionError` unless `margin` is a share of mass."""
-    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not 0 <= margin <= 1:
-        raise OptionError(
-            "the margin of a validation is out of range",
-            expected="a share of attention mass in [0, 1]",
-            got=repr(margin),
-            remedy=f"leave it out for {MARGIN}",
         )

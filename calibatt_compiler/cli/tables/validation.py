@@ -1,4 +1,4 @@
-"""What a plan keeps on held-out inputs, as a table for the terminal."""
+"""What a plan keeps, or errs, on held-out inputs, as a table for the terminal."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from calibatt_compiler.calibration.validation.kept_mass import SiteValidation, Validation
+from calibatt_compiler.calibration.validation.measures import AnyValidation
+from calibatt_compiler.calibration.validation.output_error import ZoneValidation
+from calibatt_compiler.cli.tables import zone_validation
 from calibatt_compiler.printable import printable
 
 
-def terminal(validation: Validation) -> RenderableType:
+def terminal(validation: AnyValidation) -> RenderableType:
     """Return the figures of each site and which are flagged, to be printed with rich."""
+    if isinstance(validation, ZoneValidation):
+        return zone_validation.terminal(validation)
     table = Table(
         box=SIMPLE_HEAD,
         pad_edge=False,

@@ -35,7 +35,7 @@ from calibatt_compiler.calibration.tuning.pareto import (
     front,
 )
 from calibatt_compiler.calibration.tuning.plan_server import PlanServer, served
-from calibatt_compiler.calibration.tuning.study import JOURNAL, Study, finished
+from calibatt_compiler.calibration.tuning.study import JOURNAL, MaskStudy, finished
 from calibatt_compiler.calibration.tuning.trials import PlanEvaluator
 from calibatt_compiler.errors import CalibrationError, OptionError
 from calibatt_compiler.evaluation.compare import to_bytes
@@ -118,7 +118,7 @@ class Killed(BaseException):
 def test_a_study_goes_on_as_if_undisturbed(tmp_path: Path) -> None:
     space = SearchSpace(pooled=(0, 1, 4), gamma=(None, 0.87))
     start = SearchPoint(0.84, 0.99, 16.0, 0.5)
-    whole = Study(tmp_path / "whole" / JOURNAL, space, start, seed=3)
+    whole = MaskStudy(tmp_path / "whole" / JOURNAL, space, start, seed=3)
     points = [whole.trial(score) for _ in range(14)]  # past the random ones
     first = points[0].settings
     assert (first.A, first.k, first.rho, first.pooled) == (0.84, 16.0, 0.5, 0)
@@ -142,19 +142,19 @@ def test_a_study_goes_on_as_if_undisturbed(tmp_path: Path) -> None:
         raise Killed
 
     for stop in (0, 5, 12):  # before the first, at random, by the sampler
-        study = Study(path, space, start, seed=3)
+        study = MaskStudy(path, space, start, seed=3)
         while len(study.points()) < stop:
             study.trial(score)
         study._study.ask()  # as a kill leaves it: running for ever
         with path.open("ab") as file:
             file.write(b'{"op_code": 6, "wor')  # and half a line
-    study = Study(path, space, start, seed=3)
+    study = MaskStudy(path, space, start, seed=3)
     with pytest.raises(Killed):
         study.trial(die)
     assert study.points() == points[:12]
     assert [study.trial(score) for _ in range(2)] == points[12:]
     assert finished(path) == 14
-    other = Study(tmp_path / "other" / JOURNAL, space, start, seed=4)
+    other = MaskStudy(tmp_path / "other" / JOURNAL, space, start, seed=4)
     assert [other.trial(score) for _ in range(2)][1] != points[1]
 
 
@@ -221,7 +221,9 @@ def test_a_search_under_way_is_left_alone(
     tuning = TuningConfig(trials=5)
     lock = FolderLock(tmp_path)
     lock.take()
-    study = Study(tmp_path / JOURNAL, tuning.space, SearchPoint(0.84, 0.99, 16.0, 0.5), tuning.seed)
+    study = MaskStudy(
+        tmp_path / JOURNAL, tuning.space, SearchPoint(0.84, 0.99, 16.0, 0.5), tuning.seed
+    )
     for _ in range(2):
         study.trial(score)
     study._study.ask()  # a trial that runs

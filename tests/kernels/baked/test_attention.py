@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -35,7 +34,7 @@ class ManualCompiler(KernelCompiler):
         return self.future
 
     def finish(self) -> None:
-        self.future.set_result(CompiledSource("d", "v", Path("p"), 0.0, 1.0, False))
+        self.future.set_result(CompiledSource("d", "v", Path("p"), 1.0, False))
 
 
 class RecordedLaunch:
@@ -73,7 +72,7 @@ def make(
     )
 
     def build(error: Exception | None = None, **limits: object) -> TieredKernel:
-        monkeypatch.setattr(baked, "_GeneratedKernel", lambda *_, **__: RecordedLaunch(2.0, error))
+        monkeypatch.setattr(baked, "TableLiterals", lambda *_, **__: RecordedLaunch(2.0, error))
         kernel = baked_attention(
             KernelRequest(
                 random_pattern(heads=2, query_length=300),
@@ -151,19 +150,10 @@ def test_wrong_operands_are_the_callers_error(
     assert kernel.kind == "triton-baked"
 
 
-def test_a_covered_mask_reports_what_it_adds(make: Callable[..., TieredKernel]) -> None:
-    exact = make().tiers[0]
-    assert exact.added_density == 0
-    covered = make(limits=CoverLimits(16, widening=math.inf)).tiers[0]
-    assert covered.added_density > 0
-    assert covered.table.density == pytest.approx(exact.table.density + covered.added_density)
-
-
-def test_a_cover_that_adds_too_much_is_declined(
+def test_a_mask_beyond_given_limits_is_declined_at_once(
     make: Callable[..., TieredKernel], compiler: ManualCompiler
 ) -> None:
-    kernel = make(limits=CoverLimits(16, widening=0.01))
-    assert kernel.tiers[0].added_density == 0
+    kernel = make(limits=CoverLimits(16))
     assert kernel.reason is not None
     assert "16 literals" in kernel.reason
     assert not compiler.specs
@@ -189,23 +179,6 @@ def test_nothing_is_covered_while_a_model_waits(
     make()
     assert not covered
     assert compiler.specs[0].limits == EXACT
-
-
-def test_what_was_built_before_is_taken_first(
-    make: Callable[..., TieredKernel],
-    compiler: ManualCompiler,
-    random_pattern: Callable[..., BlockPattern],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A cover that adds blocks serves from the first call on, or not at all: no bit changes."""
-    built = CoverLimits(200, widening=0.5)
-    monkeypatch.setattr(baked, "WIDENED", built)
-    assert make().tiers[0].added_density == 0
-    entry = get_entry(random_pattern(heads=2, query_length=300), built)
-    kernel = make()
-    assert kernel.tiers[0].added_density == entry.covering.added_density
-    assert kernel.tiers[0].pattern.digest == entry.covering.pattern.digest
-    assert compiler.specs[-1].limits == built
 
 
 def test_what_was_declined_before_is_not_tried_again(

@@ -205,8 +205,6 @@ def deep(record: dict[str, Any]) -> None:
 
 DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
     "numbers past 64 bits": deep,
-    "infinite density": lambda r: r.update(added_density=float("inf")),
-    "no density": lambda r: r.update(added_density=float("nan")),
     "no cover": lambda r: r.update(cover=None),
     "a list": lambda r: [1],
     "a text": lambda r: "declined",
@@ -217,7 +215,7 @@ DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
     "a segment without end": lambda r: r["cover"].update(forms=[[[0, 10**12, []]]]),
     "no head": lambda r: r["cover"].update(head_forms=[]),
     "another head": lambda r: r["cover"].update(head_forms=[5]),
-    "another mask": lambda r: r.update(denoted="0" * 64),
+    "another mask": lambda r: r["cover"]["forms"][0][0][2].pop(),
     "a checksum that is none": lambda r: r.update(source_sha256=7),
 }
 

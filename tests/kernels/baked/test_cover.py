@@ -1,8 +1,7 @@
-"""Covers: supersets within the budget, exact where they fit, compact for what masks look like."""
+"""Covers: exact within their limits, compact for what masks look like, or refused."""
 
 from __future__ import annotations
 
-import math
 import time
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calibatt_compiler.errors import KernelError, PlanFormatError
+from calibatt_compiler.errors import PlanFormatError
 from calibatt_compiler.kernels.baked.cover import CoverError, CoverLimits, cover_pattern
 from calibatt_compiler.kernels.baked.cover_template import ROW, Cover
 from calibatt_compiler.plan.pattern import BlockPattern
@@ -85,60 +84,41 @@ def masks(draw: st.DrawFn) -> Mask:
 
 @given(masks(), st.sampled_from([9, 20, 60, 10_000]), st.sampled_from([3, 4, 16]))
 @settings(max_examples=150, deadline=None)
-def test_cover_is_a_superset_within_its_limits(mask: Mask, budget: int, intervals: int) -> None:
-    pattern = pattern_of(mask)
-    result = cover_pattern(pattern, CoverLimits(budget, intervals, math.inf))
-    denoted = result.cover.mask()
-    assert (denoted >= mask).all()
-    assert result.cover.literals <= budget
-    assert result.cover.max_intervals <= intervals
-    assert np.array_equal(result.pattern.numpy_mask(), denoted)
-    assert result.added_density == pytest.approx((denoted.sum() - mask.sum()) / mask.size)
-    assert np.array_equal(evaluate(result.cover), denoted)
-    if budget == 10_000 and intervals == 16:
-        assert result.added_density == 0
-        assert result.pattern is pattern
-    assert Cover.from_json(result.cover.to_json()) == result.cover
+def test_a_cover_is_exact_within_its_limits_or_refused(
+    mask: Mask, budget: int, intervals: int
+) -> None:
+    try:
+        cover = cover_pattern(pattern_of(mask), CoverLimits(budget, intervals))
+    except CoverError:
+        assert budget < 10_000 or intervals < 16
+        return
+    assert np.array_equal(cover.mask(), mask)
+    assert np.array_equal(evaluate(cover), mask)
+    assert cover.literals <= budget
+    assert cover.max_intervals <= intervals
+    assert Cover.from_json(cover.to_json()) == cover
 
 
-def scattered(heads: int, blocks: int) -> BlockPattern:
-    draw = torch.rand(heads, blocks, blocks, generator=torch.Generator().manual_seed(0))
-    return pattern_of(((draw < 0.4) | torch.eye(blocks).bool()).numpy())
-
-
-@pytest.mark.parametrize("widening", [0.0, 0.05, 0.5])
-def test_a_search_ends_when_too_much_is_added(widening: float) -> None:
-    pattern = scattered(2, 40)
-    with pytest.raises(CoverError, match="100 literals"):
-        cover_pattern(pattern, CoverLimits(100, 16, widening))
-
-
-@pytest.mark.parametrize("budget", [100, 300, 600, 900])
-def test_the_early_end_decides_as_the_whole_search_does(budget: int) -> None:
-    pattern = scattered(1, 30)
-    whole = cover_pattern(pattern, CoverLimits(budget, 16, math.inf))
-    added = whole.pattern.kept - pattern.kept
-    for widening in (0.0, 0.02, 0.1, 0.3, 0.6, 1.0):
-        limits = CoverLimits(budget, 16, widening)
-        if added <= widening * pattern.kept:
-            assert cover_pattern(pattern, limits).pattern.digest == whole.pattern.digest
-        else:
-            with pytest.raises(CoverError):
-                cover_pattern(pattern, limits)
+@pytest.mark.parametrize("limits", [CoverLimits(100, 16), CoverLimits(10_000, 3)])
+def test_a_mask_beyond_a_limit_is_refused(limits: CoverLimits) -> None:
+    draw = torch.rand(2, 40, 40, generator=torch.Generator().manual_seed(0))
+    pattern = pattern_of(((draw < 0.4) | torch.eye(40).bool()).numpy())
+    with pytest.raises(CoverError, match=f"{limits.literals} literals and {limits.intervals}"):
+        cover_pattern(pattern, limits)
 
 
 @given(masks())
 @settings(max_examples=40, deadline=None)
 def test_query_blocks_of_two_key_blocks_make_diagonals_of_slope_two(mask: Mask) -> None:
-    result = cover_pattern(pattern_of(mask, (128, 64)))
-    assert np.array_equal(result.cover.mask(), mask)
-    assert np.array_equal(evaluate(result.cover), mask)
+    cover = cover_pattern(pattern_of(mask, (128, 64)))
+    assert np.array_equal(cover.mask(), mask)
+    assert np.array_equal(evaluate(cover), mask)
 
 
 def test_diagonals_and_global_columns_take_one_segment_a_head() -> None:
     mask = banded(4, 64, stride=6, width=1, columns=2)
     mask[:, :, -3:] = True
-    cover = cover_pattern(pattern_of(mask)).cover
+    cover = cover_pattern(pattern_of(mask))
     assert [len(form) for form in cover.forms] == [1, 1, 1, 1]
     assert cover.literals <= 4 * (1 + 2 * 9)
     assert np.array_equal(cover.mask(), mask)
@@ -147,24 +127,14 @@ def test_diagonals_and_global_columns_take_one_segment_a_head() -> None:
 def test_a_diagonal_of_slope_two_takes_one_segment() -> None:
     row, column = np.indices((20, 40))
     mask = (abs(column - 2 * row) <= 3)[None]
-    cover = cover_pattern(pattern_of(mask, (128, 64))).cover
+    cover = cover_pattern(pattern_of(mask, (128, 64)))
     assert cover.literals == 3
 
 
 def test_frame_local_rectangles_take_a_segment_a_frame_and_equal_heads_share_it() -> None:
-    cover = cover_pattern(pattern_of(frame_local(12, 60, 10))).cover
+    cover = cover_pattern(pattern_of(frame_local(12, 60, 10)))
     assert cover.literals == 6 * 3
     assert cover.head_forms == (0,) * 12
-
-
-def test_ragged_masks_are_covered_with_little_added() -> None:
-    mask = ragged(banded(4, 128, stride=18, width=5, columns=10))
-    result = cover_pattern(pattern_of(mask), CoverLimits(2048, widening=math.inf))
-    assert result.cover.literals <= 2048
-    assert result.added_density < 0.08
-    smaller = cover_pattern(pattern_of(mask), CoverLimits(512, widening=math.inf))
-    assert smaller.cover.literals <= 512
-    assert result.added_density < smaller.added_density < 0.25
 
 
 def test_a_demo_sized_mask_takes_little_time() -> None:
@@ -178,24 +148,9 @@ def test_a_demo_sized_mask_takes_little_time() -> None:
 def test_a_mask_of_wan_720p_takes_seconds() -> None:
     mask = ragged(banded(40, 591, stride=28, width=6, columns=28))
     start = time.process_time()
-    result = cover_pattern(pattern_of(mask), CoverLimits(widening=math.inf))
+    with pytest.raises(CoverError):
+        cover_pattern(pattern_of(mask))
     assert time.process_time() - start < 60
-    assert result.cover.literals <= 2048
-
-
-def test_a_random_mask_ends_in_something_dense_not_in_an_endless_search() -> None:
-    mask = np.random.default_rng(0).random((4, 96, 96)) < 0.35
-    mask |= np.eye(96, dtype=bool)
-    result = cover_pattern(pattern_of(mask), CoverLimits(200, widening=math.inf))
-    assert result.cover.literals <= 200
-    assert (result.cover.mask() >= mask).all()
-
-
-@pytest.mark.parametrize(("budget", "intervals"), [(5, 16), (4096, 2)])
-def test_hopeless_limits_are_refused(budget: int, intervals: int) -> None:
-    pattern = pattern_of(banded(4, 8, stride=3, width=0, columns=1))
-    with pytest.raises(KernelError, match="budget"):
-        cover_pattern(pattern, CoverLimits(budget, intervals, math.inf))
 
 
 def test_a_damaged_cover_is_refused() -> None:

@@ -16,8 +16,7 @@ from calibatt_compiler.errors import KernelError
 from calibatt_compiler.kernels.baked.cover import cover_pattern
 from calibatt_compiler.kernels.baked.cover_template import Cover
 from calibatt_compiler.kernels.baked.source import generate
-from calibatt_compiler.kernels.baked.source_hopper import generate_hopper
-from calibatt_compiler.plan.copies import AnchorRows
+from calibatt_compiler.kernels.request import Target
 from calibatt_compiler.plan.pattern import BlockPattern
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -51,37 +50,20 @@ def rectangular() -> BlockPattern:
     )
 
 
-def repetitive_heads() -> BlockPattern:
-    """Text and two frames of 9 x 31 tokens; heads 0, 2 and 3 compute three rows of each frame."""
-    row, column = np.indices((9, 9))
-    mask = np.stack([abs(row - column) <= width for width in (0, 1, 0, 0, 2)])
-    return BlockPattern.from_mask(
-        torch.from_numpy(mask),
-        query_length=570,
-        key_length=570,
-        block=(64, 64),
-        repetitive=np.array([True, False, True, True, False]),
-        copies=AnchorRows((2, 9, 31), 3, first=12),
-    )
-
-
 @pytest.mark.parametrize(
-    ("make", "write", "suffix"),
+    ("make", "target"),
     [
-        (bands_and_columns, generate, ""),
-        (frames_and_shared_heads, generate, ""),
-        (rectangular, generate, ""),
-        (repetitive_heads, generate, ""),
-        (bands_and_columns, generate_hopper, "_hopper"),
-        (rectangular, generate_hopper, "_hopper"),
+        (bands_and_columns, "portable"),
+        (frames_and_shared_heads, "portable"),
+        (rectangular, "portable"),
+        (bands_and_columns, "hopper"),
+        (rectangular, "hopper"),
     ],
 )
-def test_source_is_as_accepted(
-    make: Callable[[], BlockPattern], write: Callable[[Cover, BlockPattern], str], suffix: str
-) -> None:
+def test_source_is_as_accepted(make: Callable[[], BlockPattern], target: Target) -> None:
     pattern = make()
-    source = write(cover_pattern(pattern).cover, pattern)
-    path = GOLDEN / f"{make.__name__}{suffix}.py"
+    source = generate(cover_pattern(pattern), pattern, target)
+    path = GOLDEN / f"{make.__name__}{'_hopper' * (target == 'hopper')}.py"
     if os.environ.get("CALIBATT_UPDATE_GOLDEN") == "1":
         path.parent.mkdir(exist_ok=True)
         path.write_text(source, encoding="utf-8")
@@ -94,7 +76,7 @@ def test_source_is_as_accepted(
 def test_source_does_not_depend_on_hash_seeds() -> None:
     script = (
         "import runpy, sys; t = runpy.run_path(sys.argv[1]); p = t['bands_and_columns'](); "
-        "print(t['generate'](t['cover_pattern'](p).cover, p))"
+        "print(t['generate'](t['cover_pattern'](p), p, 'portable'))"
     )
     outputs = {
         subprocess.run(
@@ -113,7 +95,7 @@ def test_lines_stay_readable() -> None:
     mask = np.random.default_rng(0).random((3, 24, 24)) < 0.3
     mask |= np.eye(24, dtype=bool)
     pattern = BlockPattern.from_mask(torch.from_numpy(mask))
-    source = generate(cover_pattern(pattern).cover, pattern)
+    source = generate(cover_pattern(pattern), pattern, "portable")
     compile(source, "generated", "exec")
     assert max(len(line) for line in source.splitlines()) <= 100
 
@@ -121,4 +103,4 @@ def test_lines_stay_readable() -> None:
 def test_more_key_blocks_than_a_run_can_name_are_refused() -> None:
     cover = Cover(1, 1 << 15, ((),), (0,))
     with pytest.raises(KernelError, match="too many key blocks"):
-        generate(cover, bands_and_columns())
+        generate(cover, bands_and_columns(), "portable")

@@ -73,7 +73,7 @@ def test_tables_serve_until_literals_are_compiled(
     assert step.kind in ("triton-zones", "hopper-zones")
     assert not kernel.wait(timeout=0.01)
     assert [spec.pattern for spec in compiler.specs] == [kernel.pattern]
-    compiler.future.set_result(CompiledSource("d", "v", Path("p"), 0.0, 1.0, False))
+    compiler.future.set_result(CompiledSource("d", "v", Path("p"), 1.0, False))
     assert kernel.wait()
     # The site's step is the same object: it takes up what its group has.
     assert step.kind in ("triton-zones-baked", "hopper-zones-baked")

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from calibatt_compiler.errors import KernelError
-from calibatt_compiler.kernels.baked.cover import CoverLimits
 from calibatt_compiler.kernels.request import KernelRequest
 from calibatt_compiler.plan.copies import AnchorRows
 from calibatt_compiler.plan.pattern import BlockPattern
@@ -301,7 +300,6 @@ def test_literals_give_the_bits_of_the_tables(
     monkeypatch.setattr(hopper, "multiprocessors", lambda _: 2)
     baked = baked_attention(KernelRequest(pattern, **where), "hopper")
     assert baked.kind == "hopper-baked", baked.reason
-    assert baked.tiers[0].added_density == 0
     assert torch.equal(baked(q, k, v), HopperAttention(KernelRequest(pattern, **where))(q, k, v))
     assert baked.repairs == 0
     runs, row = key_runs(pattern), pattern.query_blocks + 1
@@ -310,10 +308,8 @@ def test_literals_give_the_bits_of_the_tables(
     spike(q, k, 130, later * block_n, 200.0)
     assert torch.equal(baked(q, k, v), HopperAttention(KernelRequest(pattern, **where))(q, k, v))
     assert baked.repairs == 1
-    entry = get_entry(pattern, CoverLimits(512, widening=math.inf), "hopper")
-    literals = HopperLiterals(
-        entry, HopperAttention(KernelRequest(entry.covering.pattern, **where))
-    )
+    entry = get_entry(pattern, target="hopper")
+    literals = HopperLiterals(entry, HopperAttention(KernelRequest(pattern, **where)))
     assert literals.tables.runs.numel() == 1
     with pytest.raises(KernelError, match="literals: True"):
         literals.attend(q, k, v, key_lengths=torch.tensor([5]))

@@ -59,8 +59,16 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     return kernel
 
 
-def check(out: Tensor, q: Tensor, k: Tensor, v: Tensor, zones: ZonePattern, step: int) -> None:
-    """No larger error than SDPA's with the same bias, on some query rows, the last among them."""
+def check(
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, zones: ZonePattern, step: int, *, fixed: bool
+) -> None:
+    """No larger error than SDPA's with the same bias, on some query rows, the last among them.
+
+    With a fixed shift, the maximum of the row's lead, the key that a running maximum gives the
+    probability 1 is rounded, too: where few keys of weight 2^7 hold a row, that alone is up to 12 %
+    of the error. So there the error may also be that of this arithmetic, done in float64 with the
+    probabilities and the output rounded.
+    """
     drawn = zones.draw(step)
     generator = torch.Generator().manual_seed(step)
     rows = torch.randperm(zones.query_length, generator=generator)[:300].sort().values
@@ -69,14 +77,22 @@ def check(out: Tensor, q: Tensor, k: Tensor, v: Tensor, zones: ZonePattern, step
     bias = weight[:, rows // zones.block_m].repeat_interleave(zones.block_n, 2)
     bias = bias[None, ..., : zones.key_length].to(CUDA)
     few = q[:, :, rows.to(CUDA)]
-    scores = few.double() @ k.double().mT / math.sqrt(q.shape[-1]) + bias
-    exact = scores.softmax(-1) @ v.double()
-    plain = scaled_dot_product_attention(few, k, v, attn_mask=bias.to(q.dtype))
-    error, allowed = (
-        ((x.double() - exact).norm() / exact.norm()).item()
-        for x in (out[:, :, rows.to(CUDA)], plain)
-    )
-    assert error <= 1.1 * allowed, (step, error, allowed)
+    raw = few.double() @ k.double().mT / math.sqrt(q.shape[-1])
+    exact = (raw + bias).softmax(-1) @ v.double()
+    yardsticks = [scaled_dot_product_attention(few, k, v, attn_mask=bias.to(q.dtype))]
+    if fixed:
+        lead = torch.from_numpy(zones.row_leads())[:, rows // zones.block_m, None]
+        of_lead = (torch.arange(zones.key_length) // zones.block_n == lead).to(CUDA)
+        reference = raw.masked_fill(~of_lead, -math.inf).amax(-1, keepdim=True)
+        p = (raw + bias - reference).exp()
+        rounded = p.to(q.dtype).double() @ v.double() / p.sum(-1, keepdim=True)
+        yardsticks.append(rounded.to(q.dtype))
+
+    def error(x: Tensor) -> float:
+        return ((x.double() - exact).norm() / exact.norm()).item()
+
+    found, allowed = error(out[:, :, rows.to(CUDA)]), max(map(error, yardsticks))
+    assert found <= 1.1 * allowed, (step, found, allowed)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -104,7 +120,7 @@ def test_steps_are_attended_and_literals_give_the_bits_of_the_table(
     literal = make(zones, target, dtype, head_dim, softmax=softmax, literal=True)
     for step in (0, 1, 6, 77, 127):
         out = table(q, k, v, step=step)
-        check(out, q, k, v, zones, step)
+        check(out, q, k, v, zones, step, fixed=softmax == "fixed")
         # A barrier that is missing shows as bits that differ.
         for _ in range(10):
             assert torch.equal(table(q, k, v, step=step), out)
@@ -124,7 +140,7 @@ def test_long_sequences_of_many_runs_at_every_phase(
     for step in range(128):
         assert torch.equal(table(q, k, v, step=step), literal(q, k, v, step=step))
     before = literal(q, k, v, step=3)
-    check(before, q, k, v, zones, 3)
+    check(before, q, k, v, zones, 3, fixed=True)
     assert table.repairs == 0
 
 
@@ -140,7 +156,7 @@ def test_spikes_are_repaired(
     spike(q, k, 700, 899, 300.0)  # a row with text keeps all keys
     for literal in (False, True):
         kernel = make(zones, target, BF16, 128, softmax="fixed", literal=literal)
-        check(kernel(q, k, v, step=2), q, k, v, zones, 2)
+        check(kernel(q, k, v, step=2), q, k, v, zones, 2, fixed=False)  # repaired
         assert kernel.repairs == 1
 
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 
 from calibatt_compiler.calibration.select.checks import (
     check_alike,
+    check_factors,
     guidance_of,
     inputs_digest,
     sampler_of,
     text_policy_of,
 )
-from calibatt_compiler.calibration.select.zones.price import Priced, Squares
+from calibatt_compiler.calibration.select.zones.price import Squares
 from calibatt_compiler.calibration.select.zones.site import (
+    FittedZones,
     ZoneMap,
     fit_zones,
     group_of,
@@ -33,6 +37,7 @@ from calibatt_compiler.plan.schema import TEXT_POSITIONS, CfgMode
 from calibatt_compiler.plan.text import TextPosition
 from calibatt_compiler.plan.zones.drawing import seed_of
 from calibatt_compiler.plan.zones.form import video_blocks
+from calibatt_compiler.plan.zones.quality import EXPECTED_ERROR, OF_SITE
 
 
 def zone_plan_from_run(
@@ -42,19 +47,26 @@ def zone_plan_from_run(
     speed_up: float | None = None,
     error: float | None = None,
     attention_share: float | None = None,
+    price: float | None = None,
     step_groups: int = STEP_GROUPS,
     numbers: int = BUDGET,
+    raised: Mapping[str, float] | None = None,
 ) -> Plan:
     """Make a plan of zones from the folder that a calibration left, without running the model.
 
     Args:
         folder: `<plan>.calibration`, of a run with `form="zones"` or `keep_energies`.
-        density: see `CalibrationConfig`; one of this and the next two.
+        density: see `CalibrationConfig`; one of this, the next two and `price`.
         speed_up: see `CalibrationConfig`.
         error: see `CalibrationConfig`.
         attention_share: see `CalibrationConfig`.
+        price: what a kept block is worth, as a plan of this run records it in its thresholds.
         step_groups: see `CalibrationConfig`; a run for zones keeps those that it was recorded with.
         numbers: `CalibrationConfig.zone_numbers`.
+        raised: by site, a factor of at least 1 that its energies are multiplied by for the fit,
+            such as `ZoneValidation.raised()` of a plan of this run. The price is that of the plan
+            without it, so that these sites keep more blocks and no other site fewer; so are the
+            errors expected of sites that the plan records.
 
     Raises:
         CalibrationError: no run there, a damaged one, or energies needed but not kept.
@@ -62,11 +74,12 @@ def zone_plan_from_run(
     """
     store = RunStore(folder)
     identity = store.identity()
-    target = ZoneTarget(density, speed_up, error, attention_share)
+    target = ZoneTarget(density, speed_up, error, attention_share, price)
     return derive_zone_plan(
         store,
         store.names(),
         ZoneSelection(target, step_groups, numbers),
+        raised=raised,
         cfg=identity["cfg"],
         arguments=identity["arguments"],
     )
@@ -77,6 +90,7 @@ def derive_zone_plan(
     names: Sequence[str],
     selection: ZoneSelection,
     *,
+    raised: Mapping[str, float] | None = None,
     cfg: CfgMode = "none",
     arguments: object = None,
 ) -> Plan:
@@ -88,6 +102,7 @@ def derive_zone_plan(
         store: the run's folder, of a run for zones, or with energies that were kept.
         names: the inputs that count, in order.
         selection: how zones are chosen.
+        raised: see `zone_plan_from_run`.
         cfg: how the sampler runs guidance, to be recorded.
         arguments: JSON values common to all inputs, part of the inputs' digest.
 
@@ -106,21 +121,28 @@ def derive_zone_plan(
     first = records[0]
     for record in records[1:]:
         check_alike(first, record)
+    raised = raised or {}
+    check_factors(first, raised)
     policy = text_policy_of(first)
     # Runs for zones have summed their own groups up.
     step_groups = first.step_groups if first.form == "zones" else selection.step_groups
     places = [group_of(at, first.schedule_steps, step_groups) for at in first.positions]
     groups = sorted(set(places))
     maps = [
-        _map(store, records, size, index, (group, places), TEXT_POSITIONS.get(policy))
+        replace(
+            _map(store, records, size, index, (group, places), TEXT_POSITIONS.get(policy)),
+            factor=raised.get(size.name, 1.0),
+        )
         for index, size in enumerate(first.sites)
         for group in groups
     ]
-    patterns, found = fit_zones(maps, selection.target, budget=selection.numbers)
+    fitted = fit_zones(maps, selection.target, budget=selection.numbers)
     of_step = [groups.index(place) for place in places]
     sites = {
         size.name: SitePatterns.of_zones(
-            patterns[index * len(groups) : (index + 1) * len(groups)], of_step, size.head_dim
+            fitted.patterns[index * len(groups) : (index + 1) * len(groups)],
+            of_step,
+            size.head_dim,
         ).packed()
         for index, size in enumerate(first.sites)
     }
@@ -132,24 +154,48 @@ def derive_zone_plan(
         token_order=TokenOrder.parse(first.token_order),
         text_policy=policy,
         cfg=guidance_of(records, cfg),
-        thresholds=_settings(selection, found),
+        thresholds={
+            **_settings(replace(selection, step_groups=step_groups), fitted, raised=bool(raised)),
+            **{f"raised:{name}": float(value) for name, value in raised.items()},
+        },
         inputs=CalibrationInputs(
             count=len(records),
             digest=inputs_digest([record.about for record in records], arguments),
         ),
-        quality={"expected_error": round(found.error, 6), **order_survey.figures(store.folder)},
+        quality={
+            EXPECTED_ERROR: round(fitted.found.error, 6),
+            **_site_errors(fitted, [size.name for size in first.sites], of_step),
+            **order_survey.figures(store.folder),
+        },
     )
 
 
-def _settings(selection: ZoneSelection, found: Priced) -> dict[str, float]:
+def _settings(selection: ZoneSelection, fitted: FittedZones, *, raised: bool) -> dict[str, float]:
     target = selection.target
-    names = ("density", "speed_up", "error", "attention_share")
+    # With raised errors a plan keeps its price, and no more what was asked for.
+    names = () if raised else ("density", "speed_up", "error", "attention_share")
     asked = {name: getattr(target, name) for name in names}
     return {
         **{name: float(value) for name, value in asked.items() if value is not None},
-        "price": found.price,
+        "price": fitted.found.price,
         "numbers": float(selection.numbers),
+        "step_groups": float(selection.step_groups),
     }
+
+
+def _site_errors(
+    fitted: FittedZones, names: Sequence[str], of_step: Sequence[int]
+) -> dict[str, float]:
+    """Root of each site's expected variance, mean over the steps; for `PlanMetadata.quality`.
+
+    Of raised sites that of the plan before: what they promise, and validation holds them to.
+    """
+    groups = len(fitted.variances) // len(names)
+    found = {}
+    for site, name in enumerate(names):
+        by_step = [fitted.variances[site * groups + group] for group in of_step]
+        found[OF_SITE + name] = round(math.sqrt(math.fsum(by_step) / len(by_step)), 6)
+    return found
 
 
 def _map(

@@ -38,6 +38,7 @@ class ZoneSource:
         rows: query blocks over all heads, those with text included.
         blocks: all blocks, those with text included.
         text_blocks: blocks with text, which are kept in any case.
+        factor: zones are fitted to the squares times the square of this.
     """
 
     squares: Callable[[], Squares]
@@ -45,6 +46,7 @@ class ZoneSource:
     rows: int
     blocks: int
     text_blocks: int = 0
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ class ZonePricing:
         Density falls and error rises with the price, so the price is bracketed, and the bracket
         cut where a power law through its ends says.
         """
+        if target.price is not None:
+            return self.at(target.price)
         wanted = target.error if target.error is not None else target.wanted_density
         assert wanted is not None
 
@@ -125,7 +129,7 @@ class ZonePricing:
         for source, zones in zip(self.sources, self.fits(price), strict=True):
             kept += source.steps * (zones.kept + source.text_blocks)
             blocks += source.steps * source.blocks
-            variance += source.steps * zones.variance
+            variance += source.steps * zones.variance / source.factor**2
             rows += source.steps * source.rows
         return Priced(price, kept / blocks, math.sqrt(variance / rows))
 
@@ -140,7 +144,11 @@ class ZonePricing:
     def _fit(self, index: int) -> SiteFit:
         if index in self._held:
             return self._held[index]
-        fit = SiteFit(self.sources[index].squares(), self.budget, self.number, self.group_rows)
+        source = self.sources[index]
+        squares = source.squares()
+        if source.factor != 1:
+            squares = squares * source.factor**2
+        fit = SiteFit(squares, self.budget, self.number, self.group_rows)
         if sum(held.bytes for held in self._held.values()) + fit.bytes <= MEMORY:
             self._held[index] = fit
         return fit

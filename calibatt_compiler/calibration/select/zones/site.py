@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from calibatt_compiler.calibration.select.zones.fit import NUMBER_PRICE
@@ -33,6 +33,8 @@ class ZoneMap:
         video: tokens that are not text, if there is text.
         text: where it stands.
         seed: of the pattern.
+        factor: see `ZoneSource`. The price is found without it, so that this map becomes denser
+            and no other one sparser.
     """
 
     heads: int
@@ -43,6 +45,7 @@ class ZoneMap:
     video: int = 0
     text: TextPosition | None = None
     seed: int = 0
+    factor: float = 1.0
 
     @property
     def rows(self) -> int:
@@ -56,8 +59,8 @@ class ZoneMap:
         left, right = video_blocks(self.lengths[1], self.video, self.block[1], self.text)
         return right - left
 
-    def source(self) -> ZoneSource:
-        """Return it as the pricing takes it."""
+    def source(self, *, raised: bool = True) -> ZoneSource:
+        """Return it as the pricing takes it, without its factor unless `raised`."""
         rows, columns = (
             -(-length // size) for length, size in zip(self.lengths, self.block, strict=True)
         )
@@ -67,7 +70,24 @@ class ZoneMap:
             rows=self.heads * rows,
             blocks=self.heads * rows * columns,
             text_blocks=self.heads * (rows * columns - self.rows * self.columns),
+            factor=self.factor if raised else 1.0,
         )
+
+
+@dataclass(frozen=True)
+class FittedZones:
+    """The zones of a whole plan.
+
+    Attributes:
+        patterns: of each map.
+        variances: of each map, expected relative variance of a row's output, mean over all rows;
+            what it would be at that price without its factor.
+        found: what the plan is.
+    """
+
+    patterns: list[ZonePattern]
+    variances: list[float]
+    found: Priced
 
 
 def fit_zones(
@@ -76,7 +96,7 @@ def fit_zones(
     *,
     budget: int = BUDGET,
     number: float = NUMBER_PRICE,
-) -> tuple[list[ZonePattern], Priced]:
+) -> FittedZones:
     """Fit the zones of a whole plan at one price.
 
     Args:
@@ -84,27 +104,42 @@ def fit_zones(
         target: what the plan is to be.
         budget: numbers a site may have at a step group.
         number: kept blocks that a number is worth at least.
-
-    Returns:
-        A pattern for each map, and what the plan is.
     """
     # Maps that are all text have nothing to choose; they are dense.
     open_ = [entry.rows * entry.columns > 0 for entry in maps]
-    sources = [entry.source() for entry, some in zip(maps, open_, strict=True) if some]
-    pricing = ZonePricing(sources, budget, number)
+    chosen = [entry for entry, some in zip(maps, open_, strict=True) if some]
+    raised = [entry for entry in chosen if entry.factor != 1]
+
+    def unraised(entries: Sequence[ZoneMap]) -> ZonePricing:
+        return ZonePricing([entry.source(raised=False) for entry in entries], budget, number)
+
+    promised: Iterator[float] = iter(())
+    if raised:
+        price = target.price or unraised(chosen).search(target).price
+        target = ZoneTarget(price=price)
+        # Now, so that their sums are not held beside those of all.
+        promised = iter([zones.variance for zones in unraised(raised).fits(price)])
+    pricing = ZonePricing([entry.source() for entry in chosen], budget, number)
     found = pricing.search(target)
-    fits = pricing.fits(found.price)
-    patterns = []
+    fits = zip(pricing.sources, pricing.fits(found.price), strict=True)
+    patterns, variances = [], []
     for entry, some in zip(maps, open_, strict=True):
         sizes = (entry.heads, *entry.lengths, *entry.block)
-        heads = next(fits).heads if some else [HeadGroups.none(entry.rows)] * entry.heads
+        heads: Sequence[HeadGroups] = [HeadGroups.none(entry.rows)] * entry.heads
+        variance = 0.0
+        if some:
+            source, zones = next(fits)
+            heads = zones.heads
+            variance = zones.variance if entry.factor == 1 else next(promised)
+            variance /= source.rows
+        variances.append(variance)
         arrays = pack(heads, entry.rows, entry.columns)
         patterns.append(
             ZonePattern.from_arrays(
                 sizes, arrays, video=entry.video, text=entry.text, seed=entry.seed
             )
         )
-    return patterns, found
+    return FittedZones(patterns, variances, found)
 
 
 def group_of(position: int, steps: int, groups: int = STEP_GROUPS) -> int:
