@@ -160,6 +160,7 @@ def demo_settings(tmp_path: Path, tiny_wan_arguments: dict[str, int]) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_demo_then_compare(
     demo_settings: Path, tiny_wan_folder: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -229,6 +230,7 @@ def random_plan(path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_build_compiles_each_pattern_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -103,6 +103,7 @@ def test_inspect_says_when_it_validates_nothing(
     assert "--raise goes by a validation" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_dry_run_tells_and_writes_nothing(
     tiny_wan_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -119,6 +120,7 @@ def test_dry_run_tells_and_writes_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_token_order_is_chosen_and_said(
     tiny_wan_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -144,6 +146,7 @@ def test_a_token_order_is_chosen_and_said(
     assert "order_density" not in printed
 
 
+@pytest.mark.slow
 def test_tune_searches_and_says_what_it_costs(
     tiny_wan_folder: Path,
     tmp_path: Path,

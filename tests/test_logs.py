@@ -54,6 +54,7 @@ def test_nothing_is_told_unasked(capsys: pytest.CaptureFixture[str]):
     assert not capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_passes_tell_times_and_counts():
     code = """
 import torch, torch.nn.functional as F

@@ -75,6 +75,7 @@ def test_sdist_holds_what_a_build_needs(checkout: Path, tmp_path: Path):
     assert names >= sources() | {"pyproject.toml", "README.md", "LICENSE"}
 
 
+@pytest.mark.slow
 def test_wheel_runs_from_elsewhere(checkout: Path, tmp_path: Path):
     """The links are folders in the wheel: it works without the checkout."""
     site = tmp_path / "site"

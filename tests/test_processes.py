@@ -44,6 +44,7 @@ def test_the_compiling_process_leaves_the_current_folder_alone(
     assert len(report.compiled) == 1, report.failed
 
 
+@pytest.mark.slow
 def test_the_command_as_a_module_leaves_the_current_folder_alone(planted: Path) -> None:
     # What `-m` itself looks for before the package is reached is Python's own affair.
     for name in ("calibatt_compiler", "typing", "sitecustomize"):

@@ -86,6 +86,7 @@ def test_gradient_checkpointing_through_inductor(wan: Any) -> None:
     assert calibatt_compiler.summary(compiled).sparse_calls == 4
 
 
+@pytest.mark.slow
 def test_one_process_with_and_without_gradients(wan: Any) -> None:
     case = trained(wan)
     compiled, expected = compiled_with(case), case.expanded(500.0).detach()

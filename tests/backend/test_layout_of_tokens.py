@@ -136,6 +136,7 @@ def renamed(call: dict[str, Any]) -> dict[str, Any]:
     return {"video": call["hidden_states"], "text": call["encoder_hidden_states"]}
 
 
+@pytest.mark.slow
 def test_a_subclass_is_of_the_family_of_its_base(wan):
     base = type(wan.model)
     wan.model.__class__ = type("Mine", (base,), {})
@@ -144,6 +145,7 @@ def test_a_subclass_is_of_the_family_of_its_base(wan):
     assert served(wan.model, wan.plan, *calls, on_mismatch="error") == ["sparse", "error"]
 
 
+@pytest.mark.slow
 def test_a_calibrated_subclass_is_no_other_model(wan):
     calls = [wan_call(wan, 3, 7, 9), wan_call(wan, 3, 9, 7)]
     plan = observe(wan.model, calls[0])
@@ -151,6 +153,7 @@ def test_a_calibrated_subclass_is_no_other_model(wan):
     assert served(wan.model, plan, *calls) == ["sparse", "dense"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_functions_around_a_model_show_its_own_latents(wan, dynamic):
     model = wan.model
@@ -171,6 +174,7 @@ def test_functions_around_a_model_show_its_own_latents(wan, dynamic):
         assert named == ["sparse", "dense"]
 
 
+@pytest.mark.slow
 def test_modules_around_a_model_show_what_reaches_it(wan):
     sites = tuple(f"inner.{name}" for name in wan.sites)
     plan = Plan.from_masks(mask(189, sites), (3, 7, 9), TIMESTEPS, (32, 32))
@@ -320,6 +324,7 @@ def ltx_call(case, grid, frame_rate: float | None) -> dict[str, Any]:
     return {**call, "video_coords": scaled[None] / torch.tensor([[frame_rate], [1.0], [1.0]])}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["ltx"], indirect=True)
 def test_ltx_by_coordinates_or_by_sizes(case):
     for rate, served_rates in ((25.0, (25.0, 30.0, None)), (None, (None, 25.0))):
@@ -345,6 +350,7 @@ def test_coordinates_are_compared_through_inductor():
     assert served(model, plan, *calls, on_mismatch="error") == ["sparse", "error"]
 
 
+@pytest.mark.slow
 def test_a_plan_of_a_version_before_serves_as_it_did(wan):
     plan = Plan.load(OLD_PLAN)
     assert plan.digest == "133caa859812f32cc0b16d3856e90c328a65d32981aa056283ce4bc9d3927331"

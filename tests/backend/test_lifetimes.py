@@ -66,6 +66,7 @@ def test_compiling_again_with_another_plan_frees_the_tables_of_the_first(wan):
     assert tables(graph) > 0
 
 
+@pytest.mark.slow
 def test_another_size_of_video_leaves_the_tables_of_the_first(wan):
     """It is compiled by the same call: both are served in turn."""
     run = compiled(wan, wan.plan)
@@ -78,6 +79,7 @@ def test_another_size_of_video_leaves_the_tables_of_the_first(wan):
     assert tables(graph) == before > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["raster", "1x2x2"])
 def test_a_graph_that_is_gone_leaves_its_counters_and_nothing_else(wan, order):
     plan = Plan.create(
@@ -102,6 +104,7 @@ def test_a_graph_that_is_gone_leaves_its_counters_and_nothing_else(wan, order):
     assert calibatt_compiler.summary(run).to_dict() == before
 
 
+@pytest.mark.slow
 def test_what_kernels_have_counted_is_kept_when_their_graph_goes(wan, monkeypatch):
     run = compiled(wan, wan.plan)
     run(**wan.arguments(900.0))

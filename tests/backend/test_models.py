@@ -60,6 +60,7 @@ def test_timestep_out_of_range_runs_dense_and_is_counted(wan):
     assert dense["dense: timestep outside the plan's range"] == 2
 
 
+@pytest.mark.slow
 def test_samples_at_different_timesteps_run_dense_and_are_counted(wan):
     compiled = compiled_with(wan, lowering="reference")
     arguments = wan.arguments(900.0) | {"timestep": torch.tensor([900.0, 100.0])}

@@ -106,6 +106,7 @@ def test_plan_whose_sites_are_not_in_the_model(wan):
         compiled(**wan.arguments(900.0))
 
 
+@pytest.mark.slow
 def test_other_number_of_heads_is_skipped_with_its_reason(wan):
     masks = {
         name: torch.ones(3, 4, 6, 6, dtype=torch.bool)

@@ -55,6 +55,7 @@ def plans(wan):
     return first, second, wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["torch.compile", "in place"])
 @pytest.mark.parametrize("given", ["str", "path", "plan"])
 @pytest.mark.parametrize("same_dict", [False, True])
@@ -75,6 +76,7 @@ def test_whoever_compiles_again_gets_it(wan, plans, tmp_path, how, given, same_d
         assert type(options) is dict, "the user's own stay as they are"
 
 
+@pytest.mark.slow
 def test_who_does_not_keeps_the_plan_and_is_told(wan, plans, tmp_path):
     first, second, wanted = plans
     path = tmp_path / "wan.calibatt"
@@ -121,6 +123,7 @@ def test_a_call_served_by_another_ones_graph_keeps_its_plan(wan, plans, tmp_path
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.slow
 def test_an_error_is_not_served_again(wan, plans, tmp_path):
     first, _, wanted = plans
     path = tmp_path / "wan.calibatt"

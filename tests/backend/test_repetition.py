@@ -90,6 +90,7 @@ def served(compiled: Any) -> list[tuple[str, int, Any]]:
     return [(row.name, row.sparse_calls, row.dense_calls) for row in rows if row.status == "sparse"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["raster", "1x2x4"])
 @pytest.mark.parametrize("lowering", ["reference", "table", "baked"])
 def test_output_is_that_of_dense_attention_with_copied_rows(

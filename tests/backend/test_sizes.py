@@ -21,6 +21,7 @@ def turned(arguments):
     return arguments | {"hidden_states": arguments["hidden_states"].transpose(-1, -2).contiguous()}
 
 
+@pytest.mark.slow
 def test_same_token_count_on_another_grid_runs_dense(case):
     if "cog" in type(case.model).__name__.lower():
         pytest.skip("its position table has the size of its configuration")
@@ -35,6 +36,7 @@ def test_same_token_count_on_another_grid_runs_dense(case):
     assert sum("another size" in row.status for row in summary.rows) == len(case.sites)
 
 
+@pytest.mark.slow
 def test_other_grid_first_does_not_spoil_the_right_one(wan):
     compiled = compiled_with(wan)
     other = turned(wan.arguments(900.0))
@@ -43,6 +45,7 @@ def test_other_grid_first_does_not_spoil_the_right_one(wan):
     assert torch.allclose(got, wan.expanded(900.0), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_longer_video_runs_dense(wan):
     compiled = compiled_with(wan)
     compiled(**wan.arguments(900.0))
@@ -52,6 +55,7 @@ def test_longer_video_runs_dense(wan):
     assert calibatt_compiler.summary(compiled).sparse_calls == 2
 
 
+@pytest.mark.slow
 def test_another_size_is_an_error_on_request(wan):
     compiled = compiled_with(wan, on_mismatch="error")
     compiled(**wan.arguments(900.0))

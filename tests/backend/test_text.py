@@ -122,6 +122,7 @@ def expanded(
         return model(**inputs)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["raster", "2x4xall"])
 @pytest.mark.parametrize("repetitive", [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("family", ["cogvideox", "mochi"])
@@ -160,6 +161,7 @@ def test_masks_of_ones_own_serve_their_length_only() -> None:
     assert calibatt_compiler.summary(compiled).sparse_calls == len(SITES)
 
 
+@pytest.mark.slow
 def test_prompts_of_any_length_calibrate_one_plan(tmp_path: Path) -> None:
     model = mochi()
     config = CalibrationConfig(block=BLOCK, A=0.5, C=0.5, num_steps=1)

@@ -92,6 +92,7 @@ def check(case: Any, compiled: Any) -> None:
         assert outside or (case.dense(timestep) - expected).abs().max() > 1e-2 * scale
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lowering", ["reference", "table"])
 @pytest.mark.parametrize("order", ["3x1x1", "2x4x4", "2x4xall"])
 def test_permuted_once_is_permuted_around_each_site(case, order, lowering, graphs, around):
@@ -139,6 +140,7 @@ def test_no_recompile_over_steps_and_one_sample_or_two(wan, graphs):
     assert [permutations(gm) for gm in graphs] == [(3, 1), (3, 1)]
 
 
+@pytest.mark.slow
 def test_another_size_is_not_permuted(wan, graphs):
     case = in_order(wan, "2x4x4")
     compiled = compiled_with(case)
@@ -279,6 +281,7 @@ def families() -> dict[str, tuple[Any, dict[str, Any], tuple[str, ...], int]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["image to video", "a timestep a token", "SkyReels", "VACE"])
 def test_relatives_of_wan(name, graphs, around, wan):
     make, arguments, sites, entries = families()[name]

@@ -13,6 +13,7 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "calibration_memory.py"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drawn", [[], ["--drawn"]])
 def test_it_tells_what_a_calibration_takes(
     drawn: list[str], tmp_path: Path, section_of: Callable[[Path], str]
@@ -32,6 +33,7 @@ def test_it_tells_what_a_calibration_takes(
     assert not list(folder.iterdir())
 
 
+@pytest.mark.slow
 def test_the_cost_of_observing_is_told(tmp_path: Path, section_of: Callable[[Path], str]):
     script = SCRIPT.with_name("calibration_cost.py")
     command = [sys.executable, str(script), "--check", "--out", str(tmp_path)]

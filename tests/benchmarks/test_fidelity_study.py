@@ -53,6 +53,7 @@ def plan() -> Plan:
     return plan_of(masks)
 
 
+@pytest.mark.slow
 def test_a_plan_is_served_by_the_pattern_of_the_step(plan: Plan):
     from fidelity_study.serve import Planned
 
@@ -68,6 +69,7 @@ def test_a_plan_is_served_by_the_pattern_of_the_step(plan: Plan):
         method.density()
 
 
+@pytest.mark.slow
 def test_a_plan_gives_the_video_that_the_backend_gives(
     tiny_wan_pipeline, tiny_wan_arguments, tiny_wan_grid, monkeypatch
 ):
@@ -368,6 +370,7 @@ def test_a_form_without_a_plan_is_left_out(
         assert plan.density() == pytest.approx(density, abs=0.01)
 
 
+@pytest.mark.slow
 def test_quick_runs_all_methods(tmp_path, monkeypatch, capsys, section_of):
     import fidelity
     from fidelity_study.methods import FEW, ORDERED, TITLES

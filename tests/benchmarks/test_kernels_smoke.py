@@ -9,12 +9,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kernels_smoke.py"
 
 
-@pytest.mark.slow
 def test_smoke_benchmark_runs_interpreted(
     tmp_path: Path, section_of: Callable[[Path], str]
 ) -> None:

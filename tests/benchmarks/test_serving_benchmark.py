@@ -13,6 +13,7 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "plan_serving.py"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--samples", "--passes", "1"]])
 def test_the_check_runs(
     options: list[str], tmp_path: Path, section_of: Callable[[Path], str]

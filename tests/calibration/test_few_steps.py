@@ -28,6 +28,7 @@ def test_no_step_is_near_dense_by_default(steps: int, expected: list[float]) -> 
     assert CalibrationConfig().thresholds(steps) == thresholds == Thresholds(0.763, 0.863, 5.64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 4, 8])
 def test_every_step_of_a_distilled_sampler_is_sparse(
     steps: int, tiny_wan_pipeline: Any, tiny_wan_arguments: dict[str, int]

@@ -94,6 +94,7 @@ def votes(folder: Path) -> set[int]:
     return {count for counts in by_site.values() for count in counts}
 
 
+@pytest.mark.slow
 def test_which_branches_and_samples_count(
     tiny_wan_pipeline: Any, tiny_wan_arguments: dict[str, int], tmp_path: Path
 ) -> None:
@@ -169,6 +170,7 @@ def test_a_compiled_transformer_is_unwrapped_and_put_back(
     assert plan == calibrate(pipe, PROMPTS[:1], config=CONFIG, **arguments)
 
 
+@pytest.mark.slow
 def test_each_of_two_transformers_gets_the_steps_that_it_runs(
     tiny_wan_folder: Path, tiny_wan_arguments: dict[str, int]
 ) -> None:

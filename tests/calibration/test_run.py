@@ -309,6 +309,7 @@ def test_tiles_of_tokens_need_fewer_blocks_and_what_is_kept_is_the_same_share() 
     assert errors[1] > 2 * errors[0]
 
 
+@pytest.mark.slow
 def test_dropped_blocks_are_pooled_where_it_is_asked_for(model: Model, tmp_path: Path) -> None:
     config = replace(CONFIG, pooled=2, run_folder=tmp_path / "run")
     plan = observe(model, config)

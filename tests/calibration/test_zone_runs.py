@@ -261,6 +261,7 @@ def test_settings_of_the_other_form_are_refused(model: Model) -> None:
             run.plan(A=0.5)
 
 
+@pytest.mark.slow
 def test_a_pipeline_is_calibrated_for_zones_and_served(
     tiny_wan_pipeline: Any,
     tiny_wan_arguments: dict[str, int],
@@ -336,6 +337,7 @@ def test_one_process_and_two_make_the_same_plan(
     assert {path.name.split("-")[0] for path in files} == {"00000", "00001"}
 
 
+@pytest.mark.slow
 def test_costs_are_told_beforehand(
     tiny_wan_pipeline: Any, tiny_wan_arguments: dict[str, int], tmp_path: Path
 ) -> None:

@@ -133,6 +133,7 @@ def test_folder_is_complete(outcome: tuple[Comparison, Path]):
     assert terminal(comparison).row_count == 2
 
 
+@pytest.mark.slow
 def test_another_size_is_a_mismatch(
     pipe: Any, tiny_wan_arguments: dict[str, int], tiny_wan_grid: tuple[int, int, int]
 ):
@@ -169,6 +170,7 @@ def test_frames_are_rounded_to_8_bits():
     assert to_bytes(same) is same
 
 
+@pytest.mark.slow
 def test_one_of_two_transformers_is_compared(
     pipe: Any, tiny_wan_arguments: dict[str, int], tiny_wan_grid: tuple[int, int, int]
 ):

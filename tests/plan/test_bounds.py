@@ -306,6 +306,7 @@ def test_any_failure_of_a_library_is_the_file_s(
             Plan.load(tmp_path / "p")
 
 
+@pytest.mark.slow
 def test_the_digest_of_a_file_is_read_with_the_same_care(
     tmp_path: Path, make_plan: Callable[..., Plan], record: dict[str, Any]
 ) -> None:

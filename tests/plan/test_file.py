@@ -119,6 +119,7 @@ def test_the_digest_does_not_depend_on_the_encoding(
     assert decode_all(one) == decode_all(other) > 0
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_is_noticed(tmp_path: Path):
     path = tmp_path / "p.safetensors"
     small_plan().save(path)

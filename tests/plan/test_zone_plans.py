@@ -214,6 +214,7 @@ def served(plan: Plan, name: str) -> SparseSite:
     )
 
 
+@pytest.mark.slow
 def test_a_site_serves_each_step_by_its_own_sample() -> None:
     plan = plan_of()
     site = served(plan, "blocks.1.attn1")

@@ -104,6 +104,7 @@ def test_disk_is_told_within_a_tenth(
     assert told.measured.device_bytes is None
 
 
+@pytest.mark.slow
 def test_what_is_done_already_takes_no_time(
     tiny_wan_pipeline: Any, tiny_wan_arguments: dict[str, int], tmp_path: Path
 ) -> None:

@@ -114,6 +114,7 @@ def observe(pipe: Any, folder: Path, one: dict[str, Any], **arguments: Any) -> t
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [ltx, cogvideox])
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_of_a_batch_of_prompts_the_conditional_half_counts(
@@ -147,6 +148,7 @@ def test_equal_noise_of_the_user_is_no_guidance(tmp_path: Path) -> None:
         assert torch.equal(others[site], bits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("named", [True, False])
 def test_separate_calls_of_several_samples(
     named: bool,

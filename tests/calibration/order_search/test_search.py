@@ -161,6 +161,7 @@ def test_a_bare_module_is_told_what_to_do() -> None:
 AUTO = CalibrationConfig(block=(16, 16), form="masks", token_order="auto", progress=False)
 
 
+@pytest.mark.slow
 def test_a_pipeline_is_surveyed_once(
     tiny_wan_pipeline: Any,
     tiny_wan_arguments: dict[str, int],
@@ -244,6 +245,7 @@ def test_a_pipeline_is_surveyed_once(
     assert again.digest == plan.digest
 
 
+@pytest.mark.slow
 def test_costs_count_the_survey(
     tiny_wan_pipeline: Any, tiny_wan_arguments: dict[str, int], tmp_path: Path
 ) -> None:

@@ -121,6 +121,7 @@ def test_heads_whose_rows_attend_alike_copy_them(model: Model, order: str, tmp_p
     assert Plan.load(tmp_path / "plan") == plan
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["raster", "1x4x4"])
 def test_the_compiled_model_copies_them(model: Model, order: str) -> None:
     """All blocks are kept, so that nothing but copies can differ from dense attention."""
@@ -142,6 +143,7 @@ def test_the_compiled_model_copies_them(model: Model, order: str) -> None:
         assert not torch.allclose(sample(compiled, 5), sample(model, 5), atol=1e-2)
 
 
+@pytest.mark.slow
 def test_text_before_the_video_is_always_computed(model: Model) -> None:
     """With prompts of 21, 22 and 23 tokens; the plan is for the first."""
     config = replace(CONFIG, text="first", A=1.0, C=1.0)

@@ -163,6 +163,7 @@ def arguments(tiny_wan_arguments: dict[str, int]) -> dict[str, int]:
     return {**tiny_wan_arguments, "num_inference_steps": 2}
 
 
+@pytest.mark.slow
 def test_one_compilation_serves_every_plan(
     tiny_wan_pipeline: Any, arguments: dict[str, int], tmp_path: Path
 ) -> None:
@@ -205,6 +206,7 @@ def test_one_compilation_serves_every_plan(
     assert found[0] < found[1] < CEILING
 
 
+@pytest.mark.slow
 def test_cost_counts_pooled_keys(tiny_wan_pipeline: Any, arguments: dict[str, int]) -> None:
     plain, pooled = (
         calibrate(tiny_wan_pipeline, PROMPTS[:1], config=replace(CONFIG, pooled=n), **arguments)
@@ -245,6 +247,7 @@ def test_a_search_under_way_is_left_alone(
     lock.release()
 
 
+@pytest.mark.slow
 def test_a_search_by_videos(
     tiny_wan_pipeline: Any, arguments: dict[str, int], tmp_path: Path
 ) -> None:
@@ -278,6 +281,7 @@ def test_a_search_by_videos(
         tune(tiny_wan_pipeline, PROMPTS, out=tmp_path, tuning=other, **common)
 
 
+@pytest.mark.slow
 def test_a_search_of_repetitive_heads(
     tiny_wan_pipeline: Any, arguments: dict[str, int], tmp_path: Path
 ) -> None:

@@ -192,6 +192,7 @@ def test_masks_without_thresholds_are_measured_and_never_flagged(runs: Path, pla
     assert found.to_dict()["sites"][0]["shortfall"] is None
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused(
     runs: Path,
     plan: Plan,

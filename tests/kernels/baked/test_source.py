@@ -73,6 +73,7 @@ def test_source_is_as_accepted(make: Callable[[], BlockPattern], target: Target)
     )
 
 
+@pytest.mark.slow
 def test_source_does_not_depend_on_hash_seeds() -> None:
     script = (
         "import runpy, sys; t = runpy.run_path(sys.argv[1]); p = t['bands_and_columns'](); "

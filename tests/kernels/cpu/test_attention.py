@@ -123,6 +123,7 @@ def test_repetitive_heads_in_another_order_give_the_bits_of_copies(operands, ran
     assert torch.equal(out[:, 1], out[:, 1, taken])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head_dim", [1, 40, 128, 200])
 def test_any_head_dim(operands, random_pattern, assert_attention, head_dim):
     q, k, v = operands(head_dim=head_dim)

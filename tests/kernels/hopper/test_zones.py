@@ -75,6 +75,7 @@ def test_each_step_is_attended(
     assert table.repairs == literal.repairs == 0
 
 
+@pytest.mark.slow
 def test_every_phase_is_drawn_as_the_plan_draws_it(
     kernel: Callable[..., HopperZones], operands: Callable[..., tuple[Tensor, ...]]
 ) -> None:

@@ -8,7 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow
 def test_kernels_equal_the_reference(tmp_path: Path) -> None:
     environment = {
         **os.environ,
