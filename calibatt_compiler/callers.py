@@ -18,6 +18,9 @@ from torch._dynamo.eval_frame import OptimizedModule
 
 _CALLS = {torch.nn.Module._call_impl.__code__, torch.nn.Module._wrapped_call_impl.__code__}
 
+RESUMED = "torch_dynamo_resume_in_"
+"""How Dynamo calls what follows a graph break."""
+
 
 @dataclass
 class ModuleCall:
@@ -43,10 +46,22 @@ def module_calls() -> list[ModuleCall]:
         if code.co_argcount:
             values = frame.f_locals
             module = values.get(code.co_varnames[0])
-            if isinstance(module, torch.nn.Module) and not isinstance(module, OptimizedModule):
+            if (
+                isinstance(module, torch.nn.Module)
+                and not isinstance(module, OptimizedModule)
+                and _is_method(code.co_name, module)
+            ):
                 if not calls or calls[-1].module is not module:
                     calls.append(ModuleCall(module))
                 if code in _CALLS and calls[-1].args is None:
                     calls[-1].args, calls[-1].kwargs = values["args"], values["kwargs"]
         frame = frame.f_back
     return calls
+
+
+def _is_method(name: str, module: torch.nn.Module) -> bool:
+    """Whether a frame of this name is one of a module's methods, however Dynamo has rewritten it.
+
+    A function that is given a module calls nothing of it by that.
+    """
+    return name.startswith(RESUMED) or hasattr(type(module), name)

@@ -297,6 +297,7 @@ def test_killed_and_resumed_finds_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     shutil.copytree(whole[0] / "recording", tmp_path / "recording")
+    shutil.copy(whole[0] / "times.json", tmp_path)  # measured anew they would be others
     measured, calls = PlanEvaluator.fidelity, 0
 
     def dying(self: PlanEvaluator, plan: Plan) -> float:
