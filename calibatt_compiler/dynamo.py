@@ -16,15 +16,12 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from calibatt_compiler.callers import module_calls
+from calibatt_compiler.callers import RESUMED, module_calls
 from calibatt_compiler.passes.graph import FLEX, SDPA, example, module_path, subgraphs
 from calibatt_compiler.plan.coordinates import OF_TEXT, OF_VIDEO, by_axis
 
 TIMESTEPS = ("timestep", "timesteps", "t", "sigma")
 """What transformers call the diffusion timestep, most usual first."""
-
-RESUMED = "torch_dynamo_resume_in_"
-"""How Dynamo calls code that goes on behind a graph break."""
 
 MOST_PARTS = 64
 """Longer lists of an argument are not looked into."""

@@ -275,8 +275,8 @@ class DenseSite:
         return attention_gradients(grad, q, k, v, None, scale)
 
 
-class RecordingSite:
-    """Hands the operands of one attention call to a recorder."""
+class RecordingSite(DenseSite):
+    """Hands the operands of one attention call to a recorder; its gradients are not observed."""
 
     def __init__(self, recorder: Recorder, name: str) -> None:
         self._recorder = recorder
@@ -295,17 +295,3 @@ class RecordingSite:
         """Dense attention, observed by the recorder, which knows tokens in the model's order."""
         assert not ordered, "recording graphs are not permuted"
         return self._recorder.attend(self._name, q, k, v, timestep, scale)
-
-    def gradients(
-        self,
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        timestep: float,
-        scale: float,
-        *,
-        ordered: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Site`; of dense attention, and not observed."""
-        return attention_gradients(grad, q, k, v, None, scale)
