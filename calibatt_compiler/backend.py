@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 
 from calibatt_compiler.binding.binders import PlanBinder, RecordingBinder
 from calibatt_compiler.binding.model_call import ModelCallReader
+from calibatt_compiler.binding.hooked import compile_beneath_hooks
 from calibatt_compiler.binding.parts import PartBinder, PartSites, part_calls
 from calibatt_compiler.binding.pinned import PinnedOptions
 from calibatt_compiler.binding.place import placed
@@ -64,6 +65,14 @@ def calibatt(
         class_name = None if model is None else model.class_name
         inputs = placed(frame_inputs(gm), class_name, plan.sites)
         root, part = inputs.place.root, inputs.is_part
+        hook = None if root is None else compile_beneath_hooks(root)
+        if hook is not None and any(site.startswith(inputs.place.path + ".") for site in plan.sites):
+            log.warning(
+                "%s keeps the compiler out: blocks that it had called before %s ran dense; compile "
+                "the whole transformer to have them served from the first call on",
+                hook,
+                inputs.place.path,
+            )
         shared = sites_of(root, pinned) if part and root is not None else None
         binder = PlanBinder(pinned.options, inputs, shared)
         rewrite = run_passes(gm, inputs, binder)

@@ -231,6 +231,28 @@ def options_of(compiled: object) -> object:
     in_place = getattr(compiled, "_compiled_call_impl", compiled)
     if backend is None and inspect.isfunction(in_place):
         backend = inspect.getclosurevars(in_place).nonlocals.get("callback")
+    return _options_in(backend)
+
+
+def options_of_call() -> object:
+    """Return the very `options` of the innermost compiled call that is under way in this thread."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "compile_wrapper":
+            options = _options_in(frame.f_locals.get("callback"))
+            if options is not None:
+                return options
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def is_disabled(hook: object) -> bool:
+    """Whether a hook's own forward, and all that it calls, is hidden from the compiler."""
+    forward = getattr(type(hook), "new_forward", None)
+    return bool(getattr(forward, "_torchdynamo_disable", False))
+
+
+def _options_in(backend: Any) -> object:
     for _ in range(8):
         if backend is None:
             return None
