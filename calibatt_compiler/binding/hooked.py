@@ -1,8 +1,9 @@
 """Blocks that hooks hide from the compiler are compiled beneath the hook.
 
-The hooks of some caches (diffusers' MagCache and SeaCache) are marked with `torch.compiler.disable`,
-and so is all that they call: whole blocks run as they are, under any backend. What such a hook calls
-is replaced by something that compiles it, with the options of the call that is under way.
+The hooks of some caches (MagCache and SeaCache of diffusers) are marked with
+`torch.compiler.disable`, and so is all that they call: whole blocks run as they are, under any
+backend. What such a hook calls is replaced by something that compiles it, with the options of the
+call that is under way.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from calibatt_compiler.binding.pinned import PinnedOptions
-from calibatt_compiler.model.dynamo import is_disabled, options_of_call
+from calibatt_compiler.model.compile_calls import is_disabled, options_of_call
 
 Forward = Callable[..., Any]
 
@@ -62,9 +63,8 @@ def compile_beneath_hooks(root: torch.nn.Module) -> str | None:
     """
     found = None
     for hook in _hiding(root):
-        if not isinstance(hook.fn_ref, CompiledBeneath):
-            hook.fn_ref = CompiledBeneath(hook.fn_ref)
-            found = type(hook).__name__
+        hook.fn_ref = CompiledBeneath(hook.fn_ref)
+        found = type(hook).__name__
     return found
 
 
@@ -78,5 +78,7 @@ def _hiding(root: torch.nn.Module) -> Iterator[Any]:
     for module in root.modules():
         hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", None)
         for hook in hooks.values() if isinstance(hooks, dict) else ():
-            if is_disabled(hook) and getattr(hook, "fn_ref", None) is not None:
+            reference = getattr(hook, "fn_ref", None)
+            known = reference is None or isinstance(reference, CompiledBeneath)
+            if is_disabled(hook) and not known:
                 yield hook

@@ -74,18 +74,20 @@ def _paths(
     """Return the modules in a module by their paths; what leads back to where it lies ends there.
 
     Caches such as cache-dit put one module in the place of a list of blocks. It holds the list, and
-    the model itself: the blocks keep the names that they have without it.
+    the model itself: it is known by the list's name, and the blocks by those that they had.
     """
-    yield path, module
     in_list = bool(above) and isinstance(above[-1], torch.nn.ModuleList)
     above = (*above, module)
     children = [(name, child) for name, child in module._modules.items() if child is not None]
     replaces = in_list and any(child in above for _, child in children)
+    if replaces:
+        path = path.rpartition(".")[0]
+    yield path, module
     for name, child in children:
         if child in above:
             continue
         if replaces and isinstance(child, torch.nn.ModuleList):
-            yield from _paths(child, path.rpartition(".")[0], above)
+            yield from _paths(child, path, above)
         else:
             yield from _paths(child, f"{path}.{name}" if path else name, above)
 
