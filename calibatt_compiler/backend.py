@@ -197,7 +197,7 @@ def _grid(inputs: FrameInputs) -> tuple[int, int, int] | None:
 def _reach_hidden(root: torch.nn.Module, path: str, plan: Plan, said: Said) -> None:
     """Have blocks served that a cache's hooks hide; warn if some may have run before this part."""
     hook = compile_beneath_hooks(root)
-    if hook is not None and any(site.startswith(f"{path}.") for site in plan.sites):
+    if hook is not None and path and _planned_within(path, plan):
         said.warn(
             "hidden",
             "%s keeps the compiler out: blocks that it had called before %s ran dense; compile "
@@ -225,9 +225,9 @@ def _check(rewrite: Rewrite, binder: PlanBinder, options: CompileOptions, said: 
         for name, skip in skips:
             say_dense(said, name, skip.reason)
         return
-    # Behind a graph break the end of the model's own frame is that of its call.
-    own = inputs.place.anchor is not None and inputs.place.anchor is inputs.place.root
-    ended = whole or (inputs.resumed and inputs.ends and own and not said.met)
+    # Behind graph breaks a frame ends with its last graph: a module's own, then, and all in it.
+    anchored = inputs.place.anchor is not None and _planned_within(inputs.place.path, plan)
+    ended = whole or (inputs.resumed and inputs.ends and anchored and not said.met)
     held = {name for known in inputs.place.names.values() for name in known}
     has_sites = not held.isdisjoint(site.partition(":")[0] for site in plan.sites)
     if ended and (skips or has_sites) and not said.served:
@@ -243,6 +243,11 @@ def _check(rewrite: Rewrite, binder: PlanBinder, options: CompileOptions, said: 
             got=f"attention calls such as {alike[0]!r}",
             remedy="compile the model that the plan was made for, or calibrate this one",
         )
+
+
+def _planned_within(path: str, plan: Plan) -> bool:
+    """Whether a plan has a site in the module of a path."""
+    return not path or any(site.startswith(f"{path}.") for site in plan.sites)
 
 
 def _say_unseen(rewrite: Rewrite, site: str, said: Said) -> None:
