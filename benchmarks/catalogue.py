@@ -151,6 +151,16 @@ BENCHMARKS = (
         chart=Chart("ms a layer", "kernels", ("size", "attention")),
     ),
     Benchmark(
+        "zone_choices",
+        "What does the fit of zones gain by each of its choices, on whole held-out videos?",
+        "python benchmarks/zone_choices.py --model examples/tiny_wan/work/mid/model "
+        "--settings examples/tiny_wan/mid.json --block 64 --out results",
+        (*key("model"), *key("choice"), *key("density", digits=3), Column("videos", 0),
+         Column("median dB"), Column("PSNR dB"), Column("gain, dB"), Column("videos better"),
+         Column("SSIM", 4), Column("plan, MB", 2)),
+        tables.zone_choices,
+    ),
+    Benchmark(
         "fidelity",
         "How near do sparse videos come to dense ones, at equal density, on held-out prompts?",
         "python benchmarks/fidelity.py compare --out results",

@@ -172,6 +172,23 @@ def orders(row: Row) -> Iterator[Cells]:
     }
 
 
+def zone_choices(run: Run) -> Iterator[Cells]:
+    """Each choice beside the fit as it is."""
+    for row in run.rows:
+        yield {
+            "model": run.settings["model"],
+            "choice": row["choice"],
+            "density": number(row["density"]),
+            "videos": number(row["videos"]),
+            "median dB": number(row["median"]),
+            "PSNR dB": number(row["psnr"]),
+            "gain, dB": number(row["gain"]),
+            "videos better": number(row["better"]),
+            "SSIM": number(row["ssim"]),
+            "plan, MB": number(row["bytes"] / 1e6),
+        }
+
+
 def fidelity(run: Run) -> Iterator[Cells]:
     """Yield a line for each method at each density, beside the peers of the same run."""
     for row in run.rows:
