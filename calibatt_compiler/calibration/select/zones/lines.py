@@ -138,7 +138,7 @@ def absolute_lines(squares: npt.NDArray[np.floating], rows: int) -> Lines:
     Returns:
         Lines of all groups, head after head.
     """
-    heads, height, width = squares.shape
+    height, width = squares.shape[1:]
     firsts = np.arange(0, height, rows)
     sums = np.add.reduceat(squares, firsts, axis=1, dtype=np.float64).reshape(-1, width)
     members = np.minimum(firsts + rows, height) - firsts
