@@ -159,6 +159,8 @@ BENCHMARKS = (
          Column("median dB"), Column("PSNR dB"), Column("gain, dB"), Column("videos better"),
          Column("SSIM", 4), Column("plan, MB", 2)),
         tables.zone_choices,
+    ),
+    Benchmark(
         "ways_of_running",
         "What does a plan gain where a model is offloaded, or compiled block by block? Two layers "
         "of Wan 14B under octave zones. Sparse: share of the planned sites; errors are relative to "
