@@ -29,7 +29,6 @@ from calibatt_compiler.model.dynamo import FrameInputs, frame_inputs
 from calibatt_compiler.options import CompileOptions
 from calibatt_compiler.passes.pipeline import run_passes
 from calibatt_compiler.passes.rewrite import Lowered, Rewrite, SdpaCall, Skip
-from calibatt_compiler.plan import Plan
 from calibatt_compiler.report.keep import ReportKeeper
 from calibatt_compiler.runtime.coordinates import PlanCoordinates, RecordingCoordinates
 from calibatt_compiler.runtime.graph import CompiledGraph, ServedGraph
@@ -70,7 +69,7 @@ def calibatt(
         root, part = inputs.place.root, inputs.is_part
         said = said_of(root, pinned)
         if root is not None:
-            _reach_hidden(root, inputs.place.path, plan, said)
+            _reach_hidden(root, inputs.place.path, plan.sites, said)
         if part and root is not None:
             sites = sites_of(root, pinned)
         else:
@@ -194,10 +193,10 @@ def _grid(inputs: FrameInputs) -> tuple[int, int, int] | None:
     return None if grid is None else (int(grid[0]), int(grid[1]), int(grid[2]))
 
 
-def _reach_hidden(root: torch.nn.Module, path: str, plan: Plan, said: Said) -> None:
+def _reach_hidden(root: torch.nn.Module, path: str, sites: Iterable[str], said: Said) -> None:
     """Have blocks served that a cache's hooks hide; warn if some may have run before this part."""
     hook = compile_beneath_hooks(root)
-    if hook is not None and path and _planned_within(path, plan):
+    if hook is not None and path and _any_within(path, sites):
         said.warn(
             "hidden",
             "%s keeps the compiler out: blocks that it had called before %s ran dense; compile "
@@ -226,7 +225,7 @@ def _check(rewrite: Rewrite, binder: PlanBinder, options: CompileOptions, said: 
             say_dense(said, name, skip.reason)
         return
     # Behind graph breaks a frame ends with its last graph: a module's own, then, and all in it.
-    anchored = inputs.place.anchor is not None and _planned_within(inputs.place.path, plan)
+    anchored = inputs.place.anchor is not None and _any_within(inputs.place.path, plan.sites)
     ended = whole or (inputs.resumed and inputs.ends and anchored and not said.met)
     held = {name for known in inputs.place.names.values() for name in known}
     has_sites = not held.isdisjoint(site.partition(":")[0] for site in plan.sites)
@@ -245,9 +244,9 @@ def _check(rewrite: Rewrite, binder: PlanBinder, options: CompileOptions, said: 
         )
 
 
-def _planned_within(path: str, plan: Plan) -> bool:
-    """Whether a plan has a site in the module of a path."""
-    return not path or any(site.startswith(f"{path}.") for site in plan.sites)
+def _any_within(path: str, sites: Iterable[str]) -> bool:
+    """Whether a site lies in the module of a path."""
+    return not path or any(site.startswith(f"{path}.") for site in sites)
 
 
 def _say_unseen(rewrite: Rewrite, site: str, said: Said) -> None:

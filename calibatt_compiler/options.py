@@ -64,7 +64,7 @@ class CompileOptions:
         if mode is not None:
             from torch._inductor import list_mode_options
 
-            settings = list_mode_options().get(mode) or {"max_autotune": True}
+            settings = list_mode_options().get(str(mode)) or {"max_autotune": True}
             raise OptionError(
                 "the calibatt backend takes no mode, and torch.compile no mode beside options",
                 expected='options={"plan": ...}',

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 
 from calibatt_compiler.logs import logger
-
-if TYPE_CHECKING:
-    from calibatt_compiler.binding.pinned import PinnedOptions
 
 log = logger("passes")
 
@@ -35,10 +32,20 @@ class Said:
             log.warning(message, *args)
 
 
-_known: WeakKeyDictionary[torch.nn.Module, list[tuple[PinnedOptions, Said]]] = WeakKeyDictionary()
+class HasSaid(Protocol):
+    """Options of a compile call.
+
+    Attributes:
+        said: what was said of it, where no model can be seen.
+    """
+
+    said: Said
 
 
-def said_of(root: torch.nn.Module | None, options: PinnedOptions) -> Said:
+_known: WeakKeyDictionary[torch.nn.Module, list[tuple[HasSaid, Said]]] = WeakKeyDictionary()
+
+
+def said_of(root: torch.nn.Module | None, options: HasSaid) -> Said:
     """Return what was said of a model under options.
 
     Args:
