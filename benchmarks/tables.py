@@ -201,9 +201,9 @@ def zone_choices(run: Run) -> Iterator[Cells]:
             "median dB": number(row["median"]),
             "PSNR dB": number(row["psnr"]),
             "gain, dB": number(row["gain"]),
+            "mean gain, dB": number(row["mean_gain"]),
             "videos better": number(row["better"]),
             "SSIM": number(row["ssim"]),
-            "plan, MB": number(row["bytes"] / 1e6),
         }
 
 
