@@ -106,9 +106,6 @@ FIGURES = (
     Figure("Videos of a model of 25 million parameters, zones of density 0.20, beside dense ones "
            "(median PSNR)", "fidelity",
            matching(density="0.2", method="octave zones (ours)"), "median dB", " dB", 1),
-    Figure("The same with a weighted sample", "fidelity",
-           matching(density="0.2", method="calibrated, weighted sample*"), "median dB", " dB", 1,
-           earlier=_FIDELITY),
     Figure("The same with the paper's masks", "fidelity",
            matching(density="0.2", method="calibrated plan (ours)"), "median dB", " dB", 1,
            earlier=_FIDELITY),

@@ -169,7 +169,7 @@ def serving_model(row: Row) -> Iterator[Cells]:
     """Yield a line for each way of serving a model."""
     for name, steps in row["ms"].items():
         yield {
-            "plan": "weighted samples" if row["samples"] else "masks",
+            "plan": "weighted samples" if row.get("samples") else "masks",
             "layers": row["layers"],
             "passes": row["passes"],
             "served": name,

@@ -167,12 +167,9 @@ def estimate(
     thresholds = {**record.thresholds, "rho": config.rho}
     if config.gamma is not None:
         thresholds |= {"gamma": config.gamma, "anchor_rows": float(config.anchor_rows)}
-    if config.sample_power is not None:
-        thresholds["sample_power"] = config.sample_power
-    weighted = config.sampled
     thresholds |= config.refiner().thresholds()
-    host_bytes = sizes.host_bytes(weighted=weighted)
-    plan_bytes = sizes.plan_bytes(thresholds, len(inputs), weighted=weighted)
+    host_bytes = sizes.host_bytes()
+    plan_bytes = sizes.plan_bytes(thresholds, len(inputs))
     processes = Ranks.current().size if config.distributed else 1
     if config.zoned:
         groups = min(config.step_groups, record.schedule_steps)
