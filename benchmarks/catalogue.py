@@ -243,15 +243,21 @@ BENCHMARKS = (
     ),
     Benchmark(
         "plan_size",
-        "How large is the plan of a large model, and what does it take to open and use it?",
+        "How large is the plan of a large model, and what does it take to open and use it? Zones "
+        "are those that calibration fits by default, at its density and at that of the masks.",
         "python benchmarks/plan_size.py --out results",
-        (*key("sites", "steps", "tokens", "what"), Column("found", None)),
-        facts("sites", "steps", "tokens"),
+        (*key("form"), *key("density", digits=2), *key("sites", "steps", "tokens", "what"),
+         Column("found", None)),
+        facts("form", "density", "sites", "steps", "tokens"),
         (
-            Aim("file at 40 sites: at most 400 MB", matching(what="file MB at 40 sites"),
-                "found", most=400),
-            Aim("opened, every byte checked, in at most 5 s", matching(what="load s"),
-                "found", most=5),
+            Aim("masks: at most 400 MB at 40 sites",
+                matching(form="masks", what="file MB at 40 sites"), "found", most=400),
+            Aim("masks opened, every byte checked, in at most 5 s",
+                matching(form="masks", what="load s"), "found", most=5),
+            Aim("zones: at most 20 MB at 40 sites",
+                matching(form="zones", what="file MB at 40 sites"), "found", most=20),
+            Aim("zones opened, every byte checked, in at most 0.1 s",
+                matching(form="zones", what="load s"), "found", most=0.1),
         ),
     ),
     Benchmark(
