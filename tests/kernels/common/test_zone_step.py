@@ -84,8 +84,8 @@ def test_launches_of_two_steps_differ_in_one_number(
             given = dict(named)
             assert given.pop(number) == phase(step, zones.seed)
             values = {each: host_value(value) for each, value in given.items()}
-            grid = None if callable(grid) else grid
-            said.append((grid, tuple(map(host_value, args)), values))
+            shape = None if callable(grid) else grid
+            said.append((shape, tuple(map(host_value, args)), values))
         by_step[step] = said
     assert all(said == by_step[0] for said in by_step.values())
     # Nor does Triton compile another kernel for a number that is 1 or a multiple of 16.
