@@ -78,8 +78,7 @@ EDGES: dict[str, str] = {
         "cli.tune terminal"
     ),
     "cli.build": (
-        "build cli.options cli.pipelines cli.progress kernels.baked kernels.portable plan "
-        "terminal"
+        "build cli.options cli.pipelines cli.progress kernels.baked kernels.portable plan terminal"
     ),
     "cli.calibrate": (
         "calibration calibration.pipeline calibration.store cli.groups cli.interruption "

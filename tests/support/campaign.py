@@ -11,11 +11,13 @@ import argparse
 import faulthandler
 import json
 import random
+import shlex
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -43,13 +45,20 @@ def parser_of(about: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def run(about: str | None, case: Case, parser: argparse.ArgumentParser | None = None) -> int:
+def run(
+    about: str | None,
+    case: Case,
+    parser: argparse.ArgumentParser | None = None,
+    *,
+    device: str | None = None,
+) -> int:
     """Run a campaign as its command line says; return its exit status.
 
     Args:
         about: what the script says of itself.
         case: runs one case.
         parser: from `parser_of`, with options of the campaign's own.
+        device: see `finish`.
     """
     parser = parser or parser_of(about)
     parser.add_argument("--workers", type=int, default=1, help="processes")
@@ -65,7 +74,7 @@ def run(about: str | None, case: Case, parser: argparse.ArgumentParser | None = 
     if options.child is not None:
         _work(case, options)
         return 0
-    return _watch(options)
+    return _watch(options, device)
 
 
 def _work(case: Case, options: argparse.Namespace) -> None:
@@ -78,7 +87,11 @@ def _work(case: Case, options: argparse.Namespace) -> None:
         name = f"{options.seed}-{worker}-{number}"
         path.with_suffix(".case").write_text(name)
         faulthandler.dump_traceback_later(HANGS, exit=True)
-        wrong = case(random.Random(name), counts, options)
+        try:
+            wrong = case(random.Random(name), counts, options)
+        except Exception as error:
+            traceback.print_exc()
+            wrong = f"broken case: {type(error).__name__}: {error}"
         counts["cases"] += 1
         number += 1
         if wrong is not None:
@@ -98,18 +111,31 @@ def _write(path: Path, counts: Mapping[str, int]) -> None:
 
 
 def _show_failure(name: str, wrong: str) -> None:
-    options = " ".join(each for each in sys.argv[1:] if each.startswith("--only"))
-    print(f"WRONG {wrong}\n  python {sys.argv[0]} --case {name} {options}", flush=True)
+    own = list(sys.argv[1:])
+    for option, values in (("--child", 2), ("--seed", 1), ("--minutes", 1), ("--workers", 1),
+                           ("--cases", 1), ("--out", 1)):  # fmt: skip
+        while option in own:
+            at = own.index(option)
+            del own[at : at + 1 + values]
+    again = shlex.join(["python", sys.argv[0], "--case", name, *own])
+    print(f"WRONG {wrong}\n  {again}", flush=True)
 
 
-def _watch(options: argparse.Namespace) -> int:
+def _watch(options: argparse.Namespace, device: str | None) -> int:
     start, name = time.monotonic(), Path(sys.argv[0]).stem
     with tempfile.TemporaryDirectory(prefix="calibatt-campaign-") as folder:
         files = [Path(folder) / f"{worker}.json" for worker in range(options.workers)]
         children = [
             subprocess.Popen(
-                [sys.executable, *sys.argv, "--seed", str(options.seed)]
-                + ["--child", str(worker), str(file)]
+                [
+                    sys.executable,
+                    *sys.argv,
+                    "--seed",
+                    str(options.seed),
+                    "--child",
+                    str(worker),
+                    str(file),
+                ]
             )
             for worker, file in enumerate(files)
         ]
@@ -140,7 +166,7 @@ def _watch(options: argparse.Namespace) -> int:
                 at = last.read_text() if last.exists() else "before the first case"
                 _show_failure(at, f"dead process: status {code}")
     minutes = (time.monotonic() - start) / 60
-    return finish(name, options, counts, minutes, workers=options.workers)
+    return finish(name, options, counts, minutes, workers=options.workers, device=device)
 
 
 def _sum(files: list[Path]) -> Counter[str]:

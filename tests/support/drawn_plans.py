@@ -104,7 +104,7 @@ def attend_expanded(
     plan: Plan, site: str, step: int,
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
-    """Stock SDPA in the plan's token order under its blocks expanded to tokens, then rows copied."""
+    """Stock SDPA in the plan's token order, its blocks expanded to tokens; then rows copied."""
     length, video = query.shape[2], math.prod(plan.grid)
     pattern = pattern_at(plan, site, step, length)
     first = length - video if plan.text_position == "first" else 0
