@@ -96,10 +96,6 @@ def key(*titles: str, digits: int | None = 0) -> tuple[Column, ...]:
     return tuple(Column(title, digits, key=True) for title in titles)
 
 
-def _ours(cells: Cells) -> bool:
-    return str(cells["method"]).startswith(("calibrated, weighted sample", "octave zones"))
-
-
 BENCHMARKS = (
     Benchmark(
         "attention",
@@ -153,6 +149,16 @@ BENCHMARKS = (
         chart=Chart("ms a layer", "kernels", ("size", "attention")),
     ),
     Benchmark(
+        "zone_choices",
+        "What does the fit of zones gain by each of its choices, on whole held-out videos?",
+        "python benchmarks/zone_choices.py --model examples/tiny_wan/work/mid/model "
+        "--settings examples/tiny_wan/mid.json --block 64 --out results",
+        (*key("model"), *key("choice"), *key("density", digits=3), Column("videos", 0),
+         Column("median dB"), Column("PSNR dB"), Column("gain, dB"), Column("mean gain, dB"),
+         Column("videos better"), Column("SSIM", 4)),
+        tables.zone_choices,
+    ),
+    Benchmark(
         "ways_of_running",
         "What does a plan gain where a model is offloaded, or compiled block by block? Two layers "
         "of Wan 14B under octave zones. Sparse: share of the planned sites; errors are relative to "
@@ -186,9 +192,9 @@ BENCHMARKS = (
         (
             Aim("zones: above the paper's masks of equal density in most videos",
                 matching(method="octave zones (ours)"), "over the masks, dB", least=0.0),
-            Aim("weighted sample and zones: PSNR above that of every static peer", _ours,
+            Aim("zones: PSNR above that of every static peer", matching(method="octave zones*"),
                 "over static peers, dB", least=0.0),
-            Aim("weighted sample and zones: at most 1 dB below the per-input oracle", _ours,
+            Aim("zones: at most 1 dB below the per-input oracle", matching(method="octave zones*"),
                 "over the oracle, dB", least=-1.0),
         ),
         Chart("PSNR dB", "method", ("density",), panel="model",
@@ -239,15 +245,21 @@ BENCHMARKS = (
     ),
     Benchmark(
         "plan_size",
-        "How large is the plan of a large model, and what does it take to open and use it?",
+        "How large is the plan of a large model, and what does it take to open and use it? Zones "
+        "are those that calibration fits by default, at its density and at that of the masks.",
         "python benchmarks/plan_size.py --out results",
-        (*key("sites", "steps", "tokens", "what"), Column("found", None)),
-        facts("sites", "steps", "tokens"),
+        (*key("form"), *key("density", digits=2), *key("sites", "steps", "tokens", "what"),
+         Column("found", None)),
+        facts("form", "density", "sites", "steps", "tokens"),
         (
-            Aim("file at 40 sites: at most 400 MB", matching(what="file MB at 40 sites"),
-                "found", most=400),
-            Aim("opened, every byte checked, in at most 5 s", matching(what="load s"),
-                "found", most=5),
+            Aim("masks: at most 400 MB at 40 sites",
+                matching(form="masks", what="file MB at 40 sites"), "found", most=400),
+            Aim("masks opened, every byte checked, in at most 5 s",
+                matching(form="masks", what="load s"), "found", most=5),
+            Aim("zones: at most 20 MB at 40 sites",
+                matching(form="zones", what="file MB at 40 sites"), "found", most=20),
+            Aim("zones opened, every byte checked, in at most 0.1 s",
+                matching(form="zones", what="load s"), "found", most=0.1),
         ),
     ),
     Benchmark(

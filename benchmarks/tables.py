@@ -174,7 +174,7 @@ def serving_model(row: Row) -> Iterator[Cells]:
     """Yield a line for each way of serving a model."""
     for name, steps in row["ms"].items():
         yield {
-            "plan": "weighted samples" if row["samples"] else "masks",
+            "plan": "weighted samples" if row.get("samples") else "masks",
             "layers": row["layers"],
             "passes": row["passes"],
             "served": name,
@@ -193,6 +193,23 @@ def orders(row: Row) -> Iterator[Cells]:
         "density": row["density"],
         "error": number(row.get("error")),
     }
+
+
+def zone_choices(run: Run) -> Iterator[Cells]:
+    """Each choice beside the fit as it is."""
+    for row in run.rows:
+        yield {
+            "model": run.settings["model"],
+            "choice": row["choice"],
+            "density": number(row["density"]),
+            "videos": number(row["videos"]),
+            "median dB": number(row["median"]),
+            "PSNR dB": number(row["psnr"]),
+            "gain, dB": number(row["gain"]),
+            "mean gain, dB": number(row["mean_gain"]),
+            "videos better": number(row["better"]),
+            "SSIM": number(row["ssim"]),
+        }
 
 
 def fidelity(run: Run) -> Iterator[Cells]:

@@ -42,7 +42,7 @@ class CompileOptions:
             and the attention mass that the plan keeps of theirs stands in the summary beside the
             mass that it was calibrated to keep. 0 looks at none.
         table_memory: megabytes of a GPU's memory that tables of block indices may take; None: 240,
-            or 720 for a plan of weighted samples. More than all steps take saves the host the
+            or 720 for a plan with weights of blocks. More than all steps take saves the host the
             making of tables while it generates.
 
     Raises:

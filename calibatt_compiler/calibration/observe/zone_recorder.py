@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
@@ -25,7 +26,8 @@ from calibatt_compiler.plan.zones.form import video_blocks
 class ZoneRecorder(AttentionRecorder):
     """Sums the energies of each site and step group, and adds an input's to those of the run.
 
-    Sums of the input in progress are on disk, in the buffer.
+    Of the input in progress the sums of the step group in progress are in memory, where they grow,
+    and those of the groups before on disk, in the buffer.
 
     Args:
         model: what is observed.
@@ -84,9 +86,10 @@ class ZoneRecorder(AttentionRecorder):
         groups = self._sums.setdefault(size.name, {})
         if group not in groups:
             shape = tuple(inner.shape[1:])
-            groups[group] = GroupSums(self._buffer.zeros(shape), self._buffer.zeros(shape))
-        summed = {kind: values.cpu().numpy() for kind, values in units(inner).items()}
-        groups[group].add(summed, len(energy))
+            for before in groups.values():
+                before.squares = self._buffer.shelve(before.squares)
+            groups[group] = GroupSums(np.zeros(shape, np.int64))
+        groups[group].add(units(inner).cpu().numpy(), len(energy))
         value: Any = best_share(energy, BEST).mean((-1, -2)).sum().item()
         run.best_share[size.name, step] += value
 
