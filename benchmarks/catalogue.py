@@ -66,6 +66,7 @@ class Benchmark:
         cells: the rows of the table from a run.
         aims: what it is to show.
         chart: the picture beside the table.
+        script: where it is run from; default the file of its name.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Benchmark:
     cells: Tabulate
     aims: tuple[Aim, ...] = ()
     chart: Chart | None = None
+    script: str = ""
 
 
 def matching(**wanted: str) -> Callable[[Cells], bool]:
@@ -333,5 +335,16 @@ BENCHMARKS = (
         columns("pixels", "density", "method", "layer, film", "layer, photo", "features, film",
                 "features, photo"),
         chart=Chart("layer, photo", "method", ("density",), panel="pixels"),
+    ),
+    Benchmark(
+        "campaigns",
+        "Does anything go wrong in cases drawn at random? `tests/campaigns` says of each file what "
+        "a case is; minutes are those of the clock.",
+        "make campaign MINUTES=60 CAMPAIGNS='--out results'",
+        (*key("campaign"), Column("cases", 0), Column("failures", 0), Column("minutes", 0),
+         Column("workers", 0)),
+        rowwise(tables.campaign),
+        (Aim("no failures", every, "failures", most=0.0),),
+        script="tests/campaigns",
     ),
 )  # fmt: skip

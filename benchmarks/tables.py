@@ -112,6 +112,11 @@ def ways(row: Row) -> Iterator[Cells]:
     }
 
 
+def campaign(row: Row) -> Iterator[Cells]:
+    """Yield the line of a campaign."""
+    yield {key: row[key] for key in ("campaign", "cases", "failures", "minutes", "workers")}
+
+
 def energy(row: Row) -> Iterator[Cells]:
     """Yield a line for each kernel that gives energies."""
     for kernel, ms in row["ms"].items():
