@@ -258,6 +258,7 @@ def run_case(draw: random.Random, counts: Counter[str], options: argparse.Namesp
         frame = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(frame.filename).name}:{frame.lineno}"
         return f"crash: {type(error).__name__}: {str(error)[:400]} at {where}; {about}"
+    counts["combinations of family, way, plan and size"] += len({size[:3] for size in sizes})
     if all(sparse[site] for site in plan.sites):
         counts["cases, sparse"] += 1
         return None
