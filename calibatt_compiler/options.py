@@ -62,11 +62,15 @@ class CompileOptions:
     def parse(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> CompileOptions:
         """Check the options of a compile call and load the plan."""
         if mode is not None:
+            from torch._inductor import list_mode_options
+
+            settings = list_mode_options().get(str(mode)) or {"max_autotune": True}
             raise OptionError(
-                "the calibatt backend takes no mode",
+                "the calibatt backend takes no mode, and torch.compile no mode beside options",
                 expected='options={"plan": ...}',
                 got=f"mode={mode!r}",
-                remedy='hand Inductor settings on with options={"inductor": {...}}',
+                remedy="leave mode out and give what it stands for: "
+                f'options={{"plan": ..., "inductor": {settings}}}',
             )
         require(options is None or isinstance(options, Mapping), "options", options, "a mapping")
         given = dict(options) if options else {}

@@ -24,8 +24,12 @@ from calibatt_compiler.runtime.invocation import current, lookup, sign
 from calibatt_compiler.runtime.timestep import read, send
 from calibatt_compiler.runtime.token_order import Rearrangements
 
+TAGS = (torch.Tag.cudagraph_unsafe,)
+"""Operators run Python code: a CUDA graph would replay the kernels of the step it was captured in.
+Inductor leaves them out of its graphs, which take what lies between."""
 
-@torch.library.custom_op("calibatt::host_timestep", mutates_args=())
+
+@torch.library.custom_op("calibatt::host_timestep", mutates_args=(), tags=TAGS)
 def host_timestep(timestep: Tensor) -> Tensor:
     """Return the diffusion timestep of a call; sites read it: see `runtime.timestep`.
 
@@ -46,7 +50,7 @@ def _(timestep: Tensor) -> Tensor:
 host_timestep.register_autograd(lambda ctx, gradient: None)
 
 
-@torch.library.custom_op("calibatt::host_timestep_of", mutates_args=())
+@torch.library.custom_op("calibatt::host_timestep_of", mutates_args=(), tags=TAGS)
 def host_timestep_of(timestep: Tensor, coordinates: Sequence[Tensor], names: str) -> Tensor:
     """Return what `host_timestep` does, after a look at where the tokens of the call stand.
 
@@ -69,7 +73,7 @@ def _(timestep: Tensor, coordinates: Sequence[Tensor], names: str) -> Tensor:
     return torch.empty(2, dtype=torch.float64, device="cpu")
 
 
-@torch.library.custom_op("calibatt::passed_timestep", mutates_args=())
+@torch.library.custom_op("calibatt::passed_timestep", mutates_args=(), tags=TAGS)
 def passed_timestep(like: Tensor) -> Tensor:
     """Return what `host_timestep` does, in a graph that is a part of a model: of the model's call.
 
@@ -108,7 +112,7 @@ host_timestep_of.register_autograd(
 )
 
 
-@torch.library.custom_op("calibatt::token_order", mutates_args=())
+@torch.library.custom_op("calibatt::token_order", mutates_args=(), tags=TAGS)
 def token_order(
     like: Tensor, order: str, grid: Sequence[int], length: int, first: int, inverse: bool
 ) -> Tensor:
@@ -142,7 +146,7 @@ def _(
     return like.new_empty(length, dtype=torch.int32)
 
 
-@torch.library.custom_op("calibatt::attention", mutates_args=())
+@torch.library.custom_op("calibatt::attention", mutates_args=(), tags=TAGS)
 def attention(
     q: Tensor,
     k: Tensor,
@@ -186,7 +190,7 @@ def _(
     return _token_major_like(q)
 
 
-@torch.library.custom_op("calibatt::attention_backward", mutates_args=())
+@torch.library.custom_op("calibatt::attention_backward", mutates_args=(), tags=TAGS)
 def attention_backward(
     grad: Tensor,
     q: Tensor,

@@ -13,6 +13,7 @@ from torch import Tensor
 from calibatt_compiler.calibration.observe.observation import InputObservation
 from calibatt_compiler.calibration.observe.observer import ObservedModel
 from calibatt_compiler.calibration.observe.recorder import BEST, AttentionRecorder
+from calibatt_compiler.calibration.observe.sums_beside import SumsBeside
 from calibatt_compiler.calibration.select.repetition_scores import AttentionCall
 from calibatt_compiler.calibration.select.selection import best_share
 from calibatt_compiler.calibration.select.zones.site import group_of
@@ -39,6 +40,7 @@ class ZoneRecorder(AttentionRecorder):
         super().__init__(model, buffer)
         self._total = sums
         self._sums: dict[str, dict[int, GroupSums]] = {}
+        self._adding = SumsBeside()
 
     def begin(
         self, name: str, about: Mapping[str, Any], samples: int | None, *, scored: bool = False
@@ -49,6 +51,7 @@ class ZoneRecorder(AttentionRecorder):
 
     def abandon(self) -> None:
         """Forget the input in progress, if there is one."""
+        self._adding.drop()
         self._sums = {}
         super().abandon()
 
@@ -59,6 +62,7 @@ class ZoneRecorder(AttentionRecorder):
             CalibrationError: nothing was observed, or not every site at every step.
         """
         record, arrays = super().finish()
+        self._adding.settle()
         for site, groups in self._sums.items():
             self._total.add(record.name, site, groups)
         self._sums = {}
@@ -86,12 +90,14 @@ class ZoneRecorder(AttentionRecorder):
         groups = self._sums.setdefault(size.name, {})
         if group not in groups:
             shape = tuple(inner.shape[1:])
+            self._adding.settle()
             for before in groups.values():
                 before.squares = self._buffer.shelve(before.squares)
             groups[group] = GroupSums(np.zeros(shape, np.int64))
-        groups[group].add(units(inner).cpu().numpy(), len(energy))
+        squares = units(inner)
         value: Any = best_share(energy, BEST).mean((-1, -2)).sum().item()
         run.best_share[size.name, step] += value
+        self._adding.add(groups[group], squares, len(energy))  # computed: the value has come
 
     def _lengths(self, size: SiteSize) -> tuple[int, int]:
         return size.query_length, size.key_length
