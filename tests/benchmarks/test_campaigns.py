@@ -19,7 +19,6 @@ from calibatt_compiler.plan import BlockPattern
 FOLDER = Path(__file__).parents[1] / "campaigns"
 DYING = """
 import os, sys
-sys.path.insert(0, sys.argv.pop(1))
 from campaign import run
 
 def case(draw, counts, options):
@@ -65,8 +64,9 @@ def test_what_fails_is_counted_and_can_be_repeated(
 ) -> None:
     script = tmp_path / "dying.py"
     script.write_text(DYING)
-    command = [sys.executable, str(script), str(FOLDER.parent / "support"), "--seed", "2"]
-    environment = {**os.environ, "FAULT": fault}
+    command = [sys.executable, str(script), "--seed", "2"]
+    support = str(FOLDER.parent / "support")
+    environment = {**os.environ, "FAULT": fault, "PYTHONPATH": support}
     options = ["--cases", "40", "--workers", "2"]
 
     def run(*more: str) -> subprocess.CompletedProcess[str]:
