@@ -106,7 +106,7 @@ class PlanSites:
                 kernels=self._cache(settings),
             )
         except KernelError as error:
-            return Skip(f"no kernel: {error.problem}", mismatch=True)
+            return Skip(f"no kernel: {error.problem}")
         self._sites[info.name, settings] = site
         return site
 

@@ -9,7 +9,7 @@ import torch
 from way_models import GRID, OTHER, error, inputs, masked, model, plan_of
 
 import calibatt_compiler
-from calibatt_compiler.errors import PlanMismatchError
+from calibatt_compiler.errors import KernelError, PlanMismatchError
 from calibatt_compiler.runtime.ops import TAGS
 
 
@@ -83,6 +83,18 @@ def test_a_mask_is_no_mismatch_and_is_said_once(way, caplog):
     if way == "whole":
         with pytest.raises(PlanMismatchError):
             compiled(**inputs(OTHER, 900.0))
+
+
+@torch.no_grad()
+def test_a_device_without_a_kernel_is_no_mismatch(monkeypatch):
+    def none(*args: Any, **settings: Any) -> Any:
+        raise KernelError("none for this GPU", expected="another", got="this", remedy="take it")
+
+    monkeypatch.setattr("calibatt_compiler.binding.plan_sites.SparseSite", none)
+    eager, compiled = model(), whole(model(), on_mismatch="error")
+    given = inputs(GRID, 900.0)
+    assert error(compiled(**given)[0], eager(**given)[0]) < 1e-5
+    assert calibatt_compiler.summary(compiled).skipped["no kernel: none for this GPU"] == 2
 
 
 @torch.no_grad()
