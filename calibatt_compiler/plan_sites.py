@@ -48,7 +48,7 @@ class PlanSites:
         self.watch = SamplerWatch(self._plan)
         self.expectation = f"{frames} x {height} x {width} latent tokens"
         self.reader = ModelCallReader(self._plan, PlanCoordinates(self._plan))
-        self._caches: dict[tuple[torch.device, torch.dtype], KernelCache] = {}
+        self._caches: dict[tuple[torch.device, torch.dtype, bool], KernelCache] = {}
         self._sites: dict[tuple[str, KernelSettings], SparseSite] = {}
 
     def bind_part(self, call: PartCall, info: SiteInfo) -> Site | Skip:
@@ -86,6 +86,7 @@ class PlanSites:
             lowering=self._options.lowering,
             softmax=self._options.softmax,
             hopper=self._options.hopper,
+            padded=info.padded,
         )
         # Graphs of one model's parts share a binder, and so its sites.
         known = self._sites.get((info.name, settings))
@@ -107,7 +108,7 @@ class PlanSites:
         return site
 
     def _cache(self, settings: KernelSettings) -> KernelCache:
-        key = settings.device, settings.dtype
+        key = settings.device, settings.dtype, settings.padded
         if key not in self._caches:
             budget = table_budget(self._plan, self._options.table_memory)
             self._caches[key] = KernelCache(queue_of(settings.device), budget=budget)

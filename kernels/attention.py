@@ -70,14 +70,20 @@ def _on_gpu(request: KernelRequest[BlockPattern], choice: Choice) -> AttentionKe
     return kernel
 
 
-def attention_like(pattern: BlockPattern, q: Tensor) -> AttentionKernel:
+def attention_like(pattern: BlockPattern, q: Tensor, *, padded: bool = False) -> AttentionKernel:
     """Return what serves a pattern by tables for operands such as `q`.
 
-    The reference where there is no such kernel, for instance for float64 on a GPU.
+    The reference where there is no such kernel, for instance for float64 on a GPU. If `padded`, its
+    calls have a mask over keys.
     """
     device, dtype = q.device, q.dtype
     request = KernelRequest(
-        pattern, device=device, dtype=dtype, head_dim=q.shape[3], lowering="table"
+        pattern,
+        device=device,
+        dtype=dtype,
+        head_dim=q.shape[3],
+        lowering="table",
+        padded=padded,
     )
     try:
         choice = choose(request, DeviceFacts.of(device))

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from calibatt_compiler.kernels.common.operands import check_operands, token_major
 from calibatt_compiler.kernels.common.padding import KeyPadding
@@ -73,6 +74,24 @@ def attention_gradients(
             sums.add(pattern, head_group, positions, rows)
     found = sums.finished()
     return found[0].to(dtype), found[1].to(dtype), found[2].to(dtype)
+
+
+def masked_gradients(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    mask: KeyPadding | Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of dense attention under any mask; arguments: see `dense_attention`."""
+    if not isinstance(mask, Tensor):
+        return attention_gradients(grad, q, k, v, None, scale, mask)
+    with torch.enable_grad():
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        found = torch.autograd.grad(out, (q, k, v), grad)
+    return token_major(found[0]), token_major(found[1]), token_major(found[2])
 
 
 def _groups(pattern: BlockPattern, grad: Tensor) -> Iterator[tuple[list[int], Tensor, Tensor]]:

@@ -36,6 +36,7 @@ class KernelSettings:
         lowering: see `CompileOptions`.
         softmax: see `CompileOptions`; `fixed` insists on a fixed softmax shift.
         hopper: see `CompileOptions`.
+        padded: calls have a mask over keys: `KeyPadding`.
     """
 
     device: torch.device
@@ -44,6 +45,7 @@ class KernelSettings:
     lowering: Lowering = "baked"
     softmax: Softmax = "auto"
     hopper: bool = True
+    padded: bool = False
 
     def request(
         self, pattern: Given, *, dense: bool = False, lasting: bool = True

@@ -78,7 +78,7 @@ EDGES: dict[str, str] = {
         "calibration.store models plan"
     ),
     "calls": "dynamo models plan",
-    "capture": "plan",
+    "capture": "kernels.common plan",
     "cli": "cli.app",
     "cli.app": (
         "cli.build cli.calibrate cli.compare cli.demo cli.env cli.inspect cli.interruption "
@@ -139,9 +139,10 @@ EDGES: dict[str, str] = {
     "options": "plan",
     "parts": "callers capture dynamo model_call passes.graph passes.rewrite place runtime",
     "passes.bind_sites": "capture passes.rewrite",
-    "passes.find_sites": "capture passes.graph passes.rewrite passes.writes",
+    "passes.find_sites": "capture passes.graph passes.masks passes.rewrite passes.writes",
     "passes.find_timestep": "passes.graph passes.rewrite",
-    "passes.lower_attention": "passes.graph passes.rewrite",
+    "passes.lower_attention": "passes.graph passes.masks passes.rewrite",
+    "passes.masks": "passes.graph passes.writes",
     "passes.pipeline": (
         "debug dynamo passes.bind_sites passes.find_sites passes.find_timestep "
         "passes.lower_attention passes.rewrite passes.token_order runtime"
@@ -163,11 +164,12 @@ EDGES: dict[str, str] = {
 }
 
 PASS_LIST = "passes.pipeline"
-PASS_HELPERS = {"passes.graph", "passes.rewrite", "passes.writes"}
+PASS_HELPERS = {"passes.graph", "passes.masks", "passes.rewrite", "passes.writes"}
 
 # The reference defines what is right: it must not lean on what it is compared with.
 REFERENCE_MAY_IMPORT = {
     "kernels.common.operands",
+    "kernels.common.padding",
     "kernels.common.pooling",
     "kernels.common.zone_step",
 }

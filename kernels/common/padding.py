@@ -41,15 +41,15 @@ class KeyPadding:
         """Read a mask.
 
         Args:
-            mask: (B or 1, Sk), or with dimensions of size 1 between, on any device: bool, True
-                takes part, or float, added to the scaled scores.
+            mask: (B or 1, Sk), on any device: bool, True takes part, or float, added to the scaled
+                scores.
             rows: see `KeyPadding`.
         """
-        flat = mask.detach().reshape(mask.shape[0] if mask.dim() > 1 else 1, mask.shape[-1])
+        flat = mask.detach()
         if flat.dtype == torch.bool:
             bias = torch.zeros(flat.shape, device=flat.device).masked_fill_(~flat, -torch.inf)
         else:
-            bias = flat.float().contiguous()
+            bias = flat.to(torch.float32, copy=True)
         return cls(bias, bounds_of(bias), rows)
 
     @property
@@ -100,6 +100,17 @@ class KeyPadding:
                 got=tuple(self.bias.shape),
                 remedy="pass the mask of this attention call",
             )
+
+
+def refuse_padding(padding: KeyPadding | None) -> None:
+    """Raise `KernelError` if there is a mask over keys, in a kernel that takes none."""
+    if padding is not None:
+        raise KernelError(
+            "this kernel takes no mask over keys",
+            expected="calls without a mask",
+            got=f"a mask over {padding.bias.shape[1]} keys",
+            remedy="make the kernel for requests with padded=True",
+        )
 
 
 def bounds_of(bias: Tensor) -> Tensor:
