@@ -64,8 +64,10 @@ def key_mask(mask: object, key: torch.Tensor) -> KeyMask | str:
     if all(known(value.shape[dim] == 1) or value.stride(dim) == 0 for dim in _between(value)):
         return KeyMask(mask, "keys")
     if floating:
-        by_head = value.dim() > 3 and not known(value.shape[1] == 1)
+        by_head = value.dim() > 2 and not known(value.shape[-3] == 1)
         return "masked: an additive bias " + ("by head" if by_head else "over pairs of tokens")
+    if _name(mask) == "tril":
+        return "masked: causal"
     chain: list[Node] = []
     vector = _outer(mask, chain)
     if vector is None or _written(vector, chain):

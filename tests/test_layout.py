@@ -127,6 +127,7 @@ EDGES: dict[str, str] = {
     "kernels.gradients": "kernels.common plan",
     "kernels.hopper": "kernels.common kernels.portable kernels.request kernels.tiered plan",
     "kernels.portable": "kernels.common kernels.request plan",
+    "kernels.protocol": "kernels.common",
     "kernels.reference": "kernels.common plan",
     "kernels.request": "options plan",
     "kernels.tiered": "kernels.common kernels.protocol plan",
