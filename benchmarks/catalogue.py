@@ -151,6 +151,37 @@ BENCHMARKS = (
         chart=Chart("ms a layer", "kernels", ("size", "attention")),
     ),
     Benchmark(
+        "zone_choices",
+        "What does the fit of zones gain by each of its choices, on whole held-out videos?",
+        "python benchmarks/zone_choices.py --model examples/tiny_wan/work/mid/model "
+        "--settings examples/tiny_wan/mid.json --block 64 --out results",
+        (*key("model"), *key("choice"), *key("density", digits=3), Column("videos", 0),
+         Column("median dB"), Column("PSNR dB"), Column("gain, dB"), Column("videos better"),
+         Column("SSIM", 4), Column("plan, MB", 2)),
+        tables.zone_choices,
+    ),
+    Benchmark(
+        "ways_of_running",
+        "What does a plan gain where a model is offloaded, or compiled block by block? Two layers "
+        "of Wan 14B under octave zones. Sparse: share of the planned sites; errors are relative to "
+        "float32; distance: what the plan changes.",
+        "python benchmarks/ways_of_running.py --out results",
+        (*key("way", "size", "layers"), *key("density", digits=3), Column("ms, stock", 1),
+         Column("ms, plan", 1), Column("x stock"), Column("compile s, stock", 1),
+         Column("compile s, plan", 1), Column("compile / stock's"), Column("sparse"),
+         Column("error, stock", 4), Column("error, plan", 4), Column("error / stock's"),
+         Column("distance")),
+        rowwise(tables.ways),
+        (
+            Aim("all planned sites sparse", every, "sparse", least=1.0),
+            Aim("error: at most twice that of stock torch.compile", every, "error / stock's",
+                most=2.0),
+            Aim("at least as fast as stock torch.compile", every, "x stock", least=1.0),
+            Aim("block by block: compiled in at most 1.5 times stock's time",
+                matching(way="blocks"), "compile / stock's", most=1.5),
+        ),
+    ),
+    Benchmark(
         "fidelity",
         "How near do sparse videos come to dense ones, at equal density, on held-out prompts?",
         "python benchmarks/fidelity.py compare --out results",

@@ -87,7 +87,7 @@ def site_masks(
             threshold changes.
     """
     rng = np.random.default_rng(seed)
-    base, floor = _structure(video, rng)
+    base, floor = structure(video, rng)
     noise = max(1, int(ragged * SCALE))
     score = base + rng.integers(0, noise, base.shape, np.uint16)
     sample = slice(None, None, max(1, video.blocks**2 // 20_000))
@@ -120,7 +120,7 @@ def _redraw(
     score.reshape(-1)[where] = base.reshape(-1)[where] + new
 
 
-def _structure(video: Video, rng: np.random.Generator) -> tuple[Scores, npt.NDArray[np.float64]]:
+def structure(video: Video, rng: np.random.Generator) -> tuple[Scores, npt.NDArray[np.float64]]:
     """Return the noiseless scores of all heads, and the density of each head at the last step."""
     blocks = video.blocks
     token = np.arange(blocks, dtype=np.float32) * video.block + video.block / 2

@@ -94,6 +94,24 @@ def profile(row: Row) -> Iterator[Cells]:
         yield {**named, "kernels": kind, "ms a layer": ms / row["layers"]}
 
 
+def ways(row: Row) -> Iterator[Cells]:
+    """Yield the line of a way of running."""
+    ms, compile_s, error = row["ms"], row["compile_s"], row["error"]
+    yield {
+        **{key: row[key] for key in ("way", "size", "layers", "sparse", "distance")},
+        "density": round(row["density"], 3),
+        "ms, stock": ms["stock"],
+        "ms, plan": ms["plan"],
+        "x stock": ms["stock"] / ms["plan"],
+        "compile s, stock": compile_s["stock"],
+        "compile s, plan": compile_s["plan"],
+        "compile / stock's": compile_s["plan"] / compile_s["stock"],
+        "error, stock": error["stock"],
+        "error, plan": error["plan"],
+        "error / stock's": error["plan"] / error["stock"] if error["stock"] else math.nan,
+    }
+
+
 def energy(row: Row) -> Iterator[Cells]:
     """Yield a line for each kernel that gives energies."""
     for kernel, ms in row["ms"].items():
@@ -170,6 +188,23 @@ def orders(row: Row) -> Iterator[Cells]:
         "density": row["density"],
         "error": number(row.get("error")),
     }
+
+
+def zone_choices(run: Run) -> Iterator[Cells]:
+    """Each choice beside the fit as it is."""
+    for row in run.rows:
+        yield {
+            "model": run.settings["model"],
+            "choice": row["choice"],
+            "density": number(row["density"]),
+            "videos": number(row["videos"]),
+            "median dB": number(row["median"]),
+            "PSNR dB": number(row["psnr"]),
+            "gain, dB": number(row["gain"]),
+            "videos better": number(row["better"]),
+            "SSIM": number(row["ssim"]),
+            "plan, MB": number(row["bytes"] / 1e6),
+        }
 
 
 def fidelity(run: Run) -> Iterator[Cells]:

@@ -9,11 +9,11 @@ from typing import Any, TypeVar, cast
 import torch
 
 from calibatt_compiler.arguments import require
+from calibatt_compiler.binding.plan_sites import check_identity
 from calibatt_compiler.errors import CaptureError, OptionError
-from calibatt_compiler.models import unwrap
+from calibatt_compiler.model.families import unwrap
 from calibatt_compiler.options import CompileOptions
 from calibatt_compiler.plan import Plan
-from calibatt_compiler.plan_sites import check_identity
 
 Model = TypeVar("Model")
 PlanOrPath = Plan | str | os.PathLike[str]

@@ -11,21 +11,21 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from calibatt_compiler import models
-from calibatt_compiler.binders import PlanBinder, RecordingBinder
-from calibatt_compiler.calls import fixed_by, read_grid, transformer_of
+from calibatt_compiler.binding.binders import PlanBinder, RecordingBinder
+from calibatt_compiler.binding.model_call import ModelCallReader
+from calibatt_compiler.binding.parts import PartBinder, PartSites, part_calls
+from calibatt_compiler.binding.pinned import PinnedOptions
+from calibatt_compiler.binding.place import placed
+from calibatt_compiler.binding.plan_sites import misfit_error, sites_of
 from calibatt_compiler.capture import CaptureInfo, Recorder, SiteInfo
-from calibatt_compiler.dynamo import FrameInputs, frame_inputs, raise_recompile_limit
 from calibatt_compiler.errors import CalibattError, PlanMismatchError
 from calibatt_compiler.logs import logger
-from calibatt_compiler.model_call import ModelCallReader
+from calibatt_compiler.model import families as models
+from calibatt_compiler.model.calls import fixed_by, read_grid, transformer_of
+from calibatt_compiler.model.dynamo import FrameInputs, frame_inputs, raise_recompile_limit
 from calibatt_compiler.options import CompileOptions
-from calibatt_compiler.parts import PartBinder, PartSites, part_calls
 from calibatt_compiler.passes.pipeline import run_passes
 from calibatt_compiler.passes.rewrite import Lowered, Rewrite, SdpaCall, Skip
-from calibatt_compiler.pinned import PinnedOptions
-from calibatt_compiler.place import placed
-from calibatt_compiler.plan_sites import misfit_error, sites_of
 from calibatt_compiler.report.keep import ReportKeeper
 from calibatt_compiler.runtime.coordinates import PlanCoordinates, RecordingCoordinates
 from calibatt_compiler.runtime.graph import CompiledGraph, ServedGraph

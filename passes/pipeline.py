@@ -9,8 +9,8 @@ from torch.fx import GraphModule
 
 import calibatt_compiler.runtime.ops  # noqa: F401  (registers the operators that passes insert)
 from calibatt_compiler.debug import dump_graph
-from calibatt_compiler.dynamo import FrameInputs
 from calibatt_compiler.logs import logger
+from calibatt_compiler.model.dynamo import FrameInputs
 from calibatt_compiler.passes.bind_sites import bind_sites
 from calibatt_compiler.passes.find_sites import find_sites
 from calibatt_compiler.passes.find_timestep import find_timestep

@@ -12,7 +12,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from calibatt_compiler.capture import Site, SiteInfo
-from calibatt_compiler.dynamo import FrameInputs
+from calibatt_compiler.model.dynamo import FrameInputs
 from calibatt_compiler.passes.graph import example, sdpa_operands
 from calibatt_compiler.plan.order import TokenOrder
 

@@ -24,7 +24,7 @@ from calibatt_compiler.errors import (
     PlanError,
     PlanMismatchError,
 )
-from calibatt_compiler.models import identify
+from calibatt_compiler.model.families import identify
 from calibatt_compiler.options import CompileOptions
 from calibatt_compiler.plan import BlockPattern, Plan, Sampler, SitePatterns
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from calibatt_compiler.callers import module_calls
+from calibatt_compiler.model.callers import module_calls
 
 
 class Inner(nn.Module):

@@ -27,15 +27,9 @@ WHOLE = ("plan", "calibration.select")
 EDGES: dict[str, str] = {
     "": "api calibration plan report",
     "__main__": "cli",
-    "api": "models options plan plan_sites",
-    "backend": (
-        "binders calls capture dynamo model_call models options parts passes.pipeline "
-        "passes.rewrite pinned place plan_sites report runtime"
-    ),
-    "binders": (
-        "calls capture dynamo model_call options parts passes.graph passes.rewrite plan "
-        "plan_sites runtime"
-    ),
+    "api": "binding model options plan",
+    "backend": "binding capture model options passes.pipeline passes.rewrite report runtime",
+    "binding": "capture kernels.request model options passes.graph passes.rewrite plan runtime",
     "build": "kernels.baked kernels.dispatch kernels.request plan",
     "calibration": (
         "calibration.config calibration.cost calibration.order_search calibration.pipeline "
@@ -44,40 +38,39 @@ EDGES: dict[str, str] = {
     "calibration.config": "calibration.zone_target plan",
     "calibration.cost": (
         "calibration.config calibration.observe calibration.order_search calibration.pipeline "
-        "calibration.select calibration.store kernels.common kernels.energy models plan"
+        "calibration.select calibration.store kernels.common kernels.energy model plan"
     ),
     "calibration.observe": (
         "backend calibration.config calibration.select calibration.store capture kernels.common "
-        "kernels.energy models plan runtime"
+        "kernels.energy model plan runtime"
     ),
     "calibration.order_search": (
         "calibration.config calibration.observe calibration.progress calibration.select "
-        "calibration.store kernels.attention kernels.common kernels.energy models plan runtime"
+        "calibration.store kernels.attention kernels.common kernels.energy model plan runtime"
     ),
     "calibration.pipeline": (
         "calibration.config calibration.observe calibration.order_search calibration.progress "
-        "calibration.run calibration.store models plan"
+        "calibration.run calibration.store model plan"
     ),
     "calibration.progress": "terminal",
     "calibration.run": (
         "calibration.config calibration.observe calibration.order_search calibration.select "
-        "calibration.store models plan"
+        "calibration.store model plan"
     ),
     "calibration.select": (
         "calibration.config calibration.store calibration.zone_target kernels.attention "
         "kernels.common plan runtime"
     ),
-    "calibration.store": "calibration.config models plan",
+    "calibration.store": "calibration.config model plan",
     "calibration.tuning": (
         "backend calibration.config calibration.cost calibration.observe calibration.pipeline "
         "calibration.select calibration.store calibration.validation capture evaluation "
-        "kernels.common kernels.request models plan runtime"
+        "kernels.common kernels.request model plan runtime"
     ),
     "calibration.validation": (
         "calibration.config calibration.observe calibration.progress calibration.select "
-        "calibration.store models plan"
+        "calibration.store model plan"
     ),
-    "calls": "dynamo models plan",
     "capture": "kernels.common plan",
     "cli": "cli.app",
     "cli.app": (
@@ -110,7 +103,6 @@ EDGES: dict[str, str] = {
     ),
     "cli.validation": "calibration calibration.validation cli.options plan",
     "debug": "options",
-    "dynamo": "callers passes.graph plan",
     "evaluation": "build kernels.portable options plan report",
     "kernels.attention": (
         "kernels.baked kernels.cpu kernels.dispatch kernels.hopper kernels.portable "
@@ -132,35 +124,27 @@ EDGES: dict[str, str] = {
     "kernels.request": "options plan",
     "kernels.tiered": "kernels.common kernels.protocol plan",
     "kernels.zones": (
-        "kernels.baked kernels.common kernels.cpu kernels.dispatch kernels.hopper kernels.portable "
-        "kernels.reference kernels.request kernels.tiered plan"
+        "kernels.baked kernels.common kernels.cpu kernels.dispatch kernels.hopper "
+        "kernels.portable kernels.reference kernels.request kernels.tiered plan"
     ),
-    "model_call": "calls dynamo plan runtime",
-    "models": "plan",
+    "model": "passes.graph plan",
     "options": "plan",
-    "parts": "callers capture dynamo model_call passes.graph passes.rewrite place runtime",
     "passes.bind_sites": "capture passes.rewrite",
     "passes.find_sites": "capture passes.graph passes.masks passes.rewrite passes.writes",
     "passes.find_timestep": "passes.graph passes.rewrite",
     "passes.lower_attention": "passes.graph passes.masks passes.rewrite",
     "passes.masks": "passes.graph passes.writes",
     "passes.pipeline": (
-        "debug dynamo passes.bind_sites passes.find_sites passes.find_timestep "
+        "debug model passes.bind_sites passes.find_sites passes.find_timestep "
         "passes.lower_attention passes.rewrite passes.token_order runtime"
     ),
-    "passes.rewrite": "capture dynamo passes.graph plan",
+    "passes.rewrite": "capture model passes.graph plan",
     "passes.token_order": "passes.graph passes.rewrite passes.writes",
     "passes.writes": "passes.graph",
-    "pinned": "dynamo options plan",
-    "place": "callers dynamo model_call models",
-    "plan_sites": (
-        "calls capture kernels.request model_call models options parts passes.rewrite pinned plan "
-        "runtime"
-    ),
-    "report": "binders dynamo models pinned plan runtime",
+    "report": "binding model plan runtime",
     "runtime": (
-        "capture options kernels.attention kernels.common kernels.dispatch kernels.gradients "
-        "kernels.protocol kernels.request kernels.zones plan"
+        "capture kernels.attention kernels.common kernels.dispatch kernels.gradients "
+        "kernels.protocol kernels.request kernels.zones options plan"
     ),
 }
 

@@ -23,7 +23,11 @@ print(getattr(build_meta, "build_" + sys.argv[1])(sys.argv[2]))
 
 def sources() -> set[str]:
     """Files that belong in the package, by their name in it."""
-    here = {path.relative_to(ROOT) for path in ROOT.glob("calibatt_compiler/**/*.py")}
+    here = {
+        path.relative_to(ROOT)
+        for kind in ("py", "cpp")
+        for path in ROOT.glob(f"calibatt_compiler/**/*.{kind}")
+    }
     linked = {
         Path("calibatt_compiler") / path.relative_to(ROOT)
         for name in ("passes", "kernels")

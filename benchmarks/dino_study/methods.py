@@ -14,6 +14,10 @@ from dino_study.order import block_centres
 from dino_study.record import Record
 from torch import Tensor
 
+from calibatt_compiler.calibration.select.zones.site import ZoneMap, fit_zones
+from calibatt_compiler.calibration.zone_target import BUDGET, ZoneTarget
+from calibatt_compiler.plan.zones.drawing import seed_of
+
 PAPER = "paper: agreement of covering sets"
 HIGHEST = "highest energy"
 RANDOM = "random"
@@ -25,9 +29,13 @@ EACH = "p ~ energy^0.65, weight 1/p"
 POOLED = "highest + {} pooled a block"
 A_ROW = "p ~ sqrt(energy), mass ratio a row"
 MIXED = "p ~ energy^0.65 + {} pooled a block, half each"
+ZONES = "octave zones"
+FEW_ZONES = "octave zones, 64 numbers a head"
 
 CORE = (
     PAPER,
+    ZONES,
+    FEW_ZONES,
     HIGHEST,
     HALF,
     UNWEIGHTED,
@@ -191,6 +199,32 @@ def pooled(setting: Setting) -> list[Method]:
     return methods
 
 
+def zones(setting: Setting) -> list[Method]:
+    """The product's own form: one price over all layers, one step's draw of each layer."""
+    squares = setting.record.energies.double().square().mean(0).numpy()
+    heads, tokens = squares.shape[1], len(setting.order)
+
+    def method(name: str, numbers: int) -> Method:
+        maps = [
+            ZoneMap(
+                heads,
+                (tokens, tokens),
+                (setting.block, setting.block),
+                partial(squares.__getitem__, layer),
+                steps=1,
+                seed=seed_of(layer),
+            )
+            for layer in range(len(squares))
+        ]
+        fitted = fit_zones(maps, ZoneTarget(density=setting.density), budget=numbers)
+        drawn = [pattern.draw(setting.seed) for pattern in fitted.patterns]
+        weights = [torch.from_numpy(pattern.log_weights()).exp() for pattern in drawn]
+        masks = [pattern.mask() for pattern in drawn]
+        return fixed(name, torch.stack([m * w for m, w in zip(masks, weights, strict=True)]))
+
+    return [method(ZONES, BUDGET), method(FEW_ZONES, 64 * heads)]
+
+
 def catalogue(setting: Setting) -> list[Method]:
     """Return all methods for one setting."""
-    return [*plain(setting), *splits(setting), *samples(setting), *pooled(setting)]
+    return [*plain(setting), *zones(setting), *splits(setting), *samples(setting), *pooled(setting)]

@@ -30,7 +30,7 @@ from calibatt_compiler.calibration.store.order_survey import OrderSurvey
 from calibatt_compiler.calibration.store.ranks import Ranks
 from calibatt_compiler.files import check_folder, check_output
 from calibatt_compiler.logs import logger
-from calibatt_compiler.models import cfg_mode, unwrap
+from calibatt_compiler.model.families import cfg_mode, unwrap
 from calibatt_compiler.plan import Plan
 
 log = logger("calibration")

@@ -32,7 +32,7 @@ from calibatt_compiler.calibration.store.run_folder import RunStore
 from calibatt_compiler.calibration.store.zone_sums import ZoneSums
 from calibatt_compiler.errors import CalibrationError, OptionError
 from calibatt_compiler.logs import logger
-from calibatt_compiler.models import unwrap
+from calibatt_compiler.model.families import unwrap
 from calibatt_compiler.plan import Plan
 from calibatt_compiler.plan.schema import CfgMode
 

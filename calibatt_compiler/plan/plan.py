@@ -20,9 +20,8 @@ from torch import Tensor
 from calibatt_compiler.arguments import described, require, require_path
 from calibatt_compiler.errors import PlanError
 from calibatt_compiler.plan import file
-from calibatt_compiler.plan.mask_arguments import check_masks
 from calibatt_compiler.plan.order import RASTER, TokenOrder
-from calibatt_compiler.plan.pattern import BlockPattern
+from calibatt_compiler.plan.own_masks import check_masks, sites_of_masks
 from calibatt_compiler.plan.schema import (
     TEXT_POSITIONS,
     CalibrationInputs,
@@ -129,43 +128,8 @@ class Plan:
         """
         lengths = check_masks(masks, grid, block, lengths)
         sampler = _sampler(timesteps)
-        steps, tokens = len(sampler.timesteps), math.prod(grid)
-        sites = {}
-        in_text = False
-        for name, mask in masks.items():
-            if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[0] != steps:
-                raise PlanError(
-                    f"the mask of site {name!r} has the wrong form",
-                    expected=f"bool (steps = {steps}, heads, query_blocks, key_blocks)",
-                    got=f"{mask.dtype} {tuple(mask.shape)}",
-                    remedy="give one mask a timestep, in the order of `timesteps`",
-                )
-            query_length, key_length = lengths.get(name, (tokens, tokens))
-            in_text |= max(query_length, key_length) > tokens
-            try:
-                by_step = [
-                    BlockPattern.from_mask(
-                        step, query_length=query_length, key_length=key_length, block=block
-                    )
-                    for step in mask
-                ]
-            except PlanError as error:
-                raise PlanError(
-                    f"site {name!r}: {error.problem}",
-                    expected=error.expected,
-                    got=error.got,
-                    remedy=f"{error.remedy}; a sequence that is not just the grid's "
-                    f"{tokens} tokens needs lengths={{{name!r}: (queries, keys)}}",
-                ) from error
-            sites[name] = SitePatterns.share(by_step)
-        if unknown := set(lengths) - set(masks):
-            raise PlanError(
-                "lengths name sites that have no mask",
-                expected=sorted(masks),
-                got=sorted(unknown),
-                remedy="give both or neither",
-            )
-        policy: TextPolicy = "in_mask" if in_text else "none"
+        sites = sites_of_masks(masks, grid, len(sampler.timesteps), block, lengths)
+        policy: TextPolicy = "in_mask" if _longer(lengths, grid) else "none"
         return cls.create(sites, grid=grid, sampler=sampler, text_policy=policy)
 
     @classmethod
@@ -201,8 +165,7 @@ class Plan:
             PlanError: shapes, octaves, groups or lengths that don't fit, or a row without octave 0.
         """
         sampler, lengths = _sampler(timesteps), lengths or {}
-        longer = any(max(pair) > math.prod(grid) for pair in lengths.values())
-        policy: TextPolicy = text or ("in_mask" if longer else "none")
+        policy: TextPolicy = text or ("in_mask" if _longer(lengths, grid) else "none")
         sites = sites_of_octaves(octaves, grid, len(timesteps), block, groups, lengths, policy)
         return cls.create(sites, grid=grid, sampler=sampler, text_policy=policy)
 
@@ -438,6 +401,10 @@ class Plan:
             f"Plan({len(self._sites)} sites, {self.steps} steps, grid {self.grid}, "
             f"density {self.density():.3f}, digest {self.digest[:12]})"
         )
+
+
+def _longer(lengths: Mapping[str, tuple[int, int]], grid: tuple[int, int, int]) -> bool:
+    return any(max(pair) > math.prod(grid) for pair in lengths.values())
 
 
 def _sampler(timesteps: Sequence[float]) -> Sampler:

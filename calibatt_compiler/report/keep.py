@@ -7,10 +7,10 @@ import weakref
 
 import torch
 
-from calibatt_compiler.binders import PlanBinder
-from calibatt_compiler.dynamo import FrameInputs
-from calibatt_compiler.models import unwrap
-from calibatt_compiler.pinned import PinnedOptions
+from calibatt_compiler.binding.binders import PlanBinder
+from calibatt_compiler.binding.pinned import PinnedOptions
+from calibatt_compiler.model.dynamo import FrameInputs
+from calibatt_compiler.model.families import unwrap
 from calibatt_compiler.report.summary import GraphReport, keep_report
 from calibatt_compiler.runtime.graph import ServedGraph
 

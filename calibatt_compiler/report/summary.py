@@ -12,9 +12,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from calibatt_compiler.dynamo import options_of
+from calibatt_compiler.binding.pinned import PinnedOptions
 from calibatt_compiler.errors import CaptureError
-from calibatt_compiler.pinned import PinnedOptions
+from calibatt_compiler.model.dynamo import options_of
 from calibatt_compiler.printable import printable
 from calibatt_compiler.report.drift import Drift
 from calibatt_compiler.runtime.graph import ServedGraph
@@ -23,7 +23,7 @@ from calibatt_compiler.runtime.site import SparseSite
 if TYPE_CHECKING:
     from rich.console import Group
 
-    from calibatt_compiler.binders import PlanBinder
+    from calibatt_compiler.binding.binders import PlanBinder
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from calibatt_compiler.kernels.hopper.launch import (
     launch_options,
     readable,
 )
-from calibatt_compiler.kernels.hopper.schedule import TILE_COST, assign
+from calibatt_compiler.kernels.hopper.schedule import TILE_COST, Words, assign
 from calibatt_compiler.kernels.portable.launch import on_device
 from calibatt_compiler.kernels.portable.tiles import multiprocessors
 from calibatt_compiler.kernels.request import KernelRequest
@@ -212,16 +212,26 @@ def row_order(zones: ZonePattern, table: ZoneTable, order: Order) -> npt.NDArray
     return found.reshape(zones.heads, -1)
 
 
-def _tables(
-    table: ZoneTable, device: torch.device, programs: int, order: Order, zones: ZonePattern
-) -> Tables:
+def zone_tiles(
+    table: ZoneTable, programs: int, order: Order, zones: ZonePattern
+) -> tuple[Words, Words]:
+    """Deal the rows out to programs, on the host: tiles and starts of `schedule.Schedule`.
+
+    A tile has the words of its row in `table`.
+    """
     lists = assign(
         table.units.reshape(-1), zones.heads, programs, tile_cost=TILE_COST * UNIT,
         order=row_order(zones, table, order),
     )  # fmt: skip
     tiles = np.zeros((len(table.rows) + 1, 4), np.int32)
     tiles[:-1] = table.rows[np.concatenate(lists)]
-    starts = sums_before(np.array([len(part) for part in lists])).astype(np.int32)
+    return tiles, sums_before(np.array([len(part) for part in lists])).astype(np.int32)
+
+
+def _tables(
+    table: ZoneTable, device: torch.device, programs: int, order: Order, zones: ZonePattern
+) -> Tables:
+    tiles, starts = zone_tiles(table, programs, order, zones)
     put = [to_device(x, device) for x in (tiles, starts, table.runs)]
     found = Tables(put[0], put[1], put[2], None, None, None, Uploaded(device))
     found.uploaded.wait()

@@ -8,7 +8,7 @@ import pytest
 import tiny_models
 import torch
 
-from calibatt_compiler import models
+from calibatt_compiler.model import families as models
 from calibatt_compiler.plan import Plan
 
 OLD_PLAN = Path(__file__).parent / "plans" / "before_fixed_by.calibatt"

@@ -17,7 +17,7 @@ from calibatt_compiler.errors import (
     PlanFormatError,
     PlanMismatchError,
 )
-from calibatt_compiler.models import identify
+from calibatt_compiler.model.families import identify
 from calibatt_compiler.plan import ModelIdentity, Plan
 from calibatt_compiler.report.summary import SiteRow, Summary
 

@@ -14,9 +14,9 @@ import torch
 
 import calibatt_compiler
 from calibatt_compiler import Plan
+from calibatt_compiler.binding.pinned import PinnedOptions
 from calibatt_compiler.errors import PlanFormatError
 from calibatt_compiler.options import CompileOptions
-from calibatt_compiler.pinned import PinnedOptions
 
 
 def another(plan: Plan) -> Plan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -37,6 +38,23 @@ def test_a_quick_run_makes_a_table(
 ) -> None:
     run(name, options, tmp_path)
     assert line in section_of(tmp_path / f"{name}.json")
+
+
+@pytest.mark.slow
+def test_ways_of_running_make_a_table(tmp_path: Path, section_of: Callable[[Path], str]) -> None:
+    ways = ["blocks", "group offload, then blocks"]
+    run("ways_of_running", ["--tiny", "--layers", "1", "--ways", *ways], tmp_path)
+    path = tmp_path / "ways_of_running.json"
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["way"] for row in rows] == ways
+    for row in rows:
+        assert row["sparse"] == 1
+        assert row["kernels"] == ["native-cpu-zones"]
+        assert row["error"]["plan"] < 1e-5
+        assert row["distance"] > 0.1
+    shown = section_of(path)
+    assert "| blocks | tiny | 1 | " in shown
+    assert "all planned sites sparse: **met**" in shown
 
 
 @pytest.mark.slow

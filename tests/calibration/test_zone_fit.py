@@ -10,7 +10,10 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._inductor.codecache import CppCodeCache
+from torch._inductor.exc import InvalidCxxCompiler
 
+from calibatt_compiler.calibration.select.zones import native
 from calibatt_compiler.calibration.select.zones.fit import SiteFit, SiteZones
 from calibatt_compiler.calibration.select.zones.lines import (
     Lines,
@@ -72,7 +75,7 @@ def test_lines_hold_the_sums_of_their_rows(rows: int, columns: int, size: int, s
         first, last = group * size, min(group * size + size, rows)
         line = head * groups + group
         assert np.array_equal(straight.squares[line], squares[head, first:last].sum(0))
-        assert (straight.blocks[line] == last - first).all()
+        assert (straight.blocks[group] == last - first).all()
         assert straight.leads[line] == squares[head, first:last].sum(0).argmax()
         sums = np.zeros(columns + size - 1)
         counts = np.zeros(columns + size - 1)
@@ -80,12 +83,79 @@ def test_lines_hold_the_sums_of_their_rows(rows: int, columns: int, size: int, s
             sums[column - row + first + size - 1] += squares[head, row, column]
             counts[column - row + first + size - 1] += 1
         assert np.array_equal(slanted.squares[line], sums)
-        assert np.array_equal(slanted.blocks[line], counts)
+        assert np.array_equal(slanted.blocks[group], counts)
         common = np.flatnonzero(counts == last - first)
         if last - first > columns:
             assert slanted.leads[line] == -1
         else:
             assert slanted.leads[line] == common[sums[common].argmax()]
+
+
+@given(
+    st.integers(1, 3),
+    st.integers(1, 20),
+    st.integers(1, 20),
+    st.integers(1, 9),
+    st.sampled_from([0.0, 0.25, 3.0, 1e12]),
+    st.integers(0, 2**32),
+)
+@settings(deadline=None, max_examples=100)
+def test_compiled_lines_equal_those_of_numpy_bit_for_bit(
+    heads: int, rows: int, columns: int, size: int, number: float, seed: int
+):
+    """Also among equal costs: half of the squares are small whole numbers."""
+    generator = np.random.default_rng(seed)
+    squares = np.where(
+        generator.random((heads, rows, columns)) < 0.5,
+        generator.integers(0, 4, (heads, rows, columns)),
+        generator.exponential(1.0, (heads, rows, columns)),
+    )
+    for lines in (absolute_lines(squares, min(size, rows)), diagonal_lines(squares, size)):
+        plain, fast = (solve(lines, 0.5, number, compiled=made) for made in (False, True))
+        for name in ("octaves", "variance", "kept", "runs"):
+            one, other = getattr(plain, name), getattr(fast, name)
+            assert one.dtype == other.dtype
+            assert np.array_equal(one, other)
+
+
+def test_sites_side_by_side_give_the_plan_of_one_after_the_other(monkeypatch: pytest.MonkeyPatch):
+    target = ZoneTarget(density=0.3)
+    one = ZonePricing(sources(), budget=300)
+    expected = one.search(target)
+    zones = list(one.fits(expected.price))
+    monkeypatch.setattr(native, "FROM_BLOCKS", 1)
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    together = ZonePricing(sources(), budget=300)
+    assert together.search(target) == expected
+    for a, b in zip(zones, together.fits(expected.price), strict=True):
+        assert (a.kept, a.variance, a.numbers, a.number) == (
+            b.kept,
+            b.variance,
+            b.numbers,
+            b.number,
+        )
+        for mine, other in zip(a.heads, b.heads, strict=True):
+            assert np.array_equal(mine.lines, other.lines)
+            assert np.array_equal(mine.diagonal, other.diagonal)
+            assert np.array_equal(mine.leads, other.leads)
+
+
+def test_without_a_compiler_numpy_fits_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(native, "FROM_BLOCKS", 1)
+
+    def missing(*args: object, **options: object) -> None:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(CppCodeCache, "load", missing)
+    native.library.cache_clear()
+    try:
+        found = SiteFit(energies(2, 12, 12), 40).at(1e-3)
+    finally:
+        native.library.cache_clear()
+    assert "fitted by numpy" in caplog.text
+    assert found.numbers <= 40
 
 
 def energies(heads: int, rows: int, columns: int, seed: int = 0) -> Squares:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from torch.utils.checkpoint import checkpoint
 
-from calibatt_compiler.dynamo import frame_inputs
 from calibatt_compiler.kernels.common.padding import KeyPadding
+from calibatt_compiler.model.dynamo import frame_inputs
 from calibatt_compiler.passes.graph import module_name
 from calibatt_compiler.passes.pipeline import PASSES, run_passes
 from calibatt_compiler.passes.rewrite import Lowered, Rewrite, SdpaCall, Skip

@@ -37,7 +37,7 @@ from calibatt_compiler.calibration.store.order_survey import stored
 from calibatt_compiler.calibration.store.ranks import Ranks
 from calibatt_compiler.calibration.store.records import InputRecord
 from calibatt_compiler.calibration.store.run_folder import RunStore, identity_text, record_text
-from calibatt_compiler.models import cfg_mode
+from calibatt_compiler.model.families import cfg_mode
 from calibatt_compiler.plan.order import RASTER
 
 

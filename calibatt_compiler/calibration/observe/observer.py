@@ -27,7 +27,7 @@ from calibatt_compiler.errors import CalibrationError
 from calibatt_compiler.kernels.common.dense import dense_attention
 from calibatt_compiler.kernels.common.padding import KeyPadding
 from calibatt_compiler.kernels.energy import attention_with_energy
-from calibatt_compiler.models import text_position
+from calibatt_compiler.model.families import text_position
 from calibatt_compiler.plan.coordinates import OF_VIDEO, digest_of, grid_of
 from calibatt_compiler.plan.order import RASTER, TokenOrder
 from calibatt_compiler.plan.schema import FixedBy

@@ -16,7 +16,7 @@ from calibatt_compiler.calibration.observe.observation import Branch, SamplerSch
 from calibatt_compiler.calibration.observe.observer import ObservedModel, Observer
 from calibatt_compiler.errors import CalibattError, CalibrationError, OptionError, PipelineError
 from calibatt_compiler.logs import logger
-from calibatt_compiler.models import unwrap
+from calibatt_compiler.model.families import unwrap
 
 log = logger("calibration")
 

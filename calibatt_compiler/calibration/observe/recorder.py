@@ -23,7 +23,7 @@ from calibatt_compiler.calibration.store.energies import EnergyBuffer
 from calibatt_compiler.calibration.store.records import InputRecord, SiteSize
 from calibatt_compiler.calibration.store.uint8_energies import encode
 from calibatt_compiler.errors import CalibrationError
-from calibatt_compiler.models import identify
+from calibatt_compiler.model.families import identify
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.text import fit_mask
 

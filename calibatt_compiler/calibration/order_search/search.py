@@ -19,7 +19,7 @@ from calibatt_compiler.calibration.store.order_survey import FILE, OrderSurvey, 
 from calibatt_compiler.calibration.store.ranks import Ranks
 from calibatt_compiler.errors import CalibrationError, OptionError
 from calibatt_compiler.logs import logger
-from calibatt_compiler.models import unwrap
+from calibatt_compiler.model.families import unwrap
 
 log = logger("calibration")
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calibatt_compiler import models
 from calibatt_compiler.calibration.config import CalibrationConfig
+from calibatt_compiler.model import families as models
 from calibatt_compiler.plan.schema import CfgMode
 
 _SAMPLES = 256

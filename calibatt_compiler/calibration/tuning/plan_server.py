@@ -16,7 +16,7 @@ from calibatt_compiler.capture import CaptureInfo, Recorder
 from calibatt_compiler.kernels.common.dense import dense_attention
 from calibatt_compiler.kernels.common.padding import KeyPadding
 from calibatt_compiler.kernels.request import KernelSettings
-from calibatt_compiler.models import unwrap
+from calibatt_compiler.model.families import unwrap
 from calibatt_compiler.plan import Plan
 from calibatt_compiler.runtime.device_queue import queue_of
 from calibatt_compiler.runtime.kernel_cache import TABLE_BUDGET, KernelCache

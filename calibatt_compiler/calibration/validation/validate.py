@@ -38,7 +38,7 @@ from calibatt_compiler.calibration.validation.measures import (
 from calibatt_compiler.calibration.validation.output_error import OutputError
 from calibatt_compiler.errors import CalibrationError, PlanMismatchError
 from calibatt_compiler.logs import logger
-from calibatt_compiler.models import identify, is_model
+from calibatt_compiler.model.families import identify, is_model
 from calibatt_compiler.plan import Plan
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.text import other_text

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from torch.utils.checkpoint import checkpoint
 
-from calibatt_compiler.dynamo import frame_inputs
 from calibatt_compiler.kernels.common.padding import KeyPadding
+from calibatt_compiler.model.dynamo import frame_inputs
 from calibatt_compiler.passes import pipeline
 from calibatt_compiler.passes.rewrite import Layout, Permuted, Rewrite, SdpaCall, Skip
 from calibatt_compiler.passes.token_order.permute import permute_tokens

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from calibatt_compiler.calibration.select.zones import native
 from calibatt_compiler.calibration.select.zones.lines import (
     Floats,
     Solved,
@@ -84,6 +85,7 @@ class SiteFit:
                 remedy="allow more numbers a site",
             )
         self._budget, self._number, self.rise = budget, number, 0
+        self._compiled = native.pays(squares.size)
         # Groups so small that a head of them would take a multiple of its share are left out.
         few = 2 * budget / self._heads
         sizes = {size for size in group_rows if size < rows and 2 * (rows / size) <= few}
@@ -135,7 +137,9 @@ class SiteFit:
 
     def _solved(self, size: int, price: float, number: float) -> _Grouping:
         absolute, diagonal = self._lines[size]
-        straight, slanted = (solve(lines, price, number) for lines in (absolute, diagonal))
+        straight, slanted = (
+            solve(lines, price, number, compiled=self._compiled) for lines in (absolute, diagonal)
+        )
         sides = [some.cost(price, number) for some in (straight, slanted)]
         slants = (sides[1] < sides[0]) & (diagonal.leads >= 0)
         heads = self._heads

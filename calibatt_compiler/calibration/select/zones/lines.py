@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from calibatt_compiler.calibration.select.zones import native
 from calibatt_compiler.plan.zones.drawing import OCTAVES
 
 Floats = npt.NDArray[np.float64]
@@ -27,7 +28,8 @@ class Lines:
 
     Attributes:
         squares: float64 (lines, places), sums of squared energies.
-        blocks: float64 (lines, places) or (1, places), how many blocks each place stands for.
+        blocks: float64 (groups, places) or (groups, 1), how many blocks each place stands for, of
+            the groups of one head: all heads have the same.
         leads: int64 (lines,), a place that has octave 0 in any case; -1: the line can't be used.
     """
 
@@ -62,7 +64,7 @@ class Solved:
         return self.variance / price + self.kept + number * self.runs
 
 
-def solve(lines: Lines, price: float, number: float) -> Solved:
+def solve(lines: Lines, price: float, number: float, *, compiled: bool = False) -> Solved:
     """Find the octaves of least cost along each line.
 
     Of equal costs a run goes on rather than ends, and the lower octave is taken.
@@ -71,9 +73,13 @@ def solve(lines: Lines, price: float, number: float) -> Solved:
         lines: what is to be covered.
         price: variance that a kept block is worth, positive.
         number: kept blocks that a run is worth, at least 0.
+        compiled: in C++, with the same result; see `native.pays`.
     """
+    if compiled:
+        return Solved(*native.solve(lines.squares, lines.blocks, lines.leads, price, number))
     squares = np.ascontiguousarray(lines.squares.T) / price  # places first
-    blocks = np.ascontiguousarray(np.broadcast_to(lines.blocks.T, squares.shape))
+    of_heads = np.tile(lines.blocks, (squares.shape[1] // len(lines.blocks), 1))
+    blocks = np.ascontiguousarray(np.broadcast_to(of_heads.T, squares.shape))
     places, count = squares.shape
     forced = _by_place(lines.leads, places)
     best_octave = np.empty((places, count), np.uint8)
@@ -99,10 +105,16 @@ def solve(lines: Lines, price: float, number: float) -> Solved:
             octave = np.where(stays == 1, octave, best_octave[place])
     return Solved(
         np.ascontiguousarray(octaves.T),
-        price * (squares * _VARIANCE[octaves]).sum(0),
-        (blocks * _RATE[octaves]).sum(0),
+        price * _sum(squares * _VARIANCE[octaves]),
+        _sum(blocks * _RATE[octaves]),
         1 + np.count_nonzero(octaves[1:] != octaves[:-1], axis=0),
     )
+
+
+def _sum(places_first: Floats) -> Floats:
+    """Sum over places one after the other; numpy's own sum takes them otherwise if it can."""
+    total: Floats = np.add.accumulate(places_first)[-1]
+    return total
 
 
 def _by_place(leads: npt.NDArray[np.int64], places: int) -> dict[int, npt.NDArray[np.int64]]:
@@ -126,12 +138,11 @@ def absolute_lines(squares: npt.NDArray[np.floating], rows: int) -> Lines:
     Returns:
         Lines of all groups, head after head.
     """
-    heads, height, width = squares.shape
+    height, width = squares.shape[1:]
     firsts = np.arange(0, height, rows)
     sums = np.add.reduceat(squares, firsts, axis=1, dtype=np.float64).reshape(-1, width)
     members = np.minimum(firsts + rows, height) - firsts
-    blocks = np.tile(members.astype(np.float64), heads)[:, None]
-    return Lines(sums, np.broadcast_to(blocks, sums.shape), sums.argmax(1))
+    return Lines(sums, members.astype(np.float64)[:, None], sums.argmax(1))
 
 
 def diagonal_lines(squares: npt.NDArray[np.floating], rows: int) -> Lines:
@@ -155,8 +166,4 @@ def diagonal_lines(squares: npt.NDArray[np.floating], rows: int) -> Lines:
     common = (place >= rows - 1) & (place < width + rows - sizes[:, None])
     leads = np.where(common, sums, -1.0).argmax(-1)
     leads = np.where(common.any(-1), leads, -1)
-    return Lines(
-        sums.reshape(heads * groups, -1),
-        np.tile(blocks, (heads, 1)),
-        leads.reshape(-1),
-    )
+    return Lines(sums.reshape(heads * groups, -1), blocks, leads.reshape(-1))

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
+from calibatt_compiler.calibration.select.zones import native
 from calibatt_compiler.calibration.select.zones.fit import (
     GROUP_ROWS,
     NUMBER_PRICE,
@@ -22,8 +27,11 @@ TOLERANCE = 0.003
 
 TRIES = 24
 
-MEMORY = 1 << 30
+MEMORY = 1 << 32
 """Bytes of sums that are held from one price to the next; what does not fit is read again."""
+
+THREADS = 8
+"""Sites that are fitted at a time, at most: each has its squares in memory while it is read."""
 
 Squares = npt.NDArray[np.floating]
 
@@ -81,6 +89,7 @@ class ZonePricing:
     group_rows: tuple[int, ...] = GROUP_ROWS
     _held: dict[int, SiteFit] = field(default_factory=dict, init=False, repr=False)
     _rises: dict[int, int] = field(default_factory=dict, init=False, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
     def search(self, target: ZoneTarget) -> Priced:
         """Find the price at which the plan is as wanted, or as near as it can be.
@@ -134,12 +143,22 @@ class ZonePricing:
         return Priced(price, kept / blocks, math.sqrt(variance / rows))
 
     def fits(self, price: float) -> Iterator[SiteZones]:
-        """Fit all sites and step groups, one after the other."""
-        for index in range(len(self.sources)):
-            fit = self._fit(index)
-            # What a number costs starts from what it cost last: prices come near one another.
-            yield fit.at(price, self._rises.get(index, 0))
-            self._rises[index] = fit.rise
+        """Fit all sites and step groups, in order."""
+        # numpy's own form of the fit is many small steps, which hold threads up.
+        side_by_side = all(native.pays(source.blocks) for source in self.sources)
+        threads = min(THREADS, os.cpu_count() or 1) if side_by_side else 1
+        with ThreadPoolExecutor(threads) as pool:
+            try:
+                yield from pool.map(partial(self._zones, price), range(len(self.sources)))
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _zones(self, price: float, index: int) -> SiteZones:
+        fit = self._fit(index)
+        # What a number costs starts from what it cost last: prices come near one another.
+        found = fit.at(price, self._rises.get(index, 0))
+        self._rises[index] = fit.rise
+        return found
 
     def _fit(self, index: int) -> SiteFit:
         if index in self._held:
@@ -149,6 +168,7 @@ class ZonePricing:
         if source.factor != 1:
             squares = squares * source.factor**2
         fit = SiteFit(squares, self.budget, self.number, self.group_rows)
-        if sum(held.bytes for held in self._held.values()) + fit.bytes <= MEMORY:
-            self._held[index] = fit
+        with self._lock:
+            if sum(held.bytes for held in self._held.values()) + fit.bytes <= MEMORY:
+                self._held[index] = fit
         return fit

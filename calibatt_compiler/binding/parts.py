@@ -15,14 +15,14 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 
-from calibatt_compiler.callers import ModuleCall, module_calls
+from calibatt_compiler.binding.model_call import ModelCallReader
+from calibatt_compiler.binding.place import arguments, call_of, module_names
 from calibatt_compiler.capture import Site, SiteInfo
-from calibatt_compiler.dynamo import Place
 from calibatt_compiler.errors import KernelError
-from calibatt_compiler.model_call import ModelCallReader
+from calibatt_compiler.model.callers import ModuleCall, module_calls
+from calibatt_compiler.model.dynamo import Place
 from calibatt_compiler.passes.graph import example
 from calibatt_compiler.passes.rewrite import Rewrite, Skip
-from calibatt_compiler.place import arguments, call_of, module_names
 from calibatt_compiler.runtime.graph import Run, ServedGraph
 from calibatt_compiler.runtime.site import DenseSite
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from calibatt_compiler import models
-from calibatt_compiler.dynamo import FrameInputs
+from calibatt_compiler.model import families as models
+from calibatt_compiler.model.dynamo import FrameInputs
 from calibatt_compiler.plan import Plan
 from calibatt_compiler.plan.coordinates import OF_TEXT, OF_VIDEO
 from calibatt_compiler.plan.schema import FixedBy

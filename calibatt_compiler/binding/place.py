@@ -12,10 +12,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from calibatt_compiler import models
-from calibatt_compiler.callers import ModuleCall, module_calls
-from calibatt_compiler.dynamo import FrameInputs, Place
-from calibatt_compiler.model_call import call_inputs, timestep_in
+from calibatt_compiler.binding.model_call import call_inputs, timestep_in
+from calibatt_compiler.model import families as models
+from calibatt_compiler.model.callers import ModuleCall, module_calls
+from calibatt_compiler.model.dynamo import FrameInputs, Place
 
 TRANSPARENT = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Names under which wrappers hold what they wrap; they are left out of names of sites."""

@@ -11,16 +11,16 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from calibatt_compiler import models
-from calibatt_compiler.calls import hint
+from calibatt_compiler.binding.model_call import ModelCallReader
+from calibatt_compiler.binding.parts import PartCall
+from calibatt_compiler.binding.pinned import PinnedOptions
 from calibatt_compiler.capture import Site, SiteInfo
 from calibatt_compiler.errors import KernelError, PlanMismatchError
 from calibatt_compiler.kernels.request import KernelSettings
-from calibatt_compiler.model_call import ModelCallReader
+from calibatt_compiler.model import families as models
+from calibatt_compiler.model.calls import hint
 from calibatt_compiler.options import CompileOptions
-from calibatt_compiler.parts import PartCall
 from calibatt_compiler.passes.rewrite import Skip
-from calibatt_compiler.pinned import PinnedOptions
 from calibatt_compiler.plan import Plan, SitePatterns
 from calibatt_compiler.plan.text import other_text
 from calibatt_compiler.runtime.coordinates import PlanCoordinates

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calibatt_compiler.calls import another_size
-from calibatt_compiler.dynamo import TIMESTEPS, FrameInputs, Place
+from calibatt_compiler.model.calls import another_size
+from calibatt_compiler.model.dynamo import TIMESTEPS, FrameInputs, Place
 from calibatt_compiler.plan import Plan
 from calibatt_compiler.runtime.coordinates import CoordinatesReader
 from calibatt_compiler.runtime.timestep import OTHER_TOKENS, read, send

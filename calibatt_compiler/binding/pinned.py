@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from calibatt_compiler.dynamo import keywords_with
 from calibatt_compiler.errors import CalibattError
+from calibatt_compiler.model.dynamo import keywords_with
 from calibatt_compiler.options import CompileOptions, plan_digest
 from calibatt_compiler.plan import Plan
 

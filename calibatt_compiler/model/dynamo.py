@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from calibatt_compiler.callers import RESUMED, module_calls
+from calibatt_compiler.model.callers import RESUMED, module_calls
 from calibatt_compiler.passes.graph import FLEX, SDPA, example, module_path, subgraphs
 from calibatt_compiler.plan.coordinates import OF_TEXT, OF_VIDEO, by_axis
 

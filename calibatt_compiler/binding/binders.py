@@ -6,16 +6,16 @@ from dataclasses import replace
 
 import torch
 
-from calibatt_compiler.calls import another_size, transformer_of
+from calibatt_compiler.binding.model_call import ModelCallReader
+from calibatt_compiler.binding.parts import PartCall
+from calibatt_compiler.binding.plan_sites import NOT_PLANNED, PlanSites, check_model
 from calibatt_compiler.capture import Recorder, Site, SiteInfo
-from calibatt_compiler.dynamo import FrameInputs
-from calibatt_compiler.model_call import ModelCallReader
+from calibatt_compiler.model.calls import another_size, transformer_of
+from calibatt_compiler.model.dynamo import FrameInputs
 from calibatt_compiler.options import CompileOptions
-from calibatt_compiler.parts import PartCall
 from calibatt_compiler.passes.graph import BY_FLEX, example
 from calibatt_compiler.passes.rewrite import Layout, SdpaCall, Skip, site_key
 from calibatt_compiler.plan import Plan, SitePatterns
-from calibatt_compiler.plan_sites import NOT_PLANNED, PlanSites, check_model
 from calibatt_compiler.runtime.graph import ServedGraph
 from calibatt_compiler.runtime.site import DenseSite, RecordingSite
 
