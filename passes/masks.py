@@ -102,7 +102,7 @@ def _outer(node: Node, chain: list[Node]) -> Node | None:
 
 
 _SAME = ("bool", "contiguous", "clone")
-_BOTH = ("and_", "iand", "mul", "logical_and", "bitwise_and", "__and__")
+_BOTH = ("and_", "mul", "logical_and", "bitwise_and", "__and__")
 
 
 def _name(node: Node) -> str:
@@ -206,13 +206,20 @@ _RULES: dict[str, Callable[[Node, int], int | None]] = {
 """By name of an operator: where the tokens of its operand are in its result, None if unknown."""
 
 
+_READ_ONLY = {
+    *_RULES, *_SAME, *_BOTH, "to", "float", "long", "type_as", "squeeze", "flatten", "permute",
+    "expand_as", "reshape_as", "view_as", "split", "chunk", "narrow", "select", "detach",
+}  # fmt: skip
+"""Names of operators that return views of their operand, or the operand, and write into nothing."""
+
+
 def _written(vector: Node, chain: list[Node]) -> bool:
     """Whether anything that a mask is made of is written into once the mask is being made."""
     memories = {memory(node) for node in (vector, *chain)} - {0}
     begun = False
     for node in vector.graph.nodes:
         begun = begun or node in chain
-        if begun and any(memory(target) in memories for target in written(node)):
+        if begun and _writes(node, memories):
             return True
     return False
 
@@ -221,7 +228,12 @@ def written_behind(place: Node, source: Node) -> bool:
     """Whether a value is written into behind a place of its graph."""
     node = place.next
     while node.op != "root":
-        if any(memory(target) == memory(source) for target in written(node)):
+        if _writes(node, {memory(source)}):
             return True
         node = node.next
     return False
+
+
+def _writes(node: Node, memories: set[int]) -> bool:
+    functional = (node.target,) if _name(node) in _READ_ONLY else ()
+    return any(memory(target) in memories for target in written(node, functional))

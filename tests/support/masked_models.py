@@ -162,7 +162,7 @@ def krea_inputs(lengths: Sequence[int]) -> dict[str, Any]:
 
 JOINT = ("transformer_blocks.0.attn", "single_transformer_blocks.0.attn")
 PAIR = ("transformer_blocks.0.attn", "transformer_blocks.1.attn")
-VIDEO, IMAGE = (3, 5, 7), (1, 9, 11)
+VIDEO, IMAGE, LENGTH = (3, 5, 7), (1, 9, 11), (1, 1, 99)
 
 FAMILIES: dict[str, Masked] = {
     "hunyuan_video": Masked(hunyuan, hunyuan_inputs, JOINT, VIDEO, "last"),
@@ -174,7 +174,7 @@ FAMILIES: dict[str, Masked] = {
         IMAGE,
         "last",
     ),
-    "qwen": Masked(qwen, qwen_inputs, PAIR, IMAGE, "first"),
+    "qwen": Masked(qwen, qwen_inputs, PAIR, LENGTH, "first"),
     "chroma": Masked(chroma, chroma_inputs, JOINT, IMAGE, "first"),
-    "krea": Masked(krea, krea_inputs, PAIR, IMAGE, "first"),
+    "krea": Masked(krea, krea_inputs, PAIR, LENGTH, "first"),
 }
