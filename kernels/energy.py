@@ -67,26 +67,31 @@ def block_energy(
         # The block is a multiple of the stride: what is left of each block is a smaller block.
         q, block = q[:, :, ::every], (block[0] // every, block[1])
         lse = None if lse is None else lse[:, :, ::every]
-    if padding is not None:
-        padding.check(q.shape[0], k.shape[2])
-        parts = [
-            _chunked_energy(q[part], k[part], block, factor, None, padding.part(part))
-            if count < 1
-            else F.pad(
-                block_energy(q[part], k[part, :, :count], block=block, scale=factor),
-                (0, -(-k.shape[2] // block[1]) + -count // block[1]),
-            )
-            for part, count in _by_tail(padding, q.shape[0])
-        ]
-        return torch.cat(parts)
+    if padding is None:
+        return _energy(q, k, block, factor, lse)
+    padding.check(q.shape[0], k.shape[2])
+    parts = []
+    for part, count in _by_tail(padding, q.shape[0]):
+        if count < 1:
+            some = _chunked_energy(q[part], k[part], block, factor, None, padding.part(part))
+        else:
+            some = _energy(q[part], k[part, :, :count], block, factor, None)
+        parts.append(F.pad(some, (0, -(-k.shape[2] // block[1]) - some.shape[-1])))
+    return torch.cat(parts)
+
+
+def _energy(
+    q: Tensor, k: Tensor, block: tuple[int, int], scale: float, lse: Tensor | None
+) -> Tensor:
+    """As `block_energy`, of all queries and keys."""
     kernel = _chosen(q, k, block)
     if kernel == "native-energy":
-        return native_energy(q, k, None, block, factor, lse)[1]
+        return native_energy(q, k, None, block, scale, lse)[1]
     if kernel == "triton-energy":
         from calibatt_compiler.kernels.portable.energy_scores import triton_energy
 
-        return triton_energy(q, k, block, factor, lse)
-    return _chunked_energy(q, k, block, factor, lse)
+        return triton_energy(q, k, block, scale, lse)
+    return _chunked_energy(q, k, block, scale, lse)
 
 
 def attention_with_energy(

@@ -11,6 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from calibatt_compiler.errors import KernelError
 from calibatt_compiler.kernels.common.padding import KeyPadding
 from calibatt_compiler.kernels.cpu.attention import NativeCpuAttention
+from calibatt_compiler.kernels.energy import attention_with_energy, block_energy
 from calibatt_compiler.kernels.gradients import attention_gradients
 from calibatt_compiler.kernels.reference.attention import ReferenceAttention
 from calibatt_compiler.plan.copies import AnchorRows
@@ -160,3 +161,22 @@ def test_what_does_not_fit_is_refused(operands, random_pattern):
         ReferenceAttention(random_pattern(query_length=LENGTH, pooled=1))(
             q, k, v, padding=KeyPadding.of(MASKS["tails"])
         )
+
+
+@pytest.mark.parametrize("queries", [1.0, 0.25])
+@pytest.mark.parametrize("name", MASKS)
+def test_padded_keys_have_no_energy(name, queries, operands, accuracy):
+    mask, block = MASKS[name], (32, 64)
+    q, k, v = operands(batch=2, query_length=LENGTH, head_dim=24)
+    padding = KeyPadding.of(mask, rows=True)
+    out, energy = attention_with_energy(q, k, v, block=block, queries=queries, padding=padding)
+    scores = q.double() @ k.double().mT * 24**-0.5
+    p = scores.masked_fill(~mask[:, None, None], -math.inf).softmax(-1)
+    every = round(1 / queries)
+    rows = [part.mean(2) for part in torch.split(p[:, :, ::every], block[0] // every, 2)]
+    want = torch.stack([c.sum(-1) for c in torch.split(torch.stack(rows, 2), block[1], -1)], -1)
+    assert (energy - want).abs().max() < 1e-6
+    dense = (p @ v.double()).masked_fill(~mask[:, None, :, None], 0)
+    assert (out - dense).abs().max() < 1e-5
+    alone = block_energy(q, k, block=block, queries=queries, padding=padding)
+    assert (alone - want).abs().max() < 1e-6
