@@ -19,6 +19,7 @@ from calibatt_compiler.plan.pattern import BlockPattern
 
 if TYPE_CHECKING:
     from calibatt_compiler.kernels.hopper.attention import HopperAttention
+    from calibatt_compiler.kernels.hopper.padded import HopperTails
     from calibatt_compiler.kernels.portable.attention import TableAttention
 
 
@@ -57,8 +58,12 @@ def _on_gpu(request: KernelRequest[BlockPattern], choice: Choice) -> AttentionKe
         from calibatt_compiler.kernels.baked.attention import baked_attention
 
         return baked_attention(request, choice.target, reason=choice.reason)
-    kernel: HopperAttention | TableAttention
-    if choice.target == "hopper":
+    kernel: HopperAttention | HopperTails | TableAttention
+    if choice.target == "hopper" and request.padded:
+        from calibatt_compiler.kernels.hopper.padded import HopperTails
+
+        kernel = HopperTails(request)
+    elif choice.target == "hopper":
         from calibatt_compiler.kernels.hopper.attention import HopperAttention
 
         kernel = HopperAttention(request)
@@ -83,7 +88,7 @@ def attention_like(pattern: BlockPattern, q: Tensor, *, padded: bool = False) ->
         dtype=dtype,
         head_dim=q.shape[3],
         lowering="table",
-        padded=padded,
+        padded="any" if padded else "",
     )
     try:
         choice = choose(request, DeviceFacts.of(device))

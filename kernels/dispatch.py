@@ -174,8 +174,11 @@ def _hopper_reason(request: KernelRequest[AnyPattern], facts: DeviceFacts) -> st
     """Why the Hopper kernel does not serve a request, or None if it does."""
     if not request.hopper or facts.type != "cuda" or facts.hip or facts.arch != HOPPER:
         return "it needs a Hopper GPU, and the option hopper=True"
-    if request.padded:
-        return "its calls have a mask over keys"
+    pattern = request.pattern
+    if request.padded == "any":
+        return "of masks over keys it takes those that cut a tail"
+    if request.padded and (isinstance(pattern, ZonePattern) or pattern.weighted):
+        return "it takes no masks over keys with zones or weights"
     return operand_reason(request.dtype, request.head_dim, request.pattern) or facts.gluon
 
 

@@ -16,7 +16,7 @@ from calibatt_compiler.binding.parts import PartCall
 from calibatt_compiler.binding.pinned import PinnedOptions
 from calibatt_compiler.capture import Site, SiteInfo
 from calibatt_compiler.errors import KernelError, PlanMismatchError
-from calibatt_compiler.kernels.request import KernelSettings
+from calibatt_compiler.kernels.request import KernelSettings, Padded
 from calibatt_compiler.model import families as models
 from calibatt_compiler.model.calls import hint
 from calibatt_compiler.options import CompileOptions
@@ -27,7 +27,7 @@ from calibatt_compiler.runtime.coordinates import PlanCoordinates
 from calibatt_compiler.runtime.device_queue import queue_of
 from calibatt_compiler.runtime.kernel_cache import KernelCache, table_budget
 from calibatt_compiler.runtime.sampler_watch import SamplerWatch
-from calibatt_compiler.runtime.site import SparseSite
+from calibatt_compiler.runtime.site import SparseSite, expected_padding
 
 NOT_PLANNED = "not in the plan"
 
@@ -48,7 +48,7 @@ class PlanSites:
         self.watch = SamplerWatch(self._plan)
         self.expectation = f"{frames} x {height} x {width} latent tokens"
         self.reader = ModelCallReader(self._plan, PlanCoordinates(self._plan))
-        self._caches: dict[tuple[torch.device, torch.dtype, bool], KernelCache] = {}
+        self._caches: dict[tuple[torch.device, torch.dtype, Padded], KernelCache] = {}
         self._sites: dict[tuple[str, KernelSettings], SparseSite] = {}
 
     def bind_part(self, call: PartCall, info: SiteInfo) -> Site | Skip:
@@ -86,7 +86,7 @@ class PlanSites:
             lowering=self._options.lowering,
             softmax=self._options.softmax,
             hopper=self._options.hopper,
-            padded=info.padded,
+            padded=expected_padding(self._plan) if info.padded else "",
         )
         # Graphs of one model's parts share a binder, and so its sites.
         known = self._sites.get((info.name, settings))

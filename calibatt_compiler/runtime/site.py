@@ -12,7 +12,7 @@ from calibatt_compiler.errors import PlanMismatchError
 from calibatt_compiler.kernels.common.dense import dense_attention
 from calibatt_compiler.kernels.common.padding import KeyPadding
 from calibatt_compiler.kernels.gradients import attention_gradients, masked_gradients
-from calibatt_compiler.kernels.request import KernelSettings
+from calibatt_compiler.kernels.request import KernelSettings, Padded
 from calibatt_compiler.options import OnMismatch
 from calibatt_compiler.plan import Plan
 from calibatt_compiler.plan.text import other_text
@@ -257,6 +257,11 @@ class SparseSite:
     def release_kernels(self) -> None:
         """Free the tables of the whole graph; calls that come after all have them made again."""
         self._kernels.clear()
+
+
+def expected_padding(plan: Plan) -> Padded:
+    """Return where the masks of a plan's sites are expected to cut keys: where text ends."""
+    return "tail" if plan.text_position == "last" else "any"
 
 
 class DenseSite:

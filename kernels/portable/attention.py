@@ -125,6 +125,30 @@ class TableAttention(DeviceKernel):
         """
         self._launch(operands, flag, arguments, self.config.repair())
 
+    def compute_if(
+        self,
+        flag: Tensor,
+        operands: tuple[Tensor, Tensor, Tensor, Tensor],
+        *,
+        scale: float | None = None,
+        padding: KeyPadding | None = None,
+    ) -> None:
+        """Compute a call where a flag on the device is set; it is counted as computed again.
+
+        Args:
+            flag: int32 (1), which the host never reads.
+            operands: q, k, v, checked, and the output, of the layout that a call returns.
+            scale: as in a call.
+            padding: as in a call; rows that it cuts are not cleared.
+        """
+        if self._repairs is None:
+            self._repairs = torch.zeros(1, dtype=torch.int32, device=flag.device)
+        q, k, v = (aligned(tensor, self.config) for tensor in operands[:3])
+        q, arguments = call_arguments(q, k, v, operands[3], scale, self.config)
+        arguments |= padding_arguments(padding)
+        with on_device(q):
+            self.repair((q, k, v, operands[3]), flag, arguments)
+
     def _launch(
         self,
         operands: tuple[Tensor, Tensor, Tensor, Tensor],

@@ -20,7 +20,7 @@ from calibatt_compiler.model.families import unwrap
 from calibatt_compiler.plan import Plan
 from calibatt_compiler.runtime.device_queue import queue_of
 from calibatt_compiler.runtime.kernel_cache import TABLE_BUDGET, KernelCache
-from calibatt_compiler.runtime.site import SparseSite
+from calibatt_compiler.runtime.site import SparseSite, expected_padding
 
 BUDGET = 4 * TABLE_BUDGET
 """Bytes of tables to hold of one plan: when steps are timed, a few far apart come again and again,
@@ -79,7 +79,7 @@ class PlanServer(Recorder):
                     dtype=q.dtype,
                     head_dim=q.shape[3],
                     lowering="table",
-                    padded=mask is not None,
+                    padded="" if mask is None else expected_padding(plan),
                 ),
                 kernels=self._cache(plan, q.device, mask is not None),
             )
