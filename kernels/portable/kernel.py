@@ -143,7 +143,7 @@ def attend_kept(  # noqa: PLR0912, PLR0915  one loop and what it leaves out
         )  # fmt: skip
     if PADDED:
         step = tl.where(tl.load(bounds_ptr + 2) != 0, tl.maximum(gap - 1, 1), 1)
-        for cut in tl.range(left_out, left_out + gap, step):
+        for cut in tl.range(left_out, left_out + gap, step, num_stages=1):
             key_tile = kept_block(blocks_ptr + entry, cut // KEY_TILES, literals, LITERALS, RUNS)
             key_tile = key_tile * KEY_TILES + cut % KEY_TILES
             if WEIGHTED:

@@ -224,7 +224,7 @@ def attend_zones(  # noqa: PLR0915  one loop and what it leaves out
     if PADDED:
         begin, end, rate, walked, before, reached = 0, 0, 7, 0, start, start
         step = tl.where(tl.load(bounds_ptr + 2) != 0, tl.maximum(gap - 1, 1), 1)
-        for cut in tl.range(left_out, left_out + gap, step):
+        for cut in tl.range(left_out, left_out + gap, step, num_stages=1):
             wanted = (cut // KEY_TILES + 1) * 128
             begin, end, before, reached, rate, walked = seek(
                 runs_ptr, offset, runs, slide, left, right, key_blocks, wanted,
