@@ -1,4 +1,4 @@
-"""Masks over keys on a GPU: by the Hopper kernel where they cut a tail, else by the portable one."""
+"""Masks over keys on a GPU: tails by the Hopper kernel, others by the portable one."""
 
 from __future__ import annotations
 
