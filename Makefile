@@ -5,6 +5,7 @@
 #   PIP_ARGS  more arguments for pip, such as another index for a build of torch that fits the GPU
 #   TESTS     what `make test` runs, with any options of pytest
 #   MINUTES   how long each file of tests/campaigns runs
+#   CAMPAIGNS options for all of them, such as --out results --seed 7
 #   WORKERS   how many tests run at a time
 #   DEMO_ARGS options of `calibatt demo`
 
@@ -14,6 +15,7 @@ PIP_ARGS ?=
 TESTS ?= tests
 WORKERS ?= 2
 MINUTES ?= 5
+CAMPAIGNS ?=
 DEMO_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -50,7 +52,7 @@ test-fast: lint
 # All of them run, and it fails if one does.
 campaign: $(VENV)/.dev
 	@failed=; for file in tests/campaigns/*.py; do \
-	  echo "$$file"; OMP_NUM_THREADS=1 $(BIN)/python $$file --minutes $(MINUTES) || failed="$$failed $$file"; \
+	  echo "$$file"; OMP_NUM_THREADS=1 $(BIN)/python $$file --minutes $(MINUTES) $(CAMPAIGNS) || failed="$$failed $$file"; \
 	done; test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
 
 lint: $(VENV)/.dev

@@ -14,8 +14,8 @@ rows. The oracle and the peers may keep as many blocks as our plan at each step 
 they profit from that part of calibration too; the oracle shares them out over heads and rows by
 one threshold, the others evenly over all rows. All use the same blocks and the same kernel; no
 step is dense for one and sparse for another. With `--even` the peers keep the same number of blocks
-at each step of each layer, as many in all. Our two further forms (a weighted sample, pooled keys)
-have thresholds of their own by which their work, pooled keys counted, comes out the same.
+at each step of each layer, as many in all. Our plan with pooled keys has thresholds of its own by
+which its work, pooled keys counted, comes out the same.
 
 A larger model than the demo's is trained on a GPU, in runs of ten minutes that go on where the last
 one stopped:

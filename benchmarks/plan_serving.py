@@ -2,7 +2,6 @@
 
     python benchmarks/plan_serving.py --out results       Wan 14B at 720p, 40 sites, 2 of 50 steps
     python benchmarks/plan_serving.py --passes 1          without guidance: half the time a table
-    python benchmarks/plan_serving.py --samples           weighted samples, whose tables are larger
     python benchmarks/plan_serving.py --check             no GPU: tiny, times mean nothing
 
 Every site's attention is called as a model calls it, step by step and pass by pass, on one set of
@@ -36,7 +35,6 @@ from record import write_record
 from synthetic_masks import Video, site_masks
 from torch import Tensor
 
-from calibatt_compiler.calibration.select.sampling import sample
 from calibatt_compiler.kernels.request import KernelSettings
 from calibatt_compiler.plan import BlockPattern, Plan, Sampler, SitePatterns
 from calibatt_compiler.runtime.device_queue import queue_of
@@ -161,18 +159,9 @@ def make_plan(options: argparse.Namespace, video: Video, head_dim: int = 128) ->
         BlockPattern(video.heads, video.tokens, video.tokens, video.block, video.block, bits)
         for bits in site_masks(video, 0, steps=options.steps)
     ]
-    if options.samples:
-        patterns_of_one = [sampled(one, step) for step, one in enumerate(patterns_of_one)]
 
     def site(index: int) -> SitePatterns:
-        patterns = [
-            replace(
-                one,
-                bits=np.roll(one.bits, index, axis=0),
-                weights=None if one.weights is None else np.roll(one.weights, index, axis=0),
-            )
-            for one in patterns_of_one
-        ]
+        patterns = [replace(one, bits=np.roll(one.bits, index, axis=0)) for one in patterns_of_one]
         return SitePatterns.share(patterns, head_dim).packed()
 
     with ThreadPoolExecutor() as pool:
@@ -180,20 +169,6 @@ def make_plan(options: argparse.Namespace, video: Video, head_dim: int = 128) ->
         sites = dict(zip(names, pool.map(site, range(options.sites)), strict=True))
     sampler = Sampler(timesteps=timesteps_of(options.steps))
     return Plan.create(sites, grid=video.grid, sampler=sampler)
-
-
-def sampled(pattern: BlockPattern, step: int) -> BlockPattern:
-    """A weighted sample of as many blocks, from energies that are higher where it keeps some."""
-    mask = pattern.mask()
-    noise = torch.rand(mask.shape, generator=torch.Generator().manual_seed(0)) ** 6
-    drawn, weight = sample(noise * torch.where(mask, 5.0, 0.3), mask.sum(-1), 1.0, step=step)
-    return BlockPattern.from_mask(
-        drawn,
-        query_length=pattern.query_length,
-        key_length=pattern.key_length,
-        block=(pattern.block_m, pattern.block_n),
-        weight=weight,
-    )
 
 
 def timesteps_of(steps: int) -> tuple[float, ...]:
@@ -250,7 +225,6 @@ def parse(description: str | None, sites: int) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--passes", type=int, default=2, help="calls of a site a step")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--samples", action="store_true", help="a plan of weighted samples")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--check", action="store_true", help="tiny, on a CPU: shows that it runs")
     options = parser.parse_args()
@@ -266,7 +240,7 @@ def report(row: Any, options: argparse.Namespace, script: str) -> None:
     if options.out is not None:
         device = torch.device("cpu" if options.check else "cuda")
         path = options.out / Path(script).with_suffix(".json").name
-        write_record(path, device, [row], samples=options.samples, check=options.check)
+        write_record(path, device, [row], check=options.check)
 
 
 def main() -> int:
@@ -275,8 +249,7 @@ def main() -> int:
     device = torch.device("cpu" if options.check else "cuda")
     row = measure(options, SMALL if options.check else Video(), device)
     report(row, options, __file__)
-    if not options.samples:
-        print(f"aim: at most {AIM_MB} MB held, ratio 1")
+    print(f"aim: at most {AIM_MB} MB held, ratio 1")
     return 0
 
 

@@ -2,7 +2,6 @@
 
     python benchmarks/plan_serving_model.py --out results    4 layers of Wan 14B at 720p, 2 steps
     python benchmarks/plan_serving_model.py --passes 1       without guidance: half the time a table
-    python benchmarks/plan_serving_model.py --samples        weighted samples
     python benchmarks/plan_serving_model.py --check          no GPU: tiny, times mean nothing
 
 As `plan_serving.py`, which calls attention alone, with everything else that a model does beside it:
@@ -39,7 +38,6 @@ class Row:
     layers: int
     passes: int
     density: float
-    samples: bool
     budget_mb: int
     ms: dict[str, list[float]]
     ratio: float
@@ -108,7 +106,6 @@ def measure(options: argparse.Namespace) -> Row:
         layers=options.sites,
         passes=options.passes,
         density=plan.density(),
-        samples=options.samples,
         budget_mb=budget,
         ms=ms,
         ratio=sum(ms["served"]) / sum(ms["resident"]),

@@ -3,6 +3,7 @@
     python benchmarks/plan_size.py                     Wan 14B at 720p, 50 steps: some minutes
     python benchmarks/plan_size.py --sites 2           two of its sites, the file's size scaled up
     python benchmarks/plan_size.py --form zones --keep FILE    a plan of zones, to be kept
+    python benchmarks/plan_size.py --form zones --build sm_90  compile its kernels, too
     python benchmarks/plan_size.py --small             seconds: checks that it works
 
 Masks are made and encoded site by site, so that memory holds one site's bits and all sites' codes.
@@ -248,12 +249,28 @@ def measure(options: argparse.Namespace, video: Video, density: float | None) ->
         found = make(options, video, path, density)
         command = [sys.executable, __file__, "--open", str(path)]
         done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ)
-    opened = json.loads(done.stdout)
-    assert opened["digest"] == found["digest"]
-    found.update(opened)
+        opened = json.loads(done.stdout)
+        assert opened["digest"] == found["digest"]
+        found.update(opened)
+        if options.build is not None and density is not None:
+            found.update(build(path, options.build, Path(folder) / "cache"))
     if not options.small:
         found["file MB at 40 sites"] = 40 / options.sites * float(str(found["file MB"]))
     return found
+
+
+def build(path: Path, arch: str, caches: Path) -> dict[str, float]:
+    """Compile all kernels of a plan with empty caches; return how long it took and what serves."""
+    folders = {name: str(caches / name) for name in ("TRITON_CACHE_DIR", "CALIBATT_CACHE_DIR")}
+    command = [sys.executable, "-m", "calibatt_compiler", "build", str(path), "--arch", arch]
+    start = time.perf_counter()
+    done = subprocess.run(
+        [*command, "--json"], check=True, stdout=subprocess.PIPE, env={**os.environ, **folders}
+    )
+    took = time.perf_counter() - start
+    told = json.loads(done.stdout)
+    steps = {f"steps of sites, {kind}": told[kind] for kind in ("generated", "table", "dense")}
+    return {"cores": os.cpu_count() or 0, f"build for {arch} s": took, **steps}
 
 
 def main() -> None:
@@ -266,6 +283,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--form", choices=("masks", "zones"), help="default: both")
     parser.add_argument("--density", type=float, help="of zones only")
+    parser.add_argument("--build", metavar="SM", help="compile plans of zones, such as for sm_90")
     parser.add_argument("--small", action="store_true", help="a small video, 3 sites, 6 steps")
     parser.add_argument("--keep", type=Path, metavar="FILE", help="keep the last plan here")
     parser.add_argument("--out", type=Path)

@@ -123,7 +123,7 @@ def page() -> str:
 
 def section(benchmark: Benchmark, devices: Sequence[Sequence[Run]]) -> str:
     """Return one benchmark: question, a table a device, aims, picture, command."""
-    lines = [f"## `{benchmark.name}.py`\n", f"{benchmark.question}\n"]
+    lines = [f"## `{benchmark.script or benchmark.name + '.py'}`\n", f"{benchmark.question}\n"]
     for runs in devices:
         newest = runs[0]
         versions = ", ".join(f"{name} {version}" for name, version in newest.versions.items())

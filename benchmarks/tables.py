@@ -112,6 +112,11 @@ def ways(row: Row) -> Iterator[Cells]:
     }
 
 
+def campaign(row: Row) -> Iterator[Cells]:
+    """Yield the line of a campaign."""
+    yield {key: row[key] for key in ("campaign", "cases", "failures", "minutes", "workers")}
+
+
 def energy(row: Row) -> Iterator[Cells]:
     """Yield a line for each kernel that gives energies."""
     for kernel, ms in row["ms"].items():
@@ -169,7 +174,7 @@ def serving_model(row: Row) -> Iterator[Cells]:
     """Yield a line for each way of serving a model."""
     for name, steps in row["ms"].items():
         yield {
-            "plan": "weighted samples" if row["samples"] else "masks",
+            "plan": "weighted samples" if row.get("samples") else "masks",
             "layers": row["layers"],
             "passes": row["passes"],
             "served": name,
@@ -201,9 +206,9 @@ def zone_choices(run: Run) -> Iterator[Cells]:
             "median dB": number(row["median"]),
             "PSNR dB": number(row["psnr"]),
             "gain, dB": number(row["gain"]),
+            "mean gain, dB": number(row["mean_gain"]),
             "videos better": number(row["better"]),
             "SSIM": number(row["ssim"]),
-            "plan, MB": number(row["bytes"] / 1e6),
         }
 
 

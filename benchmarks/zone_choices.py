@@ -51,7 +51,6 @@ from calibatt_compiler.plan import Plan, SitePatterns
 from calibatt_compiler.plan.zones.drawing import UNIT, seed_of
 
 AS_IT_IS = "as it is"
-BASE = "density 1"
 QUICK = {"height": 64, "width": 96, "num_frames": 9, "num_inference_steps": 3}
 SPREAD = 4.0
 """Sensitivities are taken as at most so many times the middle one, and at least its part."""
@@ -218,6 +217,10 @@ class Only:
         return self._planned.density()
 
 
+class OutOfTimeError(Exception):
+    """The time that a run was given is over; the next run goes on."""
+
+
 @dataclass
 class Videos:
     """Videos of one pipeline and their distances from the dense ones; kept in a folder."""
@@ -239,7 +242,7 @@ class Videos:
         key = f"{name}|{name_of(case)}"
         if key not in self.results:
             if time.monotonic() > self.deadline:
-                raise SystemExit(f"out of time before {key}; run again to go on")
+                raise OutOfTimeError(key)
             dense = self._dense(case)
             frames = self._video(case, method())
             found = measure(dense, frames, torch.device(self.pipe._execution_device))
@@ -374,7 +377,6 @@ def run(options: argparse.Namespace) -> int:
     deadline = time.monotonic() + 60 * options.minutes
     make_plans(todo, recordings, options.density, options.work, options.workers)
     videos = Videos(pipe, setting, options.work, deadline)
-    rows: list[dict[str, Any]] = []
     with observed(pipe.transformer, videos.switch, setting.inductor):
         folder = Path(f"{recordings['raster']}.calibration")
         probe = ours._recording("raster")._zones(options.density, None)
@@ -386,32 +388,20 @@ def run(options: argparse.Namespace) -> int:
         }
         make_plans(more, recordings, options.density, options.work, options.workers)
         todo |= more
-        for case in setting.held_out:
-            for name, choice in todo.items():
-                plan = Plan.load(plan_path(options.work, name))
-                how = TwoSamples if choice.two_samples else Planned
-                videos.measure(name, case, lambda p=plan, how=how: how(p))
-    for name in todo:
-        plan = Plan.load(plan_path(options.work, name))
-        found = [videos.results[f"{name}|{name_of(case)}"] for case in setting.held_out]
-        base = [videos.results[f"{AS_IT_IS}|{name_of(case)}"] for case in setting.held_out]
-        gains = [one["psnr"] - other["psnr"] for one, other in zip(found, base, strict=True)]
-        rows.append(
-            {
-                "choice": name,
-                "density": plan.density(),
-                "median": statistics.median(one["psnr"] for one in found),
-                "psnr": statistics.fmean(one["psnr"] for one in found),
-                "ssim": statistics.median(one["ssim"] for one in found),
-                "gain": statistics.median(gains),
-                "better": sum(gain > 0 for gain in gains) / len(gains),
-                "bytes": plan_path(options.work, name).stat().st_size,
-                "videos": len(found),
-            }
-        )
+        try:
+            for case in setting.held_out:
+                for name, choice in todo.items():
+                    plan = Plan.load(plan_path(options.work, name))
+                    how = TwoSamples if choice.two_samples else Planned
+                    videos.measure(name, case, lambda p=plan, how=how: how(p))
+        except OutOfTimeError as reached:
+            print(f"out of time before {reached}; run again to go on", flush=True)
+    densities = {name: Plan.load(plan_path(options.work, name)).density() for name in todo}
+    table = rows(videos.results, setting.held_out, densities)
+    for row in table:
         print(
-            f"{name:42s} {rows[-1]['median']:6.2f} dB, {rows[-1]['gain']:+.2f} of {AS_IT_IS}, "
-            f"{rows[-1]['better']:.0%} of videos better",
+            f"{row['choice']:42s} {row['median']:6.2f} dB, {row['gain']:+.2f} of {AS_IT_IS}, "
+            f"better in {row['better']:.0%} of {row['videos']} videos",
             flush=True,
         )
     print(f"factors of layers {np.round(layers, 2)}, of step groups {np.round(steps, 2)}")
@@ -419,8 +409,39 @@ def run(options: argparse.Namespace) -> int:
         settings = {"check": options.quick, "block": setting.block, "density": options.density}
         settings |= {"layers": list(layers), "step_groups": list(steps)}
         settings |= {"model": Path(options.model).parent.name if options.model else "demo"}
-        write_record(options.out / "zone_choices.json", device, rows, **settings)
-    return 0
+        write_record(options.out / "zone_choices.json", device, table, **settings)
+    return 0 if all(row["videos"] == len(setting.held_out) for row in table) else 3
+
+
+def rows(
+    results: Mapping[str, Mapping[str, float]],
+    cases: Sequence[Case],
+    densities: Mapping[str, float],
+) -> list[dict[str, Any]]:
+    """Return a row for each choice, over the videos that it and the fit as it is have."""
+    found = []
+    for name, density in densities.items():
+        keys = [f"{name}|{name_of(case)}" for case in cases]
+        bases = [f"{AS_IT_IS}|{name_of(case)}" for case in cases]
+        there = [(k, b) for k, b in zip(keys, bases, strict=True) if {k, b} <= set(results)]
+        if not there:
+            continue
+        psnr = [results[key]["psnr"] for key, _ in there]
+        gains = [results[key]["psnr"] - results[base]["psnr"] for key, base in there]
+        found.append(
+            {
+                "choice": name,
+                "density": density,
+                "videos": len(there),
+                "median": statistics.median(psnr),
+                "psnr": statistics.fmean(psnr),
+                "ssim": statistics.median(results[key]["ssim"] for key, _ in there),
+                "gain": statistics.median(gains),
+                "mean_gain": statistics.fmean(gains),
+                "better": sum(gain > 0 for gain in gains) / len(gains),
+            }
+        )
+    return found
 
 
 def main() -> None:

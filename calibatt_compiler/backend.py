@@ -12,17 +12,20 @@ import torch
 from torch.fx import GraphModule
 
 from calibatt_compiler.binding.binders import PlanBinder, RecordingBinder
+from calibatt_compiler.binding.hooked import compile_beneath_hooks
 from calibatt_compiler.binding.model_call import ModelCallReader
 from calibatt_compiler.binding.parts import PartBinder, PartSites, part_calls
 from calibatt_compiler.binding.pinned import PinnedOptions
 from calibatt_compiler.binding.place import placed
-from calibatt_compiler.binding.plan_sites import misfit_error, sites_of
+from calibatt_compiler.binding.plan_sites import PlanSites, misfit_error, say_dense, sites_of
+from calibatt_compiler.binding.said import Said, said_of
 from calibatt_compiler.capture import CaptureInfo, Recorder, SiteInfo
 from calibatt_compiler.errors import CalibattError, PlanMismatchError
 from calibatt_compiler.logs import logger
 from calibatt_compiler.model import families as models
 from calibatt_compiler.model.calls import fixed_by, read_grid, transformer_of
-from calibatt_compiler.model.dynamo import FrameInputs, frame_inputs, raise_recompile_limit
+from calibatt_compiler.model.compile_calls import raise_recompile_limit
+from calibatt_compiler.model.dynamo import FrameInputs, frame_inputs
 from calibatt_compiler.options import CompileOptions
 from calibatt_compiler.passes.pipeline import run_passes
 from calibatt_compiler.passes.rewrite import Lowered, Rewrite, SdpaCall, Skip
@@ -64,10 +67,16 @@ def calibatt(
         class_name = None if model is None else model.class_name
         inputs = placed(frame_inputs(gm), class_name, plan.sites)
         root, part = inputs.place.root, inputs.is_part
-        shared = sites_of(root, pinned) if part and root is not None else None
-        binder = PlanBinder(pinned.options, inputs, shared)
+        said = said_of(root, pinned)
+        if root is not None:
+            _reach_hidden(root, inputs.place.path, plan.sites, said)
+        if part and root is not None:
+            sites = sites_of(root, pinned)
+        else:
+            sites = PlanSites(pinned.options, said)
+        binder = PlanBinder(pinned.options, inputs, sites)
         rewrite = run_passes(gm, inputs, binder)
-        _check(rewrite, binder, pinned.options)
+        _check(rewrite, binder, pinned.options, said)
         keeper = ReportKeeper(inputs, binder, pinned, rewrite.order_in_words())
         locate = _parts(rewrite, lambda root: sites_of(root, pinned), keeper) if part else None
         compiled = _inductor(gm, example_inputs, pinned.options.inductor)
@@ -184,31 +193,46 @@ def _grid(inputs: FrameInputs) -> tuple[int, int, int] | None:
     return None if grid is None else (int(grid[0]), int(grid[1]), int(grid[2]))
 
 
-def _check(rewrite: Rewrite, binder: PlanBinder, options: CompileOptions) -> None:
+def _reach_hidden(root: torch.nn.Module, path: str, sites: Iterable[str], said: Said) -> None:
+    """Have blocks served that a cache's hooks hide; warn if some may have run before this part."""
+    hook = compile_beneath_hooks(root)
+    if hook is not None and path and _any_within(path, sites):
+        said.warn(
+            "hidden",
+            "%s keeps the compiler out: blocks that it had called before %s ran dense; compile "
+            "the whole transformer to have them served from the first call on",
+            hook,
+            path,
+        )
+
+
+def _check(rewrite: Rewrite, binder: PlanBinder, options: CompileOptions, said: Said) -> None:
     """Refuse a plan of another model, and with `on_mismatch="error"` any call it does not fit."""
-    wrong = [
-        (call.info.name, decision.reason)
+    plan, inputs = options.plan, rewrite.inputs
+    skips = [
+        (call.info.name, decision)
         for call, decision in zip(rewrite.calls, rewrite.decisions, strict=True)
-        if isinstance(decision, Skip) and decision.mismatch
+        if isinstance(decision, Skip) and (decision.mismatch or call.info.name in plan.sites)
     ]
-    for name, reason in wrong:
-        log.warning("%s runs dense: %s", name, reason)
+    wrong = [(name, skip.reason) for name, skip in skips if skip.mismatch]
     if wrong and options.on_mismatch == "error":
         raise misfit_error(wrong, len(rewrite.calls), binder.expectation)
-    names = {call.info.name for call in rewrite.calls}
-    plan, inputs = options.plan, rewrite.inputs
+    said.met |= any(call.info.name in plan.sites for call in rewrite.calls)
+    said.served |= any(isinstance(decision, Lowered) for decision in rewrite.decisions)
     whole = inputs.whole and inputs.ends and not inputs.is_part
-    if names & set(plan.sites):
-        served = any(isinstance(decision, Lowered) for decision in rewrite.decisions)
-        if whole and not served and not wrong:
-            _say_unseen(rewrite, next(iter(plan.sites)))
+    if skips and (wrong or said.served or not whole):
+        for name, skip in skips:
+            say_dense(said, name, skip.reason)
         return
+    # Behind graph breaks a frame ends with its last graph: a module's own, then, and all in it.
+    anchored = inputs.place.anchor is not None and _any_within(inputs.place.path, plan.sites)
+    ended = whole or (inputs.resumed and inputs.ends and anchored and not said.met)
     held = {name for known in inputs.place.names.values() for name in known}
-    if not held.isdisjoint(site.partition(":")[0] for site in plan.sites):
-        # The model has them: a part of it need not.
-        if whole:
-            _say_unseen(rewrite, next(iter(plan.sites)))
-        return
+    has_sites = not held.isdisjoint(site.partition(":")[0] for site in plan.sites)
+    if ended and (skips or has_sites) and not said.served:
+        _say_unseen(rewrite, next(iter(plan.sites)), said)
+    if has_sites or said.met:
+        return  # a part of the model need not have them
     lengths = {site.query_length for site in plan.sites.values()}
     alike = [c.info.name for c in rewrite.calls if c.info.skip is None and _same(c, lengths)]
     if alike:
@@ -220,14 +244,21 @@ def _check(rewrite: Rewrite, binder: PlanBinder, options: CompileOptions) -> Non
         )
 
 
-def _say_unseen(rewrite: Rewrite, site: str) -> None:
+def _any_within(path: str, sites: Iterable[str]) -> bool:
+    """Whether a site lies in the module of a path."""
+    return not path or any(site.startswith(f"{path}.") for site in sites)
+
+
+def _say_unseen(rewrite: Rewrite, site: str, said: Said) -> None:
     """Warn that a model was captured whole, and none of the plan's attention calls in it."""
     reasons = Counter(call.info.skip for call in rewrite.calls if call.info.skip is not None)
     cause = ", ".join(f"{n} calls {reason}" for reason, n in reasons.most_common()) or (
         "no attention call was captured: it may run outside of the compiled code, or by another "
         'attention backend than set_attention_backend("native")'
     )
-    log.warning("none of the plan's sites, such as %r, is served: all run dense; %s", site, cause)
+    said.warn(
+        "unseen", "none of the plan's sites, such as %r, is served: all run dense; %s", site, cause
+    )
 
 
 def _same(call: SdpaCall, lengths: set[int]) -> bool:

@@ -11,13 +11,20 @@ import os
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from calibatt_compiler.errors import CalibattError, FileError
 
 Name = str | os.PathLike[str]
+
+LEFT_FOR = 86400
+"""Seconds after which a temporary file is taken for one that a killed process left."""
+
+_DRAWN = 8
+"""Characters that `tempfile` draws."""
 
 _REMEDIES = {
     errno.ENOSPC: "make room, or choose a path on another disk",
@@ -56,7 +63,8 @@ def replacing(path: Name, *, size: int = 0) -> Iterator[Path]:
 
     The rename is atomic on one file system, so a reader, a crash or Ctrl-C meets the old file or
     the new one. Missing parent folders are made. The temporary name keeps the suffix of `path`,
-    which some encoders go by.
+    which some encoders go by. A process that is killed leaves it behind; the next one that writes
+    this file removes it, a day later.
 
     Args:
         path: the file.
@@ -69,9 +77,10 @@ def replacing(path: Name, *, size: int = 0) -> Iterator[Path]:
     _check_kind(target)
     with naming(target):
         target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target)
         check_space(target, size)
         handle, name = tempfile.mkstemp(
-            dir=target.parent, prefix=f".{target.stem[:40]}-", suffix=f".tmp{target.suffix[:20]}"
+            dir=target.parent, prefix=_prefix(target), suffix=_suffix(target)
         )
     os.close(handle)
     temporary = Path(name)
@@ -90,6 +99,30 @@ def replacing(path: Name, *, size: int = 0) -> Iterator[Path]:
             temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.stem[:40]}-"
+
+
+def _suffix(target: Path) -> str:
+    return f".tmp{target.suffix[:20]}"
+
+
+def _sweep(target: Path) -> None:
+    """Remove what killed processes have left of a file that they wrote."""
+    before = time.time() - LEFT_FOR
+    prefix, suffix = _prefix(target), _suffix(target)
+    with suppress(OSError):
+        for entry in os.scandir(target.parent):
+            if not (entry.name.startswith(prefix) and entry.name.endswith(suffix)):
+                continue
+            drawn = entry.name[len(prefix) : -len(suffix)]
+            with suppress(OSError):
+                found = entry.stat(follow_symlinks=False)
+                old = stat.S_ISREG(found.st_mode) and found.st_mtime < before
+                if old and len(drawn) == _DRAWN and "-" not in drawn:
+                    os.unlink(entry.path)
 
 
 def write_text(path: Name, text: str) -> None:

@@ -42,7 +42,7 @@ class CompileOptions:
             and the attention mass that the plan keeps of theirs stands in the summary beside the
             mass that it was calibrated to keep. 0 looks at none.
         table_memory: megabytes of a GPU's memory that tables of block indices may take; None: 240,
-            or 720 for a plan of weighted samples. More than all steps take saves the host the
+            or 720 for a plan with weights of blocks. More than all steps take saves the host the
             making of tables while it generates.
 
     Raises:
@@ -62,11 +62,15 @@ class CompileOptions:
     def parse(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> CompileOptions:
         """Check the options of a compile call and load the plan."""
         if mode is not None:
+            from torch._inductor import list_mode_options
+
+            settings = list_mode_options().get(str(mode)) or {"max_autotune": True}
             raise OptionError(
-                "the calibatt backend takes no mode",
+                "the calibatt backend takes no mode, and torch.compile no mode beside options",
                 expected='options={"plan": ...}',
                 got=f"mode={mode!r}",
-                remedy='hand Inductor settings on with options={"inductor": {...}}',
+                remedy="leave mode out and give what it stands for: "
+                f'options={{"plan": ..., "inductor": {settings}}}',
             )
         require(options is None or isinstance(options, Mapping), "options", options, "a mapping")
         given = dict(options) if options else {}

@@ -233,6 +233,5 @@ def test_what_most_people_need_fits_a_screen(
     common, advanced = capsys.readouterr().out.split("Advanced")
     assert len(common.splitlines()) <= 50
     assert "--A" in common
-    assert "--sample-power" in common
     assert "--merge-budget" in advanced
     assert "--dtype" in advanced

@@ -307,3 +307,29 @@ def test_permissions_follow_the_mask(tmp_path: Path) -> None:
             assert (tmp_path / "x").stat().st_mode & 0o777 == 0o666 & ~mask
         finally:
             os.umask(before)
+
+
+def test_what_a_killed_process_left_is_swept_by_the_next_writer(tmp_path: Path) -> None:
+    """A day later, and nothing else is."""
+    path = tmp_path / "p.calibatt"
+    program = (
+        "import os, sys; from calibatt_compiler.files import replacing\n"
+        "with replacing(sys.argv[1]) as temporary:\n"
+        "    temporary.write_text('half'); os.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(path)], check=False)
+    assert done.returncode == -9
+    (left,) = tmp_path.iterdir()
+    write_text(path, "whole")
+    assert left.exists(), "another process may be writing it"
+    others = [".p-short.tmp.calibatt", ".p-q-abcd_fgh.tmp.calibatt", ".p-abcd_fgh.calibatt",
+              ".q-abcd_fgh.tmp.calibatt", "p-abcd_fgh.tmp.calibatt"]  # fmt: skip
+    for name in others:
+        (tmp_path / name).write_text("kept")
+    (tmp_path / ".p-abcd_fgh.tmp.calibatt").mkdir()
+    for file in tmp_path.iterdir():
+        os.utime(file, (0, 0))
+    write_text(path, "whole")
+    assert {file.name for file in tmp_path.iterdir()} == {
+        *others, ".p-abcd_fgh.tmp.calibatt", path.name
+    }  # fmt: skip

@@ -12,7 +12,7 @@ from fidelity_study.serve import DenseBlocks, Method, Planned, oracle, router
 from calibatt_compiler.plan import Plan
 
 OURS, ORDERED, REPEATED = "ours", "ordered", "repeated"
-SAMPLED, POOLED = "sampled", "pooled"
+POOLED = "pooled"
 ZONES, FEW_ZONES = "zones", "few-zones"
 ORACLE, ROUTER, RANDOM = "oracle", "router", "random"
 FLOOR = "floor"
@@ -21,7 +21,6 @@ TITLES = {
     OURS: "calibrated plan (ours)",
     ORDERED: "calibrated plan in token order {order} (ours)",
     REPEATED: "calibrated, with row-shared heads (ours)",
-    SAMPLED: "calibrated, weighted sample (ours)",
     POOLED: "calibrated, 4 pooled keys a dropped block (ours)",
     ZONES: "octave zones (ours)",
     FEW_ZONES: "octave zones, {few} numbers a head (ours)",
@@ -47,7 +46,6 @@ GAMMA = 0.87
 FORMS = {
     OURS: Form(),
     REPEATED: Form(gamma=GAMMA),
-    SAMPLED: Form(sample_power=1.0),
     POOLED: Form(pooled=4),
     ZONES: Form(zones=True),
     FEW_ZONES: Form(zones=True, numbers=FEW),

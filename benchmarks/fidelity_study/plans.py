@@ -35,14 +35,12 @@ class Form:
 
     Attributes:
         pooled: keys that each dropped block is pooled to; their cost is part of the density.
-        sample_power: see `CalibrationConfig`.
         gamma: see `CalibrationConfig`; what row-shared heads spare is given to the others.
         zones: octave zones instead of masks.
         numbers: that zones may have a head; None: as calibration does.
     """
 
     pooled: int = 0
-    sample_power: float | None = None
     gamma: float | None = None
     zones: bool = False
     numbers: int | None = None
@@ -146,7 +144,6 @@ class Recording:
             C=chosen.C,
             k=chosen.k,
             pooled=form.pooled,
-            sample_power=form.sample_power,
             gamma=form.gamma,
         )
 

@@ -33,15 +33,13 @@ class PlanBinder:
         PlanMismatchError: the plan was calibrated on another model.
     """
 
-    def __init__(
-        self, options: CompileOptions, inputs: FrameInputs, sites: PlanSites | None = None
-    ) -> None:
+    def __init__(self, options: CompileOptions, inputs: FrameInputs, sites: PlanSites) -> None:
         self._plan = options.plan
         _check_model(self._plan, inputs)
         # A part of a model compares sizes when it runs: see `model_call`.
         self._size = another_size(self._plan, inputs) if inputs.whole else None
         self._path = inputs.place.path
-        self._sites = PlanSites(options) if sites is None else sites
+        self._sites = sites
         self.watch = self._sites.watch
         self.expectation = self._sites.expectation
 
@@ -67,13 +65,12 @@ class PlanBinder:
             planned = self._other(call.key)
         if planned is None:
             return Skip(info.skip or NOT_PLANNED)
+        if self._size is not None and info.skip != BY_FLEX:
+            return Skip(self._size, mismatch=True)
         if info.skip not in (None, "cross-attention"):
-            # Another attention backend says nothing of the size.
-            return Skip(str(info.skip), mismatch=info.skip != BY_FLEX)
+            return Skip(info.skip)  # such as a mask, which says nothing of the size
         if self._path and self._calls_in_module(info.name) > call.repeats:
             return Skip(SCATTERED)
-        if self._size is not None:
-            return Skip(self._size, mismatch=True)
         if (misfit := self._sites.misfit(planned, info)) is not None:
             return misfit
         if info.name not in self._plan.sites:

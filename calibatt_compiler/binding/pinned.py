@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from calibatt_compiler.binding.said import Said
 from calibatt_compiler.errors import CalibattError
-from calibatt_compiler.model.dynamo import keywords_with
+from calibatt_compiler.model.compile_calls import keywords_with
 from calibatt_compiler.options import CompileOptions, plan_digest
 from calibatt_compiler.plan import Plan
 
@@ -25,6 +26,7 @@ class PinnedOptions(dict[str, Any]):
     def __init__(self, given: Mapping[str, Any], parsed: CompileOptions | None) -> None:
         super().__init__(given)
         self.parsed = parsed
+        self.said = Said()
         self._key = None if parsed is None else _key(parsed)
 
     @classmethod

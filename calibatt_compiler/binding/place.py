@@ -61,11 +61,35 @@ def module_names(
 ) -> WeakKeyDictionary[torch.nn.Module, tuple[str, ...]]:
     """Return the paths of all modules of a model, without names of wrappers."""
     found: WeakKeyDictionary[torch.nn.Module, tuple[str, ...]] = WeakKeyDictionary()
-    for path, module in root.named_modules(remove_duplicate=False):
+    for path, module in _paths(root):
         name = ".".join(part for part in path.split(".") if part not in TRANSPARENT)
         if name not in (known := found.get(module, ())):
             found[module] = (*known, name)
     return found
+
+
+def _paths(
+    module: torch.nn.Module, path: str = "", above: tuple[torch.nn.Module, ...] = ()
+) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Return the modules in a module by their paths; what leads back to where it lies ends there.
+
+    Caches such as cache-dit put one module in the place of a list of blocks. It holds the list, and
+    the model itself: it is known by the list's name, and the blocks by those that they had.
+    """
+    in_list = bool(above) and isinstance(above[-1], torch.nn.ModuleList)
+    above = (*above, module)
+    children = [(name, child) for name, child in module._modules.items() if child is not None]
+    replaces = in_list and any(child in above for _, child in children)
+    if replaces:
+        path = path.rpartition(".")[0]
+    yield path, module
+    for name, child in children:
+        if child in above:
+            continue
+        if replaces and isinstance(child, torch.nn.ModuleList):
+            yield from _paths(child, path, above)
+        else:
+            yield from _paths(child, f"{path}.{name}" if path else name, above)
 
 
 def _root(

@@ -14,6 +14,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from calibatt_compiler.binding.model_call import ModelCallReader
 from calibatt_compiler.binding.parts import PartCall
 from calibatt_compiler.binding.pinned import PinnedOptions
+from calibatt_compiler.binding.said import Said, said_of
 from calibatt_compiler.capture import Site, SiteInfo
 from calibatt_compiler.errors import KernelError, PlanMismatchError
 from calibatt_compiler.kernels.request import KernelSettings, Padded
@@ -41,11 +42,12 @@ class PlanSites:
         reader: reads the timestep of the model's calls, for its parts.
     """
 
-    def __init__(self, options: CompileOptions) -> None:
+    def __init__(self, options: CompileOptions, said: Said) -> None:
         self._options = options
         self._plan = options.plan
+        self._said = said
         frames, height, width = self._plan.grid
-        self.watch = SamplerWatch(self._plan)
+        self.watch = SamplerWatch(self._plan, lambda note: said.warn("sampler", "%s", note))
         self.expectation = f"{frames} x {height} x {width} latent tokens"
         self.reader = ModelCallReader(self._plan, PlanCoordinates(self._plan))
         self._caches: dict[tuple[torch.device, torch.dtype, Padded], KernelCache] = {}
@@ -63,6 +65,8 @@ class PlanSites:
         found = self.misfit(planned, info) or self.site(info, call.device, call.dtype)
         if isinstance(found, Skip) and found.mismatch and self._options.on_mismatch == "error":
             raise misfit_error([(info.name, found.reason)], 1, self.expectation)
+        if isinstance(found, Skip):
+            say_dense(self._said, info.name, found.reason)
         return found
 
     def misfit(self, planned: SitePatterns, info: SiteInfo) -> Skip | None:
@@ -144,10 +148,15 @@ def sites_of(root: torch.nn.Module, pinned: PinnedOptions) -> PlanSites:
         if options == pinned and (sites := reference()) is not None:
             return sites
     check_model(pinned.options.plan, root)
-    sites = PlanSites(pinned.options)
+    sites = PlanSites(pinned.options, said_of(root, pinned))
     held[:] = [each for each in held if each[1]() is not None]
     held.append((pinned, weakref.ref(sites)))
     return sites
+
+
+def say_dense(said: Said, site: str, reason: str) -> None:
+    """Warn, once for a reason, that a site of the plan runs dense."""
+    said.warn(reason, "sites of the plan such as %s run dense: %s", site, reason)
 
 
 def misfit_error(

@@ -101,8 +101,22 @@ class ObservationConfig:
             raise _error("token_order", expected, self.token_order) from error
 
 
+class _WithoutSamples:
+    """Refuses by name the setting that asked for weighted samples."""
+
+    def __new__(cls, **settings: object) -> Self:
+        if "sample_power" in settings:
+            raise OptionError(
+                "weighted samples were removed",
+                expected="zones, the default and better: see docs/decisions/0016",
+                got=f"sample_power={settings['sample_power']!r}",
+                remedy="make plans without it; those made before are still served",
+            )
+        return super().__new__(cls)
+
+
 @dataclass(frozen=True, kw_only=True)
-class SelectionConfig:
+class SelectionConfig(_WithoutSamples):
     """How blocks are selected, while inputs are recorded and from what a run has stored.
 
     Attributes:
@@ -116,18 +130,13 @@ class SelectionConfig:
         share_steps: consecutive steps of a site whose masks agree at least this much
             (intersection over union, in (0, 1]) share one pattern, the OR of theirs; 0.97 is the
             paper's. None, or 1: only equal masks are shared. `calibatt_compiler.plan.share_steps`
-            states the rule and does the same to a finished plan. With `sample_power` each step
-            has a sample of its own: errors of one that steps share would add up.
+            states the rule and does the same to a finished plan.
         merge_budget: density, in [0, 1), that may be added to each pattern by filling the
             smallest gaps between its intervals: fewer, longer intervals run faster. None: gaps
             stay. `calibatt_compiler.plan.merge_intervals` does the same to a finished plan.
         pooled: keys that each dropped block is pooled to: it then takes part as so many mean keys
             instead of not at all, which costs `pooled / block[1]` of dense attention; 0 drops it,
             see arXiv 2603.05503.
-        sample_power: keep of each row not the blocks of most energy but as many drawn by chance,
-            in proportion to this power of their mean energy, each weighted by the inverse of its
-            chance: nothing is left out on average. `docs/decisions/0007` compares powers; 1
-            served a video model best. Needs `keep_energies`; None keeps the highest.
         gamma: a head may be row-shared, that is compute a few rows of each frame and copy the
             others, if its rows attend alike by this score or more; in [0.5, 1], 0.87 in
             arXiv 2603.05503. `select.repetition` states the rule. None: no head is, and nothing is
@@ -153,7 +162,6 @@ class SelectionConfig:
     share_steps: float | None = SHARE_STEPS
     merge_budget: float | None = None
     pooled: int = 0
-    sample_power: float | None = None
     gamma: float | None = None
     form: Form | None = None
     density: float | None = None
@@ -175,12 +183,7 @@ class SelectionConfig:
         self.refiner()  # checks the ranges of its two
         if not (_integer(self.pooled) and self.pooled >= 0):
             raise _error("pooled", "an integer of at least 0", self.pooled)
-        power, gamma, budget = self.sample_power, self.gamma, self.merge_budget
-        if power is not None and not (_number(power) and 0 <= power <= 2):
-            raise _error("sample_power", "a power in [0, 2], or None", power)
-        if power is not None and budget is not None:
-            # Gaps can't be filled where blocks are drawn by chance.
-            raise _error("sample_power", "no merge_budget beside it", f"merge_budget={budget}")
+        gamma = self.gamma
         if gamma is not None and not (_number(gamma) and LEAST_GAMMA <= gamma <= 1):
             raise _error("gamma", f"a similarity in [{LEAST_GAMMA}, 1], or None", gamma)
         self._check_form()
@@ -218,11 +221,6 @@ class SelectionConfig:
             found["form"] = "masks"  # perhaps for a setting that is no part of this
         return cls(**found | changes)
 
-    @property
-    def sampled(self) -> bool:
-        """Whether masks are weighted samples."""
-        return self.sample_power is not None
-
     def zones(self) -> ZoneSelection:
         """Return how zones are chosen; the default density filled in.
 
@@ -252,8 +250,7 @@ class SelectionConfig:
 
     def refiner(self) -> Refiner:
         """Return what shares steps and merges intervals of the masks."""
-        # Steps that shared a sample would share its errors.
-        return Refiner(None if self.sampled else self.share_steps, self.merge_budget)
+        return Refiner(self.share_steps, self.merge_budget)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,9 +283,9 @@ class StorageConfig:
         run_folder: where finished inputs are kept; default `<out>.calibration` beside the plan,
             without `out` a temporary folder.
         keep_energies: keep block energies of finished inputs too, so that `plan_from_run` and
-            `run.plan(A=..., C=..., k=...)` can select again and samples can be drawn: True keeps
-            them as float32, 32 times the size of the masks; `coarse` in a byte each, within 4.4 %,
-            8 times the size of the masks. While an input runs they are on disk.
+            `run.plan(A=..., C=..., k=...)` can select again: True keeps them as float32, 32 times
+            the size of the masks; `coarse` in a byte each, within 4.4 %, 8 times the size of the
+            masks. While an input runs they are on disk.
         keep_run: leave that folder when the plan is written, so that `rho` can be changed, or
             inputs be added at the end, without running the first ones again.
         restart: throw away what an earlier run left there.
@@ -323,8 +320,6 @@ class CalibrationConfig(ObservationConfig, SelectionConfig, RunConfig, StorageCo
         width = self.block[1]
         if self.pooled and width % self.pooled:
             raise _error("pooled", f"0 or a divisor of {width}", self.pooled)
-        if self.sampled and not self.keep_energies:
-            raise _error("sample_power", "keep_energies=True beside it", "keep_energies=False")
 
     def _of_masks(self) -> list[str]:
         """Names of the settings given that say nothing of zones, for which sums are kept."""

@@ -237,20 +237,12 @@ class Selection:
         float,
         option(ADVANCED, "A block is kept if this share of the prompts needs it.", "SHARE"),
     ] = 0.5
-    sample_power: Annotated[
-        float | None,
-        option(
-            _HOW,
-            "Of masks: a weighted sample, by energy to this power; 1 is a start.",
-            "POWER",
-        ),
-    ] = None
     share_steps: Annotated[
         float,
         option(
             ADVANCED,
             "Consecutive steps whose masks agree this much (intersection over union) share one: a "
-            "smaller plan. 1 shares equal masks only; samples are never shared.",
+            "smaller plan. 1 shares equal masks only.",
             "IOU",
         ),
     ] = 0.97
@@ -329,8 +321,8 @@ class Storage:
     coarse_energies: Annotated[
         bool,
         option(
-            _HOW,
-            "Keep energies in a byte a block, which --sample-power needs.",
+            ADVANCED,
+            "Keep block energies in a byte each, 8 times the size of the masks: to select again.",
             None,
             "--coarse-energies",
         ),

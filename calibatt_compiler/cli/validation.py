@@ -81,8 +81,10 @@ def _mask_plan(folder: str, plan: Plan, amounts: dict[str, float]) -> Plan:
     used = plan.metadata.thresholds
     for name, value in _raised_before(plan).items():
         amounts[name] = min(1.0, amounts.get(name, 0.0) + value)
-    names = ("A", "C", "k", "share_steps", "merge_budget", "sample_power", "gamma")
+    names = ("A", "C", "k", "share_steps", "merge_budget", "gamma")
     settings: dict[str, Any] = {name: used.get(name) for name in names}
+    if "sample_power" in used:  # such plans can't be made again: refused by name
+        settings["sample_power"] = used["sample_power"]
     return plan_from_run(
         folder,
         raised=amounts,

@@ -1,4 +1,4 @@
-"""Reads what Dynamo knows of the frame behind a graph. The only file that touches its internals.
+"""Reads what Dynamo knows of the frame behind a graph. With `compile_calls` all that touches it.
 
 A backend is handed a graph and its tensors. The module, and arguments that are no tensors (LTX
 takes its grid as three integers), are found through the tracer that is calling the backend.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -183,62 +182,6 @@ def frame_inputs(gm: GraphModule) -> FrameInputs:
         and tracer.f_code.co_name.startswith(RESUMED),
         ends=not getattr(reason, "graph_break", False),
     )
-
-
-def keywords_with(options: object) -> dict[str, Any] | None:
-    """Return the keywords in which the backend of a `torch.compile` call holds these very options.
-
-    They are in sight while Dynamo calls the backend, or compares it with that of another call.
-    """
-    frame = sys._getframe(1)
-    for _ in range(4):
-        if frame.f_back is None:
-            return None
-        frame = frame.f_back
-        for name in ("self", "other"):
-            held = frame.f_locals.get(name)
-            keywords = getattr(held, "kwargs", None)
-            if isinstance(keywords, dict) and keywords.get("options", held) is options:
-                return keywords
-    return None
-
-
-RECOMPILE_LIMIT = 256
-"""How often Dynamo may compile one function: plans, models and adapters come and go in a process.
-
-It is what Dynamo allows in all cases (`accumulated_recompile_limit`)."""
-
-
-def raise_recompile_limit() -> None:
-    """Let Dynamo compile a function for more than eight plans, unless the user chose a limit.
-
-    Of the ninth it would run the function as it is, and nobody would be told.
-    """
-    config: Any = torch._dynamo.config
-    if config.recompile_limit == 8:
-        config.recompile_limit = RECOMPILE_LIMIT
-
-
-def options_of(compiled: object) -> object:
-    """Return the very `options` that a compiled model holds, if they can be seen.
-
-    They tell apart several `torch.compile` calls over one module.
-
-    Args:
-        compiled: what `torch.compile` returned, or a module compiled in place.
-    """
-    backend = getattr(getattr(compiled, "dynamo_ctx", None), "callback", None)
-    in_place = getattr(compiled, "_compiled_call_impl", compiled)
-    if backend is None and inspect.isfunction(in_place):
-        backend = inspect.getclosurevars(in_place).nonlocals.get("callback")
-    for _ in range(8):
-        if backend is None:
-            return None
-        keywords = getattr(backend, "kwargs", None)
-        if isinstance(keywords, dict) and "options" in keywords:
-            return keywords["options"]
-        backend = getattr(backend, "_torchdynamo_orig_backend", None)
-    return None
 
 
 def _tracer() -> Any:

@@ -14,9 +14,10 @@ import torch
 
 from calibatt_compiler.binding.pinned import PinnedOptions
 from calibatt_compiler.errors import CaptureError
-from calibatt_compiler.model.dynamo import options_of
+from calibatt_compiler.model.compile_calls import options_of, options_within
 from calibatt_compiler.printable import printable
 from calibatt_compiler.report.drift import Drift
+from calibatt_compiler.report.eager import eager_note
 from calibatt_compiler.runtime.graph import ServedGraph
 from calibatt_compiler.runtime.site import SparseSite
 
@@ -151,6 +152,8 @@ class Summary:
         samplers: of graphs that were given timesteps which are no steps of the plan, both lists in
             words.
         changed: in words, that the plan's file has become another one; None if it has not.
+        eager: in words, that calls ran without calibatt, which can't count them, and the likely
+            cause; None if nothing says so.
     """
 
     rows: tuple[SiteRow, ...]
@@ -159,6 +162,7 @@ class Summary:
     orders: tuple[str, ...] = ()
     samplers: tuple[str, ...] = ()
     changed: str | None = None
+    eager: str | None = None
 
     @property
     def sparse_calls(self) -> int:
@@ -186,6 +190,7 @@ class Summary:
             "token_order": list(self.orders),
             "samplers": list(self.samplers),
             "changed": self.changed,
+            "eager": self.eager,
             "sparse_calls": self.sparse_calls,
             "dense_calls": dict(self.dense_calls),
             "skipped": dict(self.skipped),
@@ -217,7 +222,7 @@ class Summary:
         )
         repairs = sum(row.repairs for row in self.rows)
         return (
-            ([] if self.changed is None else [self.changed])
+            [note for note in (self.changed, self.eager) if note is not None]
             + list(self.orders)
             + list(self.samplers)
             + [f"{n} calls {why}" for why, n in dense.most_common()]
@@ -316,24 +321,20 @@ def summary(compiled: object) -> Summary:
         compiled: what `torch.compile` returned, a module compiled in place, or a pipeline.
 
     Raises:
-        CaptureError: nothing was compiled yet: the first call of the model compiles it.
+        CaptureError: it is not compiled with this backend.
     """
     compiled = getattr(compiled, "transformer", compiled)
     module = getattr(compiled, "_orig_mod", compiled)
     reports = _reports.get(module, []) if isinstance(module, torch.nn.Module) else []
     options = options_of(compiled)
-    if options is not None:
+    whole = options is not None
+    if whole:
         kind = type(module) if isinstance(module, torch.nn.Module) else None
         reports = [report for report in reports if report.options is options] or _shared(
             kind, options
         )
-    if not reports:
-        raise CaptureError(
-            "there is nothing to summarise",
-            expected="a model compiled with backend='calibatt' that has run at least once",
-            got=type(compiled).__name__,
-            remedy="call the model or its pipeline first; compilation happens in the first call",
-        )
+    if not isinstance(options, PinnedOptions):
+        options = reports[-1].options if reports else _pinned(compiled)
     seen: set[int] = set()
     by_report = [(report, report.rows(seen)) for report in reports]
     rows = tuple(row for _, of_report in by_report for row in of_report)
@@ -341,15 +342,31 @@ def summary(compiled: object) -> Summary:
     graphs = {report.number for report, of_report in by_report if of_report or not rows}
     orders = dict.fromkeys(report.order for report in reports if report.order is not None)
     samplers = dict.fromkeys(note for report in reports if (note := report.watch.note()))
-    pinned = options if isinstance(options, PinnedOptions) else reports[-1].options
+    sites = options.options.plan.sites
+    # What ran with no model's call around it is known by the end of its name alone.
+    met = any(site.endswith(row.name) for row in rows for site in sites)
     return Summary(
         rows,
         len(graphs),
-        reports[-1].plan_digest,
+        options.options.plan.digest,
         tuple(orders),
         tuple(samplers),
-        pinned.changed(),
+        options.changed(),
+        eager_note(module, whole=whole, captured=bool(reports), met=met),
     )
+
+
+def _pinned(compiled: object) -> PinnedOptions:
+    """Return the options of a compiled model of which nothing was captured."""
+    options = options_within(compiled)
+    if not isinstance(options, Mapping):
+        raise CaptureError(
+            "there is nothing to summarise",
+            expected="a model, or a part of one, compiled with backend='calibatt'",
+            got=type(compiled).__name__,
+            remedy="pass what torch.compile returned, the module compiled in place, or a pipeline",
+        )
+    return PinnedOptions.of(options)
 
 
 def _shared(kind: type | None, options: object) -> list[GraphReport]:

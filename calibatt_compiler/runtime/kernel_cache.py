@@ -40,7 +40,7 @@ def table_budget(plan: Plan, megabytes: int | None) -> int:
     """Return the bytes of tables to hold for a plan: as many megabytes, or the default."""
     if megabytes is not None:
         return 1_000_000 * megabytes
-    sampled = any(site.weighted for site in plan.sites.values())
+    sampled = any(site.weighted and site.zones is None for site in plan.sites.values())
     return SAMPLED * TABLE_BUDGET if sampled else TABLE_BUDGET
 
 

@@ -27,8 +27,12 @@ from calibatt_compiler.runtime.masks import given_mask, look, of_keys
 from calibatt_compiler.runtime.timestep import read, send
 from calibatt_compiler.runtime.token_order import Rearrangements
 
+TAGS = (torch.Tag.cudagraph_unsafe,)
+"""Operators run Python code: a CUDA graph would replay the kernels of the step it was captured in.
+Inductor leaves them out of its graphs, which take what lies between."""
 
-@torch.library.custom_op("calibatt::host_timestep", mutates_args=())
+
+@torch.library.custom_op("calibatt::host_timestep", mutates_args=(), tags=TAGS)
 def host_timestep(timestep: Tensor) -> Tensor:
     """Return the diffusion timestep of a call; sites read it: see `runtime.timestep`.
 
@@ -49,7 +53,7 @@ def _(timestep: Tensor) -> Tensor:
 host_timestep.register_autograd(lambda ctx, gradient: None)
 
 
-@torch.library.custom_op("calibatt::host_timestep_of", mutates_args=())
+@torch.library.custom_op("calibatt::host_timestep_of", mutates_args=(), tags=TAGS)
 def host_timestep_of(timestep: Tensor, coordinates: Sequence[Tensor], names: str) -> Tensor:
     """Return what `host_timestep` does, after a look at where the tokens of the call stand.
 
@@ -72,7 +76,7 @@ def _(timestep: Tensor, coordinates: Sequence[Tensor], names: str) -> Tensor:
     return torch.empty(2, dtype=torch.float64, device="cpu")
 
 
-@torch.library.custom_op("calibatt::passed_timestep", mutates_args=())
+@torch.library.custom_op("calibatt::passed_timestep", mutates_args=(), tags=TAGS)
 def passed_timestep(like: Tensor) -> Tensor:
     """Return what `host_timestep` does, in a graph that is a part of a model: of the model's call.
 
@@ -111,7 +115,7 @@ host_timestep_of.register_autograd(
 )
 
 
-@torch.library.custom_op("calibatt::token_order", mutates_args=())
+@torch.library.custom_op("calibatt::token_order", mutates_args=(), tags=TAGS)
 def token_order(
     like: Tensor, order: str, grid: Sequence[int], length: int, first: int, inverse: bool
 ) -> Tensor:
@@ -190,7 +194,7 @@ def _padding_like(mask: Tensor, samples: int) -> tuple[Tensor, Tensor]:
     return bias, mask.new_empty(samples, 4, dtype=torch.int32)
 
 
-@torch.library.custom_op("calibatt::attention", mutates_args=())
+@torch.library.custom_op("calibatt::attention", mutates_args=(), tags=TAGS)
 def attention(
     q: Tensor,
     k: Tensor,
@@ -251,7 +255,7 @@ def _(
     return _token_major_like(q)
 
 
-@torch.library.custom_op("calibatt::attention_backward", mutates_args=())
+@torch.library.custom_op("calibatt::attention_backward", mutates_args=(), tags=TAGS)
 def attention_backward(
     grad: Tensor,
     q: Tensor,

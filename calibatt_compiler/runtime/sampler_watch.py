@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 from calibatt_compiler.logs import logger
@@ -20,12 +20,17 @@ Side = Literal["within", "before", "after"]
 class SamplerWatch:
     """Remembers the timesteps that a compiled graph was given.
 
+    Args:
+        plan: whose steps they should be.
+        say: receives, in words, that one is none of them.
+
     Attributes:
         strange: those that are no step of the plan, beyond what bfloat16 rounds away.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, say: Callable[[str], None] = log.warning) -> None:
         self._plan = plan
+        self._say = say
         self._seen: dict[float, Side] = {}
         self.strange: list[float] = []
 
@@ -38,7 +43,7 @@ class SamplerWatch:
         if nearest > abs(timestep) * TIMESTEP_TOLERANCE:
             self.strange.append(timestep)
             if len(self.strange) == 1:
-                log.warning("%s", self.note())
+                self._say(str(self.note()))
 
     def fits(self, timestep: float) -> bool:
         """Whether a timestep that was seen may be served by the plan's nearest step.

@@ -161,9 +161,11 @@ class HopperZones(GpuZones):
         if key_lengths is not None:
             raise KernelError(
                 "zones take no key lengths",
-                expected="None: a step is drawn for whole sequences",
+                expected="None: within a shorter sequence a row may draw no block at all, and its "
+                "lead, whose maximum is the softmax shift, may lie behind the end",
                 got=f"lengths {tuple(key_lengths.shape)}",
-                remedy="leave key_lengths out, or attend by the pattern that the step draws",
+                remedy="leave key_lengths out, give each batch item its own call with zones of its "
+                "length, or take masks without weights",
             )
         check_operands(self.pattern, q, k, v)
         check_specialisation(q, self.request)

@@ -71,7 +71,12 @@ def attend_by(
     found = plan.token_order.tokens(plan.grid, length=length, first=first)
     tokens = torch.arange(length) if found is None else torch.from_numpy(found)
     ordered = (x[:, :, tokens] for x in (query, key, value))
-    options["attn_mask"] = pattern.token_mask()[None]
+    mask = pattern.token_mask()
+    if pattern.weighted:
+        bias = torch.from_numpy(pattern.log_weights()).repeat_interleave(pattern.block_m, 1)
+        bias = bias.repeat_interleave(pattern.block_n, 2)[:, : mask.shape[1], : mask.shape[2]]
+        mask = bias.masked_fill(~mask, -math.inf)
+    options["attn_mask"] = mask[None]
     out = torch.empty_like(query)
     out[:, :, tokens] = STOCK(*ordered, **options)
     if pattern.repetitive is None:

@@ -37,13 +37,20 @@ def test_the_benchmark_runs_small(tmp_path: Path, section_of: Callable[[Path], s
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    (told,) = json.loads((tmp_path / "plan_size.json").read_text())["rows"]
-    assert told["patterns"] == 18
-    assert "Aim, opened, every byte checked, in at most 5 s: **met**" in section_of(
+    masks, alike, zones = json.loads((tmp_path / "plan_size.json").read_text())["rows"]
+    assert [told["form"] for told in (masks, alike, zones)] == ["masks", "zones", "zones"]
+    assert [told["patterns"] for told in (masks, alike, zones)] == [18, 15, 15]
+    assert alike["density"] == pytest.approx(masks["density"], rel=0.01)
+    assert zones["density"] == pytest.approx(0.25, rel=0.01)
+    assert "Aim, masks opened, every byte checked, in at most 5 s: **met**" in section_of(
         tmp_path / "plan_size.json"
     )
-    assert 0 < told["file MB"] < told["bitmap MB"]
-    assert told["load s"] > 0
+    assert "Aim, zones opened, every byte checked, in at most 0.1 s: **met**" in section_of(
+        tmp_path / "plan_size.json"
+    )
+    assert 0 < masks["file MB"] < masks["bitmap MB"]
+    for told in (masks, alike, zones):
+        assert told["load s"] > 0
 
 
 def test_masks_change_from_step_to_step_as_measured(masks: ModuleType):

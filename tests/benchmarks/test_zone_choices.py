@@ -22,12 +22,23 @@ def test_factors_are_errors_over_expected_ones_within_bounds():
     assert weights([100.0, 1.0, 0.001], [1.0, 1.0, 1.0]) == (SPREAD, 1.0, 1 / SPREAD)
 
 
-def test_record(tmp_path: Path, section_of):
+def test_a_choice_is_compared_on_the_videos_that_both_have(tmp_path: Path, section_of):
     import torch
+    from fidelity_study.setting import name_of
     from record import write_record
+    from zone_choices import AS_IT_IS, rows
 
-    row = {"choice": "as it is", "density": 0.2, "median": 30.0, "psnr": 29.0, "ssim": 0.9}
-    row |= {"gain": 0.0, "better": 0.5, "bytes": 1000, "videos": 8}
+    from calibatt_compiler.evaluation.cases import Case
+
+    cases = [Case("a", 1), Case("b", 2), Case("c", 3)]
+    results = {
+        f"{name}|{name_of(case)}": {"psnr": psnr, "ssim": 0.9}
+        for name, values in ((AS_IT_IS, (30.0, 31.0, 32.0)), ("other", (33.0, 30.0)))
+        for case, psnr in zip(cases, values, strict=False)
+    }
+    found = rows(results, cases, {AS_IT_IS: 0.2, "other": 0.2, "never begun": 0.2})
+    assert [row["choice"] for row in found] == [AS_IT_IS, "other"]
+    assert (found[1]["videos"], found[1]["gain"], found[1]["better"]) == (2, 1.0, 0.5)
     path = tmp_path / "zone_choices.json"
-    write_record(path, torch.device("cpu"), [row], model="mid")
-    assert "| mid | as it is |" in section_of(path)
+    write_record(path, torch.device("cpu"), found, model="mid")
+    assert "| mid | other |" in section_of(path)

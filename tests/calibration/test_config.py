@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -17,8 +20,11 @@ from calibatt_compiler.calibration import (
     SelectionConfig,
     StorageConfig,
     Thresholds,
+    plan_from_run,
 )
 from calibatt_compiler.errors import OptionError
+
+OLD_RUN = Path(__file__).parent / "store" / "old_run"
 
 
 def test_thresholds_follow_the_formula() -> None:
@@ -99,18 +105,32 @@ def test_settings_are_those_of_four_parts_each_of_one() -> None:
 
 
 def test_a_selection_is_taken_from_larger_settings() -> None:
-    config = CalibrationConfig(A=0.5, rho=0.7, sample_power=1.0, keep_energies=True)
+    config = CalibrationConfig(A=0.5, rho=0.7, pooled=1, keep_energies=True)
     selection = SelectionConfig.of(config)
-    assert selection == SelectionConfig(A=0.5, rho=0.7, sample_power=1.0, form="masks")
-    assert selection.sampled
-    assert SelectionConfig.of(config, A=None, sample_power=None) == SelectionConfig(
-        rho=0.7, form="masks"
-    )
+    assert selection == SelectionConfig(A=0.5, rho=0.7, pooled=1, form="masks")
+    assert SelectionConfig.of(config, A=None, pooled=0) == SelectionConfig(rho=0.7, form="masks")
     assert SelectionConfig(C=0.9).completed(Thresholds(0.1, 0.2, 3)) == Thresholds(0.1, 0.9, 3)
     with pytest.raises(TypeError, match="block"):  # stored masks can't be given other blocks
         SelectionConfig.of(config, block=(64, 64))
     with pytest.raises(OptionError, match="rho"):
         SelectionConfig.of(config, rho=2)
+
+
+@pytest.mark.parametrize("power", [None, 1.0])
+def test_a_removed_setting_is_refused_by_name(power: float | None) -> None:
+    config = CalibrationConfig()
+    for make in (
+        lambda: SelectionConfig(sample_power=power),
+        lambda: CalibrationConfig(sample_power=power, keep_energies=True),
+        lambda: SelectionConfig.of(config, sample_power=power),
+        lambda: replace(config, sample_power=power),
+        lambda: plan_from_run(OLD_RUN, sample_power=power),
+    ):
+        with pytest.raises(OptionError, match="removed") as caught:
+            make()
+        assert "zones, the default and better: see docs/decisions/0016" in str(caught.value)
+    assert "A" in inspect.signature(SelectionConfig).parameters
+    assert copy.deepcopy(config) == config
 
 
 def test_the_package_is_the_function_of_its_name() -> None:

@@ -328,35 +328,6 @@ def test_dropped_blocks_are_pooled_where_it_is_asked_for(model: Model, tmp_path:
     assert errors[0] < errors[1]
 
 
-def test_a_sample_is_as_dense_as_the_highest_blocks(model: Model, tmp_path: Path) -> None:
-    config = replace(CONFIG, keep_energies=True, sample_power=0.65, run_folder=tmp_path / "run")
-    plan = observe(model, config)
-    assert plan_from_run(tmp_path / "run", sample_power=0.65) == plan
-    highest = plan_from_run(tmp_path / "run", share_steps=None)
-    for site in plan.sites:
-        for step in range(plan.steps):
-            one, two = plan.block_mask(site, step), highest.block_mask(site, step)
-            assert torch.equal(one.sum(-1), two.sum(-1))
-    assert any(site.weighted for site in plan.sites.values())
-    assert plan.metadata.thresholds["sample_power"] == 0.65
-    plan.save(tmp_path / "a.calibatt")
-    assert Plan.load(tmp_path / "a.calibatt") == plan
-
-
-def test_each_step_has_a_sample_of_its_own(model: Model, tmp_path: Path) -> None:
-    config = replace(CONFIG, keep_energies=True, sample_power=1.0, run_folder=tmp_path / "run")
-    plan = observe(model, config)
-    highest = plan_from_run(tmp_path / "run", share_steps=0.5)
-    assert any(len(set(site.steps)) < len(site.steps) for site in highest.sites.values())
-    assert plan_from_run(tmp_path / "run", sample_power=1.0, share_steps=0.5) == plan
-    assert "share_steps" not in plan.metadata.thresholds
-    for site in plan.sites.values():
-        sampled = [step for step in range(plan.steps) if site.density_at(step) < 1]
-        assert len({site.steps[step] for step in sampled}) == len(sampled)
-    with pytest.raises(OptionError, match="merge_budget"):
-        plan_from_run(tmp_path / "run", sample_power=1.0, merge_budget=0.1)
-
-
 def test_energies_of_some_queries_give_much_the_same_masks(model: Model, tmp_path: Path) -> None:
     plans, energies = [], []
     for every in (1, 4):
@@ -377,9 +348,6 @@ def test_energies_of_some_queries_give_much_the_same_masks(model: Model, tmp_pat
 @pytest.mark.parametrize(
     "settings",
     [
-        {"sample_power": 0.65},
-        {"sample_power": 3.0, "keep_energies": True},
-        {"sample_power": 1.0, "keep_energies": True, "merge_budget": 0.1},
         {"pooled": 3},
         {"pooled": -1},
         {"token_order": "2x2"},

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import tracemalloc
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +24,18 @@ from calibatt_compiler.calibration import (
     plan_from_run,
     zone_plan_from_run,
 )
+from calibatt_compiler.calibration.cost import zones
+from calibatt_compiler.calibration.select.zones.price import ZonePricing, ZoneSource
 from calibatt_compiler.calibration.select.zones.site import group_of
 from calibatt_compiler.calibration.store.run_folder import RunStore
-from calibatt_compiler.calibration.store.zone_sums import SQUARE_UNITS, GroupSums, ZoneSums, units
+from calibatt_compiler.calibration.store.zone_sums import (
+    SQUARE_UNITS,
+    GroupSums,
+    ZoneSums,
+    bytes_of_sums,
+    units,
+)
+from calibatt_compiler.calibration.zone_target import ZoneTarget
 from calibatt_compiler.errors import CalibrationError, OptionError
 from calibatt_compiler.plan import Plan
 from calibatt_compiler.plan.zones.drawing import seed_of
@@ -190,8 +202,7 @@ def test_the_share_of_ranks_changes_nothing(tmp_path: Path) -> None:
     energy[..., 3] *= 1e-5
 
     def sums(vote: int) -> dict[int, GroupSums]:
-        found = {k: v.numpy() for k, v in units(energy[vote : vote + 1]).items()}
-        return {3: GroupSums(found["energies"], found["squares"], 1)}
+        return {3: GroupSums(units(energy[vote : vote + 1]).numpy(), 1)}
 
     alone, one, two = ZoneSums(tmp_path / "a"), *(ZoneSums(tmp_path / "b", rank) for rank in (0, 1))
     names = [f"{vote:05d}" for vote in range(6)]
@@ -210,10 +221,68 @@ def test_the_share_of_ranks_changes_nothing(tmp_path: Path) -> None:
         one.mean_squares("blocks.0", 3, names[:5])
 
 
+def test_large_sums_are_kept_whole_and_small_ones_take_little(tmp_path: Path) -> None:
+    """Of all widths that the upper bytes of a sum can have, each in a file of its own."""
+    for bits, size in ((32, 4), (33, 5), (40, 5), (41, 6), (48, 6), (49, 8), (62, 8)):
+        squares = np.arange(6000, dtype=np.int64).reshape(2, 50, 60)
+        squares[1, 49, 59] = (1 << bits) - 1
+        sums = ZoneSums(tmp_path / str(bits))
+        sums.add("a", "site", {0: GroupSums(squares, 7)})
+        found = sums.mean_squares("site", 0, ["a"])
+        assert np.array_equal(found, squares / (7.0 * SQUARE_UNITS))
+        (path,) = sums.folder.iterdir()
+        assert size * 6000 < path.stat().st_size < size * 6000 + 1000
+    assert [bytes_of_sums(votes) for votes in (1, 15, 16, 4095, 4096)] == [5, 5, 6, 6, 8]
+
+
+def test_the_cost_of_sums_is_known_before(model: Model, tmp_path: Path) -> None:
+    """Files are as large as was said; adding and fitting take no more memory than was said."""
+    observe(model, replace(CONFIG, run_folder=tmp_path / "run"))
+    store = RunStore(tmp_path / "run")
+    record = store.record(store.names()[0])
+    written = sum(path.stat().st_size for path in (tmp_path / "run" / "sums").iterdir())
+    assert written <= zones.sums_bytes(record, 2, 1, 3) <= 1.5 * written
+    wide = record.model_copy(
+        update={
+            "sites": tuple(
+                site.model_copy(update={"query_length": 2048, "key_length": 2048})
+                for site in record.sites
+            )
+        }
+    )
+    shape = (2, 128, 128)
+    sums = ZoneSums(tmp_path / "wide")
+
+    def add(name: str) -> None:
+        groups = {group: GroupSums(np.ones(shape, np.int64), 1) for group in range(2)}
+        for site in wide.sites:
+            sums.add(name, site.name, groups)
+
+    def fit() -> None:
+        sources = [
+            ZoneSource(
+                partial(sums.mean_squares, site.name, group, ["a", "b"]), 1, 256, math.prod(shape)
+            )
+            for site in wide.sites
+            for group in range(2)
+        ]
+        ZonePricing(sources).search(ZoneTarget(price=1e-3))
+
+    add("a")
+    tracemalloc.start()
+    try:
+        for work in (partial(add, "b"), fit):
+            tracemalloc.reset_peak()
+            work()
+            assert tracemalloc.get_traced_memory()[1] <= zones.host_bytes(wide, 2)
+    finally:
+        tracemalloc.stop()
+
+
 def test_damaged_sums_are_noticed(tmp_path: Path) -> None:
     ones = np.ones((1, 4, 4), np.int64)
     sums = ZoneSums(tmp_path)
-    sums.add("a", "site", {0: GroupSums(ones, ones, 1)})
+    sums.add("a", "site", {0: GroupSums(ones, 1)})
     (path,) = sums.folder.iterdir()
     whole = path.read_bytes()
     for place in (20, len(whole) // 2, len(whole) - 40):
@@ -223,7 +292,7 @@ def test_damaged_sums_are_noticed(tmp_path: Path) -> None:
         assert "restart" in str(caught.value)
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CalibrationError, match="damaged"):
-        sums.add("b", "site", {0: GroupSums(ones, ones, 1)})
+        sums.add("b", "site", {0: GroupSums(ones, 1)})
 
 
 def test_a_restart_forgets_the_sums(model: Model, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ python tests/campaigns/cache_damage.py --minutes 5 --seed 7
 
 from __future__ import annotations
 
-import argparse
 import copy
 import hashlib
 import json
@@ -28,6 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+from campaign import finish, parser_of
 
 from calibatt_compiler.errors import CalibattError
 from calibatt_compiler.kernels.baked import cache
@@ -167,12 +169,9 @@ def killed(seed: int, root: Path, draw: random.Random) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--minutes", type=float, default=float(os.environ.get("MINUTES", "5")))
-    parser.add_argument("--seed", type=int, default=None)
-    arguments = parser.parse_args()
+    arguments = parser_of(__doc__).parse_args()
     logging.getLogger("calibatt.kernels").setLevel(logging.ERROR)
-    seed = random.randrange(10**6) if arguments.seed is None else arguments.seed
+    seed = arguments.seed
     draw, counts = random.Random(seed), Counter[str]()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "cache"
@@ -214,8 +213,8 @@ def main() -> None:
                     cache.get_entry(again)
             counts["cases"] += 1
             counts[how.split()[0] if how != "a kill" else "kills"] += 1
-    print(f"cache damage, seed {seed}: {dict(sorted(counts.items()))}")
-    raise SystemExit(counts["WRONG"] > 0)
+    counts["failures"] = counts["WRONG"]
+    raise SystemExit(finish("cache_damage", arguments, counts, arguments.minutes))
 
 
 if __name__ == "__main__":

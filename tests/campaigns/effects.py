@@ -5,7 +5,6 @@ python tests/campaigns/effects.py --minutes 5 --seed 7
 
 from __future__ import annotations
 
-import argparse
 import logging
 import random
 import sys
@@ -19,6 +18,7 @@ from typing import Any
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+from campaign import finish, parser_of
 from effect_programs import Program, difference
 from effect_statements import FLOWING, STATEMENTS
 
@@ -64,14 +64,10 @@ def without_inductor() -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--minutes", type=float, default=5)
-    parser.add_argument("--seed", type=int, default=None)
-    arguments = parser.parse_args()
+    arguments = parser_of(__doc__).parse_args()
     logging.getLogger("calibatt").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
-    seed = random.randrange(10**6) if arguments.seed is None else arguments.seed
-    generator, counts = random.Random(seed), Counter[str]()
+    generator, counts = random.Random(arguments.seed), Counter[str]()
     end = time.monotonic() + 60 * arguments.minutes
     while time.monotonic() < end:
         program = draw(generator)
@@ -82,11 +78,11 @@ def main() -> None:
         with nullcontext() if inductor else without_inductor():
             wrong = outcome(program)
             counts["through Inductor" if inductor else "as rewritten"] += 1
+            counts["cases"] += 1
             if wrong is not None:
-                counts["wrong"] += 1
+                counts["failures"] += 1
                 print(f"WRONG {shortest(program, wrong)}\n  {wrong}", flush=True)
-    print(f"effects, seed {seed}: {dict(counts)}")
-    raise SystemExit(counts["wrong"] > 0)
+    raise SystemExit(finish("effects", arguments, counts, arguments.minutes))
 
 
 if __name__ == "__main__":

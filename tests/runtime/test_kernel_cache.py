@@ -164,6 +164,13 @@ def test_a_plan_of_samples_may_hold_more(weight: float | None, times: int):
     assert table_budget(plan, 7) == 7_000_000
 
 
+def test_a_plan_of_zones_holds_no_more_for_its_weights():
+    octaves = torch.tensor([[[[0, 3, 3, 3]] * 4]])
+    plan = Plan.from_zones({"a": octaves}, (1, 4, 16), (1.0,), (16, 16))
+    assert plan.sites["a"].weighted
+    assert table_budget(plan, None) == TABLE_BUDGET
+
+
 def test_calls_in_a_burst_wait_for_kernels_and_not_for_the_device():
     """As on a GPU: Python queues a whole pass at once, and the device works on it meanwhile."""
     graph = Graph(sites=10, steps=6, size=10, budget=130)

@@ -6,81 +6,18 @@ CALIBATT_UPDATE_GOLDEN=1 writes the table anew.
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
-import tiny_models
 import torch
-from torch.nn.functional import scaled_dot_product_attention as STOCK
+from way_models import GRID, OTHER, TIMES, Table, error, inputs, masked, model, plan_of
 
 import calibatt_compiler
-from calibatt_compiler import Plan
 
-PAGE = Path(__file__).parents[2] / "docs" / "ways.md"
-GRID, OTHER, TIMES = (3, 7, 9), (3, 9, 7), (900.0, 500.0, 100.0)
 CPU = torch.device("cpu")
 Prepared = Callable[[torch.nn.Module, dict[str, Any]], Any]
-
-
-def model(layers: int = 2) -> Any:
-    made = tiny_models.wan(num_layers=layers).eval().requires_grad_(False)
-    generator = torch.Generator().manual_seed(0)
-    for name, p in made.named_parameters():
-        if p.dim() > 1:
-            p.copy_(torch.randn(p.shape, generator=generator) * (1.5 / p[0].numel() ** 0.5))
-        elif "norm" not in name:
-            p.copy_(torch.randn(p.shape, generator=generator) * 0.1)
-    return made
-
-
-def plan_of(layers: int = 2, seed: int = 7) -> Plan:
-    tokens = math.prod(GRID)
-    blocks = -(-tokens // 32)
-    generator = torch.Generator().manual_seed(seed)
-    masks = {
-        f"blocks.{i}.attn1": (torch.rand(3, 2, blocks, blocks, generator=generator) < 0.3)
-        | torch.eye(blocks, dtype=torch.bool)
-        for i in range(layers)
-    }
-    return Plan.from_masks(masks, GRID, TIMES, (32, 32))
-
-
-def inputs(grid: tuple[int, int, int], timestep: float) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(int(timestep))
-    frames, height, width = grid
-    return {
-        "hidden_states": torch.randn(1, 4, frames, 2 * height, 2 * width, generator=generator),
-        "encoder_hidden_states": torch.randn(1, 6, 16, generator=generator),
-        "timestep": torch.tensor([timestep]),
-        "return_dict": False,
-    }
-
-
-def masked(eager: torch.nn.Module, plan: Plan, given: dict[str, Any]) -> torch.Tensor:
-    """The eager model under the plan's masks expanded to tokens."""
-    step = plan.step_of(float(given["timestep"][0]))
-    assert step is not None
-    names = iter(plan.sites)
-
-    def attend(query: Any, key: Any, value: Any, **options: Any) -> torch.Tensor:
-        if query.shape[2] != key.shape[2]:
-            return STOCK(query, key, value, **options)
-        options["attn_mask"] = plan.sites[next(names)].at(step).token_mask()[None]
-        return STOCK(query, key, value, **options)
-
-    with mock.patch("torch.nn.functional.scaled_dot_product_attention", attend):
-        out = eager(**given)[0]
-    assert next(names, None) is None, "the oracle missed a site"
-    return out
-
-
-def error(got: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((got - expected).norm() / expected.norm())
 
 
 def whole(m: Any, options: dict[str, Any], **how: Any) -> Any:
@@ -285,10 +222,7 @@ def outcome(way: str, **options: Any) -> str:
     return "dense: " + ", ".join(sorted(planned))
 
 
-def page(rows: dict[str, str]) -> str:
-    lines = [f"| {way} | {found} |" for way, found in rows.items()]
-    head = PAGE.read_text("utf-8").partition("| way")[0]
-    return head + "\n".join(["| way of running | the plan's attention |", "|---|---|", *lines, ""])
+TABLE = Table("| way of running", list(WAYS))
 
 
 @torch.no_grad()
@@ -296,20 +230,12 @@ def page(rows: dict[str, str]) -> str:
 def test_a_way_is_served_as_the_table_says(way):
     found = outcome(way)
     if os.environ.get("CALIBATT_UPDATE_GOLDEN"):
-        rows = dict(
-            line.strip("| \n").split(" | ")
-            for line in PAGE.read_text("utf-8").splitlines()
-            if line.startswith(("| `", "| a ", "| c", "| g", "| e"))
-        )
-        known = {**rows, way: found}
-        PAGE.write_text(page({w: known[w] for w in WAYS if w in known}), "utf-8")
-    assert f"| {way} | {found} |\n" in PAGE.read_text("utf-8")
+        TABLE.write(way, found)
+    assert TABLE.rows()[way] == found
 
 
 def test_the_table_has_no_other_ways():
-    lines = PAGE.read_text("utf-8").splitlines()
-    ways = {line[2:].partition(" | ")[0] for line in lines if line.startswith("| ")}
-    assert ways == {*WAYS, "way of running"}
+    assert list(TABLE.rows()) == list(WAYS)
 
 
 @pytest.mark.inductor
@@ -390,17 +316,6 @@ def test_a_model_without_a_planned_call_is_warned_of_once(caplog):
     said = [record.message for record in caplog.records if "none of the plan's" in record.message]
     assert len(said) == 1
     assert "flex_attention" in said[0]
-
-
-def test_calibration_refuses_a_cache_by_name():
-    m = model()
-    cached(m)
-    with (
-        pytest.raises(calibatt_compiler.errors.CalibrationError, match="FirstBlockCacheConfig"),
-        calibatt_compiler.calibration(m) as run,
-        run.input(),
-    ):
-        m(**inputs(GRID, 900.0))
 
 
 @torch.no_grad()

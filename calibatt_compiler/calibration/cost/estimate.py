@@ -82,6 +82,8 @@ class Estimate:
         processes: that share the inputs; each needs the memory.
         scored: inputs still to be run that are scored for spatial repetition.
         survey_seconds: of the survey of token orders still to be made; 0 without one.
+        input_bytes: that a process writes for each input of a run for zones, over what it wrote
+            before, so that files do not grow; 0 for masks.
     """
 
     inputs: int
@@ -96,6 +98,7 @@ class Estimate:
     processes: int = 1
     scored: int = 0
     survey_seconds: float = 0.0
+    input_bytes: int = 0
 
     @property
     def seconds(self) -> float:
@@ -167,16 +170,15 @@ def estimate(
     thresholds = {**record.thresholds, "rho": config.rho}
     if config.gamma is not None:
         thresholds |= {"gamma": config.gamma, "anchor_rows": float(config.anchor_rows)}
-    if config.sample_power is not None:
-        thresholds["sample_power"] = config.sample_power
-    weighted = config.sampled
     thresholds |= config.refiner().thresholds()
-    host_bytes = sizes.host_bytes(weighted=weighted)
-    plan_bytes = sizes.plan_bytes(thresholds, len(inputs), weighted=weighted)
+    host_bytes = sizes.host_bytes()
+    plan_bytes = sizes.plan_bytes(thresholds, len(inputs))
     processes = Ranks.current().size if config.distributed else 1
+    input_bytes = 0
     if config.zoned:
         groups = min(config.step_groups, record.schedule_steps)
-        run_bytes = records_bytes + zones.sums_bytes(record, groups, processes)
+        run_bytes = records_bytes + zones.sums_bytes(record, groups, processes, len(inputs))
+        input_bytes = zones.input_bytes(record, groups, processes, len(inputs))
         host_bytes = zones.host_bytes(record, groups)
         plan_bytes = zones.plan_bytes(record, config)
     return Estimate(
@@ -192,6 +194,7 @@ def estimate(
         processes=processes,
         scored=scored - _finished(folder, config, scored),
         survey_seconds=survey_seconds,
+        input_bytes=input_bytes,
     )
 
 

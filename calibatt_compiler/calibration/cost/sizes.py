@@ -25,7 +25,7 @@ from calibatt_compiler.plan.schema import (
     Sampler,
     SiteRecord,
 )
-from calibatt_compiler.plan.stored import KEPT_WEIGHTS, Entries, Entry
+from calibatt_compiler.plan.stored import Entries, Entry
 from calibatt_compiler.version import PRODUCER
 
 SELECTION = 112
@@ -44,10 +44,6 @@ SUMS, TILE = 32 * 2 * 8, 1 << 18
 
 DERIVATION = 40
 """Bytes a block of one pattern while it is agreed upon and refined: votes, masks, intervals."""
-
-SAMPLING = 80
-"""Bytes a block of one pattern while a sample is drawn, by measurement: its energies, scores, their
-order, probabilities and their sums, in 64 bits each."""
 
 COPIES = 3
 """How often the masks of an input are in memory while they are written: themselves, joined, and as
@@ -99,19 +95,16 @@ class Sizes:
         text = store.record_text(self.record.model_copy(update=changes))
         return safetensors_bytes(store.FORMAT, text, arrays)
 
-    def plan_bytes(
-        self, thresholds: Mapping[str, float], inputs: int, *, weighted: bool = False
-    ) -> int:
+    def plan_bytes(self, thresholds: Mapping[str, float], inputs: int) -> int:
         """Bytes of the plan's file if no two steps share a pattern and no code is shorter than
-        what it stands for: at most. Calibrated masks take about a tenth of it, weights a twentieth.
+        what it stands for: at most. Calibrated masks take about a tenth of it.
         """
         steps = len(self.record.timesteps)
-        sites = tuple(self._site(size, steps, weighted) for size in self.record.sites)
+        sites = tuple(self._site(size, steps) for size in self.record.sites)
         copied = any(map(self._copies, self.record.sites))
         fixed_by = self.record.fixed_by
         model = self.record.model or ModelIdentity(class_name="", config_digest="0" * 64)
         used = {
-            KEPT_WEIGHTS: weighted,
             "repetition": copied,
             "fixed_by": fixed_by is not None,
             "model_entries": bool(model.entries),
@@ -138,9 +131,6 @@ class Sizes:
         for size in self.record.sites:
             bits = math.prod(self._bits(size))
             of_step: tuple[Entry, ...] = (("bits", "deflate/previous", bits // steps),)
-            if weighted:
-                blocks = size.heads * math.prod(self._blocks(size))
-                of_step += ((KEPT_WEIGHTS, "deflate/previous", blocks),)
             if self._copies(size):
                 of_step += (("repetitive", "deflate/previous", size.heads),)
             entries[size.name] = (of_step,) * steps
@@ -157,7 +147,7 @@ class Sizes:
         """
         return max(self._call_bytes(size, element_size, device) for size in self.record.sites)
 
-    def host_bytes(self, *, weighted: bool = False) -> int:
+    def host_bytes(self) -> int:
         """Most host memory that an input's masks and then the plan take, beside the model."""
         arrays = self.arrays(scored=True)
         on_disk = [name for name in arrays if name.endswith("/energy")]
@@ -165,10 +155,6 @@ class Sizes:
         bits = [_bytes("U8", self._bits(size)) for size in self.record.sites]
         blocks = [size.heads * math.prod(self._blocks(size)) for size in self.record.sites]
         plan = 2 * sum(bits) + max(bits) + DERIVATION * max(blocks)
-        if weighted:
-            # Weights of one site as they are, and of all as they are written.
-            steps = len(self.record.timesteps)
-            plan += SAMPLING * max(blocks) + steps * (max(blocks) + sum(blocks))
         return max(COPIES * one_input, plan) + SMALL
 
     def _call_bytes(self, size: SiteSize, element_size: int, device: torch.device) -> int:
@@ -212,7 +198,7 @@ class Sizes:
         block = self.record.block
         return -(-size.query_length // block[0]), -(-size.key_length // block[1])
 
-    def _site(self, size: SiteSize, steps: int, weighted: bool) -> SiteRecord:
+    def _site(self, size: SiteSize, steps: int) -> SiteRecord:
         return SiteRecord(
             name=size.name,
             heads=size.heads,
@@ -225,7 +211,6 @@ class Sizes:
             digests=("0" * 64,) * steps,
             steps=tuple(range(steps)),
             density=(1 / 3,) * steps,
-            weighted=weighted,
             head_forms="mixed" if self._copies(size) else "blocks",
             anchor_rows=self.anchor_rows if self._copies(size) else 0,
             repetitive=(size.heads,) * steps if self._copies(size) else (),

@@ -40,7 +40,7 @@ def observed(module: torch.nn.Module, observer: Recorder, inductor: bool | None)
         inductor: compile what is around attention; None: on a GPU yes, else no.
 
     Raises:
-        CalibrationError: a cache of diffusers would leave out layers or steps.
+        CalibrationError: a cache would leave out layers or steps.
     """
     _refuse_caches(module)
     if inductor is None:
@@ -67,14 +67,30 @@ def observed(module: torch.nn.Module, observer: Recorder, inductor: bool | None)
 
 
 def _refuse_caches(module: torch.nn.Module) -> None:
-    if getattr(module, "is_cache_enabled", False):
-        config = type(getattr(module, "_cache_config", None)).__name__
+    found = _cache_of(module)
+    if found is not None:
         raise CalibrationError(
             "a model with a cache can't be calibrated: it leaves out layers or steps",
             expected="every attention call at every step",
-            got=f"{type(module).__name__}.enable_cache({config})",
-            remedy="call disable_cache() first; the plan serves the model with its cache, too",
+            got=f"{type(module).__name__} with {found}",
+            remedy="disable it first (disable_cache() of diffusers or cache-dit); the plan serves "
+            "the model with its cache, too",
         )
+
+
+def _cache_of(module: torch.nn.Module) -> str | None:
+    """Return the name of the cache that a model has, however it was put on; None without one."""
+    if getattr(module, "is_cache_enabled", False):
+        return type(getattr(module, "_cache_config", None)).__name__
+    if getattr(module, "_is_cached", False):
+        return f"cache-dit's {type(getattr(module, '_context_manager', None)).__name__}"
+    for part in module.modules():
+        hooks = getattr(getattr(part, "_diffusers_hook", None), "hooks", None)
+        for hook in hooks.values() if isinstance(hooks, dict) else ():
+            # What a hook remembers from call to call is what it leaves out later.
+            if getattr(hook, "_is_stateful", False) or "cache" in type(hook).__module__:
+                return type(hook).__name__
+    return None
 
 
 def _shown_to(observer: SeesModelCalls, compiled: Callable[..., Any]) -> Callable[..., Any]:

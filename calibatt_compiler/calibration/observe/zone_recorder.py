@@ -6,12 +6,14 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
 from calibatt_compiler.calibration.observe.observation import InputObservation
 from calibatt_compiler.calibration.observe.observer import ObservedModel
 from calibatt_compiler.calibration.observe.recorder import BEST, AttentionRecorder
+from calibatt_compiler.calibration.observe.sums_beside import SumsBeside
 from calibatt_compiler.calibration.select.repetition_scores import AttentionCall
 from calibatt_compiler.calibration.select.selection import best_share
 from calibatt_compiler.calibration.select.zones.site import group_of
@@ -25,7 +27,8 @@ from calibatt_compiler.plan.zones.form import video_blocks
 class ZoneRecorder(AttentionRecorder):
     """Sums the energies of each site and step group, and adds an input's to those of the run.
 
-    Sums of the input in progress are on disk, in the buffer.
+    Of the input in progress the sums of the step group in progress are in memory, where they grow,
+    and those of the groups before on disk, in the buffer.
 
     Args:
         model: what is observed.
@@ -37,6 +40,7 @@ class ZoneRecorder(AttentionRecorder):
         super().__init__(model, buffer)
         self._total = sums
         self._sums: dict[str, dict[int, GroupSums]] = {}
+        self._adding = SumsBeside()
 
     def begin(
         self, name: str, about: Mapping[str, Any], samples: int | None, *, scored: bool = False
@@ -47,6 +51,7 @@ class ZoneRecorder(AttentionRecorder):
 
     def abandon(self) -> None:
         """Forget the input in progress, if there is one."""
+        self._adding.drop()
         self._sums = {}
         super().abandon()
 
@@ -57,6 +62,7 @@ class ZoneRecorder(AttentionRecorder):
             CalibrationError: nothing was observed, or not every site at every step.
         """
         record, arrays = super().finish()
+        self._adding.settle()
         for site, groups in self._sums.items():
             self._total.add(record.name, site, groups)
         self._sums = {}
@@ -84,11 +90,14 @@ class ZoneRecorder(AttentionRecorder):
         groups = self._sums.setdefault(size.name, {})
         if group not in groups:
             shape = tuple(inner.shape[1:])
-            groups[group] = GroupSums(self._buffer.zeros(shape), self._buffer.zeros(shape))
-        summed = {kind: values.cpu().numpy() for kind, values in units(inner).items()}
-        groups[group].add(summed, len(energy))
+            self._adding.settle()
+            for before in groups.values():
+                before.squares = self._buffer.shelve(before.squares)
+            groups[group] = GroupSums(np.zeros(shape, np.int64))
+        squares = units(inner)
         value: Any = best_share(energy, BEST).mean((-1, -2)).sum().item()
         run.best_share[size.name, step] += value
+        self._adding.add(groups[group], squares, len(energy))  # computed: the value has come
 
     def _lengths(self, size: SiteSize) -> tuple[int, int]:
         return size.query_length, size.key_length

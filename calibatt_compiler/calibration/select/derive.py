@@ -26,7 +26,6 @@ from calibatt_compiler.calibration.select.repetition import (
     repetition_figures,
     repetition_settings,
 )
-from calibatt_compiler.calibration.select.sampling import sample
 from calibatt_compiler.calibration.select.selection import agreement, count_votes, pack, select
 from calibatt_compiler.calibration.store import order_survey
 from calibatt_compiler.calibration.store.records import InputRecord, SiteSize
@@ -40,7 +39,6 @@ from calibatt_compiler.plan import (
 )
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.plan.schema import CfgMode
-from calibatt_compiler.plan.text import text_blocks
 from calibatt_compiler.plan.thresholds import Thresholds
 
 
@@ -56,8 +54,7 @@ def plan_from_run(
     Args:
         folder: `<plan>.calibration`.
         selection: how blocks are selected; default `SelectionConfig()`. Other `A`, `C`, `k` than
-            recorded, and samples, need a run with `keep_energies`; `gamma` needs one that was
-            recorded with one.
+            recorded need a run with `keep_energies`; `gamma` needs one that was recorded with one.
         raised: by site, what is added to its threshold at each step, such as
             `Validation.raised()` of a plan of this run; needs the energies of the run.
         **settings: of `SelectionConfig`, by name, in the place of those of `selection`.
@@ -132,7 +129,6 @@ def derive_plan(
         site = refiner.site(SitePatterns.share(by_step, size.head_dim))
         # Packed, since all sites of a large model don't fit into memory as bits.
         sites[size.name] = site.packed()
-    power = selection.sample_power
     return Plan.create(
         sites,
         grid=first.grid,
@@ -144,7 +140,6 @@ def derive_plan(
         thresholds={
             **asdict(selected.thresholds),
             "rho": float(selection.rho),
-            **({} if power is None else {"sample_power": power}),
             **repetition_settings(records, selection.gamma),
             **refiner.thresholds(),
             **{f"raised:{name}": value for name, value in raised.items()},
@@ -193,25 +188,7 @@ class _Selected:
         self._as_recorded = self.thresholds == recorded
 
     def pattern(self, size: SiteSize, step: int) -> BlockPattern:
-        """Return the pattern of a site at a step."""
-        pattern = self._agreed(size, step)
-        power = self._selection.sample_power
-        return pattern if power is None else self._sampled(size, step, pattern, power)
-
-    def quality(self) -> dict[str, float]:
-        """Return what the recorded masks keep, for `PlanMetadata.quality`."""
-
-        def mean(by_site: Sequence[dict[str, tuple[float, ...]]]) -> float:
-            values = [value for sites in by_site for steps in sites.values() for value in steps]
-            return round(math.fsum(values) / len(values), 6)
-
-        quality = {"best_20_percent_share": mean([record.best_share for record in self._records])}
-        if self._as_recorded and not self._raised:
-            quality["input_kept_mass"] = mean([record.kept_mass for record in self._records])
-        return quality
-
-    def _agreed(self, size: SiteSize, step: int) -> BlockPattern:
-        """The blocks that enough inputs keep, and the mode of each head."""
+        """Return the blocks of a site at a step that enough inputs keep, and each head's mode."""
         block, selection = self._first.block, self._selection
         rows, columns = -(-size.query_length // block[0]), -(-size.key_length // block[1])
         counts = np.zeros((size.heads, rows, columns), np.int32)
@@ -245,34 +222,17 @@ class _Selected:
             copies=modes.copies,
         )
 
-    def _sampled(
-        self, size: SiteSize, step: int, pattern: BlockPattern, power: float
-    ) -> BlockPattern:
-        """Sample as many blocks as each row of a pattern keeps; text stays, with weight 1."""
-        first = self._first
-        text = text_blocks(size.key_length, first.video, first.block[1], first.text)
-        total = torch.zeros(
-            (pattern.heads, pattern.query_blocks, pattern.key_blocks), dtype=torch.float64
-        )
-        votes = 0
-        for record in self._records:
-            energy = torch.from_numpy(self._store.energy(record, size.name, step))
-            total += energy.double().sum(0)
-            votes += len(energy)
-        # Rows that a row-shared head does not compute have no blocks; their sample is not taken.
-        least = 1 if text is None else max(1, int(text.sum()))
-        counts = pattern.mask().sum(-1).clamp_min(least)
-        drawn, weight = sample(total / votes, counts, power, text, step=step)
-        return BlockPattern.from_mask(
-            drawn,
-            query_length=size.query_length,
-            key_length=size.key_length,
-            block=first.block,
-            weight=weight,
-            pooled=pattern.pooled,
-            repetitive=pattern.repetitive,
-            copies=pattern.copies,
-        )
+    def quality(self) -> dict[str, float]:
+        """Return what the recorded masks keep, for `PlanMetadata.quality`."""
+
+        def mean(by_site: Sequence[dict[str, tuple[float, ...]]]) -> float:
+            values = [value for sites in by_site for steps in sites.values() for value in steps]
+            return round(math.fsum(values) / len(values), 6)
+
+        quality = {"best_20_percent_share": mean([record.best_share for record in self._records])}
+        if self._as_recorded and not self._raised:
+            quality["input_kept_mass"] = mean([record.kept_mass for record in self._records])
+        return quality
 
     def _select_again(
         self, record: InputRecord, size: SiteSize, step: int

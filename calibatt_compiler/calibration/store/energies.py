@@ -44,9 +44,13 @@ class EnergyBuffer:
             Path(str(before.filename)).unlink()
         return mapped
 
-    def zeros(self, shape: tuple[int, ...]) -> npt.NDArray[np.int64]:
-        """Return whole numbers to be summed up, on disk; 0 at first."""
-        return self._mapped("sums", np.dtype(np.int64), shape)
+    def shelve(self, sums: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Write sums that are not expected to grow, and return them mapped; mapped ones as is."""
+        if isinstance(sums, np.memmap):
+            return sums
+        mapped = self._mapped("sums", sums.dtype, sums.shape)
+        mapped[...] = sums
+        return mapped
 
     def _mapped(self, kind: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
         path = self._folder / f"{kind}-{self._kept:06d}.npy"

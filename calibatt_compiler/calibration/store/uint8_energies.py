@@ -1,4 +1,4 @@
-"""Energies in a byte: enough to draw weighted samples by, in a quarter of the space."""
+"""Energies in a byte: enough to select masks again, in a quarter of the space."""
 
 from __future__ import annotations
 

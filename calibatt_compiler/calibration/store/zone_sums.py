@@ -1,16 +1,18 @@
-"""Sums of energies over the inputs of a run: what zones are fitted to, however many inputs.
+"""Sums of squared energies over the inputs of a run: what zones are fitted to.
 
     sums/<rank>-<site>.safetensors      sums of one site over the inputs that a rank observed
 
 An input is added to its sites one after the other, then its own record is written. Each file names
-the inputs that it holds, so what was killed between two sites goes on with the next one. Energies
-are summed in whole units: the order of inputs and the number of ranks change nothing.
+the inputs that it holds, so what was killed between two sites goes on with the next one. Squares
+are summed in whole units: the order of inputs and the number of ranks change nothing. A file holds
+the lower 32 bits of each sum, and the others in as few bytes as the largest sum takes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,28 +27,35 @@ from torch import Tensor
 from calibatt_compiler.errors import CalibrationError
 from calibatt_compiler.files import replacing
 
-FORMAT = "calibatt-zone-sums"
+FORMAT = "calibatt-zone-sums-2"
 FOLDER = "sums"
 
-ENERGY_UNITS, SQUARE_UNITS = 1 << 32, 1 << 44
-"""Whole units of an energy of 1 and of its square: the square of 1e-6 counts 18."""
+SQUARE_UNITS = 1 << 36
+"""Whole units of a squared energy of 1: the square of 1e-5 counts 7, and a sum of up to 1/16 needs
+no more than 32 bits. At the prices of plans smaller energies cost nothing."""
 
 Units = npt.NDArray[np.int64]
-KINDS = ("energies", "squares")
+
+LOW_BITS = 32
+HIGH = (np.uint8, np.uint16, np.uint32)
 
 
-def units(energy: Tensor) -> dict[str, Tensor]:
-    """Sum energies of one call over its votes, in whole units, on their device.
+def units(energy: Tensor) -> Tensor:
+    """Sum squared energies of one call over its votes, in whole units, on their device.
 
     Args:
         energy: float (votes, heads, rows, columns), finite, at most 1.
 
     Returns:
-        int64 (heads, rows, columns) by kind: `energies` and `squares`.
+        int64 (heads, rows, columns).
     """
-    exact = energy.double()
-    found = {"energies": exact * ENERGY_UNITS, "squares": exact.square() * SQUARE_UNITS}
-    return {kind: values.round().long().sum(0) for kind, values in found.items()}
+    return (energy.double().square() * SQUARE_UNITS).round().long().sum(0)
+
+
+def bytes_of_sums(votes: int) -> int:
+    """Return the most bytes that a file needs for the sum of so many votes."""
+    bits = (SQUARE_UNITS * votes).bit_length() - LOW_BITS
+    return LOW_BITS // 8 + next(np.dtype(t).itemsize for t in HIGH if np.iinfo(t).bits >= bits)
 
 
 @dataclass
@@ -54,19 +63,16 @@ class GroupSums:
     """Sums of one site over one step group.
 
     Attributes:
-        energies: int64 (heads, rows, columns), blocks without text.
-        squares: of that shape, of squared energies.
+        squares: int64 (heads, rows, columns), of squared energies of blocks without text.
         votes: how many calls' samples were added.
     """
 
-    energies: Units
     squares: Units
     votes: int = 0
 
-    def add(self, sums: Mapping[str, Units], votes: int) -> None:
+    def add(self, squares: Units, votes: int) -> None:
         """Add what `units` returned, on the host."""
-        for kind in KINDS:
-            getattr(self, kind)[...] += sums[kind]
+        self.squares += squares
         self.votes += votes
 
 
@@ -96,28 +102,21 @@ class ZoneSums:
         if name in self.names(site):
             return
         path = self._path(self._rank, site)
-        # Copies: what was handed in stays what it was.
-        merged = {
-            group: GroupSums(sums.energies.copy(), sums.squares.copy(), sums.votes)
-            for group, sums in groups.items()
-        }
-        names = [name]
-        if path.exists():
-            header = self._header(path)
-            names += header["names"]
-            for group, votes in header["votes"].items():
-                held = {kind: self._tensor(path, header, kind, int(group)) for kind in KINDS}
-                merged[int(group)].add(held, votes)
-        tensors = {
-            f"{kind}@{group}": getattr(sums, kind)
-            for group, sums in merged.items()
-            for kind in KINDS
-        }
+        names, votes = [name], Counter({group: sums.votes for group, sums in groups.items()})
+        header = self._header(path) if path.exists() else {"names": [], "votes": {}}
+        names += header["names"]
+        votes.update({int(group): count for group, count in header["votes"].items()})
+        tensors: dict[str, npt.NDArray[Any]] = {}
+        for group in votes:
+            parts = [groups[group].squares] if group in groups else []
+            if str(group) in header["votes"]:
+                parts.append(self._units(path, header, group))
+            tensors |= _packed(group, parts[0] if len(parts) == 1 else parts[0] + parts[1])
         text = json.dumps(
             {
                 "site": site,
                 "names": sorted(names),
-                "votes": {str(group): sums.votes for group, sums in merged.items()},
+                "votes": votes,
                 "sha256": {key: _sha256(array) for key, array in tensors.items()},
             },
             sort_keys=True,
@@ -156,7 +155,7 @@ class ZoneSums:
         votes = 0
         for path in self._paths(site):
             header = self._header(path)
-            squares = self._tensor(path, header, "squares", group)
+            squares = self._units(path, header, group)
             total = squares if total is None else total + squares
             votes += header["votes"][str(group)]
         assert total is not None
@@ -181,25 +180,44 @@ class ZoneSums:
             raise _damaged(path, error) from error
         return found
 
-    def _tensor(self, path: Path, header: Mapping[str, Any], kind: str, group: int) -> Units:
-        key = f"{kind}@{group}"
+    def _units(self, path: Path, header: Mapping[str, Any], group: int) -> Units:
+        names = {part: f"{part}@{group}" for part in ("low", "high")}
         try:
             with safe_open(path, framework="numpy") as opened:
-                array: Units = opened.get_tensor(key)
-        except (SafetensorError, OSError, ValueError) as error:
+                parts = {
+                    part: opened.get_tensor(key)
+                    for part, key in names.items()
+                    if key in header["sha256"]
+                }
+            for part, array in parts.items():
+                if _sha256(array) != header["sha256"][names[part]]:
+                    raise ValueError(f"tensor {names[part]} was changed")
+            found: Units = parts["low"].astype(np.int64)
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
             raise _damaged(path, error) from error
-        if _sha256(array) != header["sha256"].get(key):
-            raise _damaged(path, f"tensor {key} was changed")
-        return array
+        if "high" in parts:
+            found |= parts["high"].astype(np.int64) << LOW_BITS
+        return found
+
+
+def _packed(group: int, sums: Units) -> dict[str, npt.NDArray[Any]]:
+    """The tensors of a file: see the module."""
+    high = sums >> LOW_BITS
+    largest = int(high.max(initial=0))
+    found = {f"low@{group}": sums.astype(np.uint32)}
+    if largest:
+        kind = next(kind for kind in HIGH if largest <= np.iinfo(kind).max)
+        found[f"high@{group}"] = high.astype(kind)
+    return found
 
 
 def _key(site: str) -> str:
     return hashlib.sha256(site.encode()).hexdigest()[:16]
 
 
-def _sha256(array: Units) -> str:
-    h = hashlib.sha256(f"{array.shape}".encode())
-    h.update(np.ascontiguousarray(array, "<i8").data)
+def _sha256(array: npt.NDArray[Any]) -> str:
+    h = hashlib.sha256(f"{array.dtype.name} {array.shape}".encode())
+    h.update(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).data)
     return h.hexdigest()
 
 

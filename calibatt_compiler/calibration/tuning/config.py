@@ -112,13 +112,6 @@ def with_form(config: CalibrationConfig, tuning: TuningConfig) -> CalibrationCon
                 got=value,
                 remedy=f"set SearchSpace({name}=...) for it",
             )
-    if tuning.proxy and config.sampled:
-        raise OptionError(
-            "the proxy can't judge sampled blocks",
-            expected="sample_power=None",
-            got=config.sample_power,
-            remedy="search with proxy=False",
-        )
     return config
 
 

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 OUTPUTS = ("plan.calibatt", "tuning.json", "front.png", "search.json", JOURNAL)
 """Files that a search writes into its folder."""
 
-_OF_SELECTION = ("rho", "share_steps", "merge_budget", "sample_power")
+_OF_SELECTION = ("rho", "share_steps", "merge_budget")
 """Settings of a calibration that the stored energies don't depend on, but the trials do."""
 
 _OF_ZONES = ("step_groups", "zone_numbers")
@@ -313,6 +313,7 @@ def _check(
         about = {name: getattr(tuning, name) for name in ("videos", "proxy", "seed")}
         about |= {"space": space}
         about |= {name: getattr(config, name) for name in _OF_SELECTION}
+        about |= {"sample_power": None}  # a removed setting: searches begun with it unset go on
     about |= {"inputs": [identity.describe({"seed": seed, **varying}) for seed, varying in inputs]}
     text = json.dumps(about, indent=2, sort_keys=True) + "\n"
     begun = finished(folder / JOURNAL) or RunStore(folder / "recording").names()

@@ -24,6 +24,11 @@ def terminal(estimate: Estimate) -> Table:
         if estimate.survey_seconds
         else ""
     )
+    written = (
+        f"; each input writes {size(estimate.input_bytes)} of sums, over those of the one before"
+        if estimate.input_bytes
+        else ""
+    )
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(no_wrap=True)
@@ -47,13 +52,15 @@ def terminal(estimate: Estimate) -> Table:
     table.add_row(
         "host memory",
         f"at most {size(estimate.host_bytes)}",
-        "beside model and generation, from shapes: the masks of one input, then the plan",
+        "beside model and generation, from shapes: "
+        + ("sums of" if estimate.input_bytes else "the masks of")
+        + " one input, then the plan",
     )
     table.add_row(
         "disk",
         size(estimate.disk_bytes),
         f"from shapes: {size(estimate.run_bytes)} of finished inputs, at most "
-        f"{size(estimate.plan_bytes)} of plan",
+        f"{size(estimate.plan_bytes)} of plan{written}",
     )
     return table
 

@@ -84,7 +84,6 @@ def test_it_goes_on_and_gives_its_plan(tmp_path: Path) -> None:
         ({}, ["fc120443", "9e4601f7", "9e4601f7"]),
         ({"rho": 1.0, "gamma": 0.5, "share_steps": None}, ["fc120443", "9e4601f7", "9e4601f7"]),
         ({"A": 0.3, "C": 0.3}, ["c6bbfc9d", "9f21e17b", "9f21e17b"]),
-        ({"sample_power": 1.0}, ["b9e3a69d", "551c47da", "0ce0848b"]),
         ({"raised": {"attention": 0.1}}, ["d3f29bcc", "fc120443", "fc120443"]),
     ],
     ids=str,

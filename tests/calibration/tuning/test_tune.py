@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -37,6 +38,7 @@ from calibatt_compiler.calibration.tuning.pareto import (
 from calibatt_compiler.calibration.tuning.plan_server import PlanServer, served
 from calibatt_compiler.calibration.tuning.study import JOURNAL, MaskStudy, finished
 from calibatt_compiler.calibration.tuning.trials import PlanEvaluator
+from calibatt_compiler.calibration.tuning.tune import _check
 from calibatt_compiler.errors import CalibrationError, OptionError
 from calibatt_compiler.evaluation.compare import to_bytes
 from calibatt_compiler.evaluation.quality import psnr
@@ -92,7 +94,6 @@ def test_settings_that_a_search_would_pass_over(tiny_wan_pipeline: Any, tmp_path
     for changes, message in (
         ({"pooled": 1}, "search space"),
         ({"gamma": 0.87}, "gamma is not in the search space"),
-        ({"sample_power": 1.0, "keep_energies": True}, "sampled"),
     ):
         config = replace(CONFIG, **changes)
         for action in (tune, tuning_cost):
@@ -104,6 +105,18 @@ def test_settings_that_a_search_would_pass_over(tiny_wan_pipeline: Any, tmp_path
                     config=config,
                     tuning=TuningConfig(proxy=True),
                 )
+
+
+def test_a_search_begun_when_samples_were_a_setting_goes_on_without_them(tmp_path: Path) -> None:
+    path, search = tmp_path / "search.json", (tmp_path, CONFIG, TuningConfig(proxy=True), [])
+    _check(*search)
+    begun = json.loads(path.read_text())
+    assert begun.pop("sample_power", 1.0) is None, "as it was written before"
+    shutil.copytree(Path(__file__).parents[1] / "store" / "old_run", tmp_path / "recording")
+    _check(*search)
+    path.write_text(path.read_text().replace('"sample_power": null', '"sample_power": 1.0'))
+    with pytest.raises(CalibrationError, match=r'"sample_power": 1\.0'):
+        _check(*search)
 
 
 def score(at: SearchPoint) -> Point:
