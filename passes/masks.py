@@ -59,7 +59,8 @@ def key_mask(mask: object, key: torch.Tensor) -> KeyMask | str:
     floating = value.dtype in (torch.float32, torch.bfloat16, torch.float16)
     if not floating and value.dtype != torch.bool:
         return f"masked: by {value.dtype}"
-    if not 1 <= value.dim() <= 4 or not known(value.shape[-1] == key.shape[2]):
+    one = known(value.shape[-1] == 1) and not known(key.shape[2] == 1)
+    if not 1 <= value.dim() <= 4 or one:
         return "masked: by one number for all keys of a query"
     if all(known(value.shape[dim] == 1) or value.stride(dim) == 0 for dim in _between(value)):
         return KeyMask(mask, "keys")

@@ -169,7 +169,7 @@ def _(mask: Tensor, vector: bool) -> tuple[Tensor, Tensor]:
     return _padding_like(mask, mask.shape[0] if vector or mask.dim() == 4 else 1)
 
 
-@torch.library.custom_op("calibatt::look_at_mask", mutates_args=())
+@torch.library.custom_op("calibatt::look_at_mask", mutates_args=(), tags=TAGS)
 def look_at_mask(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Look at a mask of pairs of tokens; waits for the device.
 

@@ -22,6 +22,7 @@ class Masked:
         sites: its joint attention calls, in the order of execution.
         grid: tokens (frames, height, width).
         text: where text stands.
+        whole: Dynamo captures it as one graph.
     """
 
     make: Callable[[], torch.nn.Module]
@@ -29,6 +30,7 @@ class Masked:
     sites: tuple[str, ...]
     grid: tuple[int, int, int]
     text: str
+    whole: bool = True
 
 
 def key_mask(lengths: Sequence[int], size: int = TEXT) -> torch.Tensor:
@@ -76,6 +78,29 @@ def hunyuan_image_inputs(lengths: Sequence[int]) -> dict[str, Any]:
     given = hunyuan_inputs(lengths) | {"hidden_states": draw(len(lengths), 4, 9, 11)}
     del given["pooled_projections"]
     return given
+
+
+def hunyuan_15() -> torch.nn.Module:
+    from diffusers import HunyuanVideo15Transformer3DModel
+
+    sizes = {name: size for name, size in HUNYUAN.items() if name != "num_single_layers"}
+    return HunyuanVideo15Transformer3DModel(
+        **(sizes | {"num_layers": 2}), patch_size=1, patch_size_t=1, text_embed_2_dim=8,
+        image_embed_dim=8, rope_axes_dim=(4, 6, 6), target_size=64, task_type="t2v",
+    )  # fmt: skip
+
+
+def hunyuan_15_inputs(lengths: Sequence[int]) -> dict[str, Any]:
+    """Text of two encoders, each padded, and no image."""
+    count, second = len(lengths), TEXT - 14
+    return {
+        "hidden_states": draw(count, 4, 3, 5, 7),
+        "encoder_hidden_states": draw(count, 9, 16),
+        "encoder_attention_mask": key_mask([min(9, each) for each in lengths], 9).long(),
+        "encoder_hidden_states_2": draw(count, second, 8),
+        "encoder_attention_mask_2": key_mask([each // 3 for each in lengths], second).long(),
+        "image_embeds": torch.zeros(count, 5, 8),
+    }
 
 
 def qwen() -> torch.nn.Module:
@@ -166,6 +191,7 @@ VIDEO, IMAGE, LENGTH = (3, 5, 7), (1, 9, 11), (1, 1, 99)
 
 FAMILIES: dict[str, Masked] = {
     "hunyuan_video": Masked(hunyuan, hunyuan_inputs, JOINT, VIDEO, "last"),
+    "hunyuan_15": Masked(hunyuan_15, hunyuan_15_inputs, PAIR, VIDEO, "last", whole=False),
     "hunyuan_image": Masked(hunyuan_image, hunyuan_image_inputs, JOINT, IMAGE, "last"),
     "ernie": Masked(
         ernie,
