@@ -7,6 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from calibatt_compiler.kernels.common.padding import KeyPadding
 from calibatt_compiler.plan.schema import FixedBy, ModelIdentity
 
 
@@ -21,7 +22,8 @@ class SiteInfo:
         query_length: tokens on the query side.
         key_length: tokens on the key side.
         head_dim: channels a head.
-        skip: why the site can't be sparse (`cross-attention`, `masked`, ...), or None.
+        skip: why the site can't be sparse (`cross-attention`, `causal`, ...), or None.
+        padded: it has a mask, which says something of the keys.
     """
 
     name: str
@@ -30,6 +32,7 @@ class SiteInfo:
     key_length: int
     head_dim: int
     skip: str | None = None
+    padded: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,14 @@ class Recorder(Protocol):
         return
 
     def attend(
-        self, site: str, q: Tensor, k: Tensor, v: Tensor, timestep: float, scale: float
+        self,
+        site: str,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        timestep: float,
+        scale: float,
+        mask: KeyPadding | Tensor | None = None,
     ) -> Tensor:
         """Compute dense attention for a site and observe it.
 
@@ -77,6 +87,8 @@ class Recorder(Protocol):
             v: like `k`.
             timestep: what the model was given; NaN where samples of the batch differ.
             scale: factor of the scores.
+            mask: what a mask says of the keys, or one that is no padding; not passed if there is
+                none.
 
         Returns:
             (batch, heads, query_length, head_dim), laid out as (batch, query_length, heads,
@@ -96,10 +108,13 @@ class Site(Protocol):
         scale: float,
         *,
         ordered: bool = False,
+        mask: KeyPadding | Tensor | None = None,
     ) -> Tensor:
         """Attention over (batch, heads, length, head_dim) operands at a timestep.
 
-        With `ordered`, operands and output are in the plan's token order instead of the model's.
+        With `ordered`, operands and output are in the plan's token order instead of the model's,
+        and so is the mask: what one says of the keys, or one that is no padding; not passed if
+        there is none.
         """
 
     def gradients(
@@ -112,6 +127,7 @@ class Site(Protocol):
         scale: float,
         *,
         ordered: bool = False,
+        mask: KeyPadding | Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of q, k and v from that of what `attend` returns for the same.
 

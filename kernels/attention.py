@@ -19,6 +19,7 @@ from calibatt_compiler.plan.pattern import BlockPattern
 
 if TYPE_CHECKING:
     from calibatt_compiler.kernels.hopper.attention import HopperAttention
+    from calibatt_compiler.kernels.hopper.padded import HopperTails
     from calibatt_compiler.kernels.portable.attention import TableAttention
 
 
@@ -57,8 +58,12 @@ def _on_gpu(request: KernelRequest[BlockPattern], choice: Choice) -> AttentionKe
         from calibatt_compiler.kernels.baked.attention import baked_attention
 
         return baked_attention(request, choice.target, reason=choice.reason)
-    kernel: HopperAttention | TableAttention
-    if choice.target == "hopper":
+    kernel: HopperAttention | HopperTails | TableAttention
+    if choice.target == "hopper" and request.padded:
+        from calibatt_compiler.kernels.hopper.padded import HopperTails
+
+        kernel = HopperTails(request)
+    elif choice.target == "hopper":
         from calibatt_compiler.kernels.hopper.attention import HopperAttention
 
         kernel = HopperAttention(request)
@@ -70,14 +75,20 @@ def _on_gpu(request: KernelRequest[BlockPattern], choice: Choice) -> AttentionKe
     return kernel
 
 
-def attention_like(pattern: BlockPattern, q: Tensor) -> AttentionKernel:
+def attention_like(pattern: BlockPattern, q: Tensor, *, padded: bool = False) -> AttentionKernel:
     """Return what serves a pattern by tables for operands such as `q`.
 
-    The reference where there is no such kernel, for instance for float64 on a GPU.
+    The reference where there is no such kernel, for instance for float64 on a GPU. If `padded`, its
+    calls have a mask over keys.
     """
     device, dtype = q.device, q.dtype
     request = KernelRequest(
-        pattern, device=device, dtype=dtype, head_dim=q.shape[3], lowering="table"
+        pattern,
+        device=device,
+        dtype=dtype,
+        head_dim=q.shape[3],
+        lowering="table",
+        padded="any" if padded else "",
     )
     try:
         choice = choose(request, DeviceFacts.of(device))

@@ -46,6 +46,9 @@ DENSE_FROM = 1 << 14
 for its host, and it was 1.27 times as fast as cuDNN's kernel at twice that."""
 
 
+NOT_GENERATED = "generated source has no masks over keys yet"
+
+
 @dataclass(frozen=True)
 class DeviceFacts:
     """What a choice asks of a device.
@@ -144,12 +147,16 @@ def choose(request: KernelRequest[AnyPattern], facts: DeviceFacts) -> Choice:
     softmax = "exact" if pattern.key_length < FIXED_FROM else request.softmax
     family = "triton" if hopper is not None else "hopper"
     if isinstance(pattern, ZonePattern):
-        baked = "-baked" if request.lowering == "baked" and request.lasting else ""
-        return Choice(f"{family}-zones{baked}", reason, softmax)
+        generated = request.lowering == "baked" and request.lasting
+        if generated and request.padded:
+            generated, reason = False, reason or NOT_GENERATED
+        return Choice(f"{family}-zones{'-baked' if generated else ''}", reason, softmax)
     # Neither dense attention nor what comes and goes is worth a kernel of its own.
     how = "baked" if request.lowering == "baked" and request.lasting and not full else "table"
     if how == "baked" and (pattern.weighted or pattern.pooled):
         how, reason = "table", "generated source has no weights and no pooled keys yet"
+    if how == "baked" and request.padded:
+        how, reason = "table", reason or NOT_GENERATED
     return Choice(f"{family}-{how}", reason, softmax)
 
 
@@ -167,6 +174,11 @@ def _hopper_reason(request: KernelRequest[AnyPattern], facts: DeviceFacts) -> st
     """Why the Hopper kernel does not serve a request, or None if it does."""
     if not request.hopper or facts.type != "cuda" or facts.hip or facts.arch != HOPPER:
         return "it needs a Hopper GPU, and the option hopper=True"
+    pattern = request.pattern
+    if request.padded == "any":
+        return "of masks over keys it takes those that cut a tail"
+    if request.padded and (isinstance(pattern, ZonePattern) or pattern.weighted):
+        return "it takes no masks over keys with zones or weights"
     return operand_reason(request.dtype, request.head_dim, request.pattern) or facts.gluon
 
 

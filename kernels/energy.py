@@ -4,6 +4,9 @@
 
 with I_r the tokens of query block r and J_c those of key block c (CalibAtt, arXiv 2603.05503; the
 last blocks may be ragged, and a ragged query block divides by its own size). Rows of E sum to 1.
+
+Under a mask over keys the softmax is over those that take part, for padded queries as for others,
+so padded keys have no energy; a sample without any key has none at all.
 """
 
 from __future__ import annotations
@@ -11,12 +14,18 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from calibatt_compiler.errors import KernelError
 from calibatt_compiler.kernels.common.dense import dense_attention, dense_attention_and_lse
+from calibatt_compiler.kernels.common.operands import token_major
+from calibatt_compiler.kernels.common.padding import TAIL, KeyPadding
 from calibatt_compiler.kernels.cpu.attention import native_energy
 from calibatt_compiler.kernels.dispatch import DeviceFacts, EnergyRequest, choose_energy
+from calibatt_compiler.logs import logger
+
+log = logger("kernels")
 
 
 def block_energy(
@@ -27,6 +36,7 @@ def block_energy(
     scale: float | None = None,
     lse: Tensor | None = None,
     queries: float = 1.0,
+    padding: KeyPadding | None = None,
 ) -> Tensor:
     """Return the block energies of dense attention, never holding a full attention matrix.
 
@@ -42,6 +52,7 @@ def block_energy(
             returned it already.
         queries: 1 / n: take the means over the queries 0, n, 2n, ... of each query block only, in
             1 / n of the time; n must divide the query block.
+        padding: what a mask says of the keys; the host then waits for the device.
 
     Returns:
         float32 (B, H, query_blocks, key_blocks), contiguous.
@@ -56,14 +67,31 @@ def block_energy(
         # The block is a multiple of the stride: what is left of each block is a smaller block.
         q, block = q[:, :, ::every], (block[0] // every, block[1])
         lse = None if lse is None else lse[:, :, ::every]
+    if padding is None:
+        return _energy(q, k, block, factor, lse)
+    padding.check(q.shape[0], k.shape[2])
+    parts = []
+    for part, count in _by_tail(padding, q.shape[0]):
+        if count < 1:
+            some = _chunked_energy(q[part], k[part], block, factor, None, padding.part(part))
+        else:
+            some = _energy(q[part], k[part, :, :count], block, factor, None)
+        parts.append(F.pad(some, (0, -(-k.shape[2] // block[1]) - some.shape[-1])))
+    return torch.cat(parts)
+
+
+def _energy(
+    q: Tensor, k: Tensor, block: tuple[int, int], scale: float, lse: Tensor | None
+) -> Tensor:
+    """As `block_energy`, of all queries and keys."""
     kernel = _chosen(q, k, block)
     if kernel == "native-energy":
-        return native_energy(q, k, None, block, factor, lse)[1]
+        return native_energy(q, k, None, block, scale, lse)[1]
     if kernel == "triton-energy":
         from calibatt_compiler.kernels.portable.energy_scores import triton_energy
 
-        return triton_energy(q, k, block, factor, lse)
-    return _chunked_energy(q, k, block, factor, lse)
+        return triton_energy(q, k, block, scale, lse)
+    return _chunked_energy(q, k, block, scale, lse)
 
 
 def attention_with_energy(
@@ -75,6 +103,7 @@ def attention_with_energy(
     scale: float | None = None,
     queries: float = 1.0,
     fused: bool | None = None,
+    padding: KeyPadding | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return dense attention's output and its block energies.
 
@@ -90,6 +119,7 @@ def attention_with_energy(
         queries: as for `block_energy`; the output is always that of all queries.
         fused: on a GPU, one kernel (True) or SDPA and a pass (False); default: see
             `dispatch.fuses`.
+        padding: what a mask says of the keys; the host then waits for the device.
 
     Returns:
         The output (B, H, Sq, D), laid out as contiguous (B, Sq, H, D), in the dtype of q; the
@@ -107,6 +137,8 @@ def attention_with_energy(
             remedy="pass k and v of one attention call",
         )
     factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if padding is not None:
+        return _padded(q, k, v, block, factor, queries, fused, padding)
     every = _stride(queries, block)
     kernel = _chosen(q, k, block, every=every, output=True, fused=fused)
     if kernel == "native-fused":
@@ -129,6 +161,46 @@ def attention_with_energy(
     else:
         out = dense_attention(q, k, v, factor)
     return out, block_energy(q, k, block=block, scale=factor, lse=known, queries=queries)
+
+
+def _padded(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block: tuple[int, int],
+    scale: float,
+    queries: float,
+    fused: bool | None,
+    padding: KeyPadding,
+) -> tuple[Tensor, Tensor]:
+    """As `attention_with_energy`: a padded tail is left out, by the kernels that serve the rest."""
+    padding.check(q.shape[0], k.shape[2])
+    outs, energies = [], []
+    for part, count in _by_tail(padding, q.shape[0]):
+        one = padding.part(part)
+        if count < 1:
+            log.info("energies by plain torch: the keys that a mask cuts are not the last ones")
+            outs.append(dense_attention(q[part], k[part], v[part], scale, one))
+            energy = block_energy(
+                q[part], k[part], block=block, scale=scale, queries=queries, padding=one
+            )
+        else:
+            out, energy = attention_with_energy(
+                q[part], k[part, :, :count], v[part, :, :count],
+                block=block, scale=scale, queries=queries, fused=fused,
+            )  # fmt: skip
+            outs.append(one.clear_rows(out))
+            energy = F.pad(energy, (0, -(-k.shape[2] // block[1]) - energy.shape[-1]))
+        energies.append(energy)
+    return token_major(torch.cat(outs)), torch.cat(energies)
+
+
+def _by_tail(padding: KeyPadding, batch: int) -> list[tuple[slice, int]]:
+    """Samples that are alike, and `KeyPadding.bounds[:, TAIL]` of them; waits for the device."""
+    counts = padding.bounds[:, TAIL].tolist()
+    if len(set(counts)) == 1:
+        return [(slice(0, batch), counts[0])]
+    return [(slice(sample, sample + 1), count) for sample, count in enumerate(counts)]
 
 
 def _chosen(
@@ -164,9 +236,14 @@ CHUNK = 1 << 26
 
 
 def _chunked_energy(
-    q: Tensor, k: Tensor, block: tuple[int, int], scale: float, lse: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    block: tuple[int, int],
+    scale: float,
+    lse: Tensor | None,
+    padding: KeyPadding | None = None,
 ) -> Tensor:
-    """Plain torch, for devices and head dims without a kernel of their own."""
+    """Plain torch, for devices, head dims and masks without a kernel of their own."""
     batch, heads, length_q, _ = q.shape
     length_k = k.shape[2]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -181,7 +258,10 @@ def _chunked_energy(
         for start in range(first, last, rows):
             part = slice(start, min(start + rows, last))
             scores = q[:, :, part].to(dtype) @ keys * scale
-            if lse is None:
+            if padding is not None:
+                p = (scores + padding.bias[:, None, None]).softmax(-1)
+                p = p.where(padding.valid.any(-1)[:, None, None, None], 0)
+            elif lse is None:
                 p = scores.softmax(-1)
             else:
                 p = scores.sub_(lse[:, :, part, None].to(dtype)).exp_()

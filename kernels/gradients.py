@@ -17,8 +17,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from calibatt_compiler.kernels.common.operands import check_operands, token_major
+from calibatt_compiler.kernels.common.padding import KeyPadding
 from calibatt_compiler.kernels.common.pooling import part_bias, part_sizes, pool
 from calibatt_compiler.plan.pattern import BlockPattern
 
@@ -30,7 +32,13 @@ DENSE_ROW = 128
 
 
 def attention_gradients(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern | None, scale: float
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: BlockPattern | None,
+    scale: float,
+    padding: KeyPadding | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of queries, keys and values.
 
@@ -43,6 +51,7 @@ def attention_gradients(
         v: (B, H, Sk, D).
         pattern: which blocks the output was computed from; None: all of them.
         scale: factor on the scores.
+        padding: what a mask says of the keys; None: there is none.
 
     Returns:
         Like q, k and v, each laid out as contiguous (B, S, H, D).
@@ -51,11 +60,13 @@ def attention_gradients(
         KernelError: the operands don't fit the pattern or one another.
     """
     if pattern is not None:
-        check_operands(pattern, q, k, v)
+        check_operands(pattern, q, k, v, padding)
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
     dtype = q.dtype
     grad, q, k, v = (x.detach().to(exact) for x in (grad, q, k, v))
-    sums = _Sums(grad, q, k, v, pattern, scale)
+    if padding is not None:
+        grad = padding.clear_rows(grad.clone())
+    sums = _Sums(grad, q, k, v, pattern, scale, padding)
     if pattern is None:
         sums.add_dense()
     else:
@@ -63,6 +74,24 @@ def attention_gradients(
             sums.add(pattern, head_group, positions, rows)
     found = sums.finished()
     return found[0].to(dtype), found[1].to(dtype), found[2].to(dtype)
+
+
+def masked_gradients(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    mask: KeyPadding | Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of dense attention under any mask; arguments: see `dense_attention`."""
+    if not isinstance(mask, Tensor):
+        return attention_gradients(grad, q, k, v, None, scale, mask)
+    with torch.enable_grad():
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        found = torch.autograd.grad(out, (q, k, v), grad)
+    return token_major(found[0]), token_major(found[1]), token_major(found[2])
 
 
 def _groups(pattern: BlockPattern, grad: Tensor) -> Iterator[tuple[list[int], Tensor, Tensor]]:
@@ -107,7 +136,10 @@ class _Sums:
         v: Tensor,
         pattern: BlockPattern | None,
         scale: float,
+        padding: KeyPadding | None = None,
     ) -> None:
+        # (B, 1, Sk): what is added to the scores of each key.
+        self._key_bias = None if padding is None else padding.bias.to(k)[:, None]
         self.grad, self._q, self._k, self._v, self._scale = grad, q, k, v, scale
         batch, heads, length, head_dim = k.shape
         self._dq = torch.zeros_like(q)
@@ -126,7 +158,9 @@ class _Sums:
             k, v = self._k[:, part], self._v[:, part]
             for first in range(0, self._q.shape[2], DENSE_ROW):
                 rows = slice(first, first + DENSE_ROW)
-                found = self._row(self._q[:, part, rows], k, v, self.grad[:, part, rows], None)
+                found = self._row(
+                    self._q[:, part, rows], k, v, self.grad[:, part, rows], self._key_bias
+                )
                 self._dq[:, part, rows] = found[0]
                 self._dk[:, part, :length] += found[1]
                 self._dv[:, part, :length] += found[2]
@@ -184,6 +218,8 @@ class _Sums:
         heads = torch.tensor(part, device=self._k.device)[:, None]
         keys, values = self._k[:, heads, kept.read], self._v[:, heads, kept.read]
         bias = kept.bias
+        if self._key_bias is not None:
+            bias = bias + self._key_bias[:, 0, kept.read]
         if self._pooled is not None:
             keys, values = (
                 torch.cat([x, y[:, part]], 2)
@@ -202,11 +238,17 @@ class _Sums:
     def _row(
         self, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients of a few queries (B, h, m, D) and of all keys (B, h, K, D)."""
+        """Return the gradients of a few queries (B, h, m, D) and of all keys (B, h, K, D).
+
+        The bias of the keys is (h, K), (B, h, K) or (B, 1, K).
+        """
         scores = q @ k.mT * self._scale
         if bias is not None:
-            scores = scores + bias[:, None]
-        weights = (scores - scores.logsumexp(-1, keepdim=True)).exp_()
+            scores = scores + bias[..., None, :]
+        total = scores.logsumexp(-1, keepdim=True)
+        if self._key_bias is not None:
+            total = total.where(total != -torch.inf, 0)  # a query without keys
+        weights = (scores - total).exp_()
         inner = (grad * (weights @ v)).sum(-1, keepdim=True)
         d_scores = (grad @ v.mT - inner).mul_(weights).mul_(self._scale)
         return d_scores @ k, d_scores.mT @ q, weights.mT @ grad

@@ -6,6 +6,8 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from calibatt_compiler.kernels.common.padding import KeyPadding
+
 
 class AttentionKernel(Protocol):
     """Block-sparse attention by one pattern.
@@ -41,7 +43,15 @@ class AttentionKernel(Protocol):
     def repairs(self) -> int:
         """Calls computed again because a fixed softmax shift overflowed."""
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        padding: KeyPadding | None = None,
+    ) -> Tensor:
         """Return the attention output.
 
         Args:
@@ -49,6 +59,7 @@ class AttentionKernel(Protocol):
             k: (B, H, Sk, D).
             v: (B, H, Sk, D).
             scale: factor on the scores; default 1 / sqrt(D).
+            padding: what a mask says of the keys; None: there is none.
 
         Returns:
             (B, H, Sq, D), always laid out as contiguous (B, Sq, H, D).
@@ -71,6 +82,7 @@ class ReorderingKernel(Protocol):
         key_tokens: Tensor,
         *,
         scale: float | None = None,
+        padding: KeyPadding | None = None,
     ) -> Tensor:
         """Return the attention output in the order of the operands.
 
@@ -82,6 +94,7 @@ class ReorderingKernel(Protocol):
                 at each position of the pattern.
             key_tokens: int32 (Sk), the same for keys and values.
             scale: factor on the scores; default 1 / sqrt(D).
+            padding: what a mask says of the keys, laid out in the pattern's order.
 
         Returns:
             (B, H, Sq, D), laid out as contiguous (B, Sq, H, D).

@@ -15,6 +15,8 @@ from calibatt_compiler.plan.zones import ZonePattern
 Softmax = Literal["auto", "exact", "fixed"]
 """See `CompileOptions`; `fixed` insists on a fixed softmax shift."""
 
+Padded = Literal["", "tail", "any"]
+
 Target = Literal["portable", "hopper"]
 """Whose kernels: the portable ones, or those for Hopper GPUs."""
 
@@ -36,6 +38,8 @@ class KernelSettings:
         lowering: see `CompileOptions`.
         softmax: see `CompileOptions`; `fixed` insists on a fixed softmax shift.
         hopper: see `CompileOptions`.
+        padded: calls have a mask over keys, `KeyPadding`: "tail" if it is expected to cut the last
+            ones, for the text stands there; else "any". Both are served right whatever it cuts.
     """
 
     device: torch.device
@@ -44,6 +48,7 @@ class KernelSettings:
     lowering: Lowering = "baked"
     softmax: Softmax = "auto"
     hopper: bool = True
+    padded: Padded = ""
 
     def request(
         self, pattern: Given, *, dense: bool = False, lasting: bool = True

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from calibatt_compiler.errors import KernelError
+from calibatt_compiler.kernels.common.padding import KeyPadding
 from calibatt_compiler.kernels.common.zone_step import ZoneKernel, ZoneStep
 from calibatt_compiler.kernels.protocol import AttentionKernel
 from calibatt_compiler.logs import logger
@@ -168,9 +169,17 @@ class Tiers(Generic[K]):
 class TieredKernel(Tiers[AttentionKernel]):
     """Serves by the first tier that is ready; see `AttentionKernel`."""
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        padding: KeyPadding | None = None,
+    ) -> Tensor:
         """Attend; see `AttentionKernel`."""
-        return self._attend(lambda kernel: kernel(q, k, v, scale=scale))
+        return self._attend(lambda kernel: kernel(q, k, v, scale=scale, padding=padding))
 
 
 class TieredZones(Tiers[ZoneKernel]):
@@ -186,7 +195,14 @@ class TieredZones(Tiers[ZoneKernel]):
         return ZoneStep(self, step)
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, step: int, scale: float | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        step: int,
+        scale: float | None = None,
+        padding: KeyPadding | None = None,
     ) -> Tensor:
         """Attend; see `ZoneKernel`."""
-        return self._attend(lambda kernel: kernel(q, k, v, step=step, scale=scale))
+        return self._attend(lambda kernel: kernel(q, k, v, step=step, scale=scale, padding=padding))

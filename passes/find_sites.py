@@ -23,6 +23,7 @@ from calibatt_compiler.passes.graph import (
     subgraphs,
     transformed,
 )
+from calibatt_compiler.passes.masks import key_mask
 from calibatt_compiler.passes.rewrite import Rewrite, SdpaCall, site_key
 from calibatt_compiler.passes.writes import memory, written
 
@@ -114,6 +115,7 @@ def _describe(
         key_length=key.shape[2],
         head_dim=int(query.shape[3]),
         skip=reason,
+        padded=operands.get("attn_mask") is not None,
     )
     return SdpaCall(node, gm, path, info)
 
@@ -125,8 +127,9 @@ def _refusal(
     value: torch.Tensor,
     path: tuple[Node, ...],
 ) -> str | None:
-    if operands.get("attn_mask") is not None:
-        return "masked"
+    mask = operands.get("attn_mask")
+    if mask is not None and isinstance(found := key_mask(mask, key), str):
+        return found
     if operands.get("is_causal"):
         return "causal"
     if operands.get("dropout_p"):

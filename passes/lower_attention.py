@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from itertools import permutations
-from typing import cast
+from operator import getitem
+from typing import Any, cast
 
 import torch
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true as known
 
 from calibatt_compiler.passes.graph import OPERANDS, drop_unread, example, finish, subgraphs
+from calibatt_compiler.passes.masks import KeyMask, key_mask, written_behind
 from calibatt_compiler.passes.rewrite import Lowered, Permuted, Rewrite, SdpaCall
 
 TOKEN_MAJOR = (0, 2, 1, 3)
@@ -25,6 +27,7 @@ def lower_attention(rewrite: Rewrite) -> Rewrite:
     """
     threaded: dict[Node, Node] = {}
     changed: dict[GraphModule, None] = {}
+    masks = _Masks()
     for call, decision in zip(rewrite.calls, rewrite.decisions, strict=True):
         if isinstance(decision, Lowered):
             assert rewrite.timestep is not None
@@ -35,7 +38,8 @@ def lower_attention(rewrite: Rewrite) -> Rewrite:
                     threaded[higher_order] = _thread(higher_order, timestep)
                     changed[cast("GraphModule", threaded[higher_order].graph.owning_module)] = None
                 timestep = threaded[higher_order]
-            _replace(call, timestep, ordered=isinstance(rewrite.order, Permuted))
+            _replace(call, timestep, masks, ordered=isinstance(rewrite.order, Permuted))
+    masks.drop_unread()
     for gm in changed:
         finish(gm)
     if rewrite.timestep is not None and not drop_unread([rewrite.timestep]):
@@ -43,7 +47,7 @@ def lower_attention(rewrite: Rewrite) -> Rewrite:
     return rewrite
 
 
-def _replace(call: SdpaCall, timestep: Node, *, ordered: bool) -> None:
+def _replace(call: SdpaCall, timestep: Node, masks: _Masks, *, ordered: bool) -> None:
     graph = call.gm.graph
     meta = {key: value for key, value in call.node.meta.items() if key != "example_value"}
     with graph.inserting_before(call.node):
@@ -51,12 +55,59 @@ def _replace(call: SdpaCall, timestep: Node, *, ordered: bool) -> None:
         lowered = graph.call_function(
             torch.ops.calibatt.attention.default,
             (*operands, timestep, call.key, call.scale, ordered),
+            masks.operands(call),
         )
         lowered.meta = dict(meta)
         lowered = _laid_out(lowered, call.node)
     lowered.meta = dict(call.node.meta)
     call.node.replace_all_uses_with(lowered)
     graph.erase_node(call.node)
+
+
+class _Masks:
+    """Has each mask read once, before the first call that has it."""
+
+    def __init__(self) -> None:
+        self._read: dict[tuple[Node, str], tuple[Node, ...]] = {}
+        self._made: dict[Node, None] = {}
+
+    def operands(self, call: SdpaCall) -> dict[str, Any]:
+        """Return what `calibatt::attention` takes of a call's mask, by name; insert its reading."""
+        mask, key = call.operands.get("attn_mask"), example(call.operands["key"])
+        if mask is None or key is None:
+            return {}
+        found = key_mask(mask, key)
+        assert isinstance(found, KeyMask), "others are not bound"
+        self._made.update(dict.fromkeys(found.made))
+        held = (found.source, "look" if found.form == "look" else "")
+        if held not in self._read:
+            read = self._insert(call.node, found)
+            if written_behind(call.node, found.source):
+                return self._named(read, found)
+            self._read[held] = read
+        return self._named(self._read[held], found)
+
+    def drop_unread(self) -> None:
+        """Erase what masks of pairs were made of, where nobody reads them any more."""
+        drop_unread(list(self._made))
+
+    def _insert(self, before: Node, mask: KeyMask) -> tuple[Node, ...]:
+        graph = before.graph
+        look = mask.form == "look"
+        ops = torch.ops.calibatt
+        op = ops.look_at_mask.default if look else ops.key_padding.default
+        args = (mask.source,) if look else (mask.source, mask.form == "rows")
+        read = graph.call_function(op, args)
+        made = [read, *(graph.call_function(getitem, (read, i)) for i in range(3 if look else 2))]
+        for node in made:
+            node.meta = {key: v for key, v in before.meta.items() if key != "example_value"}
+        return tuple(made[1:])
+
+    def _named(self, read: tuple[Node, ...], mask: KeyMask) -> dict[str, Any]:
+        given: dict[str, Any] = {"bias": read[0], "bounds": read[1]}
+        if mask.form == "look":
+            return given | {"verdict": read[2], "mask": mask.source}
+        return given | {"rows": mask.form == "rows"}
 
 
 def _cast(call: SdpaCall, operand: Node) -> Node:

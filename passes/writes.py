@@ -21,6 +21,9 @@ INPLACE = {
 }  # fmt: skip
 """Functions that write into their first operand."""
 
+KEYWORDS = {operator.and_, operator.or_, operator.not_, operator.is_}
+"""Functions whose names end in a line only because they would be keywords of Python."""
+
 INPLACE_METHODS = {f"__{function.__name__}__" for function in INPLACE}
 
 STATEFUL = {"batch_norm": None, "instance_norm": None, "embedding": "max_norm"}
@@ -45,7 +48,7 @@ def written(node: Node, functional: Iterable[Any] = ()) -> list[Node]:
         writes = any(written(inner) for body in bodies for inner in body.graph.nodes)
         return operands if writes else []
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    marked = name.endswith("_") and not name.endswith("__")
+    marked = name.endswith("_") and not name.endswith("__") and node.target not in KEYWORDS
     if marked and name.startswith("_foreach"):
         return operands
     if marked or node.target in INPLACE or name in INPLACE_METHODS or _argument(node, "inplace"):

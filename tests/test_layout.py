@@ -71,7 +71,7 @@ EDGES: dict[str, str] = {
         "calibration.config calibration.observe calibration.progress calibration.select "
         "calibration.store model plan"
     ),
-    "capture": "plan",
+    "capture": "kernels.common plan",
     "cli": "cli.app",
     "cli.app": (
         "cli.build cli.calibrate cli.compare cli.demo cli.env cli.inspect cli.interruption "
@@ -119,6 +119,7 @@ EDGES: dict[str, str] = {
     "kernels.gradients": "kernels.common plan",
     "kernels.hopper": "kernels.common kernels.portable kernels.request kernels.tiered plan",
     "kernels.portable": "kernels.common kernels.request plan",
+    "kernels.protocol": "kernels.common",
     "kernels.reference": "kernels.common plan",
     "kernels.request": "options plan",
     "kernels.tiered": "kernels.common kernels.protocol plan",
@@ -129,9 +130,10 @@ EDGES: dict[str, str] = {
     "model": "passes.graph plan",
     "options": "plan",
     "passes.bind_sites": "capture passes.rewrite",
-    "passes.find_sites": "capture passes.graph passes.rewrite passes.writes",
+    "passes.find_sites": "capture passes.graph passes.masks passes.rewrite passes.writes",
     "passes.find_timestep": "passes.graph passes.rewrite",
-    "passes.lower_attention": "passes.graph passes.rewrite",
+    "passes.lower_attention": "passes.graph passes.masks passes.rewrite",
+    "passes.masks": "passes.graph passes.writes",
     "passes.pipeline": (
         "debug model passes.bind_sites passes.find_sites passes.find_timestep "
         "passes.lower_attention passes.rewrite passes.token_order runtime"
@@ -147,11 +149,12 @@ EDGES: dict[str, str] = {
 }
 
 PASS_LIST = "passes.pipeline"
-PASS_HELPERS = {"passes.graph", "passes.rewrite", "passes.writes"}
+PASS_HELPERS = {"passes.graph", "passes.masks", "passes.rewrite", "passes.writes"}
 
 # The reference defines what is right: it must not lean on what it is compared with.
 REFERENCE_MAY_IMPORT = {
     "kernels.common.operands",
+    "kernels.common.padding",
     "kernels.common.pooling",
     "kernels.common.zone_step",
 }

@@ -17,7 +17,7 @@ from calibatt_compiler.binding.pinned import PinnedOptions
 from calibatt_compiler.binding.said import Said, said_of
 from calibatt_compiler.capture import Site, SiteInfo
 from calibatt_compiler.errors import KernelError, PlanMismatchError
-from calibatt_compiler.kernels.request import KernelSettings
+from calibatt_compiler.kernels.request import KernelSettings, Padded
 from calibatt_compiler.model import families as models
 from calibatt_compiler.model.calls import hint
 from calibatt_compiler.options import CompileOptions
@@ -28,7 +28,7 @@ from calibatt_compiler.runtime.coordinates import PlanCoordinates
 from calibatt_compiler.runtime.device_queue import queue_of
 from calibatt_compiler.runtime.kernel_cache import KernelCache, table_budget
 from calibatt_compiler.runtime.sampler_watch import SamplerWatch
-from calibatt_compiler.runtime.site import SparseSite
+from calibatt_compiler.runtime.site import SparseSite, expected_padding
 
 NOT_PLANNED = "not in the plan"
 
@@ -50,7 +50,7 @@ class PlanSites:
         self.watch = SamplerWatch(self._plan, lambda note: said.warn("sampler", "%s", note))
         self.expectation = f"{frames} x {height} x {width} latent tokens"
         self.reader = ModelCallReader(self._plan, PlanCoordinates(self._plan))
-        self._caches: dict[tuple[torch.device, torch.dtype], KernelCache] = {}
+        self._caches: dict[tuple[torch.device, torch.dtype, Padded], KernelCache] = {}
         self._sites: dict[tuple[str, KernelSettings], SparseSite] = {}
 
     def bind_part(self, call: PartCall, info: SiteInfo) -> Site | Skip:
@@ -90,6 +90,7 @@ class PlanSites:
             lowering=self._options.lowering,
             softmax=self._options.softmax,
             hopper=self._options.hopper,
+            padded=expected_padding(self._plan) if info.padded else "",
         )
         # Graphs of one model's parts share a binder, and so its sites.
         known = self._sites.get((info.name, settings))
@@ -111,7 +112,7 @@ class PlanSites:
         return site
 
     def _cache(self, settings: KernelSettings) -> KernelCache:
-        key = settings.device, settings.dtype
+        key = settings.device, settings.dtype, settings.padded
         if key not in self._caches:
             budget = table_budget(self._plan, self._options.table_memory)
             self._caches[key] = KernelCache(queue_of(settings.device), budget=budget)

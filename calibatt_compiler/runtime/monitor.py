@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from calibatt_compiler.kernels.common.padding import KeyPadding
 from calibatt_compiler.plan.pattern import BlockPattern
 from calibatt_compiler.runtime.token_order import Rearrangement
 
@@ -60,6 +61,7 @@ class KeptMassMonitor:
         k: Tensor,
         scale: float,
         orders: tuple[Rearrangement | None, Rearrangement | None],
+        padding: KeyPadding | None = None,
     ) -> None:
         """Look at one query block of a call.
 
@@ -70,13 +72,14 @@ class KeptMassMonitor:
             k: (B, H, Sk, D).
             scale: factor on the scores.
             orders: of queries and of keys in the pattern.
+            padding: what a mask says of the keys, in the model's order.
         """
         served = pattern()
         if served.repetitive is not None and served.repetitive.all():
             return
         count = self.samples.total() + 1
         row = int((count * GOLDEN + self._phase) % 1 * served.query_blocks)
-        share = kept_mass(q, k, served, row, scale, orders)
+        share = kept_mass(q, k, served, row, scale, orders, padding)
         self.samples[step] += 1
         self._sums[step] = share if step not in self._sums else self._sums[step] + share
 
@@ -93,6 +96,7 @@ def kept_mass(
     row: int,
     scale: float,
     orders: tuple[Rearrangement | None, Rearrangement | None] = (None, None),
+    padding: KeyPadding | None = None,
 ) -> Tensor:
     """Return the share of attention mass in the kept blocks of one row of blocks.
 
@@ -103,6 +107,7 @@ def kept_mass(
         row: the query block; at most `QUERIES` of its queries are looked at, evenly spread.
         scale: factor on the scores.
         orders: of queries and of keys in the pattern.
+        padding: what a mask says of the keys, in the model's order; a row without keys loses none.
 
     Returns:
         float64 scalar on the operands' device: mean over samples, queries and heads that are not
@@ -126,7 +131,10 @@ def kept_mass(
     total = q.new_zeros((), dtype=torch.float64)
     for start in range(0, q.shape[1], heads):
         part = slice(start, start + heads)
-        mass = (few[:, part].float() @ k[:, part].float().mT).mul_(scale).softmax(-1)
-        shares = (mass * kept[part, None]).sum(-1).double().mean((0, 2))
+        scores = (few[:, part].float() @ k[:, part].float().mT).mul_(scale)
+        if padding is not None:
+            scores += padding.bias[:, None, None]
+        shares = (scores.softmax(-1) * kept[part, None]).sum(-1).double()
+        shares = shares.nan_to_num(1.0).mean((0, 2)) if padding is not None else shares.mean((0, 2))
         total += (shares * torch.from_numpy(judged[part]).to(q.device)).sum()
     return total / int(judged.sum())

@@ -3,8 +3,9 @@
 `calibatt::host_timestep` brings the timestep to the host once a forward pass, and
 `calibatt::passed_timestep` takes it from the call of the model that a graph is a part of;
 `calibatt::token_order` says in which order a plan has a video's tokens; `calibatt::attention`
-serves one site, `calibatt::attention_backward` its gradients. All are opaque to Inductor and pure
-in their result.
+serves one site, `calibatt::attention_backward` its gradients; `calibatt::key_padding` reads a mask
+over keys, and `calibatt::look_at_mask` one that may be something else. All are opaque to Inductor
+and pure in their result.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ import torch
 from torch import Tensor
 
 from calibatt_compiler.errors import KernelError
+from calibatt_compiler.kernels.common.padding import KeyPadding
 from calibatt_compiler.plan.order import TokenOrder
 from calibatt_compiler.runtime.invocation import current, lookup, sign
+from calibatt_compiler.runtime.masks import given_mask, look, of_keys
 from calibatt_compiler.runtime.timestep import read, send
 from calibatt_compiler.runtime.token_order import Rearrangements
 
@@ -146,6 +149,51 @@ def _(
     return like.new_empty(length, dtype=torch.int32)
 
 
+@torch.library.custom_op("calibatt::key_padding", mutates_args=())
+def key_padding(mask: Tensor, vector: bool) -> tuple[Tensor, Tensor]:
+    """Return what a mask says of the keys, which all queries share; nothing waits for the device.
+
+    Args:
+        mask: bool or float; (B or 1, Sk) if it is a `vector`, else as SDPA takes it.
+        vector: see `mask`.
+
+    Returns:
+        `bias` and `bounds` of `KeyPadding`.
+    """
+    found = KeyPadding.of(mask if vector else of_keys(mask))
+    return found.bias, found.bounds
+
+
+@key_padding.register_fake
+def _(mask: Tensor, vector: bool) -> tuple[Tensor, Tensor]:
+    return _padding_like(mask, mask.shape[0] if vector or mask.dim() == 4 else 1)
+
+
+@torch.library.custom_op("calibatt::look_at_mask", mutates_args=(), tags=TAGS)
+def look_at_mask(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Look at a mask of pairs of tokens; waits for the device.
+
+    Args:
+        mask: bool, as SDPA takes it.
+
+    Returns:
+        `bias` and `bounds` of `KeyPadding`; int64 (1) on the CPU, what it is: see `runtime.masks`.
+    """
+    found, verdict = look(mask)
+    return found.bias, found.bounds, torch.tensor([verdict])
+
+
+@look_at_mask.register_fake
+def _(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    found = _padding_like(mask, mask.shape[0] if mask.dim() == 4 else 1)
+    return *found, torch.empty(1, dtype=torch.int64, device="cpu")
+
+
+def _padding_like(mask: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+    bias = mask.new_empty(samples, mask.shape[-1], dtype=torch.float32)
+    return bias, mask.new_empty(samples, 4, dtype=torch.int32)
+
+
 @torch.library.custom_op("calibatt::attention", mutates_args=(), tags=TAGS)
 def attention(
     q: Tensor,
@@ -155,6 +203,11 @@ def attention(
     site: str,
     scale: float,
     ordered: bool = False,
+    bias: Tensor | None = None,
+    bounds: Tensor | None = None,
+    rows: bool = False,
+    verdict: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Attention of one site at a timestep.
 
@@ -166,6 +219,11 @@ def attention(
         site: its name in the graph that is running.
         scale: factor of the scores.
         ordered: whether the operands, and so the output, are in the plan's token order.
+        bias: see `runtime.masks`, as all that follow; None: there is no mask.
+        bounds: with `bias`.
+        rows: with `bias`.
+        verdict: with `bias`, of a mask that was looked at.
+        mask: with `verdict`.
 
     Returns:
         (batch, heads, query_length, head_dim), laid out as (batch, query_length, heads, head_dim)
@@ -174,7 +232,9 @@ def attention(
     Raises:
         KernelError: no such site, or operands that its kernel can't take.
     """
-    return lookup(site, timestep).attend(q, k, v, read(timestep), scale, ordered=ordered)
+    given = given_mask(bias, bounds, rows, verdict, mask)
+    found = lookup(site, timestep)
+    return found.attend(q, k, v, read(timestep), scale, ordered=ordered, **given)
 
 
 @attention.register_fake
@@ -186,6 +246,11 @@ def _(
     site: str,
     scale: float,
     ordered: bool = False,
+    bias: Tensor | None = None,
+    bounds: Tensor | None = None,
+    rows: bool = False,
+    verdict: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     return _token_major_like(q)
 
@@ -200,6 +265,11 @@ def attention_backward(
     site: str,
     scale: float,
     ordered: bool,
+    bias: Tensor | None,
+    bounds: Tensor | None,
+    rows: bool,
+    verdict: Tensor | None,
+    mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `attention`, by the pattern that served the call.
 
@@ -212,6 +282,11 @@ def attention_backward(
         site: see `attention`.
         scale: see `attention`.
         ordered: see `attention`.
+        bias: see `attention`.
+        bounds: see `attention`.
+        rows: see `attention`.
+        verdict: see `attention`.
+        mask: see `attention`.
 
     Returns:
         Gradients of q, k and v, laid out as the output of `attention`.
@@ -219,8 +294,9 @@ def attention_backward(
     Raises:
         KernelError: the model is gone, or its site has no gradients.
     """
+    given = given_mask(bias, bounds, rows, verdict, mask)
     found = lookup(site, timestep)
-    return found.gradients(grad, q, k, v, read(timestep), scale, ordered=ordered)
+    return found.gradients(grad, q, k, v, read(timestep), scale, ordered=ordered, **given)
 
 
 @attention_backward.register_fake
@@ -233,6 +309,11 @@ def _(
     site: str,
     scale: float,
     ordered: bool,
+    bias: Tensor | None,
+    bounds: Tensor | None,
+    rows: bool,
+    verdict: Tensor | None,
+    mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _token_major_like(q), _token_major_like(k), _token_major_like(v)
 
@@ -243,13 +324,15 @@ def _token_major_like(x: Tensor) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, k, v, timestep, *ctx.rest = inputs
-    ctx.save_for_backward(q, k, v, timestep)
+    q, k, v, timestep, *ctx.rest, bias, bounds, ctx.rows, verdict, mask = inputs
+    ctx.save_for_backward(q, k, v, timestep, bias, bounds, verdict, mask)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    found = torch.ops.calibatt.attention_backward(grad, *ctx.saved_tensors, *ctx.rest)
-    return (*found, None, *[None] * len(ctx.rest))
+    q, k, v, timestep, bias, bounds, verdict, mask = ctx.saved_tensors
+    masked = (bias, bounds, ctx.rows, verdict, mask)
+    found = torch.ops.calibatt.attention_backward(grad, q, k, v, timestep, *ctx.rest, *masked)
+    return (*found, None, *[None] * (len(ctx.rest) + len(masked)))
 
 
 def _no_second(ctx: Any, *grads: Tensor) -> None:

@@ -10,8 +10,9 @@ from torch import Tensor
 from calibatt_compiler.capture import Recorder
 from calibatt_compiler.errors import PlanMismatchError
 from calibatt_compiler.kernels.common.dense import dense_attention
-from calibatt_compiler.kernels.gradients import attention_gradients
-from calibatt_compiler.kernels.request import KernelSettings
+from calibatt_compiler.kernels.common.padding import KeyPadding
+from calibatt_compiler.kernels.gradients import attention_gradients, masked_gradients
+from calibatt_compiler.kernels.request import KernelSettings, Padded
 from calibatt_compiler.options import OnMismatch
 from calibatt_compiler.plan import Plan
 from calibatt_compiler.plan.text import other_text
@@ -30,6 +31,8 @@ DENSE_MIXED = "dense: samples of one batch at different timesteps"
 DENSE_LENGTH = "dense: a sequence that is not the plan's video with text"
 DENSE_TOKENS = "dense: tokens that are not laid out as the plan's"
 DENSE_FULL = "dense: the plan keeps every block"
+DENSE_MASKED = "dense: a mask that cuts more than padded keys"
+DENSE_POOLED = "dense: pooled keys can't be told from padded ones"
 
 
 class SparseSite:
@@ -99,6 +102,7 @@ class SparseSite:
         scale: float,
         *,
         ordered: bool = False,
+        mask: KeyPadding | Tensor | None = None,
     ) -> Tensor:
         """Attention at a timestep: sparse where the plan has a step near it, else dense.
 
@@ -106,22 +110,23 @@ class SparseSite:
         whether the operands are `ordered` the plan's way; if not, they are brought into its order.
         """
         lengths = (q.shape[2], k.shape[2])
-        step = self._step(timestep, lengths)
+        step = self._step(timestep, lengths, mask)
         if isinstance(step, str):
             self.calls[step] += 1
-            return dense_attention(q, k, v, scale)
+            return dense_attention(q, k, v, scale, mask)
+        assert not isinstance(mask, Tensor)
         variant = self._variant(lengths)
         held = self._kernels.get(self._name, step, variant)
         if held is None:
             self.calls[DENSE_FULL] += 1
-            return dense_attention(q, k, v, scale)
+            return dense_attention(q, k, v, scale, mask)
         kernel = self._made.at(held, step)
         self.calls[kernel.kind] += 1
         if variant is None:
             self.counts.note(self._steps[step], kernel)
         as_is = ordered or (variant is None and self._made.is_full(self._steps[step]))
         orders = [None if as_is else self._rearrangement(length) for length in lengths]
-        out = attend_in_order(kernel, q, k, v, scale, (orders[0], orders[1]))
+        out = attend_in_order(kernel, q, k, v, scale, (orders[0], orders[1]), mask)
         self._kernels.record_use(self._name)
         if self.monitor is not None and self.monitor.due():
             index = self._steps[step]
@@ -132,6 +137,7 @@ class SparseSite:
                 k,
                 scale,
                 (orders[0], orders[1]),
+                mask,
             )
         return out
 
@@ -145,12 +151,14 @@ class SparseSite:
         scale: float,
         *,
         ordered: bool = False,
+        mask: KeyPadding | Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Site`: over the plan's blocks, though a kernel may have covered a few more."""
         lengths = (q.shape[2], k.shape[2])
-        step = self._step(timestep, lengths)
+        step = self._step(timestep, lengths, mask)
         if isinstance(step, str) or self._made.is_full(self._steps[step]):
-            return attention_gradients(grad, q, k, v, None, scale)
+            return masked_gradients(grad, q, k, v, scale, mask)
+        assert not isinstance(mask, Tensor)
         pattern = self._made.pattern(self._steps[step], self._variant(lengths))
         of_queries, of_keys = (
             None if ordered else self._rearrangement(length) for length in lengths
@@ -159,11 +167,14 @@ class SparseSite:
             grad, q = of_queries.apply(grad), of_queries.apply(q)
         if of_keys is not None:
             k, v = of_keys.apply(k), of_keys.apply(v)
-        dq, dk, dv = attention_gradients(grad, q, k, v, pattern, scale)
+            mask = None if mask is None else mask.ordered(of_keys.tokens)
+        dq, dk, dv = attention_gradients(grad, q, k, v, pattern, scale, mask)
         dq = dq if of_queries is None else of_queries.undo(dq)
         return (dq, dk, dv) if of_keys is None else (dq, of_keys.undo(dk), of_keys.undo(dv))
 
-    def _step(self, timestep: float, lengths: tuple[int, int]) -> int | str:
+    def _step(
+        self, timestep: float, lengths: tuple[int, int], mask: KeyPadding | Tensor | None
+    ) -> int | str:
         """Return the step whose pattern serves a call, or why it is dense.
 
         Raises:
@@ -183,6 +194,10 @@ class SparseSite:
         if (reason := self._unserved(step, timestep)) is not None:
             return reason
         assert step is not None
+        if isinstance(mask, Tensor):
+            return DENSE_MASKED
+        if mask is not None and self._site.size.pooled:
+            return DENSE_POOLED
         return step if self._serves(lengths) else DENSE_LENGTH
 
     def _unserved(self, step: int | None, timestep: float) -> str | None:
@@ -244,6 +259,11 @@ class SparseSite:
         self._kernels.clear()
 
 
+def expected_padding(plan: Plan) -> Padded:
+    """Return where the masks of a plan's sites are expected to cut keys: where text ends."""
+    return "tail" if plan.text_position == "last" else "any"
+
+
 class DenseSite:
     """Dense attention, where the graph has our operator for other modules that it serves."""
 
@@ -256,9 +276,10 @@ class DenseSite:
         scale: float,
         *,
         ordered: bool = False,
+        mask: KeyPadding | Tensor | None = None,
     ) -> Tensor:
         """As in `Site`; the same for any order of tokens."""
-        return dense_attention(q, k, v, scale)
+        return dense_attention(q, k, v, scale, mask)
 
     def gradients(
         self,
@@ -270,9 +291,10 @@ class DenseSite:
         scale: float,
         *,
         ordered: bool = False,
+        mask: KeyPadding | Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As in `Site`."""
-        return attention_gradients(grad, q, k, v, None, scale)
+        return masked_gradients(grad, q, k, v, scale, mask)
 
 
 class RecordingSite(DenseSite):
@@ -291,7 +313,10 @@ class RecordingSite(DenseSite):
         scale: float,
         *,
         ordered: bool = False,
+        mask: KeyPadding | Tensor | None = None,
     ) -> Tensor:
         """Dense attention, observed by the recorder, which knows tokens in the model's order."""
         assert not ordered, "recording graphs are not permuted"
-        return self._recorder.attend(self._name, q, k, v, timestep, scale)
+        if mask is None:
+            return self._recorder.attend(self._name, q, k, v, timestep, scale)
+        return self._recorder.attend(self._name, q, k, v, timestep, scale, mask=mask)

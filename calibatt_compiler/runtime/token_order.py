@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from calibatt_compiler.kernels.common.padding import KeyPadding
 from calibatt_compiler.kernels.common.uploads import DeviceTableCache, Uploaded
 from calibatt_compiler.kernels.protocol import AttentionKernel, ReorderingKernel
 from calibatt_compiler.plan.order import TokenOrder
@@ -91,6 +93,7 @@ def attend_in_order(
     v: Tensor,
     scale: float,
     orders: tuple[Rearrangement | None, Rearrangement | None],
+    padding: KeyPadding | None = None,
 ) -> Tensor:
     """Call a kernel on tokens in its pattern's order; the output is in the model's.
 
@@ -101,13 +104,17 @@ def attend_in_order(
         v: (B, H, Sk, D).
         scale: factor on the scores.
         orders: of the queries, and of the keys and values.
+        padding: what a mask says of the keys in the model's order; None: there is none.
     """
     of_queries, of_keys = orders
+    if padding is not None and of_keys is not None:
+        padding = padding.ordered(of_keys.tokens)
+    more: dict[str, Any] = {"scale": scale} | ({} if padding is None else {"padding": padding})
     if of_queries is None and of_keys is None:
-        return kernel(q, k, v, scale=scale)
+        return kernel(q, k, v, **more)
     if isinstance(kernel, ReorderingKernel) and of_queries is not None and of_keys is not None:
-        return kernel.reordered(q, k, v, of_queries.tokens, of_keys.tokens, scale=scale)
+        return kernel.reordered(q, k, v, of_queries.tokens, of_keys.tokens, **more)
     q = q if of_queries is None else of_queries.apply(q)
     k, v = (x if of_keys is None else of_keys.apply(x) for x in (k, v))
-    out = kernel(q, k, v, scale=scale)
+    out = kernel(q, k, v, **more)
     return out if of_queries is None else of_queries.undo(out)

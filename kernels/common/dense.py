@@ -17,12 +17,19 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from calibatt_compiler.kernels.common.operands import token_major
+from calibatt_compiler.kernels.common.padding import KeyPadding
 from calibatt_compiler.logs import logger
 
 log = logger("kernels")
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+def dense_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    mask: KeyPadding | Tensor | None = None,
+) -> Tensor:
     """Stock SDPA in the layout that block-sparse kernels return.
 
     Args:
@@ -30,11 +37,14 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None)
         k: (B, H, Sk, D).
         v: (B, H, Sk, D).
         scale: factor on the scores; default 1 / sqrt(D).
+        mask: what a mask says of the keys, or one that SDPA takes.
 
     Returns:
         (B, H, Sq, D), laid out as contiguous (B, Sq, H, D).
     """
-    return token_major(F.scaled_dot_product_attention(q, k, v, scale=scale))
+    given = mask.dense_mask().to(q.dtype) if isinstance(mask, KeyPadding) else mask
+    out = token_major(F.scaled_dot_product_attention(q, k, v, attn_mask=given, scale=scale))
+    return mask.clear_rows(out) if isinstance(mask, KeyPadding) else out
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:

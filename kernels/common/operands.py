@@ -6,15 +6,22 @@ import torch
 from torch import Tensor
 
 from calibatt_compiler.errors import KernelError
+from calibatt_compiler.kernels.common.padding import KeyPadding
 from calibatt_compiler.kernels.request import KernelSettings
 from calibatt_compiler.plan.pattern import BlockPattern
 from calibatt_compiler.plan.zones import ZonePattern
 
 
-def check_operands(pattern: BlockPattern | ZonePattern, q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_operands(
+    pattern: BlockPattern | ZonePattern,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    padding: KeyPadding | None = None,
+) -> None:
     """Raise `KernelError` unless q is (B, H, Sq, D) and k, v are (B, H, Sk, D) of the pattern.
 
-    All three must have one floating dtype and be on one device.
+    All three must have one floating dtype and be on one device, and a padding be of these keys.
     """
     if q.dim() != 4:
         raise KernelError(
@@ -41,6 +48,15 @@ def check_operands(pattern: BlockPattern | ZonePattern, q: Tensor, k: Tensor, v:
             got=f"{q.dtype}, {k.dtype}, {v.dtype}",
             remedy="cast q, k and v to one dtype, or run under autocast",
         )
+    if padding is not None:
+        padding.check(batch, pattern.key_length)
+        if isinstance(pattern, BlockPattern) and pattern.pooled:
+            raise KernelError(
+                "a pattern with pooled keys takes no key padding",
+                expected="a pattern that pools no keys, or calls without a mask",
+                got=f"{pattern.pooled} keys a dropped block, and a mask",
+                remedy="calibrate with pooled=0",
+            )
     if not q.device == k.device == v.device:
         raise KernelError(
             "attention operands must be on one device",

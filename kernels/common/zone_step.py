@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from torch import Tensor
 
+from calibatt_compiler.kernels.common.padding import KeyPadding
+
 if TYPE_CHECKING:
     from calibatt_compiler.plan.zones import ZonePattern
 
@@ -51,7 +53,14 @@ class ZoneKernel(Protocol):
         """Return the kernel at a step; it holds this one, and nothing else is made for it."""
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, step: int, scale: float | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        step: int,
+        scale: float | None = None,
+        padding: KeyPadding | None = None,
     ) -> Tensor:
         """Return the attention output at a step; operands as for `AttentionKernel`."""
 
@@ -93,9 +102,17 @@ class ZoneStep:
         """Blocks kept at this step / all blocks."""
         return self.kernel.pattern.density_at(self.step)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        padding: KeyPadding | None = None,
+    ) -> Tensor:
         """Return the attention output; see `AttentionKernel`."""
-        return self.kernel(q, k, v, step=self.step, scale=scale)
+        return self.kernel(q, k, v, step=self.step, scale=scale, padding=padding)
 
 
 class GpuZones:

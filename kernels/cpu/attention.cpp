@@ -345,19 +345,37 @@ struct Pooled {
 
 }  // namespace
 
+// What a mask says of the keys of one sample. `bias`, or null, is added to their scores; it is not 0
+// only from key `begin` to `end`, and -inf on all of these if `hole`.
+struct Padding {
+  const float* bias = nullptr;
+  int64_t begin = 0, end = 0;
+  bool hole = false;
+
+  bool touches(int64_t first, int64_t last) const { return bias && first < end && last > begin; }
+
+  // The first key from `key` on that is attended at all, at the begin of a panel.
+  int64_t skip(int64_t key) const {
+    return bias && hole && key >= begin && key < end ? std::max(key, end / PANEL_KEYS * PANEL_KEYS)
+                                                     : key;
+  }
+};
+
 // Attend the kept intervals. `order` lists rows (head * query_blocks + query block), dearest first;
 // `query_tokens` and `key_tokens`, or null, name the model's token at each position. The next ones
 // are the pattern's intervals, in blocks, with their weights. With `octaves`, or null, an interval of
 // octave k > 0 keeps its first block and every 2^k-th, and all have the weight 2^k. If `pooled` is not 0, each dropped
 // key block, of which `kept` has one bit that is not set, takes part as `pooled` mean keys. Heads
-// of which `repetitive`, or null, is not 0 compute and copy as `HeadRows` says.
+// of which `repetitive`, or null, is not 0 compute and copy as `HeadRows` says. `bias` (length_k) and
+// `bounds` (4), or null, are those of `KeyPadding`, of each sample if `each`.
 extern "C" void attend(
     const int64_t* sizes, const int64_t* strides, const ELEMENT* q, const ELEMENT* k,
     const ELEMENT* v, ELEMENT* out, double scale, const int32_t* query_tokens,
     const int32_t* key_tokens, const int32_t* order, const int32_t* offsets,
     const int32_t* starts, const int32_t* ends, const float* log_weights,
     const uint8_t* octaves, int64_t pooled, const uint8_t* kept, const uint8_t* repetitive, const int32_t* computed,
-    const int32_t* targets, int64_t count, int64_t slots, int threads) {
+    const int32_t* targets, int64_t count, int64_t slots, const float* bias, const int32_t* bounds,
+    int64_t each, int threads) {
   const Sizes s = *reinterpret_cast<const Sizes*>(sizes);
   const Strides* by_operand = reinterpret_cast<const Strides*>(strides);
   const Strides qs = by_operand[0], os = by_operand[3];
@@ -375,6 +393,11 @@ extern "C" void attend(
     const HeadRows of_head =
         copies ? HeadRows{count, computed, targets, slots} : HeadRows{s.length_q};
     const int64_t last = std::min((block + 1) * s.block_m, of_head.count);
+    Padding padding;
+    if (bias) {
+      const int32_t* bound = bounds + item * each * 4;
+      padding = {bias + item * each * s.length_k, bound[0], bound[1], bound[2] != 0};
+    }
     Tile tile;
     VALUE step_sum[ROWS];
     for (int64_t first = block * s.block_m; first < last; first += ROWS) {
@@ -389,9 +412,12 @@ extern "C" void attend(
                                          : log_weights ? log_weights[run] : 0;
         for (int64_t at = starts[run]; at < ends[run]; at += octave ? int64_t(1) << octave : blocks) {
           const int64_t end = std::min((at + blocks) * s.block_n, s.length_k);
-          for (int64_t key = at * s.block_n; key < end; key += STEP) {
+          for (int64_t key = padding.skip(at * s.block_n); key < end; key = padding.skip(key + STEP)) {
             const int64_t step = std::min(STEP, end - key);
             score(tile, padded, keys + key * HEAD_DIM, step);
+            if (padding.touches(key, key + step))
+              for (int64_t row = 0; row < padded; ++row)
+                for (int64_t n = 0; n < step; ++n) tile.p[row * STEP + n] += padding.bias[key + n];
             online_softmax(tile, padded, step, log_weight, step_sum);
             accumulate(tile, padded, values + key * PADDED_DIM, step);
           }
@@ -399,6 +425,9 @@ extern "C" void attend(
       }
       if (pooled)
         parts.attend(tile, padded, item * s.heads + head, kept + row * ((s.key_blocks() + 7) / 8));
+      // A row without any key has the output zero.
+      for (int64_t row = 0; bias && row < rows; ++row)
+        if (tile.top[row] == NOTHING) tile.sum[row] = 1;
       ELEMENT* results = out + item * os.batch + head * os.head;
       finish(tile, results, os.token, query_tokens, of_head, first, rows);
     }

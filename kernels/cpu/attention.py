@@ -24,6 +24,7 @@ from torch import Tensor
 
 from calibatt_compiler.errors import KernelError
 from calibatt_compiler.kernels.common.operands import check_operands, empty_output
+from calibatt_compiler.kernels.common.padding import KeyPadding
 from calibatt_compiler.kernels.common.row_copies import copy_tables
 from calibatt_compiler.plan.pattern import BlockPattern
 
@@ -76,7 +77,15 @@ class NativeCpuAttention:
         tables = (*self._tables, *self._copies)
         self.table_bytes = sum(table.nbytes for table in tables if table is not None)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        padding: KeyPadding | None = None,
+    ) -> Tensor:
         """Return the attention output, (B, H, Sq, D) laid out as contiguous (B, Sq, H, D).
 
         Args:
@@ -84,11 +93,12 @@ class NativeCpuAttention:
             k: (B, H, Sk, D).
             v: (B, H, Sk, D).
             scale: factor on the scores; default 1 / sqrt(D).
+            padding: what a mask says of the keys; None: there is none.
 
         Raises:
             KernelError: the operands don't fit the pattern, one another or this kernel.
         """
-        return self._attend(q, k, v, scale, (None, None))
+        return self._attend(q, k, v, scale, (None, None), padding)
 
     def reordered(
         self,
@@ -99,6 +109,7 @@ class NativeCpuAttention:
         key_tokens: Tensor,
         *,
         scale: float | None = None,
+        padding: KeyPadding | None = None,
     ) -> Tensor:
         """Attend tokens in the pattern's order; see `ReorderingKernel`.
 
@@ -107,7 +118,7 @@ class NativeCpuAttention:
         """
         _check_tokens("query_tokens", query_tokens, self.pattern.query_length)
         _check_tokens("key_tokens", key_tokens, self.pattern.key_length)
-        return self._attend(q, k, v, scale, (query_tokens, key_tokens))
+        return self._attend(q, k, v, scale, (query_tokens, key_tokens), padding)
 
     def _attend(
         self,
@@ -116,13 +127,15 @@ class NativeCpuAttention:
         v: Tensor,
         scale: float | None,
         tokens: tuple[Tensor | None, Tensor | None],
+        padding: KeyPadding | None,
     ) -> Tensor:
         pattern = self.pattern
-        check_operands(pattern, q, k, v)
+        check_operands(pattern, q, k, v, padding)
         check_compiled_for(q, self._specialisation)
         others = (pattern.pooled, pattern.bits, self._copies, (self._count, self._slots))
         block = (pattern.block_m, pattern.block_n)
-        return attend(self._library, (q, k, v), block, scale, tokens, self._tables, *others)
+        call = (self._library, (q, k, v), block, scale, tokens, self._tables)
+        return attend(*call, *others, padding=padding)
 
 
 def check_compiled_for(q: Tensor, specialisation: tuple[torch.dtype, int]) -> None:
@@ -147,6 +160,7 @@ def attend(
     bits: npt.NDArray[np.uint8] | None = None,
     copies: tuple[npt.NDArray[Any] | None, ...] = (None, None, None),
     copy_sizes: tuple[int, int] = (0, 0),
+    padding: KeyPadding | None = None,
 ) -> Tensor:
     """Call the C++ function `attend`, which says what its arguments are.
 
@@ -161,11 +175,13 @@ def attend(
         bits: kept blocks; with `pooled`.
         copies: of row-shared heads, or None.
         copy_sizes: their rows and slots.
+        padding: what a mask says of the keys at their positions, or None.
     """
     q, k, v = operands
     factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     out = empty_output(q)
     q, k, v = (_dense_channels(x) for x in (q, k, v))
+    given = (None, None) if padding is None else (padding.bias, padding.bounds)
     compiled.attend(
         _sizes(q, k, block),
         _strides(q, k, v, out),
@@ -177,9 +193,15 @@ def attend(
         _pointer(bits),
         *(_pointer(table) for table in copies),
         *(ctypes.c_int64(size) for size in copy_sizes),
+        *(_pointer(x) for x in given),
+        ctypes.c_int64(0 if padding is None or len(padding.bias) == 1 else 1),
         ctypes.c_int(torch.get_num_threads()),
     )
-    return out
+    if padding is None or not padding.rows:
+        return out
+    if tokens[0] is not None:
+        padding = padding.ordered(tokens[0].argsort())
+    return padding.clear_rows(out)
 
 
 def native_energy(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from calibatt_compiler.kernels.common.operands import check_operands
+from calibatt_compiler.kernels.common.padding import KeyPadding
 from calibatt_compiler.kernels.common.zone_step import ZoneStep
 from calibatt_compiler.kernels.cpu.attention import Tables, attend, check_compiled_for, library
 from calibatt_compiler.plan.zones import ZonePattern
@@ -56,6 +57,7 @@ class CpuZones:
         step: int,
         scale: float | None = None,
         tokens: tuple[Tensor | None, Tensor | None] = (None, None),
+        padding: KeyPadding | None = None,
     ) -> Tensor:
         """Attend what the zones keep at a step.
 
@@ -67,6 +69,7 @@ class CpuZones:
             scale: factor on the scores; default 1 / sqrt(D).
             tokens: int32 (Sq) and (Sk), the query and the key that stand at each position of the
                 pattern; None: in the pattern's own order.
+            padding: what a mask says of the keys at their positions; None: there is none.
 
         Returns:
             (B, H, Sq, D), laid out as contiguous (B, Sq, H, D).
@@ -75,10 +78,11 @@ class CpuZones:
             KernelError: the operands don't fit the pattern, one another or this kernel.
         """
         zones = self.pattern
-        check_operands(zones, q, k, v)
+        check_operands(zones, q, k, v, padding)
         check_compiled_for(q, self._specialisation)
         block = (zones.block_m, zones.block_n)
-        return attend(self._library, (q, k, v), block, scale, tokens, self._tables(step))
+        call = (self._library, (q, k, v), block, scale, tokens, self._tables(step))
+        return attend(*call, padding=padding)
 
     def _tables(self, step: int) -> Tables:
         key = phase(step)
@@ -104,10 +108,13 @@ class CpuZoneStep(ZoneStep):
         key_tokens: Tensor,
         *,
         scale: float | None = None,
+        padding: KeyPadding | None = None,
     ) -> Tensor:
         """Attend tokens in the pattern's order; see `ReorderingKernel`."""
         tokens = (query_tokens, key_tokens)
-        found: Tensor = self.kernel(q, k, v, step=self.step, scale=scale, tokens=tokens)
+        found: Tensor = self.kernel(
+            q, k, v, step=self.step, scale=scale, tokens=tokens, padding=padding
+        )
         return found
 
 

@@ -18,6 +18,7 @@ from calibatt_compiler.kernels.common.operands import (
     check_specialisation,
     empty_output,
 )
+from calibatt_compiler.kernels.common.padding import KeyPadding, refuse_padding
 from calibatt_compiler.kernels.common.row_copies import DeviceCopies
 from calibatt_compiler.kernels.common.uploads import DeviceTableCache, Uploaded, to_device
 from calibatt_compiler.kernels.hopper.arguments import Results, TileTables
@@ -110,7 +111,15 @@ class HopperAttention:
         """
         return int(self._repairs.item())
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        padding: KeyPadding | None = None,
+    ) -> Tensor:
         """Attend; see `ReferenceAttention` for the meaning.
 
         Args:
@@ -118,6 +127,7 @@ class HopperAttention:
             k: (B, H, Sk, D).
             v: (B, H, Sk, D).
             scale: factor on the scores; default 1 / sqrt(D).
+            padding: refused; of a padded tail `attend` takes the key lengths.
 
         Returns:
             (B, H, Sq, D), laid out as contiguous (B, Sq, H, D).
@@ -125,6 +135,7 @@ class HopperAttention:
         Raises:
             KernelError: the operands don't fit the pattern or this kernel.
         """
+        refuse_padding(padding)
         return self.attend(q, k, v, scale=scale)[0]
 
     def attend(

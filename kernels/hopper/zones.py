@@ -15,6 +15,7 @@ from calibatt_compiler.kernels.common.operands import (
     check_specialisation,
     empty_output,
 )
+from calibatt_compiler.kernels.common.padding import KeyPadding, refuse_padding
 from calibatt_compiler.kernels.common.uploads import Uploaded, to_device
 from calibatt_compiler.kernels.common.zone_step import GpuZones
 from calibatt_compiler.kernels.common.zone_table import ZoneTable, zone_table
@@ -99,7 +100,14 @@ class HopperZones(GpuZones):
         return self.tables.nbytes
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, step: int, scale: float | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        step: int,
+        scale: float | None = None,
+        padding: KeyPadding | None = None,
     ) -> Tensor:
         """Attend what the zones keep at a step; see `ReferenceAttention` for the meaning.
 
@@ -109,6 +117,7 @@ class HopperZones(GpuZones):
             v: (B, H, Sk, D).
             step: the diffusion step.
             scale: factor on the scores; default 1 / sqrt(D).
+            padding: refused.
 
         Returns:
             (B, H, Sq, D), laid out as contiguous (B, Sq, H, D).
@@ -116,6 +125,7 @@ class HopperZones(GpuZones):
         Raises:
             KernelError: the operands don't fit the pattern or this kernel.
         """
+        refuse_padding(padding)
         return self.attend(q, k, v, step=step, scale=scale)[0]
 
     def attend(

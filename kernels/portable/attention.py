@@ -17,6 +17,7 @@ from calibatt_compiler.kernels.common.operands import (
     check_specialisation,
     empty_output,
 )
+from calibatt_compiler.kernels.common.padding import KeyPadding
 from calibatt_compiler.kernels.common.pooling import pool
 from calibatt_compiler.kernels.common.row_copies import DeviceCopies
 from calibatt_compiler.kernels.portable.index_tables import index_tables
@@ -29,6 +30,7 @@ from calibatt_compiler.kernels.portable.launch import (
     grid,
     key_sources,
     on_device,
+    padding_arguments,
 )
 from calibatt_compiler.kernels.portable.tiles import TileSettings
 from calibatt_compiler.kernels.request import KernelRequest
@@ -71,7 +73,15 @@ class TableAttention(DeviceKernel):
         """
         return 0 if self._repairs is None else int(self._repairs.item())
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        padding: KeyPadding | None = None,
+    ) -> Tensor:
         """Attend; see `ReferenceAttention` for the meaning.
 
         Args:
@@ -79,6 +89,7 @@ class TableAttention(DeviceKernel):
             k: (B, H, Sk, D).
             v: (B, H, Sk, D).
             scale: factor on the scores; default 1 / sqrt(D).
+            padding: what a mask says of the keys; None: there is none.
 
         Returns:
             (B, H, Sq, D), laid out as contiguous (B, Sq, H, D).
@@ -86,17 +97,18 @@ class TableAttention(DeviceKernel):
         Raises:
             KernelError: the operands don't fit the pattern or this kernel.
         """
-        check_operands(self.pattern, q, k, v)
+        check_operands(self.pattern, q, k, v, padding)
         check_specialisation(q, self.request)
         q, k, v = (aligned(tensor, self.config) for tensor in (q, k, v))
         out = empty_output(q)
         q, arguments = call_arguments(q, k, v, out, scale, self.config)
+        arguments |= padding_arguments(padding)
         with on_device(q):
             flag = self.flag()
             self._launch((q, k, v, out), flag, arguments, self.config)
             if flag is not None:
                 self.repair((q, k, v, out), flag, arguments)
-        return out
+        return out if padding is None else padding.clear_rows(out)
 
     def repair(
         self,
@@ -112,6 +124,30 @@ class TableAttention(DeviceKernel):
             arguments: from `call_arguments`.
         """
         self._launch(operands, flag, arguments, self.config.repair())
+
+    def compute_if(
+        self,
+        flag: Tensor,
+        operands: tuple[Tensor, Tensor, Tensor, Tensor],
+        *,
+        scale: float | None = None,
+        padding: KeyPadding | None = None,
+    ) -> None:
+        """Compute a call where a flag on the device is set; it is counted as computed again.
+
+        Args:
+            flag: int32 (1), which the host never reads.
+            operands: q, k, v, checked, and the output, of the layout that a call returns.
+            scale: as in a call.
+            padding: as in a call; rows that it cuts are not cleared.
+        """
+        if self._repairs is None:
+            self._repairs = torch.zeros(1, dtype=torch.int32, device=flag.device)
+        q, k, v = (aligned(tensor, self.config) for tensor in operands[:3])
+        q, arguments = call_arguments(q, k, v, operands[3], scale, self.config)
+        arguments |= padding_arguments(padding)
+        with on_device(q):
+            self.repair((q, k, v, operands[3]), flag, arguments)
 
     def _launch(
         self,

@@ -16,6 +16,8 @@ from calibatt_compiler.kernels.portable.primitives import (
     flag_overflow,
     gather_rows,
     head_rows,
+    key_bias,
+    lies_in_hole,
     load_rows,
     part_bias,
     reference_maximum,
@@ -40,7 +42,22 @@ def kept_block(blocks_ptr, rank, literals, LITERALS: tl.constexpr, RUNS: tl.cons
 
 
 @triton.jit
-def attend_kept(
+def tiles_before(blocks_ptr, blocks, tile, KEY_TILES: tl.constexpr):
+    """How many tiles of the `blocks` kept blocks at `blocks_ptr`, upwards, lie before a tile."""
+    block = tile // KEY_TILES
+    low = blocks * 0
+    high = blocks
+    while low < high:
+        middle = (low + high) // 2
+        below = tl.load(blocks_ptr + middle).to(tl.int32) < block
+        low = tl.where(below, middle + 1, low)
+        high = tl.where(below, high, middle)
+    found = tl.load(blocks_ptr + low, mask=low < blocks, other=-1).to(tl.int32)
+    return low * KEY_TILES + tl.where(found == block, tile % KEY_TILES, 0)
+
+
+@triton.jit
+def attend_kept(  # noqa: PLR0912, PLR0915  one loop and what it leaves out
     q,
     k_ptr,
     v_ptr,
@@ -68,11 +85,15 @@ def attend_kept(
     query_block,
     LITERALS: tl.constexpr,
     RUNS: tl.constexpr,
+    bias_ptr,
+    bounds_ptr,
+    PADDED: tl.constexpr,
 ):
     """Attend the kept key blocks of the row whose first entry `offsets_ptr` points at.
 
-    Returns the new acc, maximum and total: see `attend_tile`, and `portable_attention` for tables
-    and literals.
+    Returns the new acc, maximum and total: see `attend_tile`, and `portable_attention` for tables,
+    literals and what is PADDED. Tiles that a mask touches are left out of the loop and attended
+    behind it: all of them, or of a hole its first and its last.
     """
     literals = 0
     if LITERALS is not None:
@@ -81,37 +102,71 @@ def attend_kept(
     past = tl.load(offsets_ptr + 1)
     end_block = tl.load(blocks_ptr + past - 1).to(tl.int32) + 1
     tiles, ragged = split_tiles(past - entry, end_block, length_k, KEY_TILES, TILE_N)
-    if FIXED:
-        reference = tl.load(blocks_ptr + entry - 1).to(tl.int32) * KEY_TILES
-        maximum = reference_maximum(
-            q, k_ptr, stride_ks, reference * TILE_N, length_k, scale_log2,
-            TILE_N, HEAD_DIM, PADDED_DIM, PRECISION, batch, head, TMA,
-        )  # fmt: skip
-    weight = 0.0
+    left_out, gap, place = 0, 0, 0
+    if PADDED:
+        begin = tl.load(bounds_ptr) // TILE_N
+        end = (tl.load(bounds_ptr + 1) + TILE_N - 1) // TILE_N
+        blocks = past - entry
+        left_out = tiles_before(blocks_ptr + entry, blocks, begin, KEY_TILES)
+        left_out = tl.minimum(left_out, tiles)
+        gap = tl.minimum(tiles_before(blocks_ptr + entry, blocks, end, KEY_TILES), tiles)
+        gap -= left_out
+        place = tl.where(left_out == 0, gap, 0)
     # One flat loop over all blocks, so that the pipeline never drains between two of them. Each
     # tile is looked up while the one before is attended, or the loads of keys would wait for it.
-    after = kept_block(blocks_ptr + entry, 0, literals, LITERALS, RUNS) * KEY_TILES
-    for position in tl.range(0, tiles):
+    rank = place // KEY_TILES
+    after = kept_block(blocks_ptr + entry, rank, literals, LITERALS, RUNS) * KEY_TILES
+    after += place % KEY_TILES
+    if FIXED:
+        reference = tl.load(blocks_ptr + entry - 1).to(tl.int32) * KEY_TILES
+        if PADDED:
+            hidden = lies_in_hole(bounds_ptr, reference * TILE_N, length_k, TILE_N)
+            reference = tl.where(hidden, after, reference)
+        maximum = reference_maximum(
+            q, k_ptr, stride_ks, reference * TILE_N, length_k, scale_log2,
+            TILE_N, HEAD_DIM, PADDED_DIM, PRECISION, batch, head, TMA, bias_ptr, PADDED,
+        )  # fmt: skip
+    weight = 0.0
+    for position in tl.range(0, tiles - gap):
         key_tile = after
-        rank = (position + 1) // KEY_TILES
-        after = kept_block(blocks_ptr + entry, rank, literals, LITERALS, RUNS) * KEY_TILES
-        after += (position + 1) % KEY_TILES
         if WEIGHTED:
-            weight = tl.load(weights_ptr + entry + position // KEY_TILES).to(tl.float32)
+            weight = tl.load(weights_ptr + entry + place // KEY_TILES).to(tl.float32)
+        place = position + 1
+        if PADDED:
+            place += tl.where(place >= left_out, gap, 0)
+        after = kept_block(blocks_ptr + entry, place // KEY_TILES, literals, LITERALS, RUNS)
+        after = after * KEY_TILES + place % KEY_TILES
         acc, maximum, total = attend_tile(
             q, k_ptr, v_ptr, stride_ks, stride_vs, key_tile * TILE_N, length_k,
             acc, maximum, total, scale_log2, TILE_N, HEAD_DIM, PADDED_DIM, False, PRECISION,
             weight, WEIGHTED, batch, head, FIXED, TMA,
         )  # fmt: skip
+    if PADDED:
+        step = tl.where(tl.load(bounds_ptr + 2) != 0, tl.maximum(gap - 1, 1), 1)
+        for cut in tl.range(left_out, left_out + gap, step, num_stages=1):
+            key_tile = kept_block(blocks_ptr + entry, cut // KEY_TILES, literals, LITERALS, RUNS)
+            key_tile = key_tile * KEY_TILES + cut % KEY_TILES
+            if WEIGHTED:
+                weight = tl.load(weights_ptr + entry + cut // KEY_TILES).to(tl.float32)
+            bias = key_bias(bias_ptr, key_tile * TILE_N, length_k, TILE_N)[None, :]
+            acc, maximum, total = attend_tile(
+                q, k_ptr, v_ptr, stride_ks, stride_vs, key_tile * TILE_N, length_k,
+                acc, maximum, total, scale_log2, TILE_N, HEAD_DIM, PADDED_DIM, False, PRECISION,
+                weight + bias, True, batch, head, FIXED, TMA,
+            )  # fmt: skip
     # Not `and`: RAGGED_K is decided when compiling, `ragged` when running.
     if RAGGED_K:  # noqa: SIM102
         if ragged:
+            last = length_k // TILE_N * TILE_N
             if WEIGHTED:
                 weight = tl.load(weights_ptr + past - 1).to(tl.float32)
+            shift = weight
+            if PADDED:
+                shift = weight + key_bias(bias_ptr, last, length_k, TILE_N)[None, :]
             acc, maximum, total = attend_tile(
-                q, k_ptr, v_ptr, stride_ks, stride_vs, length_k // TILE_N * TILE_N, length_k,
+                q, k_ptr, v_ptr, stride_ks, stride_vs, last, length_k,
                 acc, maximum, total, scale_log2, TILE_N, HEAD_DIM, PADDED_DIM, True, PRECISION,
-                weight, WEIGHTED, batch, head, FIXED, TMA,
+                shift, WEIGHTED or PADDED, batch, head, FIXED, TMA,
             )  # fmt: skip
     return acc, maximum, total
 
@@ -153,7 +208,7 @@ def attend_pooled(
 
 SIZES = (
     "heads", "query_blocks", "length_q", "length_k", "parts", "computed_rows", "slots",
-    "draw_phase", "left", "right",
+    "draw_phase", "left", "right", "bias_stride", "bounds_stride",
 )  # fmt: skip
 """Integers of `portable_attention` beside strides."""
 
@@ -161,7 +216,7 @@ SIZES = (
 # Integers are not specialised: a stride, a length or a step that happens to be 1 or a multiple of
 # 16 must not compile another kernel.
 @triton.jit(do_not_specialize=[*STRIDES, *SIZES])
-def portable_attention(
+def portable_attention(  # noqa: PLR0912  each form at its place
     q_ptr,
     k_ptr,
     v_ptr,
@@ -220,6 +275,12 @@ def portable_attention(
     ZONES: tl.constexpr = False,
     LITERALS: tl.constexpr = None,
     RUNS: tl.constexpr = 0,
+    bias_ptr=None,
+    bounds_ptr=None,
+    bias_stride=None,
+    bounds_stride=None,
+    PADDED: tl.constexpr = False,
+    PADDED_ROWS: tl.constexpr = False,
 ):
     """Attention of TILE_M queries of one head over the kept key blocks of their row of blocks.
 
@@ -238,6 +299,9 @@ def portable_attention(
     If ZONES, rows int32 (heads * query_blocks, 4) and runs int32 are those of `zone_table`,
     draw_phase is `drawing.phase` of the step, and blocks `left` to `right` are the keys without
     text. LITERALS: None, or a generated function that gives the word of a run by its number.
+
+    If PADDED, `bias` and `bounds` are those of `KeyPadding`, whose samples are `bias_stride` and
+    `bounds_stride` apart. If PADDED_ROWS, queries in the hole of the keys are left as they are.
     """
     if REPAIR:
         if tl.load(flag_ptr) == 0:
@@ -248,6 +312,12 @@ def portable_attention(
     batch = tl.program_id(1) // heads
     head = tl.program_id(1) % heads
     first = tile * TILE_M
+    if PADDED:
+        bias_ptr += batch * bias_stride
+        bounds_ptr += batch * bounds_stride
+        if PADDED_ROWS and not COPIES:  # noqa: SIM102
+            if lies_in_hole(bounds_ptr, first, length_q, TILE_M):
+                return
     q_head, stride_qs = head_rows(q_ptr, stride_qb, stride_qh, stride_qs, batch, head, ALIGN)
     k_head, stride_ks = head_rows(k_ptr, stride_kb, stride_kh, stride_ks, batch, head, ALIGN, TMA)
     v_head, stride_vs = head_rows(v_ptr, stride_vb, stride_vh, stride_vs, batch, head, ALIGN, TMA)
@@ -274,13 +344,15 @@ def portable_attention(
         acc, maximum, total = attend_zones(
             q, k_head, v_head, stride_ks, stride_vs, rows_ptr + row * 4, runs_ptr, draw_phase, left,
             right, key_blocks, length_k, acc, maximum, total, scale_log2, TILE_N, KEY_TILES,
-            HEAD_DIM, PADDED_DIM, RAGGED_K, PRECISION, batch, head, FIXED, TMA, LITERALS,
+            HEAD_DIM, PADDED_DIM, RAGGED_K, PRECISION, batch, head, FIXED, TMA, LITERALS, bias_ptr,
+            bounds_ptr, PADDED,
         )  # fmt: skip
     else:
         acc, maximum, total = attend_kept(
             q, k_head, v_head, stride_ks, stride_vs, offsets_ptr + row, blocks_ptr, weights_ptr,
             length_k, acc, maximum, total, scale_log2, TILE_N, KEY_TILES, HEAD_DIM, PADDED_DIM,
             RAGGED_K, PRECISION, WEIGHTED, batch, head, FIXED, TMA, query_block, LITERALS, RUNS,
+            bias_ptr, bounds_ptr, PADDED,
         )  # fmt: skip
     if POOLED > 0:
         head_parts = tl.cast(tl.program_id(1), tl.int64) * parts * HEAD_DIM
@@ -292,6 +364,8 @@ def portable_attention(
         )  # fmt: skip
     if FIXED:
         flag_overflow(flag_ptr, acc, total)
+    if PADDED:
+        total = tl.where(total == 0.0, 1.0, total)  # a query without keys
     if COPIES:
         scatter_rows(
             o_head, stride_os, targets_ptr, repetitive, slots, first, length_q, acc, total,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from calibatt_compiler.errors import KernelError
+from calibatt_compiler.kernels.common.padding import KeyPadding
 from calibatt_compiler.kernels.portable.tiles import TileSettings, architecture, tile_settings
 from calibatt_compiler.kernels.request import KernelRequest, Softmax
 from calibatt_compiler.plan.pattern import BlockPattern
@@ -201,6 +202,21 @@ def call_arguments(
     q, scale = positive_scale(q, scale)
     strides = stride_arguments(config, q=q, k=k, v=v, o=o)
     return q, {**strides, "scale_log2": scale * math.log2(math.e)}
+
+
+def padding_arguments(padding: KeyPadding | None) -> dict[str, Any]:
+    """Return what a mask says of the keys, by name; one that all samples share has strides of 0."""
+    if padding is None:
+        return {}
+    each = int(len(padding.bias) > 1)
+    return {
+        "bias_ptr": padding.bias,
+        "bounds_ptr": padding.bounds,
+        "bias_stride": each * padding.bias.stride(0),
+        "bounds_stride": each * padding.bounds.stride(0),
+        "PADDED": True,
+        "PADDED_ROWS": padding.rows,
+    }
 
 
 def key_sources(k: Tensor, v: Tensor, config: LaunchConfig) -> tuple[Any, Any]:

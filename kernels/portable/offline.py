@@ -78,6 +78,13 @@ def compile_offline(
     )
 
 
+PADDING = {
+    "bias_ptr": torch.float32, "bounds_ptr": torch.int32, "bias_stride": 16, "bounds_stride": 16,
+    "PADDED": True, "PADDED_ROWS": True,
+}  # fmt: skip
+"""Arguments of a mask over keys."""
+
+
 def table_arguments(
     dtype: torch.dtype,
     config: LaunchConfig,
@@ -88,6 +95,7 @@ def table_arguments(
     copies: bool = False,
     literals: Any = None,
     runs: int = 0,
+    padded: bool = False,
 ) -> dict[str, Any]:
     """Arguments of `portable_attention` for a mask, for `compile_offline`.
 
@@ -100,6 +108,7 @@ def table_arguments(
         copies: some heads are row-shared.
         literals: generated function that gives the key blocks, or None for the table.
         runs: intervals that it gives.
+        padded: calls have a mask over keys.
     """
     more: dict[str, Any] = {"WEIGHTED": weighted, "POOLED": pooled, "COPIES": copies}
     more |= {"offsets_ptr": torch.int32, "blocks_ptr": entry}
@@ -111,13 +120,16 @@ def table_arguments(
         more |= {"targets_ptr": torch.int32, "computed_rows": 16, "slots": 16}
     if literals is not None:
         more |= {"LITERALS": literals, "RUNS": runs}
-    return _common(config) | more
+    return _common(config) | more | (PADDING if padded else {})
 
 
-def zone_arguments(config: LaunchConfig, literals: Any = None) -> dict[str, Any]:
+def zone_arguments(
+    config: LaunchConfig, literals: Any = None, *, padded: bool = False
+) -> dict[str, Any]:
     """Arguments of `portable_attention` for zones, for `compile_offline`."""
     more: dict[str, Any] = {"ZONES": True, "LITERALS": literals}
     more |= {"rows_ptr": torch.int32, "runs_ptr": torch.int32}
+    more |= PADDING if padded else {}
     return _common(config) | dict.fromkeys(("draw_phase", "left", "right"), 16) | more
 
 

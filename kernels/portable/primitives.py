@@ -209,6 +209,20 @@ def attend_tile_sums(
 
 
 @triton.jit
+def key_bias(bias_ptr, first, length_k, TILE_N: tl.constexpr):
+    """What a mask adds to the log2 scores of the keys `first` to `first + TILE_N`, (TILE_N,)."""
+    place = first + tl.arange(0, TILE_N)
+    return tl.load(bias_ptr + place, mask=place < length_k, other=0.0) * 1.4426950408889634
+
+
+@triton.jit
+def lies_in_hole(bounds_ptr, first, length_k, TILE_N: tl.constexpr):
+    """Whether all keys `first` to `first + TILE_N` are cut: see `KeyPadding.bounds`."""
+    inside = (first >= tl.load(bounds_ptr)) & (tl.load(bounds_ptr + 2) != 0)
+    return inside & (tl.minimum(first + TILE_N, length_k) <= tl.load(bounds_ptr + 1))
+
+
+@triton.jit
 def reference_maximum(
     q,
     k_ptr,
@@ -223,17 +237,22 @@ def reference_maximum(
     batch,
     head,
     TMA: tl.constexpr,
+    bias_ptr,
+    PADDED: tl.constexpr,
 ):
     """The fixed softmax shift: row maximum (M,) of the keys `first` to `first + TILE_N`.
 
-    In units of log2, scaled. These keys are attended, too, and no weight is below 1, so a row's sum
-    is at least 1: whatever flushes to zero is below 2^-126 of it. See `flag_overflow` for the other
-    end.
+    In units of log2, scaled; if PADDED, with the `key_bias`. These keys are attended, too, and no
+    weight is below 1, so a row's sum is at least 1: whatever flushes to zero is below 2^-126 of it.
+    See `flag_overflow` for the other end.
     """
     scores = key_scores(
         q, k_ptr, stride_ks, first, length_k, TILE_N, HEAD_DIM, PADDED_DIM, True, PRECISION,
         batch, head, TMA,
     )  # fmt: skip
+    if PADDED:
+        scores = scores * scale_log2 + key_bias(bias_ptr, first, length_k, TILE_N)[None, :]
+        scale_log2 = 1.0
     return tl.max(scores, 1) * scale_log2
 
 

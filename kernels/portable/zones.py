@@ -12,6 +12,7 @@ from calibatt_compiler.kernels.common.operands import (
     check_specialisation,
     empty_output,
 )
+from calibatt_compiler.kernels.common.padding import KeyPadding
 from calibatt_compiler.kernels.common.uploads import Uploaded, to_device
 from calibatt_compiler.kernels.common.zone_step import GpuZones
 from calibatt_compiler.kernels.common.zone_table import zone_table
@@ -23,6 +24,7 @@ from calibatt_compiler.kernels.portable.launch import (
     grid,
     key_sources,
     on_device,
+    padding_arguments,
 )
 from calibatt_compiler.kernels.portable.tiles import TileSettings
 from calibatt_compiler.kernels.request import KernelRequest
@@ -73,7 +75,14 @@ class ZoneAttention(GpuZones, DeviceKernel):
         return self._rows.nbytes + self._runs.nbytes
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, step: int, scale: float | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        step: int,
+        scale: float | None = None,
+        padding: KeyPadding | None = None,
     ) -> Tensor:
         """Attend what the zones keep at a step; see `ReferenceAttention` for the meaning.
 
@@ -83,6 +92,7 @@ class ZoneAttention(GpuZones, DeviceKernel):
             v: (B, H, Sk, D).
             step: the diffusion step.
             scale: factor on the scores; default 1 / sqrt(D).
+            padding: what a mask says of the keys; None: there is none.
 
         Returns:
             (B, H, Sq, D), laid out as contiguous (B, Sq, H, D).
@@ -91,11 +101,12 @@ class ZoneAttention(GpuZones, DeviceKernel):
             KernelError: the operands don't fit the pattern or this kernel.
         """
         zones = self.pattern
-        check_operands(zones, q, k, v)
+        check_operands(zones, q, k, v, padding)
         check_specialisation(q, self.request)
         q, k, v = (aligned(tensor, self.config) for tensor in (q, k, v))
         out = empty_output(q)
         q, arguments = call_arguments(q, k, v, out, scale, self.config)
+        arguments |= padding_arguments(padding)
         with on_device(q):
             flag = self.flag()
             for config in (self.config, *([] if flag is None else [self.config.repair()])):
@@ -122,4 +133,4 @@ class ZoneAttention(GpuZones, DeviceKernel):
                     **config.constexprs,
                     **config.options,
                 )
-        return out
+        return out if padding is None else padding.clear_rows(out)

@@ -12,6 +12,9 @@ In a row-shared head block `r` holds the positions `computed[r * block_m : (r + 
 
     out[i] = out[computed[sources[i]]]
 
+A mask over keys adds its bias to their scores, and a query that is left without keys has the
+output zero, as stock SDPA gives it; see `KeyPadding`.
+
 Otherwise dropped keys take no part: a NaN or an infinity in a dropped block changes nothing, one in
 a kept block does what it does in dense attention.
 """
@@ -27,6 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from calibatt_compiler.kernels.common.operands import check_operands, empty_output
+from calibatt_compiler.kernels.common.padding import KeyPadding
 from calibatt_compiler.kernels.common.pooling import part_bias, pool
 from calibatt_compiler.plan.pattern import BlockPattern
 
@@ -51,7 +55,15 @@ class ReferenceAttention:
         self.pattern = pattern
         self.density = pattern.computed_density
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        padding: KeyPadding | None = None,
+    ) -> Tensor:
         """Return the attention output, (B, H, Sq, D) laid out as contiguous (B, Sq, H, D).
 
         Args:
@@ -59,12 +71,13 @@ class ReferenceAttention:
             k: (B, H, Sk, D).
             v: (B, H, Sk, D).
             scale: factor on the scores; default 1 / sqrt(D).
+            padding: what a mask says of the keys, if there is one.
 
         Raises:
             KernelError: the operands don't fit the pattern or one another.
         """
         pattern = self.pattern
-        check_operands(pattern, q, k, v)
+        check_operands(pattern, q, k, v, padding)
         exact = torch.float64 if q.dtype == torch.float64 else torch.float32
         scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
         out = empty_output(q)
@@ -89,9 +102,14 @@ class ReferenceAttention:
                 )
                 bias = torch.cat([bias, parts[head, row]])
             scores = q[:, head, rows].to(exact) @ keys.mT * scale + bias
-            out[:, head, rows] = (scores.softmax(-1) @ values).to(q.dtype)
+            if padding is not None:
+                scores = scores + padding.bias[:, None, kept].to(exact)
+            shares = scores.softmax(-1)
+            if padding is not None:
+                shares = shares.where(padding.valid[:, None, kept].any(-1, keepdim=True), 0)
+            out[:, head, rows] = (shares @ values).to(q.dtype)
         _copy(out, pattern)
-        return out
+        return out if padding is None else padding.clear_rows(out)
 
 
 def _positions(pattern: BlockPattern, head: int) -> Tensor:
@@ -113,7 +131,13 @@ def _copy(out: Tensor, pattern: BlockPattern) -> None:
 
 
 def masked_dense_attention(
-    q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, *, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: BlockPattern,
+    *,
+    scale: float | None = None,
+    padding: KeyPadding | None = None,
 ) -> Tensor:
     """Dense SDPA under the pattern expanded to tokens, in the operands' own dtype: tests' oracle.
 
@@ -127,10 +151,21 @@ def masked_dense_attention(
         v: (B, H, Sk, D).
         pattern: which blocks are kept.
         scale: factor on the scores; default 1 / sqrt(D).
+        padding: what a mask says of the keys, if there is one.
 
     Returns:
         (B, H, Sq, D), contiguous.
     """
+    if padding is not None:
+        check_operands(pattern, q, k, v, padding)
+        weights = torch.from_numpy(pattern.log_weights()).double()
+        bias = torch.where(pattern.mask(), weights, -torch.inf)
+        bias = bias.repeat_interleave(pattern.block_n, -1)[..., : pattern.key_length]
+        bias = pattern.rows_to_tokens(bias).to(q) + padding.bias[:, None, None].to(q)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+        out = out.masked_fill((bias == -torch.inf).all(-1, keepdim=True), 0)
+        _copy(out, pattern)
+        return padding.clear_rows(out)
     if pattern.weights is None and not pattern.pooled:
         mask = pattern.token_mask().to(q.device)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from calibatt_compiler.kernels.common.padding import KeyPadding
 from calibatt_compiler.kernels.common.zone_step import ZoneStep
 from calibatt_compiler.kernels.reference.attention import ReferenceAttention
 from calibatt_compiler.plan.zones import ZonePattern
@@ -32,7 +33,15 @@ class ReferenceZones:
         return ZoneStep(self, step)
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, step: int, scale: float | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        step: int,
+        scale: float | None = None,
+        padding: KeyPadding | None = None,
     ) -> Tensor:
         """Return the attention output at a step, which is drawn now."""
-        return ReferenceAttention(self.pattern.draw(step))(q, k, v, scale=scale)
+        drawn = ReferenceAttention(self.pattern.draw(step))
+        return drawn(q, k, v, scale=scale, padding=padding)

@@ -24,7 +24,9 @@ class Stand:
     def __init__(self, kind: str = "stand", error: Exception | None = None) -> None:
         self.kind, self.error, self.calls = kind, error, 0
 
-    def __call__(self, q: Any, k: Any, v: Any, *, scale: float | None = None) -> Any:
+    def __call__(
+        self, q: Any, k: Any, v: Any, *, scale: float | None = None, padding: Any = None
+    ) -> Any:
         self.calls += 1
         if self.error is not None:
             raise self.error

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from torch.utils.checkpoint import checkpoint
 
+from calibatt_compiler.kernels.common.padding import KeyPadding
 from calibatt_compiler.model.dynamo import frame_inputs
 from calibatt_compiler.passes.graph import module_name
 from calibatt_compiler.passes.pipeline import PASSES, run_passes
@@ -51,6 +52,7 @@ class Negative:
 
     def __init__(self, seen: list[tuple[str, float]], name: str) -> None:
         self.seen, self.name = seen, name
+        self.masks: list[KeyPadding | Tensor | None] = []
 
     def attend(
         self,
@@ -61,7 +63,9 @@ class Negative:
         scale: float,
         *,
         ordered: bool = False,
+        mask: KeyPadding | Tensor | None = None,
     ) -> Tensor:
+        self.masks.append(mask)
         self.seen.append((self.name, timestep))
         out = -sdpa(q, k, v, scale=scale)
         return out.transpose(1, 2).contiguous().transpose(1, 2)
@@ -143,7 +147,9 @@ def refused(call: Callable[..., Tensor]) -> str:
 @pytest.mark.parametrize(
     ("call", "reason"),
     [
-        (lambda q, k, v: sdpa(q, k, v, torch.ones(10, 10, dtype=torch.bool)), "masked"),
+        (lambda q, k, v: sdpa(q, k, v, torch.ones(10, 10)), "masked: an additive bias over pairs"),
+        (lambda q, k, v: sdpa(q, k, v, torch.ones(2, 10, 10)), "masked: an additive bias by head"),
+        (lambda q, k, v: sdpa(q, k, v, torch.ones(10, 1).bool()), "one number for all keys"),
         (lambda q, k, v: sdpa(q, k, v, is_causal=True), "causal"),
         (lambda q, k, v: sdpa(q, k, v, None, 0.1), "dropout"),
         (lambda q, k, v: sdpa(q, k[:, :, :4], v[:, :, :4]), "cross-attention"),

@@ -67,6 +67,7 @@ WRITES: list[tuple[Callable[..., Any], str]] = [
     (lambda x, y: torch.func.vmap(lambda a: a.mul_(2))(x), "x"),
     (lambda x, y: F.silu(x) * x.relu() + F.dropout(y, 0.3, True) @ (x.mT @ y), ""),
     (lambda x, y: x.cumsum(1) + F.leaky_relu(y, 0.1, False), ""),
+    (lambda x, y: ((x > 0) & (y > 0)) | ((x < 0) & (y < 0)), ""),
 ]  # fmt: skip
 
 

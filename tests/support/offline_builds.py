@@ -111,6 +111,8 @@ def main() -> None:
                 ("weighted", pooling, {"weighted": True, "pooled": 4}),
                 ("copies", config, {"copies": True}),
             ]
+            if head_dim == 128 and arch in (80, 90):  # without TMA and with it
+                forms.append(("padded", config, {"padded": True}))
             for kind, form, arguments in forms:
                 extra = table_arguments(bf16, form, **arguments)
                 kernel = compile_offline(**where, config=form, extra=extra)

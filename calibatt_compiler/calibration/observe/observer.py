@@ -25,6 +25,7 @@ from calibatt_compiler.calibration.store.records import InputRecord, SiteSize
 from calibatt_compiler.capture import CaptureInfo
 from calibatt_compiler.errors import CalibrationError
 from calibatt_compiler.kernels.common.dense import dense_attention
+from calibatt_compiler.kernels.common.padding import KeyPadding
 from calibatt_compiler.kernels.energy import attention_with_energy
 from calibatt_compiler.model.families import text_position
 from calibatt_compiler.plan.coordinates import OF_VIDEO, digest_of, grid_of
@@ -169,7 +170,14 @@ class Observer(ABC):
 
     @abstractmethod
     def attend(
-        self, site: str, q: Tensor, k: Tensor, v: Tensor, timestep: float, scale: float
+        self,
+        site: str,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        timestep: float,
+        scale: float,
+        mask: KeyPadding | Tensor | None = None,
     ) -> Tensor:
         """Compute dense attention and, where the call counts, observe it.
 
@@ -196,7 +204,12 @@ class Observer(ABC):
         self._input = None
 
     def _counted(
-        self, site: str, q: Tensor, k: Tensor, timestep: float
+        self,
+        site: str,
+        q: Tensor,
+        k: Tensor,
+        timestep: float,
+        mask: KeyPadding | Tensor | None = None,
     ) -> tuple[InputObservation, SiteSize, int, slice] | None:
         """Return input, size, step and samples that a call counts for; None if it does not.
 
@@ -205,6 +218,9 @@ class Observer(ABC):
         """
         run = self._input
         size = None if run is None or self._block(site) is None else self._size(run, site, q, k)
+        if size is not None and isinstance(mask, Tensor):
+            self._skips.setdefault(site, "masked: more than padded keys are cut")
+            return None
         if run is None or size is None:
             return None
         step = self._step(run, site, timestep)
@@ -305,28 +321,42 @@ class EnergyObserver(Observer):
     """Observes the block energies of each call; what becomes of them is its child's."""
 
     def attend(
-        self, site: str, q: Tensor, k: Tensor, v: Tensor, timestep: float, scale: float
+        self,
+        site: str,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        timestep: float,
+        scale: float,
+        mask: KeyPadding | Tensor | None = None,
     ) -> Tensor:
         """Compute dense attention and, where the call counts, observe its energies."""
-        call = self._counted(site, q, k, timestep)
+        call = self._counted(site, q, k, timestep, mask)
         block = self._block(site)
-        if call is None or block is None:
-            return dense_attention(q, k, v, scale)
+        if call is None or block is None or isinstance(mask, Tensor):
+            return dense_attention(q, k, v, scale, mask)
         run, size, step, counted = call
         orders = [self._rearrangement(x) for x in (q, k)]
         observed = [
             x[counted] if order is None else order.apply(x[counted])
             for x, order in zip((q, k, v), (orders[0], orders[1], orders[1]), strict=True)
         ]
+        padding = None if mask is None else mask.part(counted)
+        laid = (
+            padding if orders[1] is None or padding is None else padding.ordered(orders[1].tokens)
+        )
         out, energy = attention_with_energy(
-            *observed, block=block, scale=scale, queries=1 / self._config.queries
+            *observed, block=block, scale=scale, queries=1 / self._config.queries, padding=laid
         )
         if orders[0] is not None:
             out = orders[0].undo(out)
-        seen = AttentionCall(q[counted], k[counted], v[counted], out, scale, (orders[0], orders[1]))
+        seen = AttentionCall(
+            q[counted], k[counted], v[counted], out, scale, (orders[0], orders[1]), padding
+        )
         if counted.start:
             rest = slice(0, counted.start)
-            other = dense_attention(q[rest], k[rest], v[rest], scale)
+            other_mask = None if mask is None else mask.part(rest)
+            other = dense_attention(q[rest], k[rest], v[rest], scale, other_mask)
             out = torch.cat([other.transpose(1, 2), out.transpose(1, 2)]).transpose(1, 2)
         if not bool(energy.isfinite().all()):
             raise not_finite(site, step)

@@ -12,6 +12,7 @@ from torch import Tensor
 from calibatt_compiler.calibration.order_search.candidates import SquaredError
 from calibatt_compiler.calibration.select.selection import covering_mask
 from calibatt_compiler.kernels.attention import attention_like
+from calibatt_compiler.kernels.common.padding import KeyPadding
 from calibatt_compiler.plan import BlockPattern
 from calibatt_compiler.plan.text import TextPosition, text_blocks
 from calibatt_compiler.runtime.token_order import Rearrangement
@@ -63,6 +64,7 @@ class SurveyCall:
         threshold: share of attention mass that the step keeps.
         video: video tokens of its sequences.
         text: where text stands.
+        padding: what a mask says of the keys, in the order of these.
     """
 
     site: str
@@ -76,6 +78,7 @@ class SurveyCall:
     threshold: float
     video: int
     text: TextPosition | None
+    padding: KeyPadding | None = None
 
     def ordered(
         self, of_queries: Rearrangement | None, of_keys: Rearrangement | None
@@ -91,6 +94,9 @@ class SurveyCall:
             k=lay(self.k, of_keys),
             v=lay(self.v, of_keys),
             out=lay(self.out, of_queries),
+            padding=self.padding
+            if self.padding is None or of_keys is None
+            else self.padding.ordered(of_keys.tokens),
         )
 
     def error(
@@ -118,8 +124,14 @@ class SurveyCall:
                 block=block,
                 pooled=pooled,
             )
-            kernel = attention_like(pattern, q)
-            sparse = kernel(q[one], self.k[one], self.v[one], scale=self.scale)
+            # Of the queries, some blocks are here.
+            padding = self.padding and replace(self.padding.sample(vote), rows=False)
+            kernel = attention_like(pattern, q, padded=padding is not None)
+            operands = (q[one], self.k[one], self.v[one])
+            sparse = kernel(*operands, scale=self.scale, padding=padding)
+            if padding is not None and self.padding and self.padding.rows:
+                cut = ~padding.valid[:, None, tokens, None]
+                sparse = sparse.masked_fill(cut, 0)
             square += (sparse.double() - out[one].double()).square().sum().item()
         return SquaredError(square, out.double().square().sum().item())
 

@@ -26,6 +26,7 @@ from calibatt_compiler.calibration.select.selection import pack, select
 from calibatt_compiler.calibration.store.order_survey import OrderSurvey
 from calibatt_compiler.errors import CalibrationError, OptionError
 from calibatt_compiler.kernels.common.dense import dense_attention
+from calibatt_compiler.kernels.common.padding import KeyPadding
 from calibatt_compiler.kernels.energy import block_energy
 from calibatt_compiler.plan.order import RASTER, TokenOrder
 from calibatt_compiler.plan.text import text_blocks
@@ -63,7 +64,14 @@ class SurveyObserver(Observer):
         self._calls.clear()
 
     def attend(
-        self, site: str, q: Tensor, k: Tensor, v: Tensor, timestep: float, scale: float
+        self,
+        site: str,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        timestep: float,
+        scale: float,
+        mask: KeyPadding | Tensor | None = None,
     ) -> Tensor:
         """Compute dense attention and, at a surveyed step, measure each order.
 
@@ -73,9 +81,9 @@ class SurveyObserver(Observer):
             CalibrationError: sizes that don't fit the run, or attention that is not finite.
             OptionError: the number of steps or the grid is not known.
         """
-        out = dense_attention(q, k, v, scale)
-        counted = self._counted(site, q, k, timestep)
-        if counted is None:
+        out = dense_attention(q, k, v, scale, mask)
+        counted = self._counted(site, q, k, timestep, mask)
+        if counted is None or isinstance(mask, Tensor):
             return out
         run, size, step, samples = counted
         run.votes[site, step] += q[samples].shape[0]
@@ -103,6 +111,7 @@ class SurveyObserver(Observer):
                     threshold=self._config.thresholds(steps).at(place, steps),
                     video=math.prod(grid),
                     text=self._text,
+                    padding=None if mask is None else mask.part(samples),
                 ),
                 candidates(grid, self._config.block),
             )
@@ -162,7 +171,7 @@ class SurveyObserver(Observer):
         """
         block, pooled = self._config.block, self._config.pooled
         lengths = (call.q.shape[2], call.k.shape[2])
-        energy = block_energy(call.q, call.k, block=block, scale=call.scale)
+        energy = block_energy(call.q, call.k, block=block, scale=call.scale, padding=call.padding)
         if not bool(energy.isfinite().all()):
             raise not_finite(call.site, call.place)
         mask, _ = select(

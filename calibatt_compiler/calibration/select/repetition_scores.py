@@ -31,6 +31,7 @@ from torch import Tensor
 
 from calibatt_compiler.calibration.config import LEAST_GAMMA
 from calibatt_compiler.kernels.attention import attention_like
+from calibatt_compiler.kernels.common.padding import KeyPadding
 from calibatt_compiler.kernels.common.row_similarity import row_similarity
 from calibatt_compiler.plan.copies import AnchorRows
 from calibatt_compiler.plan.order import TokenOrder
@@ -68,6 +69,7 @@ class AttentionCall:
         out: dense output, (votes, heads, Sq, D), in the model's order.
         scale: factor on the scores.
         orders: how queries and keys are brought into the order that masks are of.
+        padding: what a mask says of the keys, in the model's order.
     """
 
     q: Tensor
@@ -76,6 +78,18 @@ class AttentionCall:
     out: Tensor
     scale: float
     orders: tuple[Rearrangement | None, Rearrangement | None]
+    padding: KeyPadding | None = None
+
+    def similarity(self, grid: tuple[int, int, int], first: int) -> Tensor:
+        """Return `row_similarity` over the keys that take part."""
+        if self.padding is None:
+            return row_similarity(self.q, self.k, grid=grid, first=first, scale=self.scale)
+        found = []
+        for vote in range(len(self.q)):
+            q, k = self.q[vote : vote + 1], self.k[vote : vote + 1]
+            k = k[:, :, self.padding.sample(vote).valid[0]]
+            found.append(row_similarity(q, k, grid=grid, first=first, scale=self.scale))
+        return torch.cat(found)
 
 
 def copies_rows(grid: tuple[int, int, int], anchor_rows: int) -> bool:
@@ -117,7 +131,7 @@ def measure(
         copies: of the rows, in the model's order.
         block: tokens a query block, tokens a key block.
     """
-    alike = row_similarity(call.q, call.k, grid=copies.grid, first=copies.first, scale=call.scale)
+    alike = call.similarity(copies.grid, copies.first)
     tokens = slice(copies.first, copies.first + copies.video)
     length = call.q.shape[2]
     source = torch.from_numpy(copies.computed(length)[copies.sources(length)][tokens].copy())
@@ -173,7 +187,9 @@ def _sparse(
     pattern = BlockPattern.from_mask(
         mask[vote, heads], query_length=q.shape[2], key_length=k.shape[2], block=block
     )
-    return attend_in_order(attention_like(pattern, q), q, k, v, call.scale, call.orders)[0]
+    padding = None if call.padding is None else call.padding.sample(vote)
+    kernel = attention_like(pattern, q, padded=padding is not None)
+    return attend_in_order(kernel, q, k, v, call.scale, call.orders, padding)[0]
 
 
 def _relative_error(x: Tensor, other: Tensor) -> Tensor:

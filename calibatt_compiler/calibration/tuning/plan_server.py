@@ -14,12 +14,13 @@ from calibatt_compiler.backend import recording_backend
 from calibatt_compiler.calibration.observe.attach import DYNAMO
 from calibatt_compiler.capture import CaptureInfo, Recorder
 from calibatt_compiler.kernels.common.dense import dense_attention
+from calibatt_compiler.kernels.common.padding import KeyPadding
 from calibatt_compiler.kernels.request import KernelSettings
 from calibatt_compiler.model.families import unwrap
 from calibatt_compiler.plan import Plan
 from calibatt_compiler.runtime.device_queue import queue_of
 from calibatt_compiler.runtime.kernel_cache import TABLE_BUDGET, KernelCache
-from calibatt_compiler.runtime.site import SparseSite
+from calibatt_compiler.runtime.site import SparseSite, expected_padding
 
 BUDGET = 4 * TABLE_BUDGET
 """Bytes of tables to hold of one plan: when steps are timed, a few far apart come again and again,
@@ -36,8 +37,8 @@ class PlanServer(Recorder):
 
     def __init__(self) -> None:
         self._plan: Plan | None = None
-        self._sites: dict[tuple[str, str, torch.device, torch.dtype], SparseSite] = {}
-        self._caches: dict[tuple[str, torch.device], KernelCache] = {}
+        self._sites: dict[tuple[str, str, torch.device, torch.dtype, bool], SparseSite] = {}
+        self._caches: dict[tuple[str, torch.device, bool], KernelCache] = {}
 
     def use(self, plan: Plan | None) -> None:
         """Serve another plan from now on; None: all attention dense, by the stock kernel."""
@@ -52,7 +53,14 @@ class PlanServer(Recorder):
         """Nothing to note: each call is looked at when it comes."""
 
     def attend(
-        self, site: str, q: Tensor, k: Tensor, v: Tensor, timestep: float, scale: float
+        self,
+        site: str,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        timestep: float,
+        scale: float,
+        mask: KeyPadding | Tensor | None = None,
     ) -> Tensor:
         """Attention by the plan, dense where it has no such site or the lengths are others.
 
@@ -60,22 +68,26 @@ class PlanServer(Recorder):
         """
         plan = self._plan
         if plan is None or not _fits(plan, site, q, k):
-            return dense_attention(q, k, v, scale)
-        key = (plan.digest, site, q.device, q.dtype)
+            return dense_attention(q, k, v, scale, mask)
+        key = (plan.digest, site, q.device, q.dtype, mask is not None)
         if key not in self._sites:
             self._sites[key] = SparseSite(
                 plan,
                 site,
                 KernelSettings(
-                    device=q.device, dtype=q.dtype, head_dim=q.shape[3], lowering="table"
+                    device=q.device,
+                    dtype=q.dtype,
+                    head_dim=q.shape[3],
+                    lowering="table",
+                    padded="" if mask is None else expected_padding(plan),
                 ),
-                kernels=self._cache(plan, q.device),
+                kernels=self._cache(plan, q.device, mask is not None),
             )
-        return self._sites[key].attend(q, k, v, timestep, scale)
+        return self._sites[key].attend(q, k, v, timestep, scale, mask=mask)
 
-    def _cache(self, plan: Plan, device: torch.device) -> KernelCache:
+    def _cache(self, plan: Plan, device: torch.device, padded: bool) -> KernelCache:
         """Sites are added as the first forward pass calls them: in the order of the graph."""
-        key = (plan.digest, device)
+        key = (plan.digest, device, padded)
         if key not in self._caches:
             self._caches[key] = KernelCache(queue_of(device), budget=BUDGET)
         return self._caches[key]

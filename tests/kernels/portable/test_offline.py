@@ -22,6 +22,8 @@ SHARED_MEMORY = {
 
 def spilled(kernel: dict[str, Any]) -> int:
     """Bytes a thread that may lie where spilled registers go."""
+    if kernel["kind"] == "padded":
+        return 80  # what a mask touches is attended apart from the loop over all other tiles
     if kernel["arch"] == 90 and kernel["head_dim"] == 128 and kernel["kind"] != "weighted":
         # Two programs a multiprocessor leave 128 registers a thread. That is a few too few, and
         # still a fifth faster than one program: docs/decisions/0003.
@@ -50,7 +52,7 @@ def test_machine_code_and_ahead_of_time_compilation(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(kernels) == 63
+    assert len(kernels) == 65
     for kernel in kernels:
         assert kernel["local"] == 0, kernel
         assert kernel["stack"] <= spilled(kernel), kernel

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from torch.utils.checkpoint import checkpoint
 
+from calibatt_compiler.kernels.common.padding import KeyPadding
 from calibatt_compiler.model.dynamo import frame_inputs
 from calibatt_compiler.passes import pipeline
 from calibatt_compiler.passes.rewrite import Layout, Permuted, Rewrite, SdpaCall, Skip
@@ -41,14 +42,20 @@ class Causal:
         scale: float,
         *,
         ordered: bool = False,
+        mask: KeyPadding | Tensor | None = None,
     ) -> Tensor:
+        if isinstance(mask, Tensor):
+            return sdpa(q, k, v, mask, scale=scale)
         laid = Rearrangements().of(
             ORDER, GRID, q.shape[2], text_first=self.text_first, device=torch.device("cpu")
         )
         assert laid is not None
         if not ordered:
             q, k, v = (laid.apply(x) for x in (q, k, v))
-        out = sdpa(q, k, v, is_causal=True, scale=scale)
+            mask = None if mask is None else mask.ordered(laid.tokens)
+        seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+        seen = seen if mask is None else seen & mask.valid[:, None, None]
+        out = sdpa(q, k, v, seen, scale=scale)
         out = out if ordered else laid.undo(out)
         return out.transpose(1, 2).contiguous().transpose(1, 2)
 
