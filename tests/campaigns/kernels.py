@@ -274,7 +274,9 @@ def wrong(
     for which, of in measures.items():
         error = float(of((out.double() - exact).abs()))
         own = max(float(of((one.double() - exact).abs())) for one in yardsticks)
-        allowed = FACTORS[which] * own + rounding * float(of(exact.abs()))
+        # The values of a row share the error of its scores: few rows are few samples.
+        factor = FACTORS["largest" if q.shape[:3].numel() < 64 else which]
+        allowed = factor * own + rounding * float(of(exact.abs()))
         if error > allowed:
             return f"{which} error {error:.2e}, allowed {allowed:.2e}"
     return None
