@@ -79,6 +79,7 @@ class DrawnEnergies:
         block: tuple[int, int],
         scale: float | None,
         queries: float,
+        padding: None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return zeros, and energies (B, H, query_blocks, key_blocks) whose rows sum to 1."""
         rows, columns = (-(-x.shape[2] // size) for x, size in zip((q, k), block, strict=True))

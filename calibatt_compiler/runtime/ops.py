@@ -149,7 +149,7 @@ def _(
     return like.new_empty(length, dtype=torch.int32)
 
 
-@torch.library.custom_op("calibatt::key_padding", mutates_args=())
+@torch.library.custom_op("calibatt::key_padding", mutates_args=(), tags=TAGS)
 def key_padding(mask: Tensor, vector: bool) -> tuple[Tensor, Tensor]:
     """Return what a mask says of the keys, which all queries share; nothing waits for the device.
 

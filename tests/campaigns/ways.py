@@ -49,8 +49,8 @@ COMPILE = torch.compile
 DENSE: dict[str, tuple[str, ...]] = {
     "any": ("keeps every block", "no timestep so far"),
     "weights": ("not the plan's video with text",),
-    "hunyuan": ("masked",),
-    "hunyuan 1.5": ("masked", "timestep is not an input"),
+    "hunyuan": ("pooled keys",),
+    "hunyuan 1.5": ("pooled keys", "timestep is not an input"),
     "mochi": ("was captured",),
 }
 """Words of known reasons for dense calls of the plan's own video, by family or form of the plan."""

@@ -46,7 +46,9 @@ class RecordedLaunch:
         self.value, self.error = value, error
         self.kind = "triton-table" if value == 1 else "triton-baked"
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, padding: object = None
+    ) -> Tensor:
         if self.error is not None:
             raise self.error
         return torch.full_like(q, self.value)
