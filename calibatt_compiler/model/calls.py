@@ -97,7 +97,7 @@ def another_size(plan: Plan, inputs: FrameInputs) -> str | None:
         if record.grid == "length":
             return _unknown(plan)
     if grid is not None:
-        return None if _same(grid, plan.grid) else _other_grid(plan, grid)
+        return None if _same(grid, plan) else _other_grid(plan, grid)
     # Coordinates are compared when they are there.
     return None if video_coordinates(inputs) else _unknown(plan)
 
@@ -179,7 +179,8 @@ def _is_read(inputs: FrameInputs, name: str) -> bool:
     return name in inputs.placeholders or name in inputs.constants
 
 
-def _same(grid: tuple[Any, ...], planned: tuple[int, ...]) -> bool:
-    # Attention within single frames knows of one of them only.
-    first = 1 if planned[0] == 1 else 0
-    return all(got == size for got, size in zip(grid[first:], planned[first:], strict=True))
+def _same(grid: tuple[Any, ...], plan: Plan) -> bool:
+    # Attention within single frames knows of one of them only. Where text may have any length, the
+    # number of tokens would not tell more frames from more text.
+    first = 1 if plan.grid[0] == 1 and plan.text_position is None else 0
+    return all(got == size for got, size in zip(grid[first:], plan.grid[first:], strict=True))

@@ -161,6 +161,26 @@ def test_masks_of_ones_own_serve_their_length_only() -> None:
     assert calibatt_compiler.summary(compiled).sparse_calls == len(SITES)
 
 
+def test_more_frames_are_not_taken_for_more_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan of one frame, called with three: the other two are as many tokens as a longer text."""
+    monkeypatch.setattr(
+        "calibatt_compiler.backend._inductor", lambda gm, given, settings: gm.forward
+    )
+    torch._dynamo.reset()
+    plan = plan_of("first")
+    one = Plan(plan.metadata.model_copy(update={"grid": (1, 15, 7)}), plan.sites)
+    inputs = arguments("cogvideox", TEXT)
+    assert inputs["hidden_states"].shape[1] == 3
+    inputs["hidden_states"] = torch.randn(1, 3, 4, 30, 14)
+    model = lively(tiny_models.cogvideox())
+    compiled = torch.compile(model, backend="calibatt", options={"plan": one})
+    expected = model(**inputs)[0]
+    assert (compiled(**inputs)[0] - expected).abs().max() < 2e-5 * expected.abs().max()
+    summary = calibatt_compiler.summary(compiled)
+    assert summary.sparse_calls == 0
+    assert any("3 x 15 x 7" in reason for reason in (*summary.skipped, *summary.dense_calls))
+
+
 @pytest.mark.slow
 def test_prompts_of_any_length_calibrate_one_plan(tmp_path: Path) -> None:
     model = mochi()

@@ -52,6 +52,8 @@ DENSE: dict[str, tuple[str, ...]] = {
     "hunyuan": ("pooled keys",),
     "hunyuan 1.5": ("pooled keys", "timestep is not an input"),
     "mochi": ("was captured",),
+    # Of two videos among the arguments of a function around it, none is known to be the latents.
+    "vace": ("can't be read",),
 }
 """Words of known reasons for dense calls of the plan's own video, by family or form of the plan."""
 BLOCKS = ("blocks", "vace_blocks", "transformer_blocks", "single_transformer_blocks")
