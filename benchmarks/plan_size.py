@@ -262,7 +262,7 @@ def measure(options: argparse.Namespace, video: Video, density: float | None) ->
 def build(path: Path, arch: str, caches: Path) -> dict[str, float]:
     """Compile all kernels of a plan with empty caches; return how long it took and what serves."""
     folders = {name: str(caches / name) for name in ("TRITON_CACHE_DIR", "CALIBATT_CACHE_DIR")}
-    command = [sys.executable, "-m", "calibatt_compiler", "build", str(path), "--arch", arch]
+    command = [sys.executable, "-P", "-m", "calibatt_compiler", "build", str(path), "--arch", arch]
     start = time.perf_counter()
     done = subprocess.run(
         [*command, "--json"], check=True, stdout=subprocess.PIPE, env={**os.environ, **folders}
