@@ -17,6 +17,7 @@ import functools
 import hashlib
 import os
 import random
+import re
 import signal
 import sys
 import tempfile
@@ -50,6 +51,10 @@ SIZE |= {"max_sequence_length": 16}
 CONFIG = CalibrationConfig(block=(32, 32), form="masks", progress=False)
 LIMIT = 600
 """Seconds that a run may take."""
+
+OF_SAFETENSORS = re.compile(r"\.tmp\w{6}")
+"""What safetensors itself writes to before it renames: a name that does not say whose it is, so
+nobody can sweep it."""
 
 Work = Callable[[Path], None]
 """Runs in a folder until it is done, in a process that may be killed."""
@@ -245,6 +250,9 @@ def case(draw: random.Random, counts: Counter[str], options: argparse.Namespace)
         if status:
             return f"failed: {name} ended with {status} after kills: {_said(folder)}"
         found = contents(folder)
+        for file in [file for file in found if OF_SAFETENSORS.fullmatch(Path(file).name)]:
+            counts["left by kills within safetensors, for ever"] += 1
+            del found[file]
         if found != expected:
             more = {file for file in found if file not in expected}
             less = {file for file in expected if file not in found}
