@@ -32,11 +32,11 @@ import torch
 from fidelity_study.ours import OurPlans
 from fidelity_study.serve import Dense, Method, Planned, Switch
 from fidelity_study.setting import Setting, name_of
+from fidelity_study.videos import OutOfTimeError, Videos
 from record import write_record
 from torch import Tensor
 
 from calibatt_compiler.calibration.observe.attach import observed
-from calibatt_compiler.calibration.observe.pipelines import generate
 from calibatt_compiler.calibration.select.zones.price import ZonePricing
 from calibatt_compiler.calibration.select.zones.site import ZoneMap, fit_zones, group_of
 from calibatt_compiler.calibration.store.run_folder import RunStore
@@ -44,9 +44,8 @@ from calibatt_compiler.calibration.zone_target import BUDGET, STEP_GROUPS, ZoneT
 from calibatt_compiler.cli import pipelines
 from calibatt_compiler.cli.demo import find, read_settings
 from calibatt_compiler.evaluation.cases import Case
-from calibatt_compiler.evaluation.compare import to_bytes
 from calibatt_compiler.evaluation.quality import measure
-from calibatt_compiler.files import replacing, write_text
+from calibatt_compiler.files import write_text
 from calibatt_compiler.plan import Plan, SitePatterns
 from calibatt_compiler.plan.zones.drawing import UNIT, seed_of
 
@@ -217,12 +216,8 @@ class Only:
         return self._planned.density()
 
 
-class OutOfTimeError(Exception):
-    """The time that a run was given is over; the next run goes on."""
-
-
 @dataclass
-class Videos:
+class Distances(Videos):
     """Videos of one pipeline and their distances from the dense ones; kept in a folder."""
 
     pipe: Any
@@ -241,8 +236,7 @@ class Videos:
         """Return the distances of one video, generated now unless it was."""
         key = f"{name}|{name_of(case)}"
         if key not in self.results:
-            if time.monotonic() > self.deadline:
-                raise OutOfTimeError(key)
+            self._check_time(key)
             dense = self._dense(case)
             frames = self._video(case, method())
             found = measure(dense, frames, torch.device(self.pipe._execution_device))
@@ -256,20 +250,6 @@ class Videos:
             write_text(self.folder / "results.json", json.dumps(self.results, indent=1))
             print(f"{key}: {self.results[key]['psnr']:.2f} dB", flush=True)
         return self.results[key]
-
-    def _dense(self, case: Case) -> Any:
-        path = self.folder / f"dense-{name_of(case)}.npy"
-        if not path.exists():
-            frames = self._video(case, Dense())
-            with replacing(path) as temporary, temporary.open("wb") as file:
-                np.save(file, frames, allow_pickle=False)
-        return np.load(path, allow_pickle=False)
-
-    def _video(self, case: Case, method: Method) -> Any:
-        self.switch.method = method
-        arguments = {**self.setting.arguments, "prompt": case.prompt, "output_type": "np"}
-        output = generate(self.pipe, case.seed, arguments)
-        return to_bytes(np.asarray(output.frames[0]))
 
 
 def weights(mses: Sequence[float], middle: Sequence[float]) -> tuple[float, ...]:
@@ -303,7 +283,7 @@ def variances(plan: Plan, folder: Path) -> tuple[list[float], list[float]]:
 
 
 def sensitivities(
-    videos: Videos, plan: Plan, folder: Path, cases: Sequence[Case]
+    videos: Distances, plan: Plan, folder: Path, cases: Sequence[Case]
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Factors of layers and step groups from videos in which each alone is sparse."""
     layers, steps = variances(plan, folder)
@@ -376,7 +356,7 @@ def run(options: argparse.Namespace) -> int:
         todo[f"token order {options.token_order}"] = Choice(order=options.token_order)
     deadline = time.monotonic() + 60 * options.minutes
     make_plans(todo, recordings, options.density, options.work, options.workers)
-    videos = Videos(pipe, setting, options.work, deadline)
+    videos = Distances(pipe, setting, options.work, deadline)
     with observed(pipe.transformer, videos.switch, setting.inductor):
         folder = Path(f"{recordings['raster']}.calibration")
         probe = ours._recording("raster")._zones(options.density, None)

@@ -10,35 +10,29 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from fidelity_study.methods import FLOOR, FORMS, GAMMA, ORDERED, OURS, MethodInputs, make
 from fidelity_study.ours import OurPlans
 from fidelity_study.patterns import Choices, Family, families
-from fidelity_study.perceptual import Frames, Perceptual
+from fidelity_study.perceptual import Perceptual
 from fidelity_study.plans import NoPlanError
 from fidelity_study.profile import Profile
-from fidelity_study.serve import Dense, Method, Switch
-from fidelity_study.setting import Setting, name_of
+from fidelity_study.serve import Switch
+from fidelity_study.setting import Setting
+from fidelity_study.videos import OutOfTimeError, Videos
 
 from calibatt_compiler.calibration.observe.attach import observed
-from calibatt_compiler.calibration.observe.pipelines import generate
 from calibatt_compiler.calibration.pipeline import about_pipeline
 from calibatt_compiler.evaluation.cases import Case
-from calibatt_compiler.evaluation.compare import to_bytes
 from calibatt_compiler.evaluation.quality import measure
-from calibatt_compiler.files import replacing, write_text
+from calibatt_compiler.files import write_text
 from calibatt_compiler.plan import Plan
 
 Result = Mapping[str, float | None]
 
 
-class OutOfTimeError(Exception):
-    """The time that a run was given is over; the next run goes on."""
-
-
 @dataclass
-class Study:
+class Study(Videos):
     """One pipeline, and the folder where results are kept.
 
     Attributes:
@@ -64,7 +58,7 @@ class Study:
         check_identity(self.folder, self._identity())
         self.results = _read(self.folder / "results.json")
         self.absent = _read(self.folder / "absent.json")
-        self._switch = Switch()
+        self.switch = Switch()
 
     def run(self) -> bool:
         """Do what is not done yet; return whether all of it is."""
@@ -74,7 +68,7 @@ class Study:
         try:
             plans = self._our_plans()
             peers = families(plans[self.setting.densities[0], OURS].grid, self.setting.block)
-            with observed(self.pipe.transformer, self._switch, self.setting.inductor):
+            with observed(self.pipe.transformer, self.switch, self.setting.inductor):
                 by_density = self._inputs(plans, peers)
                 for case in self.setting.held_out:
                     self._compare(case, by_density)
@@ -180,28 +174,6 @@ class Study:
             write_text(self.folder / "results.json", json.dumps(self.results, indent=1))
             what = self.setting.key(name, density, case)
             print(f"{what}: {quality.psnr:.2f} dB, {seconds:.0f} s", flush=True)
-
-    def _dense(self, case: Case) -> Frames:
-        """Return the dense video of a case, generated once."""
-        path = self.folder / f"dense-{name_of(case)}.npy"
-        if not path.exists():
-            self._check_time(f"the dense video of {case.prompt!r}")
-            frames = self._video(case, Dense())
-            with replacing(path) as temporary, temporary.open("wb") as file:
-                np.save(file, frames, allow_pickle=False)
-        found: Frames = np.load(path, allow_pickle=False)
-        return found
-
-    def _video(self, case: Case, method: Method) -> Frames:
-        """Generate one video with a method; uint8 (frames, height, width, 3)."""
-        self._switch.method = method
-        arguments = {**self.setting.arguments, "prompt": case.prompt, "output_type": "np"}
-        output = generate(self.pipe, case.seed, arguments)
-        return to_bytes(np.asarray(output.frames[0]))
-
-    def _check_time(self, what: str) -> None:
-        if time.monotonic() > self.deadline:
-            raise OutOfTimeError(what)
 
     def _identity(self) -> dict[str, Any]:
         setting = asdict(self.setting)
