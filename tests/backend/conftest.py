@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import pytest
 import tiny_models
 import torch
+from copied_rows import copy_rows
 
 from calibatt_compiler.plan import BlockPattern, Plan
 
@@ -79,17 +79,7 @@ def attend_by(
     options["attn_mask"] = mask[None]
     out = torch.empty_like(query)
     out[:, :, tokens] = STOCK(*ordered, **options)
-    if pattern.repetitive is None:
-        return out
-    frames, height, width = plan.grid
-    anchors = pattern.copies.anchors.tolist()
-    rows = out[:, :, first : first + video].view(*out.shape[:2], frames, height, width, -1).clone()
-    for head in np.flatnonzero(pattern.repetitive).tolist():
-        for y in range(height):
-            nearest = min(anchors, key=lambda anchor: (abs(anchor - y), anchor))
-            rows[:, head, :, y] = rows[:, head, :, nearest]
-    out[:, :, first : first + video] = rows.flatten(2, 4)
-    return out
+    return copy_rows(out, plan, pattern)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from copied_rows import copy_rows
 from model_families import Family, Grid
 
 from calibatt_compiler.kernels.reference.attention import ReferenceAttention
@@ -123,17 +124,7 @@ def attend_expanded(
             mask = torch.where(mask, 0.0, -math.inf).to(query.dtype)
         bias = bias + mask.expand(*mask.shape[:2], length, length)[:, :, tokens][..., tokens]
     out[:, :, tokens] = STOCK(*ordered, attn_mask=bias)
-    if pattern.repetitive is None:
-        return out
-    frames, height, width = plan.grid
-    anchors = pattern.copies.anchors.tolist()
-    rows = out[:, :, first : first + video].view(*out.shape[:2], frames, height, width, -1).clone()
-    for head in np.flatnonzero(pattern.repetitive).tolist():
-        for y in range(height):
-            nearest = min(anchors, key=lambda anchor: (abs(anchor - y), anchor))
-            rows[:, head, :, y] = rows[:, head, :, nearest]
-    out[:, :, first : first + video] = rows.flatten(2, 4)
-    return out
+    return copy_rows(out, plan, pattern)
 
 
 @contextlib.contextmanager
